@@ -1,0 +1,391 @@
+"""Every setting of a run: its default, its unit, its check. The only home of defaults.
+
+A config file (``configs/*.py``) starts from :class:`Config`, changes fields with
+:func:`dataclasses.replace`, and returns :func:`to_config_dict` of it, so that any setting can be
+overridden on the command line (``--config.model.num_layers=8``).  :func:`from_config_dict` turns
+the edited dictionary back into a checked :class:`Config`; everything else in the package reads the
+frozen dataclass.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another.
+
+    The message is one sentence that names the setting, its value and the remedy.
+    """
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declares one setting of a config dataclass.
+
+    Args:
+      default: its value unless a config file or the command line says otherwise.
+      help: one line for people.
+      unit: what the number counts, e.g. ``"tokens"``.
+      low: smallest value allowed.
+      high: largest value allowed.
+      above: the value must be strictly greater than this.
+      choices: the strings allowed, if only some are.
+    """
+    metadata = dict(help=help, unit=unit, low=low, high=high, above=above, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoE:
+    """The Mixture-of-Experts feed-forward: who is chosen, and how the chosen are computed."""
+
+    router: str = setting("top_p", "how a token chooses its experts", choices=("top_p", "top_k"))
+    num_experts: int = setting(16, "routed experts per MoE layer", low=1)
+    hidden_width: int = setting(2816, "hidden width of one expert", unit="units", low=1)
+    top_p: float = setting(
+        0.4, "a token adds experts until their probabilities pass this", above=0.0, high=1.0
+    )
+    top_k: int = setting(2, "experts per token of the top_k router", unit="experts", low=1)
+    renormalize: bool = setting(
+        False, "divide the combine weights by their sum (the paper does not)"
+    )
+    backend: str = setting(
+        "auto", "expert compute", choices=("auto", "reference", "capacity", "grouped")
+    )
+    capacity_factor: float = setting(
+        1.25, "slots of the capacity backend, as a multiple of an even share", above=0.0
+    )
+    rows_per_token: float = setting(
+        0.0,
+        "bound on the mean experts per token; 0 = none, nothing is dropped",
+        unit="rows/token",
+        low=0.0,
+    )
+    every_n_layers: int = setting(
+        1, "the first of every n layers is MoE, the others dense; 0 = a dense model", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A Llama-style decoder.  The defaults are the paper's 24-layer model."""
+
+    num_layers: int = setting(24, "decoder layers", low=1)
+    width: int = setting(1024, "width of the residual stream", unit="units", low=1)
+    num_heads: int = setting(16, "query heads", low=1)
+    num_kv_heads: int = setting(16, "key/value heads; must divide num_heads", low=1)
+    head_width: int = setting(64, "width of one head; even, for RoPE", unit="units", low=2)
+    hidden_width: int = setting(2816, "hidden width of a dense feed-forward", unit="units", low=1)
+    vocab_size: int = setting(32000, "rows of the embedding", unit="tokens", low=2)
+    max_seq_len: int = setting(2048, "longest sequence the model is meant for", unit="tokens", low=1)
+    tie_embeddings: bool = setting(False, "the output projection is the embedding's transpose")
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0.0)
+    norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", above=0.0)
+    init_std: float = setting(0.006, "standard deviation of every initial matrix", above=0.0)
+    dtype: str = setting(
+        "auto",
+        "compute type; auto = bfloat16 on accelerators, float32 on CPU",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    remat: str = setting(
+        "none",
+        "what backward recomputes: nothing, all but matrix products, or whole layers",
+        choices=("none", "dots", "layer"),
+    )
+    attention: str = setting(
+        "auto",
+        "implementation given to jax.nn.dot_product_attention",
+        choices=("auto", "xla", "cudnn"),
+    )
+    moe: MoE = dataclasses.field(default_factory=MoE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Coefficients of the training loss (paper, section 3: alpha = 1e-2, beta = 1e-4)."""
+
+    balance_weight: float = setting(1e-2, "of the load-balance loss (alpha)", low=0.0)
+    entropy_weight: float = setting(1e-4, "of the router-entropy loss (beta)", low=0.0)
+    router_z_weight: float = setting(0.0, "of the router z-loss (ST-MoE uses 1e-3)", low=0.0)
+    z_weight: float = setting(0.0, "of the output z-loss (PaLM uses 1e-4)", low=0.0)
+    chunk_tokens: int = setting(
+        2048, "tokens whose logits exist at one time", unit="tokens", low=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where text comes from and how it becomes batches."""
+
+    sources: str = setting(
+        "python",
+        "comma-separated: python, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME",
+    )
+    domain_weights: str = setting(
+        "", "token shares by domain, e.g. 'code=2,prose=1'; empty = as the text comes"
+    )
+    seq_len: int = setting(2048, "tokens of one training sequence", unit="tokens", low=2)
+    text_field: str = setting("text", "field of a JSONL, Parquet or TFDS record with the text")
+    domain_field: str = setting(
+        "domain", "field with the domain; where it is missing, the file's name stands in"
+    )
+    max_megabytes: float = setting(
+        0.0, "cap on the text kept per domain, chosen evenly; 0 = all", unit="MB", low=0.0
+    )
+    heldout_fraction: float = setting(
+        0.02, "share of documents held out for evaluation", above=0.0, high=0.5
+    )
+    max_broken_fraction: float = setting(
+        0.01, "preparation fails if more than this share of records is broken", low=0.0, high=1.0
+    )
+    tokenizer: str = setting("", "path of a SentencePiece .model; empty = train one here")
+    tokenizer_megabytes: float = setting(
+        8.0, "text a new tokenizer is trained on", unit="MB", above=0.0
+    )
+    directory: str = setting("", "where prepared data is kept; empty = WORKDIR/data")
+    virtual_shards: int = setting(
+        8, "independent streams the data is cut into, whatever the number of hosts", low=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The length and rhythm of training."""
+
+    steps: int = setting(1000, "optimizer steps", unit="steps", low=1)
+    batch_size: int = setting(32, "sequences per optimizer step", unit="sequences", low=1)
+    microbatches: int = setting(1, "parts of a batch whose gradients are added up", low=1)
+    log_every_steps: int = setting(10, "steps between lines of metrics.jsonl", unit="steps", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW; weight decay on matrices only."""
+
+    learning_rate: float = setting(3e-4, "peak learning rate", above=0.0)
+    schedule: str = setting(
+        "warmup_cosine",
+        "shape of the learning rate",
+        choices=("warmup_cosine", "warmup_stable_decay", "constant"),
+    )
+    warmup_steps: int = setting(100, "steps of linear warm-up", unit="steps", low=0)
+    decay_fraction: float = setting(
+        0.2, "last share of training that warmup_stable_decay decays in", above=0.0, high=1.0
+    )
+    final_fraction: float = setting(
+        0.1, "final learning rate as a share of the peak", low=0.0, high=1.0
+    )
+    b1: float = setting(0.9, "decay of the first moment", low=0.0, high=0.9999)
+    b2: float = setting(0.95, "decay of the second moment", low=0.0, high=0.999999)
+    epsilon: float = setting(1e-8, "added to the root of the second moment", above=0.0)
+    weight_decay: float = setting(0.1, "decoupled decay of matrices", low=0.0)
+    clip_norm: float = setting(1.0, "global gradient norm above which it is scaled", above=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each mesh axis; -1 takes what the others leave."""
+
+    data: int = setting(-1, "batch", unit="devices", low=-1)
+    expert: int = setting(1, "experts", unit="devices", low=-1)
+    model: int = setting(1, "heads, hidden width and vocabulary", unit="devices", low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is kept on disk while training."""
+
+    every_steps: int = setting(1000, "steps between checkpoints", unit="steps", low=1)
+    keep: int = setting(2, "newest checkpoints kept", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out evaluation and the sample at the end."""
+
+    every_steps: int = setting(0, "steps between evaluations; 0 = only at the end", low=0)
+    max_batches: int = setting(50, "held-out batches per domain at most", unit="batches", low=1)
+    prompt: str = setting("The ", "text that the closing sample continues")
+    sample_tokens: int = setting(64, "tokens sampled after the prompt", unit="tokens", low=1)
+    temperature: float = setting(0.8, "of the closing sample; 0 = greedy", low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = setting(True, "write TensorBoard event files")
+    wandb_project: str = setting("", "Weights & Biases project; empty = off (extra: wandb)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = setting(0, "of initialisation, data order and sampling", low=0, high=2**31 - 1)
+    model: Model = dataclasses.field(default_factory=Model)
+    loss: Loss = dataclasses.field(default_factory=Loss)
+    data: Data = dataclasses.field(default_factory=Data)
+    train: Train = dataclasses.field(default_factory=Train)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    logging: Logging = dataclasses.field(default_factory=Logging)
+
+    def __post_init__(self):
+        for path, field, value in walk(self):
+            check_value(path, field, value)
+        _check_together(self)
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yields (dotted path, field, value) of every leaf setting, in declaration order."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field, value
+
+
+def setting_names() -> list[str]:
+    """The dotted paths of all settings."""
+    return [path for path, _, _ in walk(Config())]
+
+
+def nearest_name(name: str) -> str:
+    """The existing setting, or group of settings, whose dotted path is most like ``name``."""
+    names = setting_names()
+    names += dict.fromkeys(path[:dot] for path in names for dot, c in enumerate(path) if c == ".")
+    by_whole = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if by_whole:
+        return by_whole[0]
+    last = name.rsplit(".", 1)[-1]
+    leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(names)}
+    by_leaf = difflib.get_close_matches(last, leaves, n=1, cutoff=0.6)
+    return leaves[by_leaf[0]] if by_leaf else difflib.get_close_matches(name, names, 1, 0.0)[0]
+
+
+def unknown_setting(name: str) -> ConfigError:
+    """The error for a setting that does not exist."""
+    return ConfigError(f"config.{name} does not exist; did you mean config.{nearest_name(name)}?")
+
+
+def check_value(path: str, field: dataclasses.Field, value: Any) -> None:
+    """Raises ConfigError unless ``value`` has the field's type and lies in its range."""
+    rule, where = field.metadata, f"config.{path}={value!r}"
+    wanted = field.type
+    good = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
+    if not good:
+        raise ConfigError(f"{where} must be of type {wanted.__name__}: {rule['help']}.")
+    if rule["choices"] and value not in rule["choices"]:
+        near = difflib.get_close_matches(value, rule["choices"], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"{where} must be one of {', '.join(rule['choices'])}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number: {rule['help']}.")
+    unit = f" {rule['unit']}" if rule["unit"] else ""
+    if rule["above"] is not None and not value > rule["above"]:
+        raise ConfigError(f"{where} must be greater than {rule['above']:g}{unit}.")
+    if rule["low"] is not None and value < rule["low"]:
+        raise ConfigError(f"{where} must be at least {rule['low']:g}{unit}.")
+    if rule["high"] is not None and value > rule["high"]:
+        raise ConfigError(f"{where} must be at most {rule['high']:g}{unit}.")
+
+
+def _check_together(config: Config) -> None:
+    """Checks that need more than one setting."""
+    model, moe, train = config.model, config.model.moe, config.train
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"config.model.num_kv_heads={model.num_kv_heads} must divide "
+            f"config.model.num_heads={model.num_heads}."
+        )
+    if model.head_width % 2:
+        raise ConfigError(f"config.model.head_width={model.head_width} must be even, for RoPE.")
+    if moe.every_n_layers and model.num_layers % moe.every_n_layers:
+        raise ConfigError(
+            f"config.model.moe.every_n_layers={moe.every_n_layers} must divide "
+            f"config.model.num_layers={model.num_layers}."
+        )
+    if moe.router == "top_k" and moe.top_k > moe.num_experts:
+        raise ConfigError(
+            f"config.model.moe.top_k={moe.top_k} must be at most "
+            f"config.model.moe.num_experts={moe.num_experts}."
+        )
+    if config.data.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"config.data.seq_len={config.data.seq_len} must be at most "
+            f"config.model.max_seq_len={model.max_seq_len}; raise the latter."
+        )
+    if train.batch_size % train.microbatches:
+        raise ConfigError(
+            f"config.train.microbatches={train.microbatches} must divide "
+            f"config.train.batch_size={train.batch_size}."
+        )
+    for axis in ("expert", "model"):
+        if getattr(config.mesh, axis) != 1:
+            raise ConfigError(
+                f"config.mesh.{axis}={getattr(config.mesh, axis)} must be 1: only the data axis "
+                "can be sharded in this version; use config.mesh.data."
+            )
+    if config.mesh.data == 0:
+        raise ConfigError("config.mesh.data=0 must be -1 (all devices) or at least 1.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as nested plain dictionaries (JSON-able)."""
+    return dataclasses.asdict(config)
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """What a config file returns: the settings, open to overrides from the command line."""
+    return ml_collections.ConfigDict(to_dict(config))
+
+
+def from_config_dict(settings: Mapping[str, Any]) -> Config:
+    """Builds the checked Config from nested dictionaries.
+
+    Raises:
+      ConfigError: a name does not exist, or a value has the wrong type or is out of range.
+    """
+    if isinstance(settings, ml_collections.ConfigDict):
+        settings = settings.to_dict()
+    return _build(Config, settings, "")
+
+
+def _build(kind: type, settings: Mapping[str, Any], prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values = {}
+    for name, value in settings.items():
+        if name not in fields:
+            raise unknown_setting(prefix + name)
+        wanted = fields[name].type
+        if dataclasses.is_dataclass(wanted):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"config.{prefix}{name}={value!r} must be a group of settings.")
+            value = _build(wanted, value, f"{prefix}{name}.")
+        elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        values[name] = value
+    return kind(**values)
+
+
+def differences(config: Config) -> list[tuple[str, Any, Any]]:
+    """(dotted path, value, default) of every setting that differs from its default."""
+    defaults = {path: value for path, _, value in walk(Config())}
+    return [(p, v, defaults[p]) for p, _, v in walk(config) if v != defaults[p]]

@@ -1,0 +1,46 @@
+"""What a person sees in the terminal: one console, and progress bars on it."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+
+
+@contextlib.contextmanager
+def stage(title: str, total: float | None = None, unit: str = "") -> Iterator["Stage"]:
+    """Shows one stage of long work: a bar on a terminal, a first and a last line elsewhere.
+
+    Args:
+      title: what is being done, e.g. ``"Reading the Python installation"``.
+      total: how much there is to do, if known.
+      unit: what is counted, e.g. ``"documents"``.
+
+    Yields:
+      a :class:`Stage`; call its ``advance`` as work gets done.
+    """
+    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}")]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+    started = time.perf_counter()
+    with Progress(*columns, console=console, transient=True) as progress:
+        shown = Stage(progress, progress.add_task(title, total=total, count=""), unit)
+        yield shown
+    seconds = time.perf_counter() - started
+    console.print(f"{title}: {shown.done:,.0f} {unit} in {seconds:.1f} s".replace(":  in", ": "))
+
+
+class Stage:
+    """Progress of one stage."""
+
+    def __init__(self, progress: Progress, task, unit: str):
+        self._progress, self._task, self._unit = progress, task, unit
+        self.done = 0.0
+
+    def advance(self, amount: float = 1) -> None:
+        """Counts ``amount`` more units as done."""
+        self.done += amount
+        count = f"{self.done:,.0f} {self._unit}"
+        self._progress.update(self._task, advance=amount, count=count)
