@@ -271,11 +271,11 @@ def nearest_name(name: str) -> str:
     """The existing setting, or group of settings, whose dotted path is most like ``name``."""
     names = setting_names()
     names += dict.fromkeys(path[:dot] for path in names for dot, c in enumerate(path) if c == ".")
-    by_whole = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    if by_whole:
-        return by_whole[0]
     last = name.rsplit(".", 1)[-1]
     leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(names)}
+    by_whole = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if last in leaves or by_whole:
+        return leaves.get(last) or by_whole[0]
     by_leaf = difflib.get_close_matches(last, leaves, n=1, cutoff=0.6)
     return leaves[by_leaf[0]] if by_leaf else difflib.get_close_matches(name, names, 1, 0.0)[0]
 

@@ -25,7 +25,8 @@ def stage(title: str, total: float | None = None, unit: str = "") -> Iterator["S
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}")]
     columns += [TimeElapsedColumn(), TimeRemainingColumn()]
     started = time.perf_counter()
-    with Progress(*columns, console=console, transient=True) as progress:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         shown = Stage(progress, progress.add_task(title, total=total, count=""), unit)
         yield shown
     seconds = time.perf_counter() - started
