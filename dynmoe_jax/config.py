@@ -44,8 +44,8 @@ def setting(
       above: the value must be strictly greater than this.
       choices: the strings allowed, if only some are.
     """
-    metadata = dict(help=help, unit=unit, low=low, high=high, above=above, choices=choices)
-    return dataclasses.field(default=default, metadata=metadata)
+    rules = {"low": low, "high": high, "above": above, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **rules})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,9 @@ class Model:
     head_width: int = setting(64, "width of one head; even, for RoPE", unit="units", low=2)
     hidden_width: int = setting(2816, "hidden width of a dense feed-forward", unit="units", low=1)
     vocab_size: int = setting(32000, "rows of the embedding", unit="tokens", low=2)
-    max_seq_len: int = setting(2048, "longest sequence the model is meant for", unit="tokens", low=1)
+    max_seq_len: int = setting(
+        2048, "longest sequence the model is meant for", unit="tokens", low=1
+    )
     tie_embeddings: bool = setting(False, "the output projection is the embedding's transpose")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0.0)
     norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", above=0.0)
@@ -121,9 +123,7 @@ class Loss:
     entropy_weight: float = setting(1e-4, "of the router-entropy loss (beta)", low=0.0)
     router_z_weight: float = setting(0.0, "of the router z-loss (ST-MoE uses 1e-3)", low=0.0)
     z_weight: float = setting(0.0, "of the output z-loss (PaLM uses 1e-4)", low=0.0)
-    chunk_tokens: int = setting(
-        2048, "tokens whose logits exist at one time", unit="tokens", low=1
-    )
+    chunk_tokens: int = setting(2048, "tokens whose logits exist at one time", unit="tokens", low=1)
 
 
 @dataclasses.dataclass(frozen=True)

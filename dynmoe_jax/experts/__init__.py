@@ -1,0 +1,20 @@
+"""Given rows and weights, compute.  Knows no router.
+
+Every backend has the signature of :data:`Backend` and is tested against :mod:`.reference`.
+"""
+
+from dynmoe_jax.experts.backend import Backend, make_backend
+from dynmoe_jax.experts.parallel import apply_experts
+from dynmoe_jax.experts.rows import Rows, row_bound, rows_from_routing
+from dynmoe_jax.experts.weights import ExpertWeights, swiglu
+
+__all__ = [
+    "Backend",
+    "ExpertWeights",
+    "Rows",
+    "apply_experts",
+    "make_backend",
+    "row_bound",
+    "rows_from_routing",
+    "swiglu",
+]

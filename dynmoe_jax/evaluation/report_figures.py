@@ -1,0 +1,254 @@
+"""Pictures of training over its steps: losses, experts per token, balance, optimiser, speed."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dynmoe_jax.evaluation.report_series import History, smooth, thin
+from dynmoe_jax.evaluation.report_theme import CYCLE, Canvas, Picture, light
+from dynmoe_jax.training.formatting import compact, decimals
+from dynmoe_jax.training.summary import Summary
+
+# Up to here every layer can have a line of its own that the eye can follow.
+_LAYERS_AS_LINES = 6
+
+
+def training_pictures(history: History, summary: Summary, canvas: Canvas) -> dict[str, Picture]:
+    """The pictures that can be drawn from what was logged, by a short name, in reading order."""
+    drawers: dict[str, Callable[[History, Summary, Canvas], Picture | None]] = {
+        "loss": _loss,
+        "auxiliary": _auxiliary,
+        "experts": _experts,
+        "experts_by_layer": _experts_by_layer,
+        "imbalance": _imbalance,
+        "optimizer": _optimizer,
+        "speed": _speed,
+    }
+    drawn = {name: draw(history, summary, canvas) for name, draw in drawers.items()}
+    return {name: picture for name, picture in drawn.items() if picture}
+
+
+def _curve(axis, history: History, values: np.ndarray, color: str, label: str = "") -> None:
+    """A series over the steps: its noise faintly, its trend strongly; a dot if it is one point."""
+    steps, mean = thin(history.steps), thin(values)
+    noisy = len(mean) > 40
+    trend = smooth(mean, len(mean) // 20) if noisy else mean
+    if noisy:
+        axis.plot(steps, mean, color=light(color), alpha=0.3, linewidth=0.9)
+    if len(mean) < len(values):
+        band = thin(values, "min"), thin(values, "max")
+        axis.fill_between(steps, *band, color=light(color), alpha=0.15, linewidth=0)
+    marker = "o" if np.isfinite(mean).sum() <= 15 else None
+    axis.plot(steps, trend, color=light(color), label=label, marker=marker, markersize=4)
+
+
+def _level(axis, value: float, color: str, label: str) -> None:
+    """A horizontal line with its name and value on it."""
+    if not np.isfinite(value):
+        return
+    axis.axhline(value, color=light(color), linewidth=1.2, linestyle=(0, (4, 3)))
+    axis.annotate(
+        f"{label} {decimals(value, 2)}",
+        (1, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=light(color),
+    )
+
+
+def _finish(axis, label: str, bottom: bool = True) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_ylabel(label)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.xaxis.set_major_formatter(
+        FuncFormatter(lambda step, _: compact(step) if step >= 1e4 else f"{step:.0f}")
+    )
+    if bottom:
+        axis.set_xlabel("step")
+
+
+def _loss(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
+    name = "lm_loss" if history.has("lm_loss") else "loss"
+    if not history.has(name):
+        return None
+    figure, (axis,) = canvas.figure()
+    _curve(axis, history, history.scalar(name), "blue")
+    _level(axis, summary.heldout.unigram_entropy, "orange", "unigram entropy")
+    _level(axis, summary.heldout.loss, "green", "held-out loss")
+    axis.margins(y=0.12)
+    _finish(axis, "loss [nats/token]")
+    return canvas.picture(
+        figure,
+        "Does it learn? Loss of the language model",
+        "Healthy: a steep fall through the unigram entropy, which is what a model reaches that "
+        "only knows how frequent each token is, then a slow decline. A held-out loss well above "
+        "the end of the curve means that the model memorises.",
+    )
+
+
+def _stacked(
+    history: History, canvas: Canvas, rows: dict[str, tuple[str, str]], height: float
+) -> tuple | None:
+    """One small axis per metric that has numbers: {name: (axis label, colour)}."""
+    rows = {name: row for name, row in rows.items() if history.has(name)}
+    if not rows:
+        return None
+    figure, axes = canvas.figure(len(rows), max(height * len(rows), 2.2))
+    for axis, (name, (label, color)) in zip(axes, rows.items(), strict=True):
+        _curve(axis, history, history.scalar(name), color)
+        _finish(axis, label, bottom=axis is axes[-1])
+    figure.align_ylabels(axes)
+    return figure, dict(zip(rows, axes, strict=True))
+
+
+def _auxiliary(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
+    del summary
+    rows = {
+        "balance_loss": ("load balance", "purple"),
+        "entropy_loss": ("entropy [nats]", "orange"),
+        "router_z_loss": ("router z", "green"),
+    }
+    stacked = _stacked(history, canvas, rows, 1.25)
+    if stacked is None:
+        return None
+    return canvas.picture(
+        stacked[0],
+        "Is the router under control? Auxiliary losses",
+        "Healthy: the balance loss stays near its floor while the router makes up its mind. "
+        "Falling entropy means that tokens prefer some experts clearly and so need fewer of them; "
+        "if it reaches zero early, the router has collapsed.",
+    )
+
+
+def _experts(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
+    if not history.has("experts_per_token"):
+        return None
+    figure, (axis,) = canvas.figure()
+    by_layer = history.layers("experts_per_token_by_layer")
+    if by_layer.shape[1] > 1 and np.isfinite(by_layer).any():
+        finite = np.where(np.isnan(by_layer).all(1)[:, None], 0, by_layer)
+        low, high = thin(np.nanmin(finite, 1)), thin(np.nanmax(finite, 1))
+        band = axis.fill_between(thin(history.steps), low, high, label="range over layers")
+        band.set(color=light("sky"), alpha=0.22, linewidth=0)
+    _curve(axis, history, history.scalar("experts_per_token"), "blue", "mean")
+    _level(axis, summary.heldout.experts_per_token, "green", "held-out")
+    axis.legend(loc="best")
+    _finish(axis, "experts per token")
+    return canvas.picture(
+        figure,
+        "How many experts does a token use, as training goes on?",
+        "Healthy: high at the start, when the router is undecided, then falling and settling as "
+        "it learns. One expert everywhere would mean that the router has given up choosing.",
+    )
+
+
+def _experts_by_layer(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
+    del summary
+    values = history.layers("experts_per_token_by_layer")
+    if not np.isfinite(values).any() or values.shape[1] < 2:
+        return None
+    many = values.shape[1] > _LAYERS_AS_LINES
+    figure, (axis,) = canvas.figure()
+    if many:
+        _heat_over_steps(figure, axis, history, values)
+    else:
+        for layer, color in zip(range(values.shape[1]), CYCLE, strict=False):
+            _curve(axis, history, values[:, layer], color, f"layer {layer}")
+        axis.legend(ncols=2 if values.shape[1] > 3 else 1)
+        _finish(axis, "experts per token")
+    return canvas.picture(
+        figure,
+        "Which layers need many experts, as training goes on?",
+        ("Each row is a layer, colour is its experts per token. " if many else "")
+        + "Healthy: layers drift apart smoothly, as each finds how many experts its tokens need. "
+        "A sudden jump of one layer points to a router that has become unstable.",
+    )
+
+
+def _heat_over_steps(figure, axis, history: History, values: np.ndarray) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    steps = history.steps
+    margin = 0.5 if len(steps) < 2 else 0.0
+    extent = (steps[0] - margin, steps[-1] + margin, -0.5, values.shape[1] - 0.5)
+    image = axis.imshow(
+        thin(values).T,
+        origin="lower",
+        aspect="auto",
+        extent=extent,
+        cmap="cividis",
+        interpolation="none",
+    )
+    axis.grid(False)
+    axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    bar = figure.colorbar(image, ax=axis, label="experts per token", pad=0.02)
+    bar.outline.set_visible(False)
+    _finish(axis, "layer")
+
+
+def _imbalance(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
+    del summary
+    values = history.layers("load_imbalance_by_layer")
+    kept = ~np.isnan(values).all(1)
+    if not values.shape[1] or not kept.any():
+        return None
+    figure, (axis,) = canvas.figure()
+    worst = np.full(len(values), np.nan)
+    mean = worst.copy()
+    worst[kept], mean[kept] = np.nanmax(values[kept], 1), np.nanmean(values[kept], 1)
+    _curve(axis, history, worst, "red", "worst layer")
+    _curve(axis, history, mean, "blue", "mean over layers")
+    axis.set_ylim(bottom=1)
+    axis.legend()
+    _finish(axis, "busiest expert / mean expert")
+    return canvas.picture(
+        figure,
+        "Is the work shared? Load of the busiest expert",
+        "How many times the mean load the busiest expert of a layer carries; 1 is an even load. "
+        "Healthy: below about 2 to 3 after the start. A steady climb means that experts die.",
+    )
+
+
+def _optimizer(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
+    del summary
+    rows = {
+        "learning_rate": ("learning rate", "green"),
+        "grad_norm": ("gradient norm", "blue"),
+    }
+    stacked = _stacked(history, canvas, rows, 1.55)
+    if stacked is None:
+        return None
+    figure, axes = stacked
+    if "learning_rate" in axes:
+        axes["learning_rate"].set_ylim(bottom=0)
+        axes["learning_rate"].ticklabel_format(axis="y", scilimits=(-3, 3))
+    norms = history.scalar("grad_norm")
+    if "grad_norm" in axes and np.nanmin(norms) > 0:
+        axes["grad_norm"].set_yscale("log")
+    return canvas.picture(
+        figure,
+        "Is the optimiser calm? Learning rate and gradient norm",
+        "Healthy: the norm before clipping falls during warm-up and then stays in a band. Spikes "
+        "that come ever more often announce divergence: lower the peak learning rate.",
+    )
+
+
+def _speed(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
+    if not history.has("tokens_per_second"):
+        return None
+    figure, (axis,) = canvas.figure()
+    _curve(axis, history, history.scalar("tokens_per_second") / 1e3, "blue")
+    _level(axis, summary.tokens_per_second / 1e3, "green", "median")
+    axis.set_ylim(bottom=0)
+    _finish(axis, "speed [thousand tokens/s]")
+    moe = summary.heldout.experts_per_token_by_layer
+    rising = ", or rising while tokens come to use fewer experts" if moe else ""
+    return canvas.picture(
+        figure,
+        "How fast is it?",
+        f"Healthy: flat{rising}. Dips are pauses for data, checkpoints or evaluation.",
+    )

@@ -1,0 +1,157 @@
+"""Pictures of the routing of held-out text: who used how many experts, and which ones.
+
+Axis letters: N MoE layers, E experts, K the bound on experts per token.
+"""
+
+import numpy as np
+
+from dynmoe_jax.evaluation.report_theme import CYCLE, Canvas, Picture, light
+from dynmoe_jax.training.formatting import decimals, percent
+from dynmoe_jax.training.summary import HeldOut
+
+_MARKERS = "osD^vP"
+_MAX_NAME = 28
+
+
+def routing_pictures(heldout: HeldOut, canvas: Canvas) -> dict[str, Picture]:
+    """The pictures by a short name; none for a dense model."""
+    if not heldout.experts_per_token_by_layer:
+        return {}
+    pictures = {"layers": _layers(heldout, canvas)}
+    if heldout.load_by_layer:
+        pictures["load"] = _load(np.array(heldout.load_by_layer, dtype=float), canvas)
+    if heldout.histogram_by_layer:
+        counts = np.nan_to_num(np.array(heldout.histogram_by_layer, dtype=float))
+        if counts.sum() > 0:
+            pictures["histogram"] = _histogram(counts, canvas)
+    return pictures
+
+
+def _layers(heldout: HeldOut, canvas: Canvas) -> Picture:
+    from matplotlib.ticker import MaxNLocator
+
+    means = heldout.experts_per_token_by_layer
+    rows = -(-len(heldout.domains) // 3)
+    figure, (axis,) = canvas.figure(height=3.0 + 0.18 * rows)
+    layers = range(len(means))
+    axis.bar(layers, means, width=0.72, color=light("line"), label="all held-out text")
+    for index, (name, domain) in enumerate(heldout.domains.items()):
+        if len(domain.experts_per_token_by_layer) != len(means):
+            continue
+        axis.plot(
+            layers,
+            domain.experts_per_token_by_layer,
+            linestyle="none",
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=4 if len(means) <= 24 else 2.8,
+            color=light(CYCLE[index % len(CYCLE)]),
+            label=_short(name),
+        )
+    axis.xaxis.set_major_locator(MaxNLocator(13, integer=True))
+    axis.grid(axis="x", visible=False)
+    axis.set_xlim(-0.7, max(len(means) - 0.3, 1.7))
+    axis.set(xlabel="MoE layer (0 is next to the embedding)", ylabel="experts per token")
+    figure.legend(loc="outside lower center", ncols=3)
+    return canvas.picture(
+        figure,
+        "Which layers, and which text, need more experts?",
+        "Bars are all held-out text, marks are its domains. Healthy: layers differ, and harder "
+        "text lies above easier text. Equal values everywhere mean that the number of experts "
+        "carries no information.",
+    )
+
+
+def _short(name: str) -> str:
+    # A leading underscore would hide the name from the legend; $ would start a formula.
+    name = name.lstrip("_").replace("$", r"\$") or "?"
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
+
+
+def _load(load_NE: np.ndarray, canvas: Canvas) -> Picture:
+    from matplotlib.ticker import MaxNLocator
+
+    even_N1 = load_NE.mean(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio_NE = np.log2(load_NE / even_N1)
+    finite = np.abs(ratio_NE[np.isfinite(ratio_NE)])
+    # Whole powers of two, so that the legend has round numbers; beyond 8x it saturates.
+    limit = float(np.clip(np.ceil(finite.max(initial=0.0)), 1, 3))
+    figure, (axis,) = canvas.figure(height=float(np.clip(1.8 + 0.16 * len(load_NE), 2.2, 5.4)))
+    image = axis.imshow(
+        np.clip(ratio_NE, -limit, limit),
+        cmap="PuOr_r",
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+        origin="lower",
+        interpolation="none",
+    )
+    unused = np.argwhere(load_NE == 0)
+    if len(unused):
+        axis.plot(unused[:, 1], unused[:, 0], "x", markersize=3.5, color=light("ink"))
+    axis.grid(False)
+    axis.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(9, integer=True))
+    axis.set(xlabel="expert", ylabel="MoE layer")
+    ticks = np.arange(-limit, limit + 1)
+    bar = figure.colorbar(image, ax=axis, ticks=ticks, pad=0.02, label="load / even share")
+    bar.ax.set_yticklabels([_times(tick, limit) for tick in ticks])
+    bar.outline.set_visible(False)
+    found = (
+        f"{len(unused)} of {load_NE.size} experts were never chosen (×). " if len(unused) else ""
+    )
+    return canvas.picture(
+        figure,
+        "Which experts do the work?",
+        f"{found}White is an even share of the layer's tokens, orange is more, purple is less. "
+        "Healthy: a patchwork of pale colours. Dark orange columns of a few experts beside dark "
+        "purple ones mean that the balance loss is too weak.",
+    )
+
+
+def _times(power: float, limit: float) -> str:
+    name = f"{2**power:g}×" if power >= 0 else f"1/{2**-power:g}×"
+    bound = {limit: "≥ ", -limit: "≤ "}.get(power, "")
+    return f"{bound}{name}" + (" (even)" if power == 0 else "")
+
+
+def _histogram(counts: np.ndarray, canvas: Canvas) -> Picture:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    overall = counts.sum(0) / counts.sum()
+    first = 0 if overall[0] > 0 else 1
+    numbers = np.arange(len(overall))[first:]
+    figure, (axis,) = canvas.figure()
+    axis.bar(numbers, overall[first:], width=0.78, color=light("sky"), label="all layers")
+    if len(shares) > 1:
+        for row, color, name in ((0, "orange", "first"), (-1, "purple", "last")):
+            axis.plot(
+                numbers,
+                shares[row, first:],
+                color=light(color),
+                linewidth=1.2,
+                marker="o",
+                markersize=3,
+                label=f"{name} layer",
+            )
+    mean = float((overall * np.arange(len(overall))).sum())
+    axis.axvline(
+        mean,
+        color=light("ink"),
+        linewidth=1,
+        linestyle=(0, (4, 3)),
+        label=f"mean {decimals(mean, 2)}",
+    )
+    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axis.grid(axis="x", visible=False)
+    axis.set(xlabel="experts used by a token in a layer", ylabel="share of held-out tokens")
+    axis.legend()
+    full = overall[-1]
+    return canvas.picture(
+        figure,
+        "How unequal are tokens?",
+        "Healthy: most tokens need few experts and a tail of hard ones needs many. "
+        f"{percent(full)} used the most that the threshold can allow ({len(overall) - 1}).",
+    )

@@ -1,0 +1,54 @@
+"""The feed-forward of a layer: dense SwiGLU, or experts chosen by a router.
+
+Axis legend: T tokens, D model width, E experts, F hidden width.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dynmoe_jax import config
+from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, swiglu
+from dynmoe_jax.model.layers import compute_dtype, matrix
+from dynmoe_jax.routing import Routing, make_router
+
+
+class DenseFeedForward(nnx.Module):
+    """SwiGLU (arXiv 2002.05202) without biases."""
+
+    def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+        D, F = model.width, model.hidden_width
+        self.gate_up_D2F = matrix(rngs, (D, 2, F), model.init_std)
+        self.down_FD = matrix(rngs, (F, D), model.init_std)
+        self.dtype = compute_dtype(model)
+
+    def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """down(silu(x gate) * (x up))."""
+        gate_up_T2F = jnp.einsum("td,dif->tif", x_TD, self.gate_up_D2F[...].astype(self.dtype))
+        return swiglu(gate_up_T2F) @ self.down_FD[...].astype(self.dtype)
+
+
+class MoEFeedForward(nnx.Module):
+    """A router, and the experts it chooses from."""
+
+    def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+        D, E, F = model.width, model.moe.num_experts, model.moe.hidden_width
+        self.router_DE = matrix(rngs, (D, E), model.init_std)
+        self.gate_up_ED2F = matrix(rngs, (E, D, 2, F), model.init_std)
+        self.down_EFD = matrix(rngs, (E, F, D), model.init_std)
+        self.dtype = compute_dtype(model)
+        self.route = make_router(model.moe)
+        self.backend = make_backend(model.moe)
+        self.rows_per_token = model.moe.rows_per_token
+
+    def __call__(
+        self, x_TD: Float[Array, "T D"], valid_T: Bool[Array, "T"]
+    ) -> tuple[Float[Array, "T D"], Routing, Int[Array, ""]]:
+        """Returns (y_TD, routing, rows dropped); a token that is not valid uses no expert."""
+        logits_TE = x_TD.astype(jnp.float32) @ self.router_DE[...]
+        routing = self.route(logits_TE, valid_T)
+        weights = ExpertWeights(
+            self.gate_up_ED2F[...].astype(self.dtype), self.down_EFD[...].astype(self.dtype)
+        )
+        y_TD, dropped = apply_experts(x_TD, routing, weights, self.backend, self.rows_per_token)
+        return y_TD, routing, dropped

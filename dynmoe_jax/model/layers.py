@@ -1,0 +1,46 @@
+"""Small parts that every layer uses: initial matrices, norms, rotary positions.
+
+Axis legend: B batch, L positions, H heads, W width of a head, D model width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dynmoe_jax import config
+
+
+def compute_dtype(model: config.Model, platform: str | None = None) -> jnp.dtype:
+    """The type that ``config.model.dtype`` names; ``auto`` is float32 on CPU, else bfloat16."""
+    if model.dtype != "auto":
+        return jnp.dtype(model.dtype)
+    return jnp.dtype("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16")
+
+
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2)."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def rms_norm(model: config.Model, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm over D (arXiv 1910.07467); statistics in float32, output in the compute type."""
+    return nnx.RMSNorm(
+        model.width, epsilon=model.norm_epsilon, dtype=compute_dtype(model), rngs=rngs
+    )
+
+
+def rotate(
+    x_BLHW: Float[Array, "B L H W"], positions_BL: Int[Array, "B L"], theta: float
+) -> Float[Array, "B L H W"]:
+    """Rotary position embedding (arXiv 2104.09864), halves rotated as in Llama.
+
+    Component i is paired with component i + W/2 and turned by ``position * theta^(-2i/W)``.
+    """
+    half = x_BLHW.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BL[..., None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BLHW.dtype)

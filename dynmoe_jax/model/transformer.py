@@ -1,0 +1,209 @@
+"""The decoder: embed, N layers of attention and feed-forward, norm, logits.
+
+Layers are stacked and scanned, so compile time does not grow with depth.  Where every n-th layer
+is MoE, the scanned unit is a group of n layers, the first of which is MoE.
+
+Axis legend: B batch, L positions, T = B L tokens, D model width, V vocabulary, N MoE layers,
+E experts, K slots per token.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dynmoe_jax import config
+from dynmoe_jax.model.attention import Attention
+from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
+from dynmoe_jax.model.layers import compute_dtype, matrix, rms_norm
+from dynmoe_jax.routing import Routing
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerRouting:
+    """What losses and reports need to know of the routing of N MoE layers.
+
+    Attributes:
+      by_layer: a Routing whose arrays are stacked: [N, T, K] and [N, T, E].
+      valid_BL: False for padding.
+      rows_dropped_N: rows that a budget or a capacity left out.
+    """
+
+    by_layer: Routing
+    valid_BL: Bool[Array, "B L"]
+    rows_dropped_N: Int[Array, "N"]
+
+    @property
+    def valid_T(self) -> Bool[Array, "T"]:
+        """valid_BL, flattened like the tokens of ``by_layer``."""
+        return self.valid_BL.reshape(-1)
+
+    @property
+    def experts_per_token(self) -> Int[Array, "N B L"]:
+        """Experts that each token used in each MoE layer."""
+        return self.by_layer.experts_per_token_T.reshape(-1, *self.valid_BL.shape)
+
+    @property
+    def probs(self) -> Float[Array, "N B L E"]:
+        """Router probabilities."""
+        return self.by_layer.probs_TE.reshape(-1, *self.valid_BL.shape, self.by_layer.num_experts)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderOutput:
+    """What a decoder returns.
+
+    Attributes:
+      logits: [B, L, V], float32.
+      routing: of the MoE layers; None in a dense model.
+    """
+
+    logits: Float[Array, "B L V"]
+    routing: LayerRouting | None
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, model: config.Model, is_moe: bool, *, rngs: nnx.Rngs):
+        self.attention_norm = rms_norm(model, rngs)
+        self.attention = Attention(model, rngs=rngs)
+        self.feed_forward_norm = rms_norm(model, rngs)
+        feed_forward = MoEFeedForward if is_moe else DenseFeedForward
+        self.feed_forward = feed_forward(model, rngs=rngs)
+        self.is_moe = is_moe
+
+    def __call__(self, x_BLD, segment_ids_BL, positions_BL):
+        """Returns (x_BLD, None) or, for an MoE layer, (x_BLD, (routing, rows dropped))."""
+        x_BLD += self.attention(self.attention_norm(x_BLD), segment_ids_BL, positions_BL)
+        flat_TD = self.feed_forward_norm(x_BLD).reshape(-1, x_BLD.shape[-1])
+        if not self.is_moe:
+            return x_BLD + self.feed_forward(flat_TD).reshape(x_BLD.shape), None
+        y_TD, *routed = self.feed_forward(flat_TD, segment_ids_BL.reshape(-1) > 0)
+        return x_BLD + y_TD.reshape(x_BLD.shape), tuple(routed)
+
+
+class LayerGroup(nnx.Module):
+    """The scanned unit: one MoE layer and the dense layers up to the next one."""
+
+    def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+        # The first of a group, as in the released code of the Top-P paper.
+        every = model.moe.every_n_layers
+        self.layers = nnx.List(
+            Layer(model, bool(every) and i == 0, rngs=rngs) for i in range(every or 1)
+        )
+
+    def __call__(self, x_BLD, segment_ids_BL, positions_BL):
+        """Returns (x_BLD, what the group's MoE layer recorded)."""
+        record = None
+        for layer in self.layers:
+            x_BLD, routed = layer(x_BLD, segment_ids_BL, positions_BL)
+            record = routed or record
+        return x_BLD, record
+
+
+class Decoder(nnx.Module):
+    """A Llama-style decoder with Top-P (or other) Mixture-of-Experts feed-forwards."""
+
+    def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+        """Draws the parameters: every matrix from N(0, init_std^2), norms at one.
+
+        Raises:
+          ConfigError: the router is not causal.
+        """
+        self.config = model
+        self.embedding_VD = matrix(rngs, (model.vocab_size, model.width), model.init_std)
+        groups = model.num_layers // (model.moe.every_n_layers or 1)
+        self.groups = _stacked(model, groups, rngs)
+        self.norm = rms_norm(model, rngs)
+        if not model.tie_embeddings:
+            self.head_DV = matrix(rngs, (model.width, model.vocab_size), model.init_std)
+        _check_causal(self.groups, model)
+
+    @property
+    def output_DV(self) -> Float[Array, "D V"]:
+        """The output projection, in the compute type."""
+        head = self.embedding_VD[...].T if self.config.tie_embeddings else self.head_DV[...]
+        return head.astype(compute_dtype(self.config))
+
+    def hidden(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        segment_ids_BL: Int[Array, "B L"] | None = None,
+        positions_BL: Int[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], LayerRouting | None]:
+        """All of the decoder but the output projection.
+
+        Args:
+          tokens_BL: token ids.
+          segment_ids_BL: which document a position belongs to; 0 is padding.  None: one document.
+          positions_BL: position within the document; None: 0, 1, 2, …
+
+        Returns:
+          the normed residual stream, and the routing of the MoE layers (None if dense).
+        """
+        if segment_ids_BL is None:
+            segment_ids_BL = jnp.ones_like(tokens_BL)
+        if positions_BL is None:
+            positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+        x_BLD = self.embedding_VD[...].astype(compute_dtype(self.config))[tokens_BL]
+
+        structure, params = nnx.split(self.groups)
+
+        def apply_group(x_BLD, params):
+            return nnx.merge(structure, params)(x_BLD, segment_ids_BL, positions_BL)
+
+        if self.config.remat != "none":
+            policy = REMAT_POLICIES[self.config.remat]
+            apply_group = jax.checkpoint(apply_group, policy=policy, prevent_cse=False)
+        x_BLD, record = jax.lax.scan(apply_group, x_BLD, params)
+        routing = record and LayerRouting(record[0], segment_ids_BL > 0, record[1])
+        return self.norm(x_BLD), routing
+
+    def __call__(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        segment_ids_BL: Int[Array, "B L"] | None = None,
+        positions_BL: Int[Array, "B L"] | None = None,
+    ) -> DecoderOutput:
+        """Logits of the next token at every position; arguments as in :meth:`hidden`."""
+        x_BLD, routing = self.hidden(tokens_BL, segment_ids_BL, positions_BL)
+        logits = jnp.einsum(
+            "bld,dv->blv", x_BLD, self.output_DV, preferred_element_type=jnp.float32
+        )
+        return DecoderOutput(logits, routing)
+
+
+def _stacked(model: config.Model, groups: int, rngs: nnx.Rngs) -> LayerGroup:
+    """One LayerGroup whose parameters carry a leading axis over the groups."""
+
+    @nnx.split_rngs(splits=groups)
+    @nnx.vmap(in_axes=0, out_axes=0, axis_size=groups)
+    def make(rngs):
+        return LayerGroup(model, rngs=rngs)
+
+    return make(rngs)
+
+
+def _check_causal(groups: LayerGroup, model: config.Model) -> None:
+    first = groups.layers[0].feed_forward
+    if isinstance(first, MoEFeedForward) and not first.route.causal:
+        raise config.ConfigError(
+            f"config.model.moe.router={model.moe.router!r} looks at later tokens, which a decoder "
+            "cannot; use a causal router such as top_p."
+        )
+
+
+def parameter_shapes(model: config.Model) -> nnx.State:
+    """Shapes of all parameters, without allocating any."""
+    return nnx.state(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))), nnx.Param)

@@ -1,0 +1,29 @@
+"""What is logged and plotted about routing."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dynmoe_jax.routing.record import Routing
+
+
+def mean_experts_per_token(routing: Routing, valid_T: Bool[Array, "T"]) -> Float[Array, "*N"]:
+    """Mean number of experts over the valid tokens."""
+    total = jnp.sum(routing.experts_per_token_T, axis=-1)
+    return total / jnp.maximum(jnp.sum(valid_T), 1)
+
+
+def load_imbalance(load_E: Int[Array, "*N E"]) -> Float[Array, "*N"]:
+    """Load of the busiest expert over the mean load; 1 is perfect, E is total collapse."""
+    return jnp.max(load_E, axis=-1) / jnp.maximum(jnp.mean(load_E, axis=-1), 1e-9)
+
+
+def unused_experts(load_E: Int[Array, "*N E"]) -> Int[Array, ""]:
+    """Experts that no token chose, over all layers."""
+    return jnp.sum(load_E == 0)
+
+
+def count_histogram(routing: Routing, valid_T: Bool[Array, "T"]) -> Int[Array, "*N K+1"]:
+    """Valid tokens by the number of experts they use, 0 to K."""
+    counts_K = jnp.arange(routing.slots + 1)
+    same = (routing.experts_per_token_T[..., None] == counts_K) & valid_T[:, None]
+    return jnp.sum(same, axis=-2, dtype=jnp.int32)

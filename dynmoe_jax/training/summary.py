@@ -1,0 +1,101 @@
+"""What a finished run has to say for itself: ``summary.json``.
+
+The closing table (:mod:`.summary_tables`) and the report (:mod:`dynmoe_jax.evaluation.report`)
+are both drawn from this one record, and a command that is run again on a complete run reads it
+back instead of training.
+
+Axis letters: N MoE layers, E experts, K the bound on experts per token.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from dynmoe_jax.training.records import from_json, to_json, write_atomically
+
+FILE_NAME = "summary.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainResult:
+    """How well one held-out domain is predicted, and with how many experts."""
+
+    loss: float  # nats per token
+    bits_per_byte: float
+    tokens: int
+    experts_per_token: float = math.nan  # mean over tokens and layers; NaN in a dense model
+    experts_per_token_by_layer: list[float] = dataclasses.field(default_factory=list)  # [N]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Evaluation on the held-out split.  Lists are empty in a dense model."""
+
+    loss: float  # nats per token, over all domains
+    bits_per_byte: float
+    unigram_entropy: float  # nats per token of these tokens under their own unigram distribution
+    domains: dict[str, DomainResult]
+    experts_per_token_by_layer: list[float] = dataclasses.field(default_factory=list)  # [N]
+    # Share of the tokens that chose each expert: a row sums to the layer's experts per token.
+    load_by_layer: list[list[float]] = dataclasses.field(default_factory=list)  # [N][E]
+    # How many tokens used 0, 1, … K experts.
+    histogram_by_layer: list[list[int]] = dataclasses.field(default_factory=list)  # [N][K + 1]
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean over tokens and MoE layers; NaN in a dense model."""
+        layers = self.experts_per_token_by_layer
+        return sum(layers) / len(layers) if layers else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What the model wrote."""
+
+    prompt: str
+    text: str  # the continuation, without the prompt
+    # (text of a token, its mean experts over the layers); joined, they are ``text``.
+    pieces: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The results of a run."""
+
+    complete: bool
+    step: int  # steps done
+    steps: int  # steps asked for
+    parameters: int
+    active_parameters: float  # mean per token
+    heldout: HeldOut
+    tokens_per_second: float  # median over the logged steps
+    mfu: float  # share of the hardware's peak; NaN where the peak is unknown
+    # By activity: "data preparation", "compile", "data waiting", "step", "evaluation"; and "total".
+    seconds: dict[str, float]
+    sample: Sample
+    paths: dict[str, str]  # what is there -> path relative to the run's folder
+
+
+def write_summary(workdir: Path, summary: Summary) -> Path:
+    """Writes ``summary.json`` atomically and returns its path."""
+    path = workdir / FILE_NAME
+    write_atomically(path, to_json(dataclasses.asdict(summary), indent=2) + "\n")
+    return path
+
+
+def read_summary(workdir: Path) -> Summary | None:
+    """The run's summary, or None where no run has written one."""
+    path = workdir / FILE_NAME
+    return _build(from_json(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def _build(record: dict[str, Any]) -> Summary:
+    heldout, sample = record.pop("heldout"), record.pop("sample")
+    domains = {name: DomainResult(**domain) for name, domain in heldout.pop("domains").items()}
+    pieces = [(text, experts) for text, experts in sample.pop("pieces")]
+    return Summary(
+        **record,
+        heldout=HeldOut(**heldout, domains=domains),
+        sample=Sample(**sample, pieces=pieces),
+    )

@@ -1,0 +1,180 @@
+"""Every expert backend against the oracle: values and all gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from dynmoe_jax import config
+from dynmoe_jax.experts import ExpertWeights, make_backend, rows_from_routing
+from dynmoe_jax.experts.reference import reference_experts
+from dynmoe_jax.routing import TopK, TopP
+
+BACKENDS = {
+    "capacity": make_backend(config.MoE(backend="capacity", capacity_factor=1e6)),
+    "blocks": make_backend(config.MoE(backend="grouped"), "cpu"),
+    "ragged": make_backend(config.MoE(backend="grouped"), "gpu"),
+    "reference": make_backend(config.MoE(backend="reference")),
+}
+E, D, F = 4, 16, 24
+
+
+def draw_weights(seed=0, dtype=jnp.float32):
+    gate_up, down = jax.random.split(jax.random.key(seed))
+    return ExpertWeights(
+        (jax.random.normal(gate_up, (E, D, 2, F)) / 4).astype(dtype),
+        (jax.random.normal(down, (E, F, D)) / 5).astype(dtype),
+    )
+
+
+def draw_case(case, tokens, dtype=jnp.float32):
+    """(x_TD, logits_TE, valid_T, router) of one named situation."""
+    x_key, logit_key = jax.random.split(jax.random.key(1))
+    x_TD = jax.random.normal(x_key, (tokens, D)).astype(dtype)
+    logits_TE = jax.random.normal(logit_key, (tokens, E))
+    valid_T = jnp.ones(tokens, bool)
+    router = TopP(E, 0.6)
+    if case == "top_2":
+        router = TopK(E, 2)
+    elif case == "empty_experts":
+        logits_TE = logits_TE.at[:, 1].add(-50.0)
+    elif case == "one_takes_all":
+        logits_TE = logits_TE.at[:, 2].add(50.0)
+    elif case == "zero_rows":
+        valid_T = jnp.zeros(tokens, bool)
+    elif case == "padding_tokens":
+        valid_T = jnp.arange(tokens) % 3 > 0
+        x_TD = jnp.where(valid_T[:, None], x_TD, jnp.nan)
+    return x_TD, logits_TE, valid_T, router
+
+
+def layer(backend, router, valid_T, poison=False):
+    """(x, logits, weights) -> y, through routing and rows."""
+
+    def run(x_TD, logits_TE, weights):
+        rows = rows_from_routing(router(logits_TE, valid_T))
+        if poison:
+            # What lies beyond the groups must not be read: a token that holds NaN, weight NaN.
+            rows = dataclasses.replace(
+                rows,
+                token_R=jnp.where(rows.used_R, rows.token_R, 0),
+                weight_R=jnp.where(rows.used_R, rows.weight_R, jnp.nan),
+            )
+        return backend(x_TD, rows, weights)
+
+    return run
+
+
+def value_and_gradients(run, x_TD, logits_TE, weights):
+    mix_TD = jax.random.normal(jax.random.key(9), x_TD.shape)
+
+    def loss(x_TD, logits_TE, weights):
+        y_TD, dropped = run(x_TD, logits_TE, weights)
+        return jnp.sum(y_TD.astype(jnp.float32) * mix_TD), (y_TD, dropped)
+
+    grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (_, (y_TD, dropped)), gradients = grad(x_TD, logits_TE, weights)
+    return (y_TD, gradients), dropped
+
+
+def assert_close(actual, wanted, tolerance):
+    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
+        assert np.all(np.isfinite(a))
+        assert np.linalg.norm(a - w) <= tolerance * max(np.linalg.norm(w), 1e-30)
+
+
+CASES = ["top_p", "top_2", "empty_experts", "one_takes_all", "zero_rows", "padding_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("case", "tokens"), [("top_p", 1), ("top_p", 300), *((case, 37) for case in CASES[1:])]
+)
+@pytest.mark.parametrize("name", ["capacity", "blocks", "ragged"])
+def test_backend_equals_reference(name, case, tokens):
+    x_TD, logits_TE, valid_T, router = draw_case(case, tokens)
+    weights = draw_weights()
+    wanted, _ = value_and_gradients(
+        layer(reference_experts, router, valid_T), x_TD, logits_TE, weights
+    )
+    actual, dropped = value_and_gradients(
+        layer(BACKENDS[name], router, valid_T), x_TD, logits_TE, weights
+    )
+    assert dropped == 0
+    assert_close(actual, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["capacity", "blocks", "ragged"])
+def test_backend_equals_reference_in_bfloat16(name):
+    x_TD, logits_TE, valid_T, router = draw_case("top_p", 300, jnp.bfloat16)
+    wanted, _ = value_and_gradients(
+        layer(reference_experts, router, valid_T),
+        x_TD.astype(jnp.float32),
+        logits_TE,
+        jax.tree.map(lambda w: w.astype(jnp.float32), draw_weights(dtype=jnp.bfloat16)),
+    )
+    actual, _ = value_and_gradients(
+        layer(BACKENDS[name], router, valid_T), x_TD, logits_TE, draw_weights(dtype=jnp.bfloat16)
+    )
+    assert_close(actual, wanted, 2e-2)
+
+
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_padding_rows_poisoned_with_nan_change_nothing(name):
+    x_TD, logits_TE, valid_T, router = draw_case("padding_tokens", 90)
+    weights = draw_weights()
+    clean, _ = value_and_gradients(
+        layer(BACKENDS[name], router, valid_T), x_TD, logits_TE, weights
+    )
+    poisoned, _ = value_and_gradients(
+        layer(BACKENDS[name], router, valid_T, poison=True), x_TD, logits_TE, weights
+    )
+    assert not valid_T[0]
+    assert np.all(np.isnan(x_TD[0]))
+    assert_close(poisoned, clean, 1e-6)
+
+
+def test_reference_equals_a_loop_over_tokens():
+    x_TD, logits_TE, valid_T, router = draw_case("top_p", 11)
+    weights = draw_weights()
+    routing = router(logits_TE, valid_T)
+    y_TD, _ = reference_experts(x_TD, rows_from_routing(routing), weights)
+    for t in range(11):
+        y_D = np.zeros(D)
+        for expert, weight in zip(routing.expert_TK[t], routing.weight_TK[t], strict=True):
+            if expert < E:
+                gate_D, up_D = np.einsum("d,dif->if", x_TD[t], weights.gate_up_ED2F[expert])
+                hidden = gate_D / (1 + np.exp(-gate_D)) * up_D
+                y_D += float(weight) * (hidden @ np.asarray(weights.down_EFD[expert]))
+        np.testing.assert_allclose(y_TD[t], y_D, rtol=1e-4, atol=1e-5)
+
+
+def test_block_gradients_agree_with_finite_differences():
+    x_TD, logits_TE, valid_T, router = draw_case("top_p", 9)
+    weights = draw_weights()
+    # The choice of experts is discrete; the logits' gradient is the oracle test's business.
+    rows = rows_from_routing(router(logits_TE, valid_T))
+
+    def loss(x_TD, weight_R, weights):
+        y_TD, _ = BACKENDS["blocks"](x_TD, dataclasses.replace(rows, weight_R=weight_R), weights)
+        return jnp.sum(jnp.sin(y_TD))
+
+    check_grads(
+        jax.jit(loss), (x_TD, rows.weight_R, weights), order=1, modes=["rev"], atol=1e-2, rtol=1e-2
+    )
+
+
+def test_capacity_drops_the_latest_rows_and_counts_them():
+    # Six tokens, one expert each, all on expert 0; C = ceil(1.0 * 6 / 4) = 2 slots.
+    x_TD = jax.random.normal(jax.random.key(0), (6, D))
+    logits_TE = jnp.zeros((6, E)).at[:, 0].set(5.0)
+    rows = rows_from_routing(TopK(E, 1)(logits_TE, jnp.ones(6, bool)))
+    backend = make_backend(config.MoE(backend="capacity", capacity_factor=1.0))
+    y_TD, dropped = backend(x_TD, rows, draw_weights())
+    exact_TD, _ = reference_experts(x_TD, rows, draw_weights())
+    assert dropped == 4
+    np.testing.assert_allclose(y_TD[:2], exact_TD[:2], rtol=1e-5, atol=1e-6)
+    assert np.all(np.asarray(y_TD[2:]) == 0)
