@@ -33,12 +33,14 @@ def print_summary(summary: Summary, workdir: Path) -> None:
     parts = [_headline(summary), _domains(summary)]
     if summary.heldout.experts_per_token_by_layer:
         parts.append(_layers(summary))
-    parts += [_seconds(summary), *_sample(summary), _paths(summary, workdir)]
+    parts += [_seconds(summary), *_sample(summary)]
     console.print()
     console.print(Rule(f"[bold]{title}", style="cyan"))
     for part in parts:
         console.print()
-        console.print(Padding(part, (0, 1)))
+        console.print(Padding(part, (0, 1), expand=False))
+    console.print()
+    _print_paths(summary, workdir)
     console.print()
 
 
@@ -158,6 +160,9 @@ def _sample(summary: Summary) -> list[Text]:
     return [Text("Sample", style="bold"), text]
 
 
-def _paths(summary: Summary, workdir: Path) -> Table:
-    rows = ((name, Text(str(workdir / path))) for name, path in summary.paths.items())
-    return _pairs(rows)
+def _print_paths(summary: Summary, workdir: Path) -> None:
+    """Where everything is, a line each; a path is never broken, so that it can be copied."""
+    width = max(map(len, summary.paths), default=0)
+    for name, path in summary.paths.items():
+        line = Text.assemble(" ", (f"{name:<{width}}", "cyan"), f"   {workdir / path}")
+        console.print(line, soft_wrap=True)
