@@ -1,0 +1,52 @@
+"""AdamW with clipping, and the shapes of the learning rate."""
+
+import jax
+import optax
+
+from dynmoe_jax import config
+
+
+def make_schedule(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate by step, counted from 0.
+
+    The warm-up is cut short if it would take more than half of the run.
+    """
+    peak, final = optimizer.learning_rate, optimizer.learning_rate * optimizer.final_fraction
+    warmup = min(optimizer.warmup_steps, steps // 2)
+    # The first step already learns: the ramp goes from peak/(warmup+1), not from 0.
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    if optimizer.schedule == "constant":
+        return optax.join_schedules([ramp, optax.constant_schedule(peak)], [warmup])
+    if optimizer.schedule == "warmup_cosine":
+        decay = optax.cosine_decay_schedule(peak, max(1, steps - warmup), optimizer.final_fraction)
+        return optax.join_schedules([ramp, decay], [warmup])
+    down = max(1, round(steps * optimizer.decay_fraction))
+    decay = optax.linear_schedule(peak, final, down)
+    flat = optax.constant_schedule(peak)
+    start = max(warmup, steps - down)
+    return optax.join_schedules([ramp, flat, decay], [warmup, start])
+
+
+def make_optimizer(
+    optimizer: config.Optimizer, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW (arXiv 1711.05101) with decay on matrices only."""
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+            mask=is_matrix,
+        ),
+    )
+
+
+def is_matrix(params):
+    """True for every parameter but the scales of norms.
+
+    By name: a norm's scale is stacked over layers, so its rank does not tell it from a matrix.
+    """
+    return jax.tree.map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), params)
