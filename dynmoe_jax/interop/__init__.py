@@ -1,0 +1,10 @@
+"""Hugging Face checkpoints in and out.
+
+An architecture is one table: names of foreign tensors, the parameter of ours that each is a slice
+of, and the layout between the two (:mod:`.mapping`).  The same table reads both ways.
+"""
+
+from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.load import load_hf
+
+__all__ = ["CheckpointError", "load_hf"]

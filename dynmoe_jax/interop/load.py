@@ -1,0 +1,106 @@
+"""A folder in Hugging Face's format as a :class:`Decoder`."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dynmoe_jax import config
+from dynmoe_jax.interop.architecture import Architecture
+from dynmoe_jax.interop.dynamic_moe import DYNAMIC_MOE
+from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.mapping import Place, fill, places
+from dynmoe_jax.interop.tensor_files import read_json, read_tensors, tensor_files, tensor_shapes
+from dynmoe_jax.model import Decoder, parameter_shapes
+
+ARCHITECTURES: dict[str, Architecture] = {"MoEForCausalLM": DYNAMIC_MOE}
+"""By the name that ``config.json`` gives under ``architectures``; a new one adds its line."""
+
+
+def load_hf(path: str | os.PathLike, **overrides: Any) -> Decoder:
+    """Loads a checkpoint in Hugging Face's format.
+
+    Args:
+      path: a folder with ``config.json`` and ``model.safetensors``, or several safetensors files
+        with ``model.safetensors.index.json``.
+      overrides: fields of :class:`config.Model` or of :class:`config.MoE` to set, such as
+        ``backend="grouped"`` or ``dtype="bfloat16"``.
+
+    Returns:
+      the decoder, with float32 parameters.
+
+    Raises:
+      CheckpointError: the folder is incomplete, the architecture is not known, or a tensor is
+        unknown, missing or of another shape than the configuration says.
+      ConfigError: an override does not exist, or a setting is of the wrong type or out of range.
+    """
+    folder = Path(path)
+    settings = read_json(folder / "config.json")
+    architecture = _architecture(settings)
+    model = with_overrides(architecture.model_from_hf(settings), overrides)
+    files = tensor_files(folder)
+    shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
+    found = places(architecture.rules, model, shapes)
+    _check_tensors(found, shapes, tensor_shapes(files), architecture.ignored)
+    parameters = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    fill(found, read_tensors(files, found), parameters)
+    return _decoder(model, parameters)
+
+
+def with_overrides(model: config.Model, overrides: Mapping[str, Any]) -> config.Model:
+    """The model with some settings changed, all of them checked.
+
+    Raises:
+      ConfigError: a name does not exist, or a value has the wrong type or is out of range.
+    """
+    settings = config.to_dict(model)
+    for name, value in overrides.items():
+        group = settings if name in settings else settings["moe"]
+        if name not in group:
+            raise config.unknown_setting(f"model.{name}")
+        group[name] = value
+    seq_len = min(config.Data.seq_len, model.max_seq_len)
+    return config.from_config_dict({"model": settings, "data": {"seq_len": seq_len}}).model
+
+
+def _architecture(settings: Mapping[str, Any]) -> Architecture:
+    names = settings.get("architectures") or ["none"]
+    if names[0] not in ARCHITECTURES:
+        raise CheckpointError(
+            f"config.json names the architecture {names[0]!r}; known are: "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[names[0]]
+
+
+def _check_tensors(
+    found: Mapping[str, Place],
+    shapes: Mapping[tuple, tuple[int, ...]],
+    given: Mapping[str, tuple[int, ...]],
+    ignored: tuple[str, ...],
+) -> None:
+    for name in sorted(given.keys() - found.keys()):
+        if not any(re.fullmatch(pattern, name) for pattern in ignored):
+            raise CheckpointError(f"tensor {name} has no place in the model of config.json.")
+    for name, place in found.items():
+        if name not in given:
+            raise CheckpointError(f"tensor {name} is missing.")
+        wanted = place.layout.foreign_shape(place.shape(shapes))
+        if given[name] != wanted:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(given[name])}, but config.json asks for "
+                f"{list(wanted)}."
+            )
+
+
+def _decoder(model: config.Model, parameters: dict[tuple, np.ndarray]) -> Decoder:
+    """A decoder around given parameters; none are drawn first."""
+    structure, state = nnx.split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
+    # Popped, so that no more than one parameter exists twice.
+    leaves = [(p, leaf.replace(jnp.asarray(parameters.pop(p)))) for p, leaf in state.flat_state()]
+    return nnx.merge(structure, nnx.from_flat_state(leaves))

@@ -1,0 +1,110 @@
+"""From a table of rules to the place of every foreign tensor in our parameters, and back.
+
+Our layers are stacked and our experts are one array, so most foreign tensors are slices: layer i
+lives at index ``i // n`` of the stack of member ``i % n`` of the scanned group of n layers.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dynmoe_jax import config
+from dynmoe_jax.interop.layouts import LINEAR, Layout, Shape
+
+Path = tuple[str | int, ...]
+GATE, UP = 0, 1
+"""Index of each half of a fused gate-up parameter [..., 2, F]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of an architecture's table.
+
+    Attributes:
+      name: foreign name; ``{layer}`` and ``{expert}`` stand for numbers.
+      parameter: dotted path of ours, from the layer on if ``name`` holds ``{layer}``.  A rule
+        applies where the parameter exists: an MoE layer has no dense feed-forward.
+      layout: between the tensor and our slice.
+      half: GATE or UP if our slice is one half of a fused gate-up parameter.
+    """
+
+    name: str
+    parameter: str
+    layout: Layout = LINEAR
+    half: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one foreign tensor lives: the slice ``index`` of the parameter at ``path``."""
+
+    path: Path
+    index: tuple[Any, ...]
+    layout: Layout
+
+    def shape(self, shapes: Mapping[Path, Shape]) -> Shape:
+        """Shape of our slice."""
+        # A broadcast scalar allocates nothing, whatever its shape.
+        return np.broadcast_to(np.float32(0), shapes[self.path])[self.index].shape
+
+
+def places(
+    rules: Iterable[Rule], model: config.Model, shapes: Mapping[Path, Shape]
+) -> dict[str, Place]:
+    """The place of every foreign tensor of a model, by foreign name.
+
+    Args:
+      rules: the architecture's table.
+      model: the settings of the model.
+      shapes: shapes of our parameters, by path.
+    """
+    found = {}
+    for rule in rules:
+        layers = range(model.num_layers) if "{layer}" in rule.name else [None]
+        for layer in layers:
+            path, index = _locate(rule, layer, model)
+            if path not in shapes:
+                continue
+            experts = range(shapes[path][len(index)]) if "{expert}" in rule.name else [None]
+            for expert in experts:
+                name = rule.name.format(layer=layer, expert=expert)
+                found[name] = Place(path, _index(index, expert, rule.half), rule.layout)
+    return found
+
+
+def _locate(rule: Rule, layer: int | None, model: config.Model) -> tuple[Path, tuple[int, ...]]:
+    """Path of the parameter, and the index into its stack if it has one."""
+    path = tuple(rule.parameter.split("."))
+    if layer is None:
+        return path, ()
+    group, member = divmod(layer, model.moe.every_n_layers or 1)
+    return ("groups", "layers", member, *path), (group,)
+
+
+def _index(stack: tuple[int, ...], expert: int | None, half: int | None) -> tuple[Any, ...]:
+    index = stack if expert is None else (*stack, expert)
+    return index if half is None else (*index, ..., half, slice(None))
+
+
+def to_tensors(
+    found: Mapping[str, Place], parameters: Mapping[Path, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Our parameters, or anything of their structure such as gradients, as foreign tensors."""
+    return {
+        name: place.layout.to_foreign(np.asarray(parameters[place.path])[place.index])
+        for name, place in found.items()
+    }
+
+
+def fill(
+    found: Mapping[str, Place],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    parameters: Mapping[Path, np.ndarray],
+) -> None:
+    """Writes foreign tensors to their places in ``parameters``, one at a time."""
+    for name, tensor in tensors:
+        place = found[name]
+        target = parameters[place.path]
+        target[place.index] = place.layout.to_ours(tensor, target[place.index].shape)
