@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dynmoe_jax.config import Config, differences, walk
 from dynmoe_jax.evaluation.report_figures import training_pictures
 from dynmoe_jax.evaluation.report_routing_figures import routing_pictures
@@ -23,10 +25,11 @@ from dynmoe_jax.training.summary import Sample, Summary
 
 FILE_NAME = "report.html"
 
-# Heading, what the section is about, names of its pictures.
+_COUNTS = "Experts per token"
+# Heading, names of the section's pictures.
 _SECTIONS = (
     ("Learning", ("loss", "auxiliary")),
-    ("Experts per token", ("experts", "experts_by_layer", "layers", "histogram")),
+    (_COUNTS, ("experts", "experts_by_layer", "layers", "histogram")),
     ("Load of the experts", ("load", "imbalance")),
     ("Optimiser and speed", ("optimizer", "speed")),
 )
@@ -51,12 +54,16 @@ def write_report(
     with figure_style():
         pictures = training_pictures(history, summary, canvas)
         pictures |= routing_pictures(summary.heldout, canvas)
+    fixed = _fixed_count(history, summary)
+    if fixed:
+        pictures = {n: p for n, p in pictures.items() if n not in dict(_SECTIONS)[_COUNTS]}
     name = workdir.resolve().name
     body = [
         f"<h1>{_text(name)}</h1>",
         _lead(config, summary),
         _warnings(history, summary),
         _cards(summary),
+        f'<p class="soft">{_text(fixed)}</p>' if fixed else "",
         *(_section(title, [pictures.get(p) for p in names]) for title, names in _SECTIONS),
         _domains(summary),
         _sample(summary.sample),
@@ -108,6 +115,18 @@ def _warnings(history: History, summary: Summary) -> str:
     return "".join(f'<p class="warning">{_text(line)}</p>' for line in found)
 
 
+def _fixed_count(history: History, summary: Summary) -> str:
+    """A sentence in place of pictures if no token ever had a choice (top-k); else empty."""
+    histogram = summary.heldout.histogram_by_layer
+    used = np.flatnonzero(np.any(histogram, axis=0)) if histogram else ()
+    if len(used) != 1 or np.any(np.abs(history.scalar("experts_per_token") - used[0]) > 1e-3):
+        return ""
+    plural = "s" if used[0] != 1 else ""
+    return (
+        f"Every token used exactly {used[0]} expert{plural} in every layer, all through training."
+    )
+
+
 def _cards(summary: Summary) -> str:
     heldout = summary.heldout
     cards = [
@@ -115,7 +134,7 @@ def _cards(summary: Summary) -> str:
             decimals(heldout.loss, 3),
             f"held-out loss, nats/token (unigram entropy {decimals(heldout.unigram_entropy, 2)})",
         ),
-        (decimals(heldout.bits_per_byte, 3), "bits per byte, held-out"),
+        (decimals(heldout.bits_per_byte, 3), "held-out bits per byte"),
     ]
     if heldout.load_by_layer:
         of = f"experts per token, of {len(heldout.load_by_layer[0])}"
@@ -148,21 +167,27 @@ def _section(title: str, pictures: Iterable[Picture | None]) -> str:
     return f'<h2>{_text(title)}</h2><div class="grid">{figures}</div>' if figures else ""
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int]) -> str:
-    """A table; the columns in ``numbers`` are aligned to the right."""
+def _table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    numbers: Sequence[int] = (),
+    total: Sequence[object] = (),
+) -> str:
+    """A table; the columns in ``numbers`` are aligned right, a ``total`` closes it."""
 
     def row(cells: Sequence[object], tag: str) -> str:
         kinds = (' class="number"' if i in numbers else "" for i in range(len(cells)))
         return "".join(f"<{tag}{k}>{_text(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
 
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
+    body += f'<tr class="total">{row(total, "td")}</tr>' if total else ""
     head = f"<thead><tr>{row(header, 'th')}</tr></thead>"
     return f'<div class="panel scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def _domains(summary: Summary) -> str:
     heldout = summary.heldout
-    header = ["domain", "tokens", "loss [nats/token]", "bits per byte", "experts per token"]
+    header = ["domain", "tokens", "nats per token", "bits per byte", "experts per token"]
     rows = [
         [name, d.tokens, d.loss, d.bits_per_byte, d.experts_per_token]
         for name, d in heldout.domains.items()
@@ -170,10 +195,11 @@ def _domains(summary: Summary) -> str:
     tokens = sum(domain.tokens for domain in heldout.domains.values())
     rows.append(["all", tokens, heldout.loss, heldout.bits_per_byte, heldout.experts_per_token])
     columns = 5 if heldout.experts_per_token_by_layer else 4
-    shown = [
-        [n, f"{t:,}", decimals(a, 3), decimals(b, 3), decimals(c, 2)] for n, t, a, b, c in rows
-    ]
-    table = _table(header[:columns], [row[:columns] for row in shown], range(1, 5))
+    *shown, total = (
+        [n, f"{t:,}", decimals(a, 3), decimals(b, 3), decimals(c, 2)][:columns]
+        for n, t, a, b, c in rows
+    )
+    table = _table(header[:columns], shown, range(1, 5), total)
     return f"<h2>Held-out text by domain</h2>{table}"
 
 
@@ -203,19 +229,22 @@ def _piece(text: str, experts: float, low: float, high: float) -> str:
 
 def _time(summary: Summary) -> str:
     total = summary.seconds.get("total", math.nan)
+    parts = {name: seconds for name, seconds in summary.seconds.items() if name != "total"}
+    parts["everything else"] = total - sum(parts.values())
     rows = [
         [name, decimals(seconds, 1), percent(seconds / total if total else math.nan)]
-        for name, seconds in summary.seconds.items()
+        for name, seconds in parts.items()
     ]
-    return f"<h2>Where the time went</h2>{_table(['', 'seconds', 'share'], rows, (1, 2))}"
+    table = _table(["", "seconds", "share"], rows, (1, 2), ["total", decimals(total, 1), ""])
+    return f"<h2>Where the time went</h2>{table}"
 
 
 def _settings(config: Config) -> str:
     helps = {path: field.metadata["help"] for path, field, _ in walk(config)}
     changed = [[f"config.{p}", v, default, helps[p]] for p, v, default in differences(config)]
     everything = [[f"config.{p}", v, helps[p]] for p, _, v in walk(config)]
-    table = _table(["setting", "value", "default", "meaning"], changed, ())
-    full = _table(["setting", "value", "meaning"], everything, ())
+    table = _table(["setting", "value", "default", "meaning"], changed)
+    full = _table(["setting", "value", "meaning"], everything)
     return (
         "<h2>Settings</h2><p class='soft'>What differs from the defaults.</p>"
         f"{table if changed else '<p>Nothing.</p>'}"

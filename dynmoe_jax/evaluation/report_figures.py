@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from dynmoe_jax.evaluation.report_series import History, smooth, thin
-from dynmoe_jax.evaluation.report_theme import CYCLE, Canvas, Picture, light
-from dynmoe_jax.training.formatting import compact, decimals
+from dynmoe_jax.evaluation.report_theme import CYCLE, Canvas, Picture, integer_ticks, legend, light
+from dynmoe_jax.training.formatting import decimals
 from dynmoe_jax.training.summary import Summary
 
 # Up to here every layer can have a line of its own that the eye can follow.
@@ -28,11 +28,13 @@ def training_pictures(history: History, summary: Summary, canvas: Canvas) -> dic
     return {name: picture for name, picture in drawn.items() if picture}
 
 
-def _curve(axis, history: History, values: np.ndarray, color: str, label: str = "") -> None:
-    """A series over the steps: its noise faintly, its trend strongly; a dot if it is one point."""
+def _curve(
+    axis, history: History, values: np.ndarray, color: str, label: str = "", noisy: bool = True
+) -> None:
+    """A series over the steps: its noise faintly, its trend strongly; dots if there are few."""
     steps, mean = thin(history.steps), thin(values)
-    noisy = len(mean) > 40
-    trend = smooth(mean, len(mean) // 20) if noisy else mean
+    noisy = noisy and len(mean) > 40
+    trend = smooth(mean, len(mean) // 30) if noisy else mean
     if noisy:
         axis.plot(steps, mean, color=light(color), alpha=0.3, linewidth=0.9)
     if len(mean) < len(values):
@@ -43,29 +45,22 @@ def _curve(axis, history: History, values: np.ndarray, color: str, label: str = 
 
 
 def _level(axis, value: float, color: str, label: str) -> None:
-    """A horizontal line with its name and value on it."""
-    if not np.isfinite(value):
-        return
-    axis.axhline(value, color=light(color), linewidth=1.2, linestyle=(0, (4, 3)))
-    axis.annotate(
-        f"{label} {decimals(value, 2)}",
-        (1, value),
-        xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color=light(color),
-    )
+    """A horizontal line for comparison, with its value in the legend."""
+    if np.isfinite(value):
+        style = {"color": light(color), "linewidth": 1.2, "linestyle": (0, (4, 3))}
+        axis.axhline(value, label=f"{label} {decimals(value, 2)}", **style)
 
 
 def _finish(axis, label: str, bottom: bool = True) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter
 
     axis.set_ylabel(label)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    low, high = axis.get_xlim()
+    if high - low < 2:  # a single step
+        axis.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
+    axis.xaxis.set_major_locator(integer_ticks(6))
     axis.xaxis.set_major_formatter(
-        FuncFormatter(lambda step, _: compact(step) if step >= 1e4 else f"{step:.0f}")
+        FuncFormatter(lambda step, _: f"{step / 1e3:g}k" if step >= 1e4 else f"{step:.0f}")
     )
     if bottom:
         axis.set_xlabel("step")
@@ -76,11 +71,11 @@ def _loss(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
     if not history.has(name):
         return None
     figure, (axis,) = canvas.figure()
-    _curve(axis, history, history.scalar(name), "blue")
+    _curve(axis, history, history.scalar(name), "blue", "training")
     _level(axis, summary.heldout.unigram_entropy, "orange", "unigram entropy")
-    _level(axis, summary.heldout.loss, "green", "held-out loss")
-    axis.margins(y=0.12)
+    _level(axis, summary.heldout.loss, "green", "held-out")
     _finish(axis, "loss [nats/token]")
+    legend(figure)
     return canvas.picture(
         figure,
         "Does it learn? Loss of the language model",
@@ -90,16 +85,14 @@ def _loss(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
     )
 
 
-def _stacked(
-    history: History, canvas: Canvas, rows: dict[str, tuple[str, str]], height: float
-) -> tuple | None:
+def _stacked(history: History, canvas: Canvas, rows: dict[str, tuple[str, str]]) -> tuple | None:
     """One small axis per metric that has numbers: {name: (axis label, colour)}."""
     rows = {name: row for name, row in rows.items() if history.has(name)}
     if not rows:
         return None
-    figure, axes = canvas.figure(len(rows), max(height * len(rows), 2.2))
+    figure, axes = canvas.figure(len(rows), height=max(3.1, 1.15 * len(rows)))
     for axis, (name, (label, color)) in zip(axes, rows.items(), strict=True):
-        _curve(axis, history, history.scalar(name), color)
+        _curve(axis, history, history.scalar(name), color, noisy=name != "learning_rate")
         _finish(axis, label, bottom=axis is axes[-1])
     figure.align_ylabels(axes)
     return figure, dict(zip(rows, axes, strict=True))
@@ -112,15 +105,15 @@ def _auxiliary(history: History, summary: Summary, canvas: Canvas) -> Picture | 
         "entropy_loss": ("entropy [nats]", "orange"),
         "router_z_loss": ("router z", "green"),
     }
-    stacked = _stacked(history, canvas, rows, 1.25)
+    stacked = _stacked(history, canvas, rows)
     if stacked is None:
         return None
     return canvas.picture(
         stacked[0],
         "Is the router under control? Auxiliary losses",
-        "Healthy: the balance loss stays near its floor while the router makes up its mind. "
-        "Falling entropy means that tokens prefer some experts clearly and so need fewer of them; "
-        "if it reaches zero early, the router has collapsed.",
+        "Healthy: the balance loss comes down to about the mean number of experts per token, which "
+        "is its value for an even load. Falling entropy means that tokens prefer some experts "
+        "clearly and so need fewer; if it reaches zero early, the router has collapsed.",
     )
 
 
@@ -136,8 +129,8 @@ def _experts(history: History, summary: Summary, canvas: Canvas) -> Picture | No
         band.set(color=light("sky"), alpha=0.22, linewidth=0)
     _curve(axis, history, history.scalar("experts_per_token"), "blue", "mean")
     _level(axis, summary.heldout.experts_per_token, "green", "held-out")
-    axis.legend(loc="best")
     _finish(axis, "experts per token")
+    legend(figure)
     return canvas.picture(
         figure,
         "How many experts does a token use, as training goes on?",
@@ -158,8 +151,8 @@ def _experts_by_layer(history: History, summary: Summary, canvas: Canvas) -> Pic
     else:
         for layer, color in zip(range(values.shape[1]), CYCLE, strict=False):
             _curve(axis, history, values[:, layer], color, f"layer {layer}")
-        axis.legend(ncols=2 if values.shape[1] > 3 else 1)
         _finish(axis, "experts per token")
+        legend(figure)
     return canvas.picture(
         figure,
         "Which layers need many experts, as training goes on?",
@@ -170,8 +163,6 @@ def _experts_by_layer(history: History, summary: Summary, canvas: Canvas) -> Pic
 
 
 def _heat_over_steps(figure, axis, history: History, values: np.ndarray) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     steps = history.steps
     margin = 0.5 if len(steps) < 2 else 0.0
     extent = (steps[0] - margin, steps[-1] + margin, -0.5, values.shape[1] - 0.5)
@@ -184,7 +175,7 @@ def _heat_over_steps(figure, axis, history: History, values: np.ndarray) -> None
         interpolation="none",
     )
     axis.grid(False)
-    axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.yaxis.set_major_locator(integer_ticks(8))
     bar = figure.colorbar(image, ax=axis, label="experts per token", pad=0.02)
     bar.outline.set_visible(False)
     _finish(axis, "layer")
@@ -203,8 +194,8 @@ def _imbalance(history: History, summary: Summary, canvas: Canvas) -> Picture | 
     _curve(axis, history, worst, "red", "worst layer")
     _curve(axis, history, mean, "blue", "mean over layers")
     axis.set_ylim(bottom=1)
-    axis.legend()
     _finish(axis, "busiest expert / mean expert")
+    legend(figure)
     return canvas.picture(
         figure,
         "Is the work shared? Load of the busiest expert",
@@ -219,7 +210,7 @@ def _optimizer(history: History, summary: Summary, canvas: Canvas) -> Picture | 
         "learning_rate": ("learning rate", "green"),
         "grad_norm": ("gradient norm", "blue"),
     }
-    stacked = _stacked(history, canvas, rows, 1.55)
+    stacked = _stacked(history, canvas, rows)
     if stacked is None:
         return None
     figure, axes = stacked
@@ -228,7 +219,7 @@ def _optimizer(history: History, summary: Summary, canvas: Canvas) -> Picture | 
         axes["learning_rate"].ticklabel_format(axis="y", scilimits=(-3, 3))
     norms = history.scalar("grad_norm")
     if "grad_norm" in axes and np.nanmin(norms) > 0:
-        axes["grad_norm"].set_yscale("log")
+        _log_scale(axes["grad_norm"])
     return canvas.picture(
         figure,
         "Is the optimiser calm? Learning rate and gradient norm",
@@ -237,14 +228,24 @@ def _optimizer(history: History, summary: Summary, canvas: Canvas) -> Picture | 
     )
 
 
+def _log_scale(axis) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
 def _speed(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
     if not history.has("tokens_per_second"):
         return None
     figure, (axis,) = canvas.figure()
-    _curve(axis, history, history.scalar("tokens_per_second") / 1e3, "blue")
+    _curve(axis, history, history.scalar("tokens_per_second") / 1e3, "blue", "training")
     _level(axis, summary.tokens_per_second / 1e3, "green", "median")
     axis.set_ylim(bottom=0)
     _finish(axis, "speed [thousand tokens/s]")
+    legend(figure)
     moe = summary.heldout.experts_per_token_by_layer
     rising = ", or rising while tokens come to use fewer experts" if moe else ""
     return canvas.picture(

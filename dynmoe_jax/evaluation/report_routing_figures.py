@@ -5,11 +5,13 @@ Axis letters: N MoE layers, E experts, K the bound on experts per token.
 
 import numpy as np
 
-from dynmoe_jax.evaluation.report_theme import CYCLE, Canvas, Picture, light
-from dynmoe_jax.training.formatting import decimals, percent
+from dynmoe_jax.evaluation.report_theme import CYCLE, Canvas, Picture, integer_ticks, legend, light
+from dynmoe_jax.training.formatting import decimals, percent, printable
 from dynmoe_jax.training.summary import HeldOut
 
-_MARKERS = "osD^vP"
+# One fewer than there are colours, so that thirty domains look different from each other.
+_MARKERS = "osD^v"
+_MAX_DOMAINS = 12
 _MAX_NAME = 28
 
 
@@ -28,16 +30,12 @@ def routing_pictures(heldout: HeldOut, canvas: Canvas) -> dict[str, Picture]:
 
 
 def _layers(heldout: HeldOut, canvas: Canvas) -> Picture:
-    from matplotlib.ticker import MaxNLocator
-
     means = heldout.experts_per_token_by_layer
-    rows = -(-len(heldout.domains) // 3)
-    figure, (axis,) = canvas.figure(height=3.0 + 0.18 * rows)
+    figure, (axis,) = canvas.figure(height=3.1 + 0.1 * max(len(heldout.domains) - 3, 0))
     layers = range(len(means))
-    axis.bar(layers, means, width=0.72, color=light("line"), label="all held-out text")
-    for index, (name, domain) in enumerate(heldout.domains.items()):
-        if len(domain.experts_per_token_by_layer) != len(means):
-            continue
+    axis.bar(layers, means, width=0.72, color=light("line"), label="all text")
+    largest = sorted(heldout.domains.items(), key=lambda item: -item[1].tokens)[:_MAX_DOMAINS]
+    for index, (name, domain) in enumerate(largest):
         axis.plot(
             layers,
             domain.experts_per_token_by_layer,
@@ -47,36 +45,39 @@ def _layers(heldout: HeldOut, canvas: Canvas) -> Picture:
             color=light(CYCLE[index % len(CYCLE)]),
             label=_short(name),
         )
-    axis.xaxis.set_major_locator(MaxNLocator(13, integer=True))
+    axis.xaxis.set_major_locator(integer_ticks(13))
     axis.grid(axis="x", visible=False)
-    axis.set_xlim(-0.7, max(len(means) - 0.3, 1.7))
+    margin = 0.7 if len(means) > 1 else 0.9
+    axis.set_xlim(-margin, len(means) - 1 + margin)
     axis.set(xlabel="MoE layer (0 is next to the embedding)", ylabel="experts per token")
-    figure.legend(loc="outside lower center", ncols=3)
+    legend(figure)
+    which = f"{len(largest)} largest " if len(largest) < len(heldout.domains) else ""
     return canvas.picture(
         figure,
         "Which layers, and which text, need more experts?",
-        "Bars are all held-out text, marks are its domains. Healthy: layers differ, and harder "
-        "text lies above easier text. Equal values everywhere mean that the number of experts "
-        "carries no information.",
+        f"Bars are all held-out text, marks are its {which}domains. Healthy: layers differ, and "
+        "harder text lies above easier text. Equal values everywhere mean that the number of "
+        "experts carries no information.",
     )
 
 
 def _short(name: str) -> str:
-    # A leading underscore would hide the name from the legend; $ would start a formula.
-    name = name.lstrip("_").replace("$", r"\$") or "?"
-    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
+    name = printable(name).lstrip("_") or "?"  # an underscore would hide it from the legend
+    if len(name) <= _MAX_NAME:
+        return name
+    half = _MAX_NAME // 2  # names of one family often differ only at the end
+    return f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _load(load_NE: np.ndarray, canvas: Canvas) -> Picture:
-    from matplotlib.ticker import MaxNLocator
-
     even_N1 = load_NE.mean(axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio_NE = np.log2(load_NE / even_N1)
     finite = np.abs(ratio_NE[np.isfinite(ratio_NE)])
-    # Whole powers of two, so that the legend has round numbers; beyond 8x it saturates.
-    limit = float(np.clip(np.ceil(finite.max(initial=0.0)), 1, 3))
-    figure, (axis,) = canvas.figure(height=float(np.clip(1.8 + 0.16 * len(load_NE), 2.2, 5.4)))
+    # Whole powers of two, so that the legend has round numbers; a few outliers may saturate.
+    typical = np.percentile(finite, 98) if finite.size else 0.0
+    limit = float(np.clip(np.ceil(typical), 1, 3))
+    figure, (axis,) = canvas.figure(height=float(np.clip(1.8 + 0.16 * len(load_NE), 2.2, 4.4)))
     image = axis.imshow(
         np.clip(ratio_NE, -limit, limit),
         cmap="PuOr_r",
@@ -88,18 +89,16 @@ def _load(load_NE: np.ndarray, canvas: Canvas) -> Picture:
     )
     unused = np.argwhere(load_NE == 0)
     if len(unused):
-        axis.plot(unused[:, 1], unused[:, 0], "x", markersize=3.5, color=light("ink"))
+        axis.plot(unused[:, 1], unused[:, 0], "x", markersize=3.5, color="white")
     axis.grid(False)
-    axis.xaxis.set_major_locator(MaxNLocator(9, integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(9, integer=True))
+    axis.xaxis.set_major_locator(integer_ticks(9))
+    axis.yaxis.set_major_locator(integer_ticks(9))
     axis.set(xlabel="expert", ylabel="MoE layer")
     ticks = np.arange(-limit, limit + 1)
     bar = figure.colorbar(image, ax=axis, ticks=ticks, pad=0.02, label="load / even share")
     bar.ax.set_yticklabels([_times(tick, limit) for tick in ticks])
     bar.outline.set_visible(False)
-    found = (
-        f"{len(unused)} of {load_NE.size} experts were never chosen (×). " if len(unused) else ""
-    )
+    found = f"Never chosen (×): {len(unused)} of {load_NE.size} experts. " if len(unused) else ""
     return canvas.picture(
         figure,
         "Which experts do the work?",
@@ -116,19 +115,21 @@ def _times(power: float, limit: float) -> str:
 
 
 def _histogram(counts: np.ndarray, canvas: Canvas) -> Picture:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     overall = counts.sum(0) / counts.sum()
-    first = 0 if overall[0] > 0 else 1
-    numbers = np.arange(len(overall))[first:]
+    # Bars that nobody can see would push those that matter together.
+    drawn = np.flatnonzero(shares.max(0) > 5e-4)
+    first, end = min(drawn[0], 1), drawn[-1] + 1
+    numbers = np.arange(first, end)
     figure, (axis,) = canvas.figure()
-    axis.bar(numbers, overall[first:], width=0.78, color=light("sky"), label="all layers")
+    axis.bar(numbers, overall[first:end], width=0.78, color=light("sky"), label="all layers")
     if len(shares) > 1:
         for row, color, name in ((0, "orange", "first"), (-1, "purple", "last")):
             axis.plot(
                 numbers,
-                shares[row, first:],
+                shares[row, first:end],
                 color=light(color),
                 linewidth=1.2,
                 marker="o",
@@ -143,15 +144,14 @@ def _histogram(counts: np.ndarray, canvas: Canvas) -> Picture:
         linestyle=(0, (4, 3)),
         label=f"mean {decimals(mean, 2)}",
     )
-    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axis.xaxis.set_major_locator(integer_ticks(12))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if overall.max() > 0.05 else 1))
     axis.grid(axis="x", visible=False)
     axis.set(xlabel="experts used by a token in a layer", ylabel="share of held-out tokens")
-    axis.legend()
-    full = overall[-1]
+    legend(figure)
     return canvas.picture(
         figure,
         "How unequal are tokens?",
         "Healthy: most tokens need few experts and a tail of hard ones needs many. "
-        f"{percent(full)} used the most that the threshold can allow ({len(overall) - 1}).",
+        f"{percent(overall[-1])} used the upper bound of {len(overall) - 1}.",
     )

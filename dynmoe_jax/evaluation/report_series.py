@@ -57,11 +57,16 @@ def thin(values: np.ndarray, reduce: str = "mean") -> np.ndarray:
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Exponential mean over about ``span`` points; starts unbiased and steps over NaN."""
-    decay = 1 - 1 / max(span, 1)
-    mean, weight, out = 0.0, 0.0, np.full(len(values), np.nan)
-    for index, value in enumerate(values):
-        if np.isfinite(value):
-            mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-            out[index] = mean / weight
-    return out
+    """Mean over ``span`` neighbours on each side, fewer towards the ends, stepping over NaN.
+
+    The window is symmetric everywhere, so that the trend neither lags nor bends at the ends.
+    """
+    known = np.isfinite(values)
+    sums, counts = (
+        np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(known, values, 0.0), known)
+    )
+    index = np.arange(len(values))
+    reach = np.minimum(np.minimum(index, len(values) - 1 - index), span)
+    low, high = index - reach, index + reach + 1
+    number = counts[high] - counts[low]
+    return np.where(known, (sums[high] - sums[low]) / np.maximum(number, 1), np.nan)

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import re
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -77,9 +78,30 @@ class Canvas:
         target = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         # The salt makes the page the same, byte for byte, when it is drawn again.
-        with matplotlib.rc_context({"svg.hashsalt": str(number)}):
+        with matplotlib.rc_context({"svg.hashsalt": str(number)}), warnings.catch_warnings():
+            # matplotlib's font lacks many scripts; the reader's browser has its own.
+            warnings.filterwarnings("ignore", "Glyph .* missing")
             figure.savefig(target, format="svg", transparent=True, metadata=nothing)
         return Picture(title, caption, _inline(target.getvalue(), f"figure{number}-"))
+
+
+def legend(figure: "Figure") -> None:
+    """Names what is drawn, above the axes, where it can hide nothing."""
+    (handles, labels) = figure.axes[0].get_legend_handles_labels()
+    widths = [len(label) + 6 for label in labels]  # in letters; the width is about 72 of them
+    columns = len(labels) if sum(widths) <= 72 else max(1, 72 // max(widths))
+    shown = figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.4
+    )
+    for text in shown.get_texts():
+        text.set_parse_math(False)  # a domain may have a dollar sign in its name
+
+
+def integer_ticks(number: int):
+    """Ticks at about ``number`` whole numbers, or at the only one there is."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(number, integer=True, min_n_ticks=1)
 
 
 def figure_style() -> contextlib.AbstractContextManager:
@@ -149,6 +171,7 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: anyw
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .3rem; }
 h3, figcaption b { font-size: 1rem; font-weight: 600; margin: 0; }
 p { margin: .3rem 0; max-width: 75ch; }
+.lead { max-width: none; }
 .soft, .lead, figcaption span { color: var(--soft); }
 code, pre { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .cards { display: grid; gap: .8rem; margin: 1.4rem 0;
@@ -162,7 +185,7 @@ code, pre { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
 .warning { border: 1px solid var(--red); border-left-width: 5px; border-radius: 6px;
   padding: .6rem 1rem; margin: 1rem 0; }
 .grid { display: grid; gap: 1rem; margin-top: .9rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(430px, 100%), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(430px, 100%), 1fr)); }
 figure { margin: 0; padding: 1rem 1rem .9rem; display: flex; flex-direction: column; }
 figure svg { width: 100%; height: auto; display: block; margin: .5rem 0 .6rem; }
 figure svg text { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial,
@@ -171,11 +194,12 @@ figcaption span { display: block; font-size: .88rem; line-height: 1.45; }
 .scroll { overflow-x: auto; margin-top: .9rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; padding: .4rem .8rem; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--soft); font-weight: 500; }
+  vertical-align: top; overflow-wrap: anywhere; min-width: 4.5em; }
+th:first-child, td:first-child { min-width: 7em; }
 tr:last-child td { border-bottom: 0; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
-  white-space: nowrap; overflow-wrap: normal; }
+.number, td.number { min-width: 0; text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+td.number { white-space: nowrap; }
+th { color: var(--soft); font-weight: 500; vertical-align: bottom; overflow-wrap: normal; }
 tr.total td { font-weight: 650; }
 .sample { white-space: pre-wrap; overflow-wrap: anywhere; padding: 1rem 1.2rem; margin: .9rem 0 0;
   line-height: 1.75; }

@@ -4,6 +4,8 @@ import dataclasses
 import html.parser
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -55,10 +57,16 @@ def fake_metrics(logged=120, layers=4, every=10, seed=0):
 def fake_summary(layers=4, experts=16, bound=7, domains=("code", "prose", "docs"), seed=0, text=""):
     """Results that go with :func:`fake_metrics`."""
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(200_000, rng.dirichlet(np.linspace(9, 1, bound)), size=layers)
-    histogram = np.concatenate([np.zeros((layers, 1), int), counts], axis=1)
-    means = (histogram * np.arange(bound + 1)).sum(1) / max(histogram[:1].sum(), 1)
-    load = rng.dirichlet(np.full(experts, 6.0), size=layers) * means[:, None]
+    depth = np.linspace(0, 1, layers)
+    usual = 1.6 + 1.2 * np.sin(2.2 * depth)  # where fake_metrics ends
+    counts = [
+        rng.multinomial(200_000, weights / weights.sum())
+        for weights in np.exp(-((np.arange(bound) + 1 - usual[:, None]) ** 2) / usual[:, None])
+    ]
+    histogram = np.zeros((layers, bound + 1), int)
+    histogram[:, 1:] = np.reshape(counts, (layers, bound))
+    means = (histogram * np.arange(bound + 1)).sum(1) / 200_000
+    load = rng.dirichlet(np.full(experts, 12.0), size=layers) * means[:, None]
     if layers > 2:
         load[1, 3 % experts] = 0.0
 
@@ -202,6 +210,19 @@ def test_dense_model_has_losses_but_no_word_of_experts(tmp_path):
     assert "expert" not in results[results.index("<body>") :].lower()
 
 
+def test_fixed_number_of_experts_is_one_sentence_not_four_flat_pictures(tmp_path):
+    metrics, summary = fake_metrics(), fake_summary()
+    for line in metrics:
+        line |= {"experts_per_token": 2.0, "experts_per_token_by_layer": [2.0] * 4}
+    heldout = dataclasses.replace(summary.heldout, histogram_by_layer=[[0, 0, 500]] * 4)
+    summary = dataclasses.replace(summary, heldout=heldout)
+    text = render(tmp_path, metrics, summary, run_config(router="top_k"))
+    assert "Every token used exactly 2 experts" in text
+    assert text.count("<svg") == 6
+    metrics[0]["experts_per_token"] = 5.0  # a router that ended there still has a story to tell
+    assert render(tmp_path, metrics, summary).count("<svg") == 10
+
+
 @pytest.mark.parametrize("layers", [0, 1, 4])
 def test_single_logged_step(tmp_path, layers):
     text = render(tmp_path, fake_metrics(logged=1, layers=layers), fake_summary(layers=layers))
@@ -253,3 +274,12 @@ def test_extreme_shapes_stay_small(tmp_path, layers, experts, bound):
     summary = fake_summary(layers=layers, experts=experts, bound=bound, domains=domains)
     text = render(tmp_path, fake_metrics(logged=3000, layers=layers), summary)
     assert len(text) < 1_000_000
+
+
+def test_importing_the_report_does_not_load_matplotlib():
+    code = (
+        "import sys, dynmoe_jax.evaluation.report, dynmoe_jax.training.metrics\n"
+        "slow = {'matplotlib', 'tensorboardX', 'wandb'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {slow}' if slow else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
