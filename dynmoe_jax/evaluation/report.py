@@ -148,7 +148,7 @@ def _cards(summary: Summary) -> str:
             f"parameters per token, of {compact(summary.parameters)}",
         ),
         (decimals(summary.tokens_per_second, 0), speed),
-        (duration(summary.seconds.get("total", math.nan)), f"in all, {summary.step:,} steps"),
+        (duration(summary.total_seconds), f"in all, {summary.step:,} steps"),
     ]
     shown = "".join(
         f'<div class="card"><b>{_text(a)}</b><span>{_text(b)}</span></div>' for a, b in cards
@@ -228,14 +228,12 @@ def _piece(text: str, experts: float, low: float, high: float) -> str:
 
 
 def _time(summary: Summary) -> str:
-    total = summary.seconds.get("total", math.nan)
-    parts = {name: seconds for name, seconds in summary.seconds.items() if name != "total"}
-    parts["everything else"] = total - sum(parts.values())
     rows = [
-        [name, decimals(seconds, 1), percent(seconds / total if total else math.nan)]
-        for name, seconds in parts.items()
+        [name, decimals(seconds, 1), percent(summary.share(seconds))]
+        for name, seconds in summary.activities().items()
     ]
-    table = _table(["", "seconds", "share"], rows, (1, 2), ["total", decimals(total, 1), ""])
+    total = ["total", decimals(summary.total_seconds, 1), duration(summary.total_seconds)]
+    table = _table(["", "seconds", "share"], rows, (1, 2), total)
     return f"<h2>Where the time went</h2>{table}"
 
 

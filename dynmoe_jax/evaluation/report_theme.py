@@ -197,7 +197,8 @@ th, td { text-align: left; padding: .4rem .8rem; border-bottom: 1px solid var(--
   vertical-align: top; overflow-wrap: anywhere; min-width: 4.5em; }
 th:first-child, td:first-child { min-width: 7em; }
 tr:last-child td { border-bottom: 0; }
-.number, td.number { min-width: 0; text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.number, td.number { min-width: 0; text-align: right; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
 td.number { white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; overflow-wrap: normal; }
 tr.total td { font-weight: 650; }
@@ -212,7 +213,7 @@ details { margin-top: 1rem; } summary { cursor: pointer; color: var(--soft); }
 @media (max-width: 560px) { main { padding: 1.2rem .7rem 3rem; } figure { padding: .8rem .6rem; }
   .cards { grid-template-columns: 1fr 1fr; gap: .5rem; } .card { padding: .6rem .7rem; }
   .card b { font-size: 1.25rem; } th, td { padding: .4rem .45rem; } }
-@media print { body { font-size: 11px; background: none; } main { max-width: none; padding: 0; }
+@media print { html { font-size: 11px; } body { font-size: 1rem; background: none; } main { max-width: none; padding: 0; }
   .grid { grid-template-columns: 1fr 1fr; } figure, .card, tr { break-inside: avoid; }
   h2 { break-after: avoid; } * { print-color-adjust: exact; } }
 """

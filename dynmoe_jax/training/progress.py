@@ -8,7 +8,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dynmoe_jax.console import console
-from dynmoe_jax.training.formatting import clock, decimals
+from dynmoe_jax.training.formatting import clock, compact, decimals
 
 
 class TrainingProgress:
@@ -55,12 +55,12 @@ class TrainingProgress:
         left = clock(self._pace.seconds_left())
         if self._live:
             if metrics is not None:
-                self._figures = "  ".join(_figures(metrics))
+                self._figures = "  ".join(_figures(metrics, brief=True))
             shown = f"{self._figures}  {left} left"
             self._bar.update(self._task, completed=self._step, figures=shown)
         elif metrics is not None:
             width = len(f"{self._total:,}")
-            parts = [f"step {step:>{width},}/{self._total:,}", *_figures(metrics)]
+            parts = [f"step {step:>{width},}/{self._total:,}", *_figures(metrics, brief=False)]
             console.print("  ".join(parts) + f"  {left:>7} left", soft_wrap=True)
 
 
@@ -83,10 +83,14 @@ class _Pace:
         return (now - started) / (last - first) * (self._total - last) if last > first else math.nan
 
 
-def _figures(metrics: Mapping[str, Any]) -> list[str]:
-    """Loss, experts per token and speed, each of constant width."""
-    figures = [f"loss {decimals(metrics.get('loss', math.nan), 4):>7}"]
-    experts = metrics.get("experts_per_token", math.nan)
-    if math.isfinite(experts) and experts > 0:  # a dense model has none
-        figures.append(f"experts/token {experts:5.2f}")
-    return [*figures, f"{decimals(metrics.get('tokens_per_second', math.nan), 0):>9} tokens/s"]
+def _figures(metrics: Mapping[str, Any], brief: bool) -> list[str]:
+    """Loss, experts per token and speed: of constant width, or as brief as a bar needs them."""
+    loss, experts, speed = (
+        metrics.get(name, math.nan) for name in ("loss", "experts_per_token", "tokens_per_second")
+    )
+    moe = math.isfinite(experts) and experts > 0  # a dense model has none
+    if brief:
+        figures = [f"loss {decimals(loss, 3)}"] + [f"experts {decimals(experts, 2)}"] * moe
+        return [*figures, f"{compact(speed)} tokens/s"]
+    figures = [f"loss {decimals(loss, 4):>7}"] + [f"experts/token {experts:5.2f}"] * moe
+    return [*figures, f"{decimals(speed, 0):>9} tokens/s"]

@@ -76,6 +76,21 @@ class Summary:
     sample: Sample
     paths: dict[str, str]  # what is there -> path relative to the run's folder
 
+    @property
+    def total_seconds(self) -> float:
+        """The whole command; NaN if it was not measured."""
+        return self.seconds.get("total", math.nan)
+
+    def activities(self) -> dict[str, float]:
+        """Seconds by activity, which add up to the total."""
+        parts = {name: seconds for name, seconds in self.seconds.items() if name != "total"}
+        rest = self.total_seconds - sum(parts.values())
+        return parts | ({"everything else": rest} if rest > 0.05 else {})
+
+    def share(self, seconds: float) -> float:
+        """``seconds`` as a part of the total."""
+        return seconds / self.total_seconds if self.total_seconds > 0 else math.nan
+
 
 def write_summary(workdir: Path, summary: Summary) -> Path:
     """Writes ``summary.json`` atomically and returns its path."""

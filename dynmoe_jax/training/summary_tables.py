@@ -141,13 +141,9 @@ def _seconds(summary: Summary) -> Table:
     table.add_column("activity")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")
-    total = summary.seconds.get("total", math.nan)
-    parts = {name: seconds for name, seconds in summary.seconds.items() if name != "total"}
-    for name, seconds in parts.items():
-        table.add_row(escape(name), decimals(seconds, 1), percent(seconds / total if total else 0))
-    rest = total - sum(parts.values())
-    if rest > 0.05:
-        table.add_row("everything else", decimals(rest, 1), percent(rest / total))
+    for name, seconds in summary.activities().items():
+        table.add_row(escape(name), decimals(seconds, 1), percent(summary.share(seconds)))
+    total = summary.total_seconds
     table.add_section()
     table.add_row("total", decimals(total, 1), duration(total), style="bold")
     return table

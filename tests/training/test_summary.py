@@ -150,6 +150,13 @@ def test_not_finite_results_are_dashes(tmp_path, screen):
     assert "inf" not in text
 
 
+def test_shares_of_time_add_up_even_if_something_was_not_measured():
+    summary = make_summary()
+    shares = [summary.share(seconds) for seconds in summary.activities().values()]
+    assert sum(shares) == pytest.approx(1.0)
+    assert math.isnan(make_summary(seconds={"step": 3.0}).share(3.0))
+
+
 def test_stopped_run_is_not_called_complete(tmp_path, screen):
     text = printed(screen, make_summary(complete=False, step=300), tmp_path)
     assert "Stopped after 300 of 1,200 steps" in text
@@ -198,10 +205,10 @@ def test_progress_of_a_dense_model_has_no_experts(screen):
 
 def test_progress_on_a_terminal_redraws_one_bar(screen):
     file = screen(80, terminal=True)
-    with progress.TrainingProgress(0, 10) as shown:
-        shown.update(10, logged())
-    frames = [line for line in file.getvalue().splitlines() if "step 10/10" in line]
-    assert "experts/token  2.50" in frames[-1]
+    with progress.TrainingProgress(0, 10_000) as shown:
+        shown.update(10_000, logged())
+    frames = [line for line in file.getvalue().splitlines() if "step 10,000/10,000" in line]
+    assert "loss 4.250  experts 2.50  12.3k tokens/s  0:00 left" in frames[-1]
 
 
 @pytest.mark.parametrize(
