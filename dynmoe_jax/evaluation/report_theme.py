@@ -213,7 +213,8 @@ details { margin-top: 1rem; } summary { cursor: pointer; color: var(--soft); }
 @media (max-width: 560px) { main { padding: 1.2rem .7rem 3rem; } figure { padding: .8rem .6rem; }
   .cards { grid-template-columns: 1fr 1fr; gap: .5rem; } .card { padding: .6rem .7rem; }
   .card b { font-size: 1.25rem; } th, td { padding: .4rem .45rem; } }
-@media print { html { font-size: 11px; } body { font-size: 1rem; background: none; } main { max-width: none; padding: 0; }
+@media print { html { font-size: 11px; } body { font-size: 1rem; background: none; }
+  main { max-width: none; padding: 0; }
   .grid { grid-template-columns: 1fr 1fr; } figure, .card, tr { break-inside: avoid; }
   h2 { break-after: avoid; } * { print-color-adjust: exact; } }
 """
