@@ -1,0 +1,21 @@
+r"""The Top-P paper's mixture of 16 experts with top-2 routing (GShard style).
+
+    python train.py --config=configs/paper/moe_top2.py \
+        --config.data.sources='jsonl:redpajama/*.jsonl.zst' \
+        --config.data.tokenizer=tokenizer.model
+
+Parameters: 3,488,531,456 (3.488B in matrices), of which a token uses 581,878,784.
+Hardware: 55.8 GB of state per device, so accelerators with 80 GB.
+Cost: 100B tokens, 3.59e20 FLOPs, about 250 H100 hours at 40% utilisation (arithmetic).
+"""
+
+from configs.paper.shared import paper_run
+from dynmoe_jax import config
+
+
+def get_config():
+    """The settings of the run."""
+    # Entropy is the dynamic model's loss; a fixed k has no use for it.
+    settings = paper_run(config.Model(moe=config.MoE(router="top_k", top_k=2)))
+    settings.loss.entropy_weight = 0.0
+    return settings

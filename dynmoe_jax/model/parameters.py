@@ -1,0 +1,33 @@
+"""How many parameters a model has, and how many of them one token uses.
+
+Pure arithmetic over :func:`parameter_shapes`: nothing is allocated, so the count of a model of any
+size costs a second.
+"""
+
+import math
+
+from dynmoe_jax import config
+from dynmoe_jax.model.transformer import parameter_shapes
+
+_EXPERT_PARAMETERS = ("gate_up_ED2F", "down_EFD")
+
+
+def count_parameters(model: config.Model) -> int:
+    """All parameters: embeddings, norms and routers included."""
+    return sum(_sizes(model).values())
+
+
+def active_parameters(model: config.Model, experts_per_token: float) -> int:
+    """The parameters that one token uses, given its mean number of experts per MoE layer.
+
+    Of the experts it uses a share; of everything else all, routers and the whole embedding
+    included.  Rounded where the mean is not a whole number.
+    """
+    sizes = _sizes(model)
+    experts = sum(size for path, size in sizes.items() if path[-1] in _EXPERT_PARAMETERS)
+    rest = sum(sizes.values()) - experts
+    return rest + round(experts * experts_per_token / model.moe.num_experts)
+
+
+def _sizes(model: config.Model) -> dict[tuple, int]:
+    return {path: math.prod(leaf.shape) for path, leaf in parameter_shapes(model).flat_state()}
