@@ -1,0 +1,31 @@
+"""From text to batches.
+
+1. *Sources* (``config.data.sources``) yield documents: a text, its domain, and where it came from.
+   What cannot be read is counted and reported by file and line.
+2. *Preparation* caps each domain, holds documents out by the hash of their text, and writes one
+   TFDS dataset in ArrayRecord: a training and a held-out split per domain.
+3. The *tokenizer* is any SentencePiece model, or one trained on the training splits.
+4. The *training stream* cuts the data into virtual shards.  Each shard shuffles its documents anew
+   in every epoch, tokenises them, packs them into full rows and mixes the domains by weight; row n
+   of the stream is the next row of shard n modulo their number.
+5. The stream's state is kept per shard, so a run goes on with exactly the batches that it would
+   have seen.  *Held-out batches* are one pass in fixed order.
+"""
+
+from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.pipeline import Batch, TrainStream, heldout_batches
+from dynmoe_jax.data.prepare import Prepared, prepare
+from dynmoe_jax.data.sources import check_sources
+from dynmoe_jax.data.tokenizer import Tokenizer, train_tokenizer
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "Prepared",
+    "Tokenizer",
+    "TrainStream",
+    "check_sources",
+    "heldout_batches",
+    "prepare",
+    "train_tokenizer",
+]

@@ -1,6 +1,5 @@
 """Text and JSON Lines files, plain or compressed."""
 
-import contextlib
 import gzip
 import io
 import json
@@ -57,21 +56,17 @@ class _ZstdStream(io.RawIOBase):
         super().close()
 
 
-@contextlib.contextmanager
-def open_bytes(path: Path) -> Iterator[BinaryIO]:
+def open_bytes(path: Path) -> BinaryIO:
     """The uncompressed bytes of a plain, .gz or .zst file."""
     if path.suffix == ".gz":
-        stream = gzip.open(path, "rb")
-    elif path.suffix in (".zst", ".zstd"):
-        stream = io.BufferedReader(_ZstdStream(path), 1 << 18)
-    else:
-        stream = path.open("rb")
-    with stream:
-        yield stream
+        return gzip.GzipFile(path)
+    if path.suffix in (".zst", ".zstd"):
+        return io.BufferedReader(_ZstdStream(path), 1 << 18)
+    return path.open("rb")
 
 
 def stem(path: Path) -> str:
-    """The file's name without the suffixes that tell its format: ``books.jsonl.zst`` → ``books``."""
+    """The file's name without what tells its format: ``books.jsonl.zst`` → ``books``."""
     name = path.name
     for suffix in (".gz", ".zst", ".zstd", ".jsonl", ".ndjson", ".json", ".parquet"):
         name = name.removesuffix(suffix)

@@ -150,7 +150,7 @@ def _documentation(name: str, text: str) -> str:
     if name.endswith(("/METADATA", "/PKG-INFO")):
         message = email.message_from_string(text)
         text = message.get_payload() or message.get("Description", "")
-    return text if is_prose(text) else ""
+    return text if is_prose(text, word_share=0.6) else ""
 
 
 def _cut(text: str) -> str:

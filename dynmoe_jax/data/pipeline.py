@@ -1,0 +1,176 @@
+"""Batches: the endless training stream, and one pass over a domain's held-out text."""
+
+import functools
+import itertools
+import json
+import weakref
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from dynmoe_jax import config
+from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.prepare import Prepared
+from dynmoe_jax.data.rows import check_weights, pack, shard_rows
+from dynmoe_jax.data.shards import RowsInTurn
+from dynmoe_jax.data.sources import parse_weights
+from dynmoe_jax.data.tokenizer import Tokenizer
+
+# int32 arrays [B, L]: tokens, targets, segment_ids (0 = padding), positions.
+Batch = dict[str, np.ndarray]
+
+_BATCHES_AHEAD = 4
+
+
+class TrainStream:
+    """Endless training batches, made in one background thread, ready to stop and go on anywhere.
+
+    The rows and their order depend on the data, the tokenizer, the seed, ``seq_len``,
+    ``domain_weights`` and ``virtual_shards``, and on nothing else: not on the batch size, not on
+    who reads which shards.
+
+    Args:
+      prepared: the data.
+      tokenizer: its tokenizer.
+      data: the settings.
+      batch_size: rows of a batch, over all readers.
+      seed: of the order.
+      shard_ids: the virtual shards to read here; None for all of them.  A reader of some gets
+        their rows only: batches of ``batch_size * len(shard_ids) / virtual_shards`` rows.
+
+    Raises:
+      DataError: the domain weights don't fit the data, or the batch cannot be divided among the
+        readers.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        tokenizer: Tokenizer,
+        data: config.Data,
+        batch_size: int,
+        seed: int,
+        shard_ids: Collection[int] | None = None,
+    ):
+        weights = parse_weights(data.domain_weights)
+        check_weights(weights, prepared.domains)
+        self._identity = {
+            "data": prepared.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "seed": seed,
+            "seq_len": data.seq_len,
+            "domain_weights": weights,
+            "virtual_shards": data.virtual_shards,
+        }
+        numbers = range(data.virtual_shards) if shard_ids is None else sorted(set(shard_ids))
+        rows = _rows_here(batch_size, data.virtual_shards, numbers)
+        documents = {domain: prepared.open_train(domain) for domain in prepared.domains}
+        shards = {
+            number: shard_rows(
+                documents, weights, tokenizer, data.seq_len, seed, number, data.virtual_shards
+            )
+            for number in numbers
+        }
+        batches = RowsInTurn(shards, data.virtual_shards).batch(rows, drop_remainder=True)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(
+            batches, prefetch_buffer_size=_BATCHES_AHEAD
+        )
+        # Ends the thread when the stream is dropped or the interpreter shuts down.  Nothing else
+        # refers to the iterator: Grain's own __del__ fails when it runs late in a shutdown.
+        self._open = [iter(ahead)]
+        self._finalizer = weakref.finalize(self, _close, self._open)
+
+    def __iter__(self) -> "TrainStream":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator())
+
+    def __enter__(self) -> "TrainStream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the background thread; the stream cannot be read any more."""
+        self._finalizer()
+
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._open:
+            raise ValueError("The stream is closed.")
+        return self._open[0]
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch that was taken, JSON-able."""
+        state = {**self._identity, "position": self._iterator().get_state()}
+        return json.loads(json.dumps(state))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position; the next batches are those that came after it.
+
+        Raises:
+          DataError: the position belongs to other data or other settings.
+        """
+        for name, now in self._identity.items():
+            if state.get(name) != now:
+                raise _other_stream(name, state.get(name), now)
+        self._iterator().set_state(state["position"])
+
+
+def heldout_batches(
+    prepared: Prepared,
+    tokenizer: Tokenizer,
+    data: config.Data,
+    domain: str,
+    batch_size: int,
+    max_batches: int,
+) -> Iterator[Batch]:
+    """Batches of a domain's held-out text, the same at every call.
+
+    Without ``max_batches`` every token would come once.  The last batch is filled up with padding
+    (segment id 0).  A domain without held-out text gives no batch.
+
+    Args:
+      prepared: the data.
+      tokenizer: its tokenizer.
+      data: the settings.
+      domain: one of ``prepared.domains``.
+      batch_size: rows of a batch.
+      max_batches: where to stop.
+    """
+    documents = prepared.open_heldout(domain)
+    if not len(documents):
+        return iter(())
+    rows = pack(grain.MapDataset.source(documents), tokenizer, data.seq_len)
+    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    return itertools.islice(iter(rows.batch(batch_size, batch_fn=pad)), max_batches)
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+    iterators.pop().close()
+
+
+def _rows_here(batch_size: int, num_shards: int, numbers: Collection[int]) -> int:
+    if len(numbers) == num_shards:
+        return batch_size
+    if batch_size % num_shards:
+        raise DataError(
+            f"config.train.batch_size={batch_size} must be a multiple of "
+            f"config.data.virtual_shards={num_shards} where several processes share a batch."
+        )
+    return batch_size // num_shards * len(numbers)
+
+
+def _other_stream(name: str, then: Any, now: Any) -> DataError:
+    remedy = "set it back, or start in a new workdir"
+    if name == "data":
+        what = "other data (config.data.sources, its files, or how they are read have changed)"
+    elif name == "tokenizer":
+        what = "another tokenizer (config.data.tokenizer)"
+    else:
+        setting = "config.seed" if name == "seed" else f"config.data.{name}"
+        what, remedy = f"{setting}={then!r}, which is now {now!r}", remedy
+    return DataError(f"The position in the data belongs to {what}; {remedy}.")

@@ -1,0 +1,235 @@
+"""From sources to a prepared dataset: read, cap, hold out, write, and reuse what is there."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from dynmoe_jax import config
+from dynmoe_jax.console import console, stage
+from dynmoe_jax.data.builder import open_split, slugs, split_names, write_dataset
+from dynmoe_jax.data.document import Broken
+from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.sources import parse_sources, read_documents, source_identity
+from dynmoe_jax.data.split import Sides, hold_out, keep_within
+from dynmoe_jax.data.spool import Entry, Spool
+
+# Raised when the same settings would give other documents than before.
+_FORMAT = 1
+_SUMMARY = "summary.json"
+_EXAMPLES_OF_BROKEN = 10
+_MOST_DOMAINS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """How much text one side of a domain holds."""
+
+    documents: int
+    bytes: int  # of text in UTF-8
+
+
+@dataclasses.dataclass(frozen=True)
+class BrokenReport:
+    """What could not be read.
+
+    Attributes:
+      records: how many records are lost.
+      share: of the records lost among all.
+      examples: the first few, as "FILE:LINE: reason".
+    """
+
+    records: int
+    share: float
+    examples: tuple[str, ...]
+
+
+class Prepared:
+    """A complete preparation on disk.
+
+    Attributes:
+      directory: where it is.
+      fingerprint: of everything that determines the documents in it.
+      domains: their names, sorted.
+      train: the amount of training text by domain.
+      heldout: the amount of held-out text by domain; zero where a domain has but one text.
+      broken: what could not be read.
+    """
+
+    def __init__(self, directory: Path):
+        summary = json.loads((directory / _SUMMARY).read_text(encoding="utf-8"))
+        self.directory = directory
+        self.fingerprint: str = summary["fingerprint"]
+        self._slugs: dict[str, str] = summary["domains"]
+        self.domains: list[str] = sorted(self._slugs)
+        self.train = {name: Amount(**amount) for name, amount in summary["train"].items()}
+        self.heldout = {name: Amount(**amount) for name, amount in summary["heldout"].items()}
+        broken = summary["broken"]
+        self.broken = BrokenReport(broken["records"], broken["share"], tuple(broken["examples"]))
+        self._dataset = directory / summary["dataset"]
+
+    def open_train(self, domain: str):
+        """Random access to a domain's training examples (``text``, ``domain``, ``origin``)."""
+        return self._open(self.train[domain], split_names(self._slugs[domain]).train)
+
+    def open_heldout(self, domain: str):
+        """Random access to a domain's held-out examples."""
+        return self._open(self.heldout[domain], split_names(self._slugs[domain]).heldout)
+
+    def _open(self, amount: Amount, split: str):
+        return open_split(self._dataset, split) if amount.documents else ()
+
+    def sample_texts(self, megabytes: float) -> Iterator[str]:
+        """Training texts up to this many MB, as evenly over the domains as their sizes allow."""
+        readers = {
+            domain: (example["text"].decode() for example in self.open_train(domain))
+            for domain in self.domains
+        }
+        given = dict.fromkeys(self.domains, 0)
+        while readers and sum(given.values()) < megabytes * 1e6:
+            domain = min(readers, key=given.__getitem__)
+            text = next(readers[domain], None)
+            if text is None:
+                del readers[domain]
+            else:
+                given[domain] += len(text.encode())
+                yield text
+
+
+def prepare(data: config.Data, directory: Path) -> Prepared:
+    """Reads the sources and writes the dataset, or reuses a complete preparation of the same.
+
+    Args:
+      data: the settings.
+      directory: where preparations are kept, each in a folder named by its fingerprint.
+
+    Raises:
+      DataError: a source cannot be read, too much of it is broken, or no document is left.
+    """
+    fingerprint = _fingerprint(data)
+    final = directory / fingerprint[:16]
+    if (final / _SUMMARY).is_file():
+        console.print(f"Reusing the data prepared in {final}")
+        return Prepared(final)
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(directory)
+    # A folder gets its final name only when everything is in it.
+    unfinished = directory / f"unfinished-{socket.gethostname()}-{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        _prepare_in(unfinished, data, fingerprint)
+        try:
+            unfinished.rename(final)
+        except OSError:  # another process finished the same preparation in the meantime
+            if not (final / _SUMMARY).is_file():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Prepared(final)
+
+
+def _prepare_in(directory: Path, data: config.Data, fingerprint: str) -> None:
+    spool_path = directory / "spool"
+    with Spool(spool_path) as spool:
+        broken = _read_into(spool, data)
+        sides = _choose(spool, data)
+        names = slugs(sides)
+        splits = {}
+        for domain, slug in names.items():
+            splits.update(zip(split_names(slug), sides[domain], strict=True))
+        splits = {name: entries for name, entries in splits.items() if entries}
+        total = sum(map(len, splits.values()))
+        with stage("Writing documents", total=total, unit="documents") as progress:
+            dataset = write_dataset(directory, spool, splits, progress.advance)
+    spool_path.unlink()
+    summary = {
+        "fingerprint": fingerprint,
+        "settings": _settings(data),
+        "dataset": dataset.relative_to(directory).as_posix(),
+        "domains": names,
+        "train": {name: _amount(side.train) for name, side in sides.items()},
+        "heldout": {name: _amount(side.heldout) for name, side in sides.items()},
+        "broken": dataclasses.asdict(broken),
+    }
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    (directory / _SUMMARY).write_text(text, encoding="utf-8")
+
+
+def _read_into(spool: Spool, data: config.Data) -> BrokenReport:
+    """Spools all documents and prints what is broken."""
+    lost, examples = 0, []
+    with stage("Reading documents", unit="documents") as progress:
+        for item in read_documents(data):
+            if isinstance(item, Broken):
+                lost += item.records
+                if len(examples) < _EXAMPLES_OF_BROKEN:
+                    examples.append(f"{item.origin}: {item.reason}")
+            else:
+                spool.add(item)
+                progress.advance()
+            if len(spool.entries) > _MOST_DOMAINS:
+                raise DataError(
+                    f"config.data.domain_field={data.domain_field!r} gives more than "
+                    f"{_MOST_DOMAINS} domains; name a field that has few values."
+                )
+    share = lost / max(lost + len(spool), 1)
+    if lost:
+        lines = "".join(f"\n  {example}" for example in examples)
+        more = "\n  ..." if lost > len(examples) else ""
+        console.print(f"{lost:,} broken records ({share:.2%}):{lines}{more}", markup=False)
+    if share > data.max_broken_fraction:
+        raise DataError(
+            f"{lost:,} of {lost + len(spool):,} records are broken ({share:.2%}, the first is "
+            f"{examples[0]}), more than config.data.max_broken_fraction="
+            f"{data.max_broken_fraction:g}; mend the files or raise that setting."
+        )
+    return BrokenReport(lost, share, tuple(examples))
+
+
+def _choose(spool: Spool, data: config.Data) -> dict[str, Sides]:
+    cap_bytes = data.max_megabytes * 1e6 or math.inf
+    kept = {name: keep_within(entries, cap_bytes) for name, entries in spool.entries.items()}
+    sides = hold_out(
+        {name: entries for name, entries in kept.items() if entries}, data.heldout_fraction
+    )
+    if not any(side.train for side in sides.values()):
+        reason = f"at most {data.max_megabytes:g} MB" if len(spool) else "no"
+        raise DataError(
+            f"config.data.sources={data.sources!r} gives no document to train on "
+            f"({len(spool)} read, {reason} text kept per domain); name other sources."
+        )
+    return sides
+
+
+def _amount(entries: list[Entry]) -> dict[str, int]:
+    return dataclasses.asdict(Amount(len(entries), sum(entry.size for entry in entries)))
+
+
+def _settings(data: config.Data) -> dict:
+    """The settings that influence which documents there are."""
+    names = ("text_field", "domain_field", "max_megabytes", "heldout_fraction")
+    identities = [source_identity(source) for source in parse_sources(data.sources)]
+    return {"sources": identities, **{name: getattr(data, name) for name in names}}
+
+
+def _fingerprint(data: config.Data) -> str:
+    content = json.dumps([_FORMAT, _settings(data)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Removes what killed processes of this machine left unfinished."""
+    for folder in directory.glob(f"unfinished-{socket.gethostname()}-*"):
+        process = int(folder.name.rpartition("-")[2])
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:  # alive, of another user
+            continue

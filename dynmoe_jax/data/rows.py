@@ -1,0 +1,105 @@
+"""Documents → rows: tokenised, packed to full sequences, in an order that the seed decides.
+
+A document is ``[BOS] + encode(text) + [EOS]``.  Its inputs are all ids but the last, its targets
+all but the first, so no pair is lost where a row ends and no target crosses into the next
+document.  A row is one sequence of ``seq_len`` positions: int32 arrays ``tokens``, ``targets``,
+``segment_ids`` (1, 2, ... for the documents in the row; 0 = padding) and ``positions`` (0, 1, ...
+within each segment).
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import grain
+import numpy as np
+
+from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.tokenizer import Tokenizer
+
+# Reading and tokenising happen in the thread that asks; the whole stream has one of its own.
+_IN_THIS_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+def pack(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int) -> grain.IterDataset:
+    """Rows of the documents in their order; only the last row of a finite stream has padding."""
+    pairs = documents.map(functools.partial(_pairs, tokenizer)).to_iter_dataset(_IN_THIS_THREAD)
+    lengths = {"tokens": seq_len, "targets": seq_len}
+    packed = grain.experimental.ConcatThenSplitIterDataset(pairs, length_struct=lengths)
+    return packed.map(_row)
+
+
+def shard_rows(
+    documents: Mapping[str, Sequence],
+    weights: Mapping[str, float],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    seed: int,
+    shard: int,
+    num_shards: int,
+) -> grain.IterDataset:
+    """The endless rows of one virtual shard; every epoch has an order of its own.
+
+    Args:
+      documents: random access to the examples by domain; each with a ``text`` in UTF-8.
+      weights: share of the rows by domain; empty mixes all documents as they are.
+      tokenizer: of the text.
+      seq_len: tokens of one row.
+      seed: of the order.
+      shard: this shard, below ``num_shards``.
+      num_shards: the documents are dealt out to so many shards.
+    """
+
+    def stream(domains: Sequence[str], name: str) -> grain.IterDataset:
+        sources = [grain.MapDataset.source(documents[domain]) for domain in domains]
+        joined = grain.MapDataset.concatenate(sources)
+        # Where there are fewer documents than shards, several shards read the same document.
+        dealt = joined[shard % len(joined) :: num_shards]
+        return pack(dealt.shuffle(_seed(seed, shard, name)).repeat(), tokenizer, seq_len)
+
+    if not weights:
+        return stream(sorted(documents), "")
+    domains = [domain for domain in sorted(documents) if weights[domain] > 0]
+    # Each shard begins its round of the domains elsewhere, so that a batch of one row from each
+    # shard is a mixture too.
+    turn = shard % len(domains)
+    domains = domains[turn:] + domains[:turn]
+    streams = [stream([domain], domain) for domain in domains]
+    return grain.IterDataset.mix(streams, [weights[domain] for domain in domains])
+
+
+def check_weights(weights: Mapping[str, float], domains: Sequence[str]) -> None:
+    """Checks that the weights, if there are any, name every domain and no other.
+
+    Raises:
+      DataError: they don't.
+    """
+    missing = sorted(set(domains) - set(weights))
+    unknown = sorted(set(weights) - set(domains))
+    if weights and (missing or unknown):
+        wrong = [f"lacks {', '.join(missing)}"] * bool(missing)
+        wrong += [f"names {', '.join(unknown)}, which the data does not have"] * bool(unknown)
+        raise DataError(
+            f"config.data.domain_weights {' and '.join(wrong)}; "
+            f"give a weight to each of {', '.join(sorted(domains))} (0 leaves one out)."
+        )
+
+
+def _pairs(tokenizer: Tokenizer, example: Mapping) -> dict[str, np.ndarray]:
+    text = tokenizer.encode(example["text"].decode())
+    ids = np.concatenate([[tokenizer.bos_id], text, [tokenizer.eos_id]]).astype(np.int32)
+    return {"tokens": ids[:-1], "targets": ids[1:]}
+
+
+def _row(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        "tokens": packed["tokens"],
+        "targets": packed["targets"],
+        "segment_ids": packed["tokens_segment_ids"],
+        "positions": packed["tokens_positions"],
+    }
+
+
+def _seed(*parts) -> int:
+    """32 bits; neighbouring seeds and shards have nothing in common."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())

@@ -1,0 +1,152 @@
+"""Where documents come from: the grammar of ``config.data.sources``, and a reader for each kind."""
+
+import difflib
+import glob
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from dynmoe_jax import config
+from dynmoe_jax.data.document import Broken, Document
+from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.files import read_jsonl, read_text
+from dynmoe_jax.data.parquet import read_parquet
+from dynmoe_jax.data.python_source import read_python
+from dynmoe_jax.data.tfds_source import read_tfds, tfds_identity
+
+KINDS = ("python", "text", "jsonl", "parquet", "tfds")
+_ARGUMENTS = {"text": "GLOB", "jsonl": "GLOB", "parquet": "GLOB", "tfds": "NAME"}
+
+
+class Source(NamedTuple):
+    """One entry of the list: a kind, and its glob or TFDS name (empty for ``python``)."""
+
+    kind: str
+    argument: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.argument}" if self.argument else self.kind
+
+
+def parse_sources(sources: str) -> list[Source]:
+    """Reads ``"python,jsonl:books/*.jsonl.zst"``.
+
+    Raises:
+      DataError: an entry has an unknown kind, or lacks its argument, or there is none at all.
+    """
+    found = [_parse_source(entry.strip()) for entry in sources.split(",") if entry.strip()]
+    if not found:
+        raise DataError(f"config.data.sources={sources!r} names no source; use e.g. 'python'.")
+    return found
+
+
+def _parse_source(entry: str) -> Source:
+    kind, colon, argument = entry.partition(":")
+    if kind not in KINDS:
+        nearest = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
+        example = f"{nearest}:{_ARGUMENTS[nearest]}" if nearest in _ARGUMENTS else nearest
+        raise DataError(f"config.data.sources holds {entry!r}; did you mean {example!r}?")
+    if kind in _ARGUMENTS and not argument:
+        wanted = f"{kind}:{_ARGUMENTS[kind]}"
+        raise DataError(f"config.data.sources holds {entry!r}; write it as {wanted!r}.")
+    if kind not in _ARGUMENTS and colon:
+        raise DataError(f"config.data.sources holds {entry!r}; write it as {kind!r}.")
+    return Source(kind, argument)
+
+
+def parse_weights(domain_weights: str) -> dict[str, float]:
+    """Reads ``"code=2,prose=1"``; an empty string gives an empty dictionary.
+
+    Raises:
+      DataError: an entry is no ``domain=number`` with a number of at least zero, a domain comes
+        twice, or all weights are zero.
+    """
+    weights: dict[str, float] = {}
+    for entry in filter(None, (part.strip() for part in domain_weights.split(","))):
+        domain, _, number = entry.rpartition("=")
+        domain = domain.strip()
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not domain or not 0 <= weight < math.inf:
+            raise DataError(
+                f"config.data.domain_weights holds {entry!r}; write 'domain=weight' "
+                "with a weight of at least zero."
+            )
+        if domain in weights:
+            raise DataError(f"config.data.domain_weights names {domain!r} twice; name it once.")
+        weights[domain] = weight
+    if weights and not any(weights.values()):
+        raise DataError(
+            f"config.data.domain_weights={domain_weights!r} has only zeros; "
+            "give at least one domain a weight above zero."
+        )
+    return weights
+
+
+def source_files(source: Source) -> list[Path]:
+    """The files that a glob matches, sorted; empty for sources that have none.
+
+    Raises:
+      DataError: the glob matches nothing.
+    """
+    if source.kind in ("python", "tfds"):
+        return []
+    matches = glob.glob(str(Path(source.argument).expanduser()), recursive=True)
+    files = sorted(path for path in map(Path, matches) if path.is_file())
+    if not files:
+        raise DataError(
+            f"config.data.sources holds {str(source)!r}, which matches no file; "
+            f"mend the glob (the working folder is {str(Path.cwd())!r})."
+        )
+    return files
+
+
+def check_sources(data: config.Data) -> None:
+    """Checks cheaply what can be checked before anything is written.
+
+    Raises:
+      DataError: the sources or the domain weights cannot be parsed, a glob matches nothing, or
+        the tokenizer's file does not exist.
+    """
+    for source in parse_sources(data.sources):
+        source_files(source)
+    parse_weights(data.domain_weights)
+    if data.tokenizer and not Path(data.tokenizer).expanduser().is_file():
+        raise DataError(
+            f"config.data.tokenizer={data.tokenizer!r} is no file; give the path of a "
+            "SentencePiece .model, or leave it empty to train one."
+        )
+
+
+def source_identity(source: Source) -> dict:
+    """What tells whether a source still holds the same documents: JSON-able, cheap to compute.
+
+    For files: names and sizes.  For ``python``: nothing more, so that a package installed in the
+    middle of a run does not change the run's data.
+    """
+    files = [[path.name, path.stat().st_size] for path in source_files(source)]
+    identity = {"source": str(source), "files": files}
+    if source.kind == "tfds":
+        identity["dataset"] = tfds_identity(source.argument)
+    return identity
+
+
+def read_documents(data: config.Data) -> Iterator[Document | Broken]:
+    """Yields the documents of all sources, and what is broken in them, in a fixed order."""
+    cap_bytes = data.max_megabytes * 1e6 or math.inf
+    fields = (data.text_field, data.domain_field)
+    for source in parse_sources(data.sources):
+        if source.kind == "python":
+            yield from read_python(cap_bytes)
+        elif source.kind == "tfds":
+            yield from read_tfds(source.argument, *fields)
+        for path in source_files(source):
+            if source.kind == "text":
+                yield from read_text(path)
+            elif source.kind == "jsonl":
+                yield from read_jsonl(path, *fields)
+            else:
+                yield from read_parquet(path, *fields)
