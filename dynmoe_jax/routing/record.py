@@ -77,6 +77,15 @@ class Router(Protocol):
         """Routes T tokens; tokens that are not valid (padding) get no expert at all."""
 
 
+def softmax_scores(
+    logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]
+) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
+    """(probs_TE, logits_TE), both float32; padding tokens get flat scores."""
+    # Padding may hold NaN: masked after the softmax, its gradient would be 0 * NaN.
+    logits_TE = jnp.where(valid_T[:, None], logits_TE.astype(jnp.float32), 0.0)
+    return jax.nn.softmax(logits_TE, axis=-1), logits_TE
+
+
 def fill_slots(
     probs_TE: Float[Array, "T E"],
     logits_TE: Float[Array, "T E"],

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dynmoe_jax.routing.record import Routing, fill_slots
+from dynmoe_jax.routing.record import Routing, fill_slots, softmax_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,7 @@ class TopK:
 
     def __call__(self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]) -> Routing:
         """Routes T tokens; equal probabilities are taken in the order of the experts' ids."""
-        logits_TE = logits_TE.astype(jnp.float32)
-        probs_TE = jax.nn.softmax(logits_TE, axis=-1)
+        probs_TE, logits_TE = softmax_scores(logits_TE, valid_T)
         _, expert_TK = jax.lax.top_k(jax.lax.stop_gradient(probs_TE), self.k)
         keep_TK = jnp.broadcast_to(valid_T[:, None], expert_TK.shape)
         return fill_slots(probs_TE, logits_TE, expert_TK, keep_TK, renormalize=self.renormalize)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from dynmoe_jax.routing.record import Routing, fill_slots
+from dynmoe_jax.routing.record import Routing, fill_slots, softmax_scores
 
 
 def top_p_slots(num_experts: int, threshold: float) -> int:
@@ -48,8 +48,7 @@ class TopP:
 
     def __call__(self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]) -> Routing:
         """Routes T tokens; equal probabilities are taken in the order of the experts' ids."""
-        logits_TE = logits_TE.astype(jnp.float32)
-        probs_TE = jax.nn.softmax(logits_TE, axis=-1)
+        probs_TE, logits_TE = softmax_scores(logits_TE, valid_T)
         sorted_TK, expert_TK = jax.lax.top_k(jax.lax.stop_gradient(probs_TE), self.slots)
         # Shifted, not "cumsum minus own": the threshold is compared with the very sums that the
         # released code compares with.
