@@ -1,0 +1,184 @@
+"""Routing losses, with the arithmetic by hand."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynmoe_jax.routing import Routing, TopK, TopP, losses
+
+T, E = 8, 4
+ALL = jnp.ones(T, bool)
+# Jitted: eagerly, every small operation compiles on its own.
+balance_loss = jax.jit(losses.balance_loss, static_argnames="normalise")
+entropy_loss = jax.jit(losses.entropy_loss)
+router_z_loss = jax.jit(losses.router_z_loss)
+LOSSES = {
+    "balance": balance_loss,
+    "per_choice": functools.partial(balance_loss, normalise="per_choice"),
+    "first_choice_only": functools.partial(balance_loss, normalise="first_choice_only"),
+    "entropy": entropy_loss,
+    "z": router_z_loss,
+}
+
+
+def route(router, logits_TE, valid_T=ALL):
+    return jax.jit(router)(logits_TE, valid_T)
+
+
+def even_routing(k, shift=0.0):
+    """Flat probabilities, every expert chosen equally often: token t takes t, t+1, … (mod E)."""
+    expert_TK = (jnp.arange(T)[:, None] + jnp.arange(k)) % E
+    probs_TE = jnp.full((T, E), 1 / E)
+    return Routing(expert_TK, jnp.full((T, k), 1 / E), probs_TE, jnp.full((T, E), shift))
+
+
+def collapsed_routing():
+    """Every token takes expert 0 with certainty."""
+    return route(TopK(E, 1), jnp.zeros((T, E)).at[:, 0].set(100.0))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_balance_of_even_routing_is_k(k):
+    # f_e = k/E, Q_e = 1/E: E * sum_e (k/E)(1/E) = E * E * k/E^2 = k.
+    np.testing.assert_allclose(balance_loss(even_routing(k), ALL), k, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_balance_per_choice_of_even_routing_is_one(k):
+    # f is divided by its sum k: E * sum_e (1/E)(1/E) = 1, whatever k.
+    loss = balance_loss(even_routing(k), ALL, normalise="per_choice")
+    np.testing.assert_allclose(loss, 1.0, rtol=1e-6)
+    first = balance_loss(even_routing(k), ALL, normalise="first_choice_only")
+    np.testing.assert_allclose(first, 1.0, rtol=1e-6)
+
+
+def test_balance_of_collapse_is_e():
+    # f = Q = (1, 0, 0, 0): E * 1 * 1 = 4, the worst there is for k = 1.
+    np.testing.assert_allclose(balance_loss(collapsed_routing(), ALL), E, rtol=1e-6)
+
+
+def test_balance_of_two_unlike_tokens():
+    # p = 0.6 takes {0, 1} of the first token and {1} of the second:
+    # f = (1/2, 1, 0), Q = ((.5+.1)/2, (.3+.8)/2, (.2+.1)/2) = (.3, .55, .15).
+    # sum: 3 (.15 + .55) = 2.1; per choice: f / 1.5, so 1.4.
+    # first choice: f = (1/2, 1/2, 0), so 3 (.15 + .275) = 1.275.
+    logits_TE = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]))
+    routing, valid_T = route(TopP(3, 0.6), logits_TE, ALL[:2]), ALL[:2]
+    for normalise, wanted in [("sum", 2.1), ("per_choice", 1.4), ("first_choice_only", 1.275)]:
+        loss = balance_loss(routing, valid_T, normalise=normalise)
+        np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+
+
+def test_balance_gradient_is_that_of_the_probabilities_alone():
+    # dL/dQ_e = E f_e and f is a constant: for p = softmax, dL/dlogit = (E/T) p (f - sum p f).
+    logits_TE = jax.random.normal(jax.random.key(0), (T, E))
+    router = TopP(E, 0.5)
+    gradient = jax.jit(jax.grad(lambda x: balance_loss(router(x, ALL), ALL)))(logits_TE)
+    routing = route(router, logits_TE)
+    p_TE, f_E = np.asarray(routing.probs_TE), np.mean(routing.chosen_TE, axis=0)
+    wanted = E / T * p_TE * (f_E - p_TE @ f_E[:, None])
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_unknown_normalisation():
+    with pytest.raises(ValueError, match="normalise='mean' must be"):
+        balance_loss(even_routing(1), ALL, normalise="mean")
+
+
+def test_entropy_of_uniform_is_log_e():
+    np.testing.assert_allclose(entropy_loss(even_routing(1), ALL), math.log(E), rtol=1e-6)
+
+
+def test_entropy_of_one_hot_is_zero():
+    np.testing.assert_allclose(entropy_loss(collapsed_routing(), ALL), 0.0, atol=1e-6)
+
+
+def test_entropy_by_hand():
+    # -(.5 ln .5 + .25 ln .25 + .25 ln .25) = 1.5 ln 2.
+    logits_TE = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+    routing = route(TopP(3, 0.4), logits_TE, ALL[:1])
+    np.testing.assert_allclose(entropy_loss(routing, ALL[:1]), 1.5 * math.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 5.0])
+def test_z_loss_of_constant_logits(shift):
+    # logsumexp of E equal logits a is a + log E.
+    np.testing.assert_allclose(
+        router_z_loss(even_routing(1, shift), ALL), (shift + math.log(E)) ** 2, rtol=1e-5
+    )
+
+
+def test_z_loss_gradient_by_hand():
+    # d z^2 / d logit = 2 z softmax, a T-th of it per token.
+    logits_TE = jax.random.normal(jax.random.key(0), (T, E))
+    gradient = jax.jit(jax.grad(lambda x: router_z_loss(TopK(E, 1)(x, ALL), ALL)))(logits_TE)
+    z_T1 = jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True)
+    wanted = 2 * z_T1 * jax.nn.softmax(logits_TE) / T
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+def value_and_gradient(name, router):
+    """Jitted (logits, valid) -> loss and its gradient."""
+
+    def loss(logits_TE, valid_T):
+        return LOSSES[name](router(logits_TE, valid_T), valid_T)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_masking_and_extremes(name):
+    """One compiled function, many inputs."""
+    compute = value_and_gradient(name, TopP(E, 0.5))
+    logits_TE = jax.random.normal(jax.random.key(0), (T, E))
+    valid_T = jnp.arange(T) % 3 > 0
+
+    # Padding tokens hold anything: value and gradient are as if they held zeros.
+    clean, clean_gradient = compute(jnp.where(valid_T[:, None], logits_TE, 0.0), valid_T)
+    for poison in (jnp.nan, jnp.inf):
+        value, gradient = compute(jnp.where(valid_T[:, None], logits_TE, poison), valid_T)
+        assert value == clean
+        np.testing.assert_array_equal(gradient, clean_gradient)
+    np.testing.assert_array_equal(clean_gradient[~valid_T], 0.0)
+    assert np.any(np.asarray(clean_gradient[valid_T]) != 0)
+
+    # No valid token at all: 0, not 0/0.
+    value, gradient = compute(jnp.full((T, E), jnp.nan), jnp.zeros(T, bool))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0.0)
+
+    # Logits so far apart that probabilities underflow to 0.
+    value, gradient = compute(jnp.zeros((T, E)).at[:, 0].set(1e4).at[:, 1].set(-1e4), ALL)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_padding_is_as_if_it_were_not_there(name):
+    logits_TE = jax.random.normal(jax.random.key(3), (T, E))
+    valid_T = jnp.arange(T) < 5
+    padded = LOSSES[name](route(TopP(E, 0.5), logits_TE, valid_T), valid_T)
+    short = LOSSES[name](route(TopP(E, 0.5), logits_TE[:5], ALL[:5]), ALL[:5])
+    np.testing.assert_allclose(padded, short, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_stack_of_layers_gives_a_vector(name):
+    layers = [route(TopP(E, 0.5), jax.random.normal(jax.random.key(i), (T, E))) for i in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    losses_N = LOSSES[name](stacked, ALL)
+    assert losses_N.shape == (3,)
+    wanted = [LOSSES[name](routing, ALL) for routing in layers]
+    np.testing.assert_allclose(losses_N, wanted, rtol=1e-6)
+
+
+def test_losses_do_not_read_the_weights():
+    routing = even_routing(2)
+    other = dataclasses.replace(routing, weight_TK=jnp.full_like(routing.weight_TK, jnp.nan))
+    for loss in LOSSES.values():
+        assert loss(routing, ALL) == loss(other, ALL)
