@@ -55,12 +55,13 @@ def read_python(cap_bytes: float, roots: dict[str, Path] | None = None) -> Itera
     """
     sources, docs = _list_files(installation() if roots is None else roots)
     seen: set[bytes] = set()
+    seen_passages: set[bytes] = set()
     prose = [file for file in sources if file[0][0] % 16 < _PROSE_SIXTEENTHS]
     code = [file for file in sources if file[0][0] % 16 >= _PROSE_SIXTEENTHS]
     for domain, files, extract in (
         ("code", code, _code),
         ("docs", docs, _documentation),
-        ("prose", prose, lambda name, text: _prose(text, seen)),
+        ("prose", prose, lambda name, text: _prose(text, seen_passages)),
     ):
         yield from _read_domain(domain, files, extract, cap_bytes, seen)
 

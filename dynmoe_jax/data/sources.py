@@ -108,11 +108,11 @@ def check_sources(data: config.Data) -> None:
     """Checks cheaply what can be checked before anything is written.
 
     Raises:
-      DataError: the sources or the domain weights cannot be parsed, a glob matches nothing, or
-        the tokenizer's file does not exist.
+      DataError: the sources or the domain weights cannot be parsed, a glob matches nothing, TFDS
+        has no such dataset, or the tokenizer's file does not exist.
     """
     for source in parse_sources(data.sources):
-        source_files(source)
+        source_identity(source)
     parse_weights(data.domain_weights)
     if data.tokenizer and not Path(data.tokenizer).expanduser().is_file():
         raise DataError(

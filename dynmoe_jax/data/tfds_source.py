@@ -1,5 +1,6 @@
 """TFDS datasets with a text feature, read without TensorFlow through random access."""
 
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def _builder(name: str) -> tfds.core.DatasetBuilder:
         if Path(name).expanduser().is_dir():
             return tfds.builder_from_directory(Path(name).expanduser())
         return tfds.builder(name)
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise DataError(
+            f"config.data.sources holds 'tfds:{name}', which is neither a dataset that TFDS knows "
+            f"nor the folder of a prepared one; did you mean 'tfds:{nearest}'?"
+        ) from error
     except Exception as error:  # tfds.builder raises errors of many kinds
         raise _unreadable(name, error) from error
 
