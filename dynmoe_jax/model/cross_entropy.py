@@ -58,6 +58,8 @@ def _cut(array_BL: Array, chunks: int, chunk_length: int) -> Array:
 
 def _chunk(z_weight, x_BCD, output_DV, targets_BC, valid_BC):
     """(sum over the chunk, nll_BC) from one chunk of positions."""
+    # Positions that do not count may hold anything, and 0 * NaN is NaN.
+    x_BCD = jnp.where(valid_BC[..., None], x_BCD, 0)
     logits_BCV = jnp.einsum("bcd,dv->bcv", x_BCD, output_DV, preferred_element_type=jnp.float32)
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]

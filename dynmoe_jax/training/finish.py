@@ -1,0 +1,121 @@
+"""What comes after the last step: held-out evaluation, a sample, the table, the report."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dynmoe_jax import config
+from dynmoe_jax.console import console, stage
+from dynmoe_jax.data import Prepared, Tokenizer, heldout_batches
+from dynmoe_jax.evaluation.heldout import evaluate
+from dynmoe_jax.evaluation.report import write_report
+from dynmoe_jax.inference.generate import generate
+from dynmoe_jax.model.parameters import active_parameters, count_parameters
+from dynmoe_jax.training.checkpoint import FOLDER as CHECKPOINTS
+from dynmoe_jax.training.metrics import FILE_NAME as METRICS
+from dynmoe_jax.training.metrics import read_metrics
+from dynmoe_jax.training.seconds import Seconds
+from dynmoe_jax.training.step import decoder_structure
+from dynmoe_jax.training.summary import FILE_NAME as SUMMARY
+from dynmoe_jax.training.summary import HeldOut, Sample, Summary, write_summary
+from dynmoe_jax.training.summary_tables import print_summary
+from dynmoe_jax.training.text import TOKENIZER_FILE
+
+
+def evaluate_heldout(
+    cfg: config.Config,
+    eval_step: Callable,
+    params: nnx.State,
+    prepared: Prepared,
+    tokenizer: Tokenizer,
+    sharding: jax.sharding.Sharding,
+) -> HeldOut:
+    """Evaluates on at most ``evaluation.max_batches`` batches of every domain."""
+    batch_size = cfg.train.batch_size // cfg.train.microbatches
+
+    def batches(domain, shown):
+        for batch in heldout_batches(
+            prepared, tokenizer, cfg.data, domain, batch_size, cfg.evaluation.max_batches
+        ):
+            yield batch
+            shown.advance()
+
+    with stage("Evaluating on held-out text", unit="batches") as shown:
+        domains = [name for name in prepared.domains if len(prepared.open_heldout(name))]
+        by_domain = {domain: batches(domain, shown) for domain in domains}
+        place = lambda batch: jax.device_put(batch, sharding)  # noqa: E731
+        return evaluate(eval_step, params, by_domain, tokenizer.token_bytes_V, place)
+
+
+def sample(cfg: config.Config, params: nnx.State, tokenizer: Tokenizer) -> Sample:
+    """Continues ``evaluation.prompt``."""
+    prompt = np.array([tokenizer.bos_id, *tokenizer.encode(cfg.evaluation.prompt)], np.int32)
+    room = cfg.model.max_seq_len - len(prompt)
+    continuation = generate(
+        decoder_structure(cfg.model),
+        params,
+        prompt,
+        max(1, min(cfg.evaluation.sample_tokens, room)),
+        temperature=cfg.evaluation.temperature,
+        seed=cfg.seed,
+        eos_id=tokenizer.eos_id,
+    )
+    text = tokenizer.decode([*prompt, *continuation.ids])[len(cfg.evaluation.prompt) :]
+    pieces = _pieces(tokenizer, prompt, continuation.ids, continuation.experts)
+    return Sample(cfg.evaluation.prompt, text, pieces)
+
+
+def _pieces(tokenizer, prompt, ids, experts) -> list[tuple[str, float]]:
+    """(text, experts) of each token; a character of several byte tokens goes to its last one."""
+    pieces, before = [], tokenizer.decode(prompt.tolist())
+    for i, count in enumerate(experts):
+        now = tokenizer.decode([*prompt.tolist(), *ids[: i + 1].tolist()])
+        whole = now.rstrip("\N{REPLACEMENT CHARACTER}")
+        pieces.append((whole[len(before) :], float(count)))
+        before = max(before, whole, key=len)
+    return pieces
+
+
+def finish_run(
+    cfg: config.Config,
+    workdir: Path,
+    step: int,
+    params: nnx.State,
+    heldout: HeldOut,
+    tokenizer: Tokenizer,
+    seconds: Seconds,
+) -> Summary:
+    """Samples, writes ``summary.json`` and ``report.html``, and prints the closing table."""
+    with seconds.of("evaluation"):
+        written = sample(cfg, params, tokenizer)
+    metrics = read_metrics(workdir)
+    paths = {
+        "checkpoints": CHECKPOINTS,
+        "tokenizer": TOKENIZER_FILE,
+        "metrics": METRICS,
+        "summary": SUMMARY,
+        "report": "report.html",
+    }
+    if cfg.logging.tensorboard:
+        paths["tensorboard"] = "tensorboard"
+    summary = Summary(
+        complete=step >= cfg.train.steps,
+        step=step,
+        steps=cfg.train.steps,
+        parameters=count_parameters(cfg.model),
+        active_parameters=active_parameters(cfg.model, heldout.experts_per_token),
+        heldout=heldout,
+        tokens_per_second=float(np.median([m["tokens_per_second"] for m in metrics])),
+        mfu=float(np.median([m["mfu"] for m in metrics])),
+        seconds=seconds.by_activity(),
+        sample=written,
+        paths=paths,
+    )
+    write_report(workdir, cfg, metrics, summary)
+    write_summary(workdir, summary)
+    console.print()
+    print_summary(summary, workdir)
+    return summary

@@ -1,0 +1,141 @@
+"""From the arrays that a step leaves on the device to metrics.jsonl and the progress bar.
+
+Axis legend: N MoE layers, E experts.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dynmoe_jax import config
+from dynmoe_jax.model.flops import training_flops
+from dynmoe_jax.routing import statistics
+from dynmoe_jax.training.hardware import peak_flops_per_second
+from dynmoe_jax.training.metrics import MetricsWriter
+from dynmoe_jax.training.progress import TrainingProgress
+from dynmoe_jax.training.summary import HeldOut
+
+SCALARS = (
+    "loss",
+    "lm_loss",
+    "balance_loss",
+    "entropy_loss",
+    "router_z_loss",
+    "grad_norm",
+    "learning_rate",
+)
+
+
+class StepRecorder:
+    """Turns metrics into records, and measures speed between one record and the next."""
+
+    def __init__(self, cfg: config.Config, step: int):
+        self._cfg = cfg
+        self._peak = peak_flops_per_second()
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Begins a new stretch of time after ``step``, e.g. after an evaluation."""
+        self._step, self._since = step, time.perf_counter()
+
+    def record(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """The line of ``step``; speed is the mean over the steps since the last record."""
+        cfg, values = self._cfg, jax.device_get(dict(metrics))
+        now = time.perf_counter()
+        steps = max(1, step - self._step)
+        seconds = (now - self._since) / steps
+        tokens = cfg.train.batch_size * cfg.data.seq_len
+        load_NE, dropped = values["load_NE"], int(values["rows_dropped"])
+        flops = training_flops(
+            cfg.model, tokens, cfg.data.seq_len, float(np.sum(load_NE)) - dropped
+        )
+        record = {name: float(values[name]) for name in SCALARS}
+        record |= _routing_record(load_NE, int(values["tokens"]))
+        record |= {
+            "rows_dropped": dropped,
+            "tokens_per_second": tokens / seconds,
+            "model_flops_per_second": flops / seconds,
+            "mfu": flops / seconds / self._peak,
+            "seconds_step": seconds,
+        }
+        self.restart(step)
+        return record
+
+
+def _routing_record(load_NE: np.ndarray, tokens: int) -> dict[str, Any]:
+    if not load_NE.size:  # a dense model
+        return {"experts_per_token": 0.0, "unused_experts": 0}
+    by_layer_N = load_NE.sum(axis=-1) / max(tokens, 1)
+    return {
+        "experts_per_token": float(by_layer_N.mean()),
+        "experts_per_token_by_layer": by_layer_N.tolist(),
+        "load_imbalance_by_layer": np.asarray(statistics.load_imbalance(load_NE)).tolist(),
+        "unused_experts": int(statistics.unused_experts(load_NE)),
+    }
+
+
+class Logbook:
+    """Writes and shows the metrics of a run without stalling the device.
+
+    ``add`` keeps the metrics of step s on the device and reads those of step s-1, which by then
+    have been computed: the device works on step s meanwhile, and the host is never more than one
+    step ahead of it.
+
+    Args:
+      cfg: all settings.
+      workdir: the run's folder.
+      done: the step that the run continues after; 0 in a new run.
+    """
+
+    def __init__(self, cfg: config.Config, workdir: Path, done: int):
+        self._writer = MetricsWriter(workdir, cfg.logging, done)
+        self._progress = TrainingProgress(done, cfg.train.steps)
+        self._speed = StepRecorder(cfg, done)
+        self._every, self._first, self._last = cfg.train.log_every_steps, done + 1, cfg.train.steps
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+
+    def __enter__(self) -> "Logbook":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._read()
+        self._progress.__exit__(*exception)
+        self._writer.close()
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of ``step``, which was just dispatched, and reads the step before."""
+        self._read()
+        self._pending = (step, metrics)
+
+    def with_heldout(self, evaluate: Callable[[], HeldOut]) -> HeldOut:
+        """Evaluates after the newest step and adds the result to that step's line.
+
+        The step's speed is measured before, and the evaluation's time is not the next steps'.
+        """
+        step, metrics = self._pending
+        self._pending = None
+        record = self._speed.record(step, metrics)
+        heldout = evaluate()
+        record |= {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
+        self._write(step, record)
+        self._speed.restart(step)
+        return heldout
+
+    def _read(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        if step % self._every and step not in (self._first, self._last):
+            jax.block_until_ready(metrics)
+            self._progress.update(step)
+        else:
+            self._write(step, self._speed.record(step, metrics))
+
+    def _write(self, step: int, record: dict[str, Any]) -> None:
+        self._writer.write(step, record)
+        self._progress.update(step, record)

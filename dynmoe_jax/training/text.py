@@ -1,0 +1,39 @@
+"""The text of one run: prepared documents, and the tokenizer that stays with the run."""
+
+from pathlib import Path
+
+from dynmoe_jax import config
+from dynmoe_jax.console import stage
+from dynmoe_jax.data import Prepared, Tokenizer, prepare, train_tokenizer
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+def load_text(cfg: config.Config, workdir: Path) -> tuple[Prepared, Tokenizer]:
+    """Prepares the sources (or finds them prepared) and loads or trains the tokenizer.
+
+    The tokenizer lies in the run's folder as ``tokenizer.model``: a copy of the file that
+    ``config.data.tokenizer`` names, or one trained on the run's own training text.
+
+    Raises:
+      ConfigError: the tokenizer has more tokens than the model.
+      DataError: the sources or the tokenizer cannot be used.
+    """
+    prepared = prepare(cfg.data, Path(cfg.data.directory or workdir / "data"))
+    path = workdir / TOKENIZER_FILE
+    if path.exists():
+        tokenizer = Tokenizer.load(path)
+    elif cfg.data.tokenizer:
+        tokenizer = Tokenizer.load(Path(cfg.data.tokenizer).expanduser())
+        tokenizer.save(path)
+    else:
+        with stage("Training a tokenizer", unit="tokens") as shown:
+            texts = prepared.sample_texts(cfg.data.tokenizer_megabytes)
+            tokenizer = train_tokenizer(texts, cfg.model.vocab_size, path)
+            shown.advance(tokenizer.vocab_size)
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise config.ConfigError(
+            f"config.model.vocab_size={cfg.model.vocab_size} is smaller than the "
+            f"{tokenizer.vocab_size} tokens of {path}; raise it to at least that."
+        )
+    return prepared, tokenizer

@@ -1,0 +1,146 @@
+"""The main job, told from top to bottom: settings, data, state, loop, results."""
+
+import contextlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from dynmoe_jax import config
+from dynmoe_jax.console import console
+from dynmoe_jax.data import DataError, TrainStream, check_sources
+from dynmoe_jax.evaluation.heldout import make_eval_step
+from dynmoe_jax.training.checkpoint import Checkpoints, check_compatible
+from dynmoe_jax.training.finish import evaluate_heldout, finish_run
+from dynmoe_jax.training.interrupt import EXIT_INTERRUPTED, stop_on_signal
+from dynmoe_jax.training.logbook import Logbook
+from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
+from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dynmoe_jax.training.seconds import Seconds
+from dynmoe_jax.training.step import (
+    Batch,
+    TrainState,
+    decoder_structure,
+    init_params,
+    make_train_step,
+)
+from dynmoe_jax.training.summary import read_summary
+from dynmoe_jax.training.summary_tables import print_summary
+from dynmoe_jax.training.text import load_text
+
+BAD_INPUT = (config.ConfigError, DataError)
+
+
+def train(cfg: config.Config, workdir: Path) -> int:
+    """Trains, evaluates and reports one run; continues it if it was begun before.
+
+    Args:
+      cfg: all settings.
+      workdir: the run's folder: checkpoints, metrics, tokenizer, report, prepared data.
+
+    Returns:
+      the process's exit code: 0, or EXIT_INTERRUPTED after Ctrl-C or SIGTERM.
+
+    Raises:
+      ConfigError: settings that contradict the devices, the data or the run in ``workdir``.
+      DataError: sources that cannot be read.
+    """
+    seconds = Seconds()
+
+    # ── Settings: everything that can be refused is refused before anything is written ───────────
+    check_sources(cfg.data)
+    mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
+    checkpoints = Checkpoints(workdir, cfg.checkpoint)
+    done = checkpoints.latest_step() or 0
+    if done:
+        check_compatible(checkpoints.config(done), cfg, workdir)
+    summary = read_summary(workdir)
+    if summary and summary.complete and summary.step == done >= cfg.train.steps:
+        console.print(f"The run in {workdir} is complete: {done:,} steps.")
+        print_summary(summary, workdir)
+        return 0
+    _print_settings(cfg, workdir, done)
+
+    # ── Data ─────────────────────────────────────────────────────────────────────────────────────
+    with seconds.of("data preparation"):
+        prepared, tokenizer = load_text(cfg, workdir)
+        stream = TrainStream(prepared, tokenizer, cfg.data, cfg.train.batch_size, cfg.seed)
+    on_devices = batch_sharding(mesh)
+
+    with jax.set_mesh(mesh), contextlib.closing(checkpoints), stop_on_signal() as stop:
+        # ── State and step ───────────────────────────────────────────────────────────────────────
+        schedule = make_schedule(cfg.optimizer, cfg.train.steps)
+        optimizer = make_optimizer(cfg.optimizer, schedule)
+        with seconds.of("compile"):
+            state, position = _start(cfg, optimizer, checkpoints, done, replicated(mesh))
+            train_step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
+            train_step = train_step.lower(state, _batch_shapes(cfg, on_devices)).compile()
+            eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
+        if position is not None:
+            stream.set_state(position)
+
+        def evaluate():
+            with seconds.of("evaluation"):
+                return evaluate_heldout(
+                    cfg, eval_step, state.params, prepared, tokenizer, on_devices
+                )
+
+        # ── Loop: step s is dispatched before the metrics of step s-1 are read ───────────────────
+        step, heldout = done, None
+        with Logbook(cfg, workdir, done) as logbook:
+            for step in range(done + 1, cfg.train.steps + 1):
+                with seconds.of("data waiting"):
+                    batch = jax.device_put(next(stream), on_devices)
+                with seconds.of("step"):
+                    state, metrics = train_step(state, batch)
+                    logbook.add(step, metrics)
+                if _due(step, cfg.evaluation.every_steps, cfg):
+                    heldout = logbook.with_heldout(evaluate)
+                if _due(step, cfg.checkpoint.every_steps, cfg) or stop.requested:
+                    checkpoints.save(step, state, stream.get_state(), cfg)
+                if stop.requested:
+                    break
+        if stop.requested:
+            console.print(f"Stopped after step {step:,} and saved; the same command continues.")
+            return EXIT_INTERRUPTED
+
+        # ── Results ──────────────────────────────────────────────────────────────────────────────
+        heldout = heldout or evaluate()
+        checkpoints.wait()
+        finish_run(cfg, workdir, step, state.params, heldout, tokenizer, seconds)
+    return 0
+
+
+def _due(step: int, every: int, cfg: config.Config) -> bool:
+    """Whether something done every so many steps (0 = never) and at the end is due."""
+    return step == cfg.train.steps or (every > 0 and step % every == 0)
+
+
+def _start(cfg, optimizer, checkpoints, done, sharding):
+    """(state, data position): new ones, or those of the checkpoint of step ``done``."""
+
+    def init():
+        params = init_params(cfg.model, cfg.seed)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    if not done:
+        return jax.jit(init, out_shardings=sharding)(), None
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return checkpoints.restore(done, jax.tree.map(place, jax.eval_shape(init)))
+
+
+def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:
+    shape = (cfg.train.batch_size, cfg.data.seq_len)
+    array_BL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array_BL)
+
+
+def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:
+    """What this run is: the settings that differ from the defaults."""
+    verb = f"Continuing {workdir} after step {done:,}" if done else f"New run in {workdir}"
+    console.print(f"{verb}, on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    table = Table("setting", "value", "default", box=None, pad_edge=False)
+    for path, value, default in config.differences(cfg):
+        table.add_row(path, str(value), str(default), style="none")
+    console.print(table)

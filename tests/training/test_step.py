@@ -1,0 +1,180 @@
+"""One training step: its loss by hand, microbatches, meshes, the optimizer's fine print."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dynmoe_jax import config
+from dynmoe_jax.model import Decoder
+from dynmoe_jax.routing import losses
+from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
+from dynmoe_jax.training.optimizer import is_matrix, make_optimizer, make_schedule
+from dynmoe_jax.training.step import TrainState, init_params, make_train_step
+
+MODEL = config.Model(
+    num_layers=2,
+    width=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_width=8,
+    hidden_width=24,
+    vocab_size=40,
+    max_seq_len=16,
+    init_std=0.3,
+    moe=config.MoE(num_experts=4, hidden_width=12, top_p=0.5),
+)
+CONFIG = config.Config(
+    model=MODEL,
+    data=config.Data(seq_len=16),
+    train=config.Train(steps=10, batch_size=8),
+    loss=config.Loss(entropy_weight=0.05, router_z_weight=0.02, z_weight=0.01, chunk_tokens=32),
+    optimizer=config.Optimizer(warmup_steps=0),
+)
+
+
+def draw_batch():
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, 40, (2, 8, 16)).astype(np.int32)
+    length = np.array([16, 9, 16, 3, 16, 16, 0, 5])
+    segments = (np.arange(16) < length[:, None]).astype(np.int32)
+    positions = np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16))
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": segments,
+        "positions": positions,
+    }
+
+
+def one_step(cfg, batch, mesh=None):
+    schedule = make_schedule(cfg.optimizer, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+    params = init_params(cfg.model, 0)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    step = make_train_step(cfg, optimizer, schedule)
+    if mesh is None:
+        return jax.jit(step)(state, batch)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(state, replicated(mesh))
+        return jax.jit(step)(state, jax.device_put(batch, batch_sharding(mesh)))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return one_step(CONFIG, draw_batch())
+
+
+def assert_same(actual, wanted, rtol):
+    for (path, a), w in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True
+    ):
+        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
+        assert np.linalg.norm(a - w) <= rtol * max(np.linalg.norm(w), 1e-6), path
+
+
+def test_loss_is_the_sum_of_its_parts_from_plain_formulas(whole):
+    batch = draw_batch()
+    decoder = Decoder(MODEL, rngs=nnx.Rngs(0))
+    output = decoder(batch["tokens"], batch["segment_ids"], batch["positions"])
+    valid = batch["segment_ids"] > 0
+    nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["targets"])
+    z = jnp.square(jax.nn.logsumexp(output.logits, axis=-1))
+    lm, z = (jnp.sum(x * valid) / valid.sum() for x in (nll, z))
+    of_layers = (output.routing.by_layer, output.routing.valid_T)
+    balance = jnp.mean(losses.balance_loss(*of_layers))
+    entropy = jnp.mean(losses.entropy_loss(*of_layers))
+    router_z = jnp.mean(losses.router_z_loss(*of_layers))
+    _, metrics = whole
+    np.testing.assert_allclose(metrics["lm_loss"], lm, rtol=1e-5)
+    np.testing.assert_allclose(metrics["balance_loss"], balance, rtol=1e-5)
+    total = lm + 0.01 * z + 0.01 * balance + 0.05 * entropy + 0.02 * router_z
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+    assert metrics["tokens"] == valid.sum()
+    used = output.routing.experts_per_token
+    np.testing.assert_array_equal(metrics["load_NE"].sum(axis=-1), used.sum(axis=(1, 2)))
+
+
+def test_microbatches_of_uneven_token_counts_give_the_same_language_model_gradient():
+    # The balance loss is per microbatch by design, so it is switched off.
+    cfg = dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, balance_weight=0.0))
+    parts = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, microbatches=4))
+    (one, one_metrics), (four, four_metrics) = (one_step(c, draw_batch()) for c in (cfg, parts))
+    assert_same(four.params, one.params, 1e-5)
+    for name in ("lm_loss", "entropy_loss", "router_z_loss", "grad_norm", "tokens", "load_NE"):
+        np.testing.assert_allclose(four_metrics[name], one_metrics[name], rtol=1e-5)
+
+
+def test_balance_loss_over_microbatches_is_weighted_by_their_tokens():
+    cfg = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, microbatches=2))
+    batch = draw_batch()
+    _, metrics = one_step(cfg, batch)
+    wanted = 0.0
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        part = {name: array[half] for name, array in batch.items()}
+        decoder = Decoder(MODEL, rngs=nnx.Rngs(0))
+        routing = decoder(part["tokens"], part["segment_ids"], part["positions"]).routing
+        share = (part["segment_ids"] > 0).sum() / (batch["segment_ids"] > 0).sum()
+        wanted += share * jnp.mean(losses.balance_loss(routing.by_layer, routing.valid_T))
+    np.testing.assert_allclose(metrics["balance_loss"], wanted, rtol=1e-5)
+
+
+def test_eight_devices_take_the_step_of_one(whole):
+    mesh = make_mesh(config.Mesh(data=8), batch_size=8)
+    state, metrics = one_step(CONFIG, draw_batch(), mesh)
+    assert_same(state.params, whole[0].params, 1e-5)
+    for name, wanted in whole[1].items():
+        np.testing.assert_allclose(metrics[name], wanted, rtol=1e-5, err_msg=name)
+
+
+def test_dense_model_takes_a_step():
+    moe = dataclasses.replace(MODEL.moe, every_n_layers=0)
+    cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, moe=moe))
+    _, metrics = one_step(cfg, draw_batch())
+    assert metrics["load_NE"].shape[0] == 0
+    assert metrics["balance_loss"] == 0
+    assert np.isfinite(metrics["loss"])
+
+
+def test_mesh_that_does_not_fit_names_the_setting():
+    with pytest.raises(config.ConfigError, match=r"config\.mesh asks for 3 .* there are 8"):
+        make_mesh(config.Mesh(data=3), batch_size=8)
+    with pytest.raises(config.ConfigError, match=r"= 4 must be a multiple of the 8 devices"):
+        make_mesh(config.Mesh(), batch_size=4)
+
+
+def test_schedules_by_hand():
+    peak = 1.0
+    cosine = make_schedule(
+        config.Optimizer(learning_rate=peak, warmup_steps=4, final_fraction=0.1), 104
+    )
+    # Warm-up starts at peak / 5; half-way down the cosine lies between peak and a tenth of it.
+    np.testing.assert_allclose([cosine(0), cosine(4), cosine(54), cosine(104)], [0.2, 1, 0.55, 0.1])
+    decay = make_schedule(
+        config.Optimizer(
+            learning_rate=peak, schedule="warmup_stable_decay", warmup_steps=10, final_fraction=0.0
+        ),
+        100,
+    )
+    np.testing.assert_allclose([decay(50), decay(80), decay(90), decay(100)], [1, 1, 0.5, 0])
+    constant = make_schedule(config.Optimizer(learning_rate=peak, schedule="constant"), 1000)
+    np.testing.assert_allclose([constant(100), constant(999)], [1, 1])
+    # A warm-up longer than half of the run is cut.
+    short = make_schedule(config.Optimizer(learning_rate=peak, warmup_steps=100), 10)
+    np.testing.assert_allclose([short(5), short(10)], [1, 0.1], rtol=1e-6)
+
+
+def test_weight_decay_leaves_norms_alone():
+    params = init_params(MODEL, 0)
+    decayed = {
+        jax.tree_util.keystr(path): bool(value)
+        for path, value in jax.tree.leaves_with_path(is_matrix(params))
+    }
+    assert {name for name, value in decayed.items() if not value} == {
+        name for name in decayed if "norm" in name
+    }
+    assert not all(decayed.values())
