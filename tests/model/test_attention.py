@@ -1,0 +1,71 @@
+"""Attention against the formula, written out in numpy."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynmoe_jax.model.attention import Attention
+from dynmoe_jax.model.layers import rotate
+
+B, L = 2, 7
+
+
+def rotate_by_complex_numbers(x_BLHW, positions_BL, theta):
+    """Component i and i + W/2 are one complex number, turned by exp(i position theta^(-2i/W))."""
+    half = x_BLHW.shape[-1] // 2
+    number = x_BLHW[..., :half].astype(np.complex128) + 1j * x_BLHW[..., half:]
+    frequency = theta ** (-2 * np.arange(half) / (2 * half))
+    turned = number * np.exp(1j * positions_BL[:, :, None, None] * frequency)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500.0])
+def test_rope(theta):
+    random = np.random.default_rng(0)
+    x_BLHW = random.normal(size=(B, L, 3, 8)).astype(np.float32)
+    positions_BL = random.integers(0, 2000, (B, L))
+    wanted = rotate_by_complex_numbers(x_BLHW, positions_BL, theta)
+    actual = jax.jit(rotate, static_argnums=2)(x_BLHW, positions_BL, theta)
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=2e-3)
+    near = rotate_by_complex_numbers(x_BLHW, positions_BL % 20, theta)
+    actual = jax.jit(rotate, static_argnums=2)(x_BLHW, positions_BL % 20, theta)
+    np.testing.assert_allclose(actual, near, rtol=0, atol=1e-5)
+
+
+def attention_by_hand(attention, x_BLD, segment_BL, positions_BL):
+    """Loops over batch and heads; key/value heads repeated by hand for their query heads."""
+    weights = {name: np.asarray(getattr(attention, name)[...], np.float64) for name in NAMES}
+    q, k, v = (np.einsum("bld,dhw->blhw", x_BLD, weights[name]) for name in NAMES[:3])
+    q = rotate_by_complex_numbers(q, positions_BL, attention.theta)
+    k = rotate_by_complex_numbers(k, positions_BL, attention.theta)
+    shared = q.shape[2] // k.shape[2]
+    mixed = np.zeros_like(q)
+    for b in range(x_BLD.shape[0]):
+        for h in range(q.shape[2]):
+            score = q[b, :, h] @ k[b, :, h // shared].T / np.sqrt(q.shape[-1])
+            later = np.arange(L)[:, None] < np.arange(L)[None]
+            other = segment_BL[b][:, None] != segment_BL[b][None]
+            score[later | other] = -np.inf
+            share = np.exp(score - score.max(axis=-1, keepdims=True))
+            share /= share.sum(axis=-1, keepdims=True)
+            mixed[b, :, h] = share @ v[b, :, h // shared]
+    return np.einsum("blhw,hwd->bld", mixed, weights["output_HWD"])
+
+
+NAMES = ["query_DHW", "key_DGW", "value_DGW", "output_HWD"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_query_attention(small, draw, kv_heads):
+    decoder = draw(small(num_kv_heads=kv_heads))
+    layers = nnx.state(decoder.groups.layers[0].attention)
+    structure = nnx.graphdef(nnx.eval_shape(lambda: Attention(decoder.config, rngs=nnx.Rngs(0))))
+    attention = nnx.merge(structure, jax.tree.map(lambda leaf: leaf[0], layers))
+    random = np.random.default_rng(1)
+    x_BLD = random.normal(size=(B, L, 16)).astype(np.float32)
+    segment_BL = np.array([[1] * 4 + [2] * 3, [1] * 7])
+    positions_BL = np.array([[0, 1, 2, 3, 0, 1, 2], list(range(7))])
+    actual = nnx.jit(lambda a, *inputs: a(*inputs))(attention, x_BLD, segment_BL, positions_BL)
+    wanted = attention_by_hand(attention, x_BLD, segment_BL, positions_BL)
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=2e-5)

@@ -1,0 +1,175 @@
+"""The stack: which layers it has, that the scan is a loop, how it is initialised."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynmoe_jax import config
+from dynmoe_jax.model import Decoder, parameter_shapes
+from dynmoe_jax.model.parameters import active_parameters, count_parameters
+from dynmoe_jax.routing import ROUTERS, TopP
+
+B, L = 2, 8
+TOKENS = np.random.default_rng(0).integers(0, 32, (B, L))
+SEGMENTS = np.repeat([[1, 2], [1, 0]], [5, 3], axis=1)
+POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 2]] * B)
+
+
+@nnx.jit
+def loss_and_gradients(decoder):
+    def loss(decoder):
+        output = decoder(TOKENS, SEGMENTS, POSITIONS)
+        return jnp.mean(jnp.square(output.logits))
+
+    return nnx.value_and_grad(loss)(decoder)
+
+
+def shapes_of(model):
+    return {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
+
+
+def assert_close(actual, wanted, tolerance):
+    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(a - w) <= tolerance * max(np.linalg.norm(w), 1e-30)
+
+
+def test_first_of_every_two_layers_is_moe(small, draw, run):
+    model = small(num_layers=4, every_n_layers=2)
+    shapes = shapes_of(model)
+    assert shapes["groups", "layers", 0, "feed_forward", "gate_up_ED2F"] == (2, 4, 16, 2, 12)
+    assert shapes["groups", "layers", 0, "feed_forward", "router_DE"] == (2, 16, 4)
+    assert shapes["groups", "layers", 1, "feed_forward", "gate_up_D2F"] == (2, 16, 2, 24)
+    assert ("groups", "layers", 1, "feed_forward", "router_DE") not in shapes
+    output = run(draw(model), TOKENS, SEGMENTS, POSITIONS)
+    assert output.routing.experts_per_token.shape == (2, B, L)
+
+
+def test_dense_model_has_no_routing(small, draw, run):
+    model = small(every_n_layers=0)
+    assert not any("router_DE" in path or "gate_up_ED2F" in path for path in shapes_of(model))
+    assert shapes_of(model)["groups", "layers", 0, "feed_forward", "down_FD"] == (2, 24, 16)
+    output = run(draw(model), TOKENS, SEGMENTS, POSITIONS)
+    assert output.routing is None
+    assert output.logits.shape == (B, L, 32)
+
+
+def test_tied_embeddings(small, draw, run):
+    tied, untied = draw(small(tie_embeddings=True)), draw(small())
+    assert not hasattr(tied, "head_DV")
+    untied_state = nnx.state(untied)
+    for path, leaf in nnx.state(tied).flat_state():
+        target = untied_state
+        for key in path:
+            target = target[key]
+        target.set_value(leaf[...])
+    nnx.update(untied, untied_state)
+    untied.head_DV.set_value(tied.embedding_VD[...].T)
+    np.testing.assert_allclose(
+        run(tied, TOKENS, SEGMENTS, POSITIONS).logits,
+        run(untied, TOKENS, SEGMENTS, POSITIONS).logits,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_rematerialisation_changes_no_gradient(small, draw):
+    plain_loss, plain = loss_and_gradients(draw(small()))
+    for remat in ("dots", "layer"):
+        loss, gradients = loss_and_gradients(draw(small(remat=remat)))
+        np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+        assert_close(gradients, plain, 1e-5)
+
+
+def test_scan_equals_a_loop_over_layers(small, draw, run):
+    decoder = draw(small(num_layers=4, every_n_layers=2))
+
+    @nnx.jit
+    def looped(decoder):
+        x_BLD = decoder.embedding_VD[...][TOKENS]
+        structure, params = nnx.split(decoder.groups)
+        for i in range(2):
+            group = nnx.merge(structure, jax.tree.map(lambda leaf, i=i: leaf[i], params))
+            for layer in group.layers:
+                x_BLD, _ = layer(x_BLD, SEGMENTS, POSITIONS)
+        return decoder.norm(x_BLD) @ decoder.head_DV[...]
+
+    np.testing.assert_allclose(
+        run(decoder, TOKENS, SEGMENTS, POSITIONS).logits, looped(decoder), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_one_expert_with_its_gate_at_one_is_the_dense_model(small, draw, run):
+    one = {"router": "top_k", "top_k": 1, "num_experts": 1, "hidden_width": 24}
+    moe = config.MoE(**one, renormalize=True, backend="grouped")
+    mixture, dense = draw(small(moe=moe)), draw(small(every_n_layers=0))
+    source, target = mixture.groups.layers[0], dense.groups.layers[0]
+    for name in ("attention", "attention_norm", "feed_forward_norm"):
+        nnx.update(getattr(target, name), nnx.state(getattr(source, name)))
+    target.feed_forward.gate_up_D2F.set_value(source.feed_forward.gate_up_ED2F[:, 0])
+    target.feed_forward.down_FD.set_value(source.feed_forward.down_EFD[:, 0])
+    for name in ("embedding_VD", "head_DV"):
+        getattr(dense, name).set_value(getattr(mixture, name)[...])
+    nnx.update(dense.norm, nnx.state(mixture.norm))
+    valid_BL = SEGMENTS > 0
+    np.testing.assert_allclose(
+        run(mixture, TOKENS, SEGMENTS, POSITIONS).logits[valid_BL],
+        run(dense, TOKENS, SEGMENTS, POSITIONS).logits[valid_BL],
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_router_that_looks_ahead_is_refused(small, monkeypatch):
+    class LookAhead(TopP):
+        causal = False
+
+    monkeypatch.setitem(ROUTERS, "top_p", lambda moe: LookAhead(moe.num_experts, moe.top_p))
+    with pytest.raises(config.ConfigError, match="router='top_p' looks at later tokens"):
+        nnx.eval_shape(lambda: Decoder(small(), rngs=nnx.Rngs(0)))
+
+
+def test_parameter_counts(small):
+    # D=16, V=32, H W = 16, G W = 8: attention 2 16 16 + 2 16 8 = 768; an expert 3 16 12 = 576;
+    # a dense feed-forward 3 16 24 = 1152; a router 16 4 = 64; norms 16 each.
+    model = small(num_layers=4, every_n_layers=2)
+    rest = 2 * 32 * 16 + 4 * (768 + 2 * 16) + 16 + 2 * 64 + 2 * 1152
+    assert count_parameters(model) == rest + 2 * 4 * 576
+    assert active_parameters(model, 1) == rest + 2 * 576
+    assert active_parameters(model, 2.5) == rest + 5 * 576
+    # Tying takes one of the two tables away.
+    assert count_parameters(small(tie_embeddings=True)) == count_parameters(small()) - 32 * 16
+
+
+@pytest.fixture(scope="module")
+def initialise(small):
+    """seed -> parameters by path, as the paper draws them."""
+    model = small(width=64, vocab_size=256, hidden_width=64, init_std=0.006)
+    init = jax.jit(lambda key: nnx.state(Decoder(model, rngs=nnx.Rngs(key))))
+    return lambda seed: {
+        p: np.asarray(leaf[...]) for p, leaf in init(jax.random.key(seed)).flat_state()
+    }
+
+
+def test_initial_parameters(initialise):
+    parameters, again, other = initialise(0), initialise(0), initialise(1)
+    for path, values in parameters.items():
+        np.testing.assert_array_equal(values, again[path])
+        if path[-1] == "scale":
+            np.testing.assert_array_equal(values, 1.0)
+            continue
+        assert values.dtype == np.float32
+        # The standard error of a standard deviation is std / sqrt(2 n): four of them.
+        bound = 4 / np.sqrt(2 * values.size)
+        assert abs(values.std() / 0.006 - 1) < bound, path
+        assert abs(values.mean()) < 4 * 0.006 / np.sqrt(values.size), path
+        assert np.all(values != other[path])
+
+
+def test_every_layer_matrix_and_expert_is_drawn_on_its_own(initialise):
+    parameters = initialise(0)
+    arrays = [values for path, values in parameters.items() if path[-1] != "scale"]
+    drawn = np.concatenate([values.ravel() for values in arrays])
+    # Two equal float32 draws among n are rare; a repeated layer would repeat thousands.
+    assert len(np.unique(drawn)) > 0.9 * len(drawn)
