@@ -282,6 +282,8 @@ def nearest_name(name: str) -> str:
 
 def unknown_setting(name: str) -> ConfigError:
     """The error for a setting that does not exist."""
+    # As repr shows it: a name with a line break in it must not break the sentence.
+    name = repr(name)[1:-1]
     return ConfigError(f"config.{name} does not exist; did you mean config.{nearest_name(name)}?")
 
 
@@ -373,7 +375,7 @@ def _build(kind: type, settings: Mapping[str, Any], prefix: str) -> Any:
     values = {}
     for name, value in settings.items():
         if name not in fields:
-            raise unknown_setting(prefix + name)
+            raise unknown_setting(f"{prefix}{name}")
         wanted = fields[name].type
         if dataclasses.is_dataclass(wanted):
             if not isinstance(value, Mapping):
