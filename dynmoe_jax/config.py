@@ -135,10 +135,13 @@ class Data:
         "comma-separated: python, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME",
     )
     domain_weights: str = setting(
-        "", "token shares by domain, e.g. 'code=2,prose=1'; empty = as the text comes"
+        "",
+        "token shares by domain, e.g. 'code=2,prose=1' (0 leaves one out); empty = as it comes",
     )
     seq_len: int = setting(2048, "tokens of one training sequence", unit="tokens", low=2)
-    text_field: str = setting("text", "field of a JSONL, Parquet or TFDS record with the text")
+    text_field: str = setting(
+        "text", "field of a JSONL, Parquet or TFDS record with the text; dots reach into records"
+    )
     domain_field: str = setting(
         "domain", "field with the domain; where it is missing, the file's name stands in"
     )

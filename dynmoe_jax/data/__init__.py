@@ -14,7 +14,7 @@
 
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.pipeline import Batch, TrainStream, heldout_batches
-from dynmoe_jax.data.prepare import Prepared, prepare
+from dynmoe_jax.data.preparation import Prepared, prepare
 from dynmoe_jax.data.sources import check_sources
 from dynmoe_jax.data.tokenizer import Tokenizer, train_tokenizer
 

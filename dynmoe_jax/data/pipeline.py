@@ -12,7 +12,7 @@ import numpy as np
 
 from dynmoe_jax import config
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.prepare import Prepared
+from dynmoe_jax.data.preparation import Prepared
 from dynmoe_jax.data.rows import check_weights, pack, shard_rows
 from dynmoe_jax.data.shards import RowsInTurn
 from dynmoe_jax.data.sources import parse_weights

@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from dynmoe_jax.data.tfds_source import read_tfds, tfds_identity
 
 KINDS = ("python", "text", "jsonl", "parquet", "tfds")
 _ARGUMENTS = {"text": "GLOB", "jsonl": "GLOB", "parquet": "GLOB", "tfds": "NAME"}
+_END_BYTES = 1 << 16
 
 
 class Source(NamedTuple):
@@ -124,14 +126,22 @@ def check_sources(data: config.Data) -> None:
 def source_identity(source: Source) -> dict:
     """What tells whether a source still holds the same documents: JSON-able, cheap to compute.
 
-    For files: names and sizes.  For ``python``: nothing more, so that a package installed in the
-    middle of a run does not change the run's data.
+    For files: name, size, and a hash of both ends, wherever they lie.  For ``python``: nothing
+    more, so that a package installed in the middle of a run does not change the run's data.
     """
-    files = [[path.name, path.stat().st_size] for path in source_files(source)]
-    identity = {"source": str(source), "files": files}
+    identity: dict = {"kind": source.kind, "files": [*map(_file_identity, source_files(source))]}
     if source.kind == "tfds":
         identity["dataset"] = tfds_identity(source.argument)
     return identity
+
+
+def _file_identity(path: Path) -> list:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = file.read(_END_BYTES)
+        file.seek(max(size - _END_BYTES, 0))
+        ends += file.read(_END_BYTES)
+    return [path.name, size, hashlib.sha256(ends).hexdigest()]
 
 
 def read_documents(data: config.Data) -> Iterator[Document | Broken]:

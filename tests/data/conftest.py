@@ -6,13 +6,16 @@ from made_text import sentence, write_jsonl
 from dynmoe_jax import config
 from dynmoe_jax.data import prepare, train_tokenizer
 
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Three domains of made-up text as JSON Lines."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
     for domain, documents in (("alpha", 60), ("beta", 30), ("gamma", 3)):
-        texts = ["".join(sentence(rng) for _ in range(rng.randint(1, 12))) for _ in range(documents)]
+        texts = [
+            "".join(sentence(rng) for _ in range(rng.randint(1, 12))) for _ in range(documents)
+        ]
         write_jsonl(folder / f"{domain}.jsonl", [{"text": text} for text in texts])
     return folder
 
@@ -31,4 +34,6 @@ def prepared(settings, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(prepared, tmp_path_factory):
-    return train_tokenizer(prepared.sample_texts(1.0), 384, tmp_path_factory.mktemp("t") / "t.model")
+    return train_tokenizer(
+        prepared.sample_texts(1.0), 384, tmp_path_factory.mktemp("t") / "t.model"
+    )

@@ -3,9 +3,12 @@
 import json
 import random
 
-WORDS = """the a token chooses its experts router layer and of model gate probability threshold
-until mass passes for in every with paper loss balance entropy def return self import class if
-else while x y z = + ( ) [ ] : naïve 数据 Müller 😀""".split()
+_WORDS = (
+    "the a token chooses its experts router layer and of model gate probability threshold "
+    "until mass passes for in every with paper loss balance entropy def return self import class "
+    "if else while x y z = + ( ) [ ] : naïve 数据 Müller 😀 "
+)
+WORDS = _WORDS.split()
 
 
 def sentence(rng: random.Random) -> str:

@@ -46,7 +46,9 @@ def test_every_kind_of_broken_line_is_reported_by_line_and_the_rest_is_read(tmp_
     documents = [item for item in found if not isinstance(item, Broken)]
     broken = [item for item in found if isinstance(item, Broken)]
     assert [item.text for item in documents] == ["good"] * len(BAD_LINES)
-    assert [item.origin for item in broken] == [f"{path}:{3 * i + 2}" for i in range(len(BAD_LINES))]
+    assert [item.origin for item in broken] == [
+        f"{path}:{3 * i + 2}" for i in range(len(BAD_LINES))
+    ]
     for item, reason in zip(broken, BAD_LINES.values(), strict=True):
         assert reason in item.reason
 
@@ -55,7 +57,9 @@ def test_every_kind_of_broken_line_is_reported_by_line_and_the_rest_is_read(tmp_
 def test_a_truncated_stream_is_not_taken_for_a_complete_one(tmp_path, name):
     path = tmp_path / name
     # Incompressible enough that half of the file is many lines.
-    lines = [json.dumps({"text": f"{i * 7919 % 10007} {i}"}).encode() + b"\n" for i in range(20_000)]
+    lines = [
+        json.dumps({"text": f"{i * 7919 % 10007} {i}"}).encode() + b"\n" for i in range(20_000)
+    ]
     write(path, b"".join(lines))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     *documents, last = read(path)

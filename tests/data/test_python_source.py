@@ -12,7 +12,8 @@ from dynmoe_jax.data.python_source import MAX_DOCUMENT_BYTES, read_python
 
 PROSE = (
     "This function reads the whole table and gives back its rows. It is called once per run, "
-    "before the first step, and what it returns is kept until the end. Nobody should change it while the run still lasts."
+    "before the first step, and what it returns is kept until the end. "
+    "Nobody should change it while the run still lasts."
 )
 OTHER_PROSE = PROSE.replace("table", "chair").replace("rows", "legs")
 
@@ -68,7 +69,9 @@ def test_where_the_installation_lies_does_not_matter(installation, tmp_path):
 
 def test_a_source_file_gives_code_or_prose_but_never_both(installation):
     found = read(installation)
-    by_domain = {domain: {d.origin for d in found if d.domain == domain} for domain in ("code", "prose")}
+    by_domain = {
+        domain: {d.origin for d in found if d.domain == domain} for domain in ("code", "prose")
+    }
     assert by_domain["code"]
     assert by_domain["prose"]
     assert not by_domain["code"] & by_domain["prose"]
@@ -171,7 +174,11 @@ class C:
     """Short. One."""
 '''
     found = list(passages(text))
-    assert [passage.split("\n")[0] for passage in found] == ["Module.", r"Raw \d.", OTHER_PROSE[:90]]
+    assert [passage.split("\n")[0] for passage in found] == [
+        "Module.",
+        r"Raw \d.",
+        OTHER_PROSE[:90],
+    ]
     assert found[1].endswith(OTHER_PROSE)
 
 

@@ -27,7 +27,7 @@ def read(**settings) -> list[Document | Broken]:
     ],
 )
 def test_a_misspelt_source_names_the_nearest_kind(sources, named):
-    with pytest.raises(DataError, match="config.data.sources") as error:
+    with pytest.raises(DataError, match=r"config.data.sources") as error:
         parse_sources(sources)
     assert named in str(error.value)
 
@@ -49,7 +49,7 @@ def test_check_finds_an_unknown_tfds_name():
 
 @pytest.mark.parametrize("weights", ["code", "code=x", "=1", "a=-1", "a=1,a=2", "a=inf", "a=0"])
 def test_bad_weights_are_refused_before_anything_is_written(weights):
-    with pytest.raises(DataError, match="config.data.domain_weights"):
+    with pytest.raises(DataError, match=r"config.data.domain_weights"):
         check_sources(config.Data(domain_weights=weights))
 
 
@@ -172,5 +172,5 @@ def test_what_was_prepared_here_can_be_a_source(prepared):
 def test_too_many_domains_name_the_field(tmp_path):
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "x", "domain": str(i)} for i in range(1001)])
-    with pytest.raises(DataError, match="config.data.domain_field='domain'"):
+    with pytest.raises(DataError, match=r"config.data.domain_field='domain'"):
         prepare(config.Data(sources=f"jsonl:{path}"), tmp_path / "out")

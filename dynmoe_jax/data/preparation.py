@@ -114,7 +114,7 @@ def prepare(data: config.Data, directory: Path) -> Prepared:
     fingerprint = _fingerprint(data)
     final = directory / fingerprint[:16]
     if (final / _SUMMARY).is_file():
-        console.print(f"Reusing the data prepared in {final}")
+        console.print(f"Reusing the data prepared in {final}", markup=False)
         return Prepared(final)
     directory.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(directory)

@@ -1,0 +1,220 @@
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from dynmoe_jax.data import DataError, TrainStream, heldout_batches
+
+MIXED = "alpha=1,beta=2,gamma=1.5"
+QUICK = hypothesis_settings(max_examples=15, deadline=None)
+
+
+def rows_of(stream, batches):
+    """The rows of the next batches, each as one array [4, L]."""
+    taken = [next(stream) for _ in range(batches)]
+    return [np.stack(row) for b in taken for row in zip(*(b[n] for n in sorted(b)), strict=True)]
+
+
+def same(ones, others):
+    assert len(ones) == len(others)
+    return all(np.array_equal(a, b) for a, b in zip(ones, others, strict=True))
+
+
+@pytest.fixture
+def make(prepared, tokenizer, settings):
+    streams = []
+
+    def build(batch_size=6, seed=0, shard_ids=None, **changes):
+        data = dataclasses.replace(settings, **changes)
+        streams.append(TrainStream(prepared, tokenizer, data, batch_size, seed, shard_ids))
+        return streams[-1]
+
+    yield build
+    for stream in streams:
+        stream.close()
+
+
+def test_a_batch_is_four_full_int32_arrays(make, settings):
+    batch = next(make(batch_size=6))
+    assert set(batch) == {"tokens", "targets", "segment_ids", "positions"}
+    for array in batch.values():
+        assert (array.shape, array.dtype) == ((6, settings.seq_len), np.int32)
+    assert batch["segment_ids"].min() == 1
+    assert batch["positions"].max() < settings.seq_len
+
+
+@pytest.mark.parametrize("weights", ["", MIXED])
+def test_row_n_does_not_depend_on_the_batch_size(make, weights):
+    small = rows_of(make(batch_size=3, domain_weights=weights), 20)
+    large = rows_of(make(batch_size=20, domain_weights=weights), 3)
+    assert same(small, large)
+
+
+def test_the_seed_decides_the_order(make):
+    first, again, other = (rows_of(make(seed=seed), 4) for seed in (0, 0, 1))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+@QUICK
+@given(stop=st.integers(0, 40), batch_size=st.integers(1, 9), weights=st.sampled_from(["", MIXED]))
+def test_a_stream_goes_on_exactly_where_its_state_was_taken(
+    prepared, tokenizer, settings, stop, batch_size, weights
+):
+    data = dataclasses.replace(settings, domain_weights=weights)
+    with TrainStream(prepared, tokenizer, data, batch_size, 0) as stream:
+        rows_of(stream, stop)
+        # What JSON does to the state is what a checkpoint does to it.
+        state = json.loads(json.dumps(stream.get_state()))
+        after = rows_of(stream, 12)
+    with TrainStream(prepared, tokenizer, data, batch_size, 0) as resumed:
+        next(resumed)  # a stream that has already run ahead
+        resumed.set_state(state)
+        assert resumed.get_state() == state
+        assert same(rows_of(resumed, 12), after)
+
+
+def test_the_state_is_that_of_what_was_taken_not_of_what_was_prefetched(make):
+    patient, hasty = make(), make()
+    next(patient)
+    next(hasty)
+    before = hasty.get_state()
+    for _ in range(100):
+        threading.Event().wait(0.002)  # the thread runs ahead
+    assert hasty.get_state() == before == patient.get_state()
+
+
+def test_readers_of_some_shards_get_their_rows_of_the_same_stream(make):
+    whole = np.stack(rows_of(make(batch_size=8), 6)).reshape(6, 8, 4, -1)
+    for shard_ids in ([0, 2], [1, 3], [3]):
+        part = rows_of(make(batch_size=8, shard_ids=shard_ids), 6)
+        expected = whole[:, [n for n in range(8) if n % 4 in shard_ids]]
+        assert same(part, list(expected.reshape(-1, *expected.shape[2:])))
+
+
+def test_states_of_several_readers_can_be_dealt_out_anew(make):
+    one = make(batch_size=8)
+    rows_of(one, 5)
+    left, right = make(batch_size=8, shard_ids=[0, 1]), make(batch_size=8, shard_ids=[2, 3])
+    rows_of(left, 5)
+    rows_of(right, 5)
+    state = left.get_state()
+    state["position"]["shards"] |= right.get_state()["position"]["shards"]
+    state["position"]["row"] = 5 * 8
+    resumed = make(batch_size=8)
+    resumed.set_state(state)
+    assert same(rows_of(resumed, 5), rows_of(one, 5))
+
+
+def test_a_batch_that_readers_cannot_share_is_refused(make):
+    with pytest.raises(DataError, match=r"config.train.batch_size=6 .*virtual_shards=4"):
+        make(batch_size=6, shard_ids=[0])
+
+
+def test_domain_shares_hold_in_tokens(prepared, tokenizer, settings):
+    data = dataclasses.replace(settings, domain_weights=MIXED, seq_len=16)
+    texts = {
+        domain: "\0".join(e["text"].decode() for e in prepared.open_train(domain))
+        for domain in prepared.domains
+    }
+    count = dict.fromkeys(texts, 0)
+    with TrainStream(prepared, tokenizer, data, 40, 0) as stream:
+        rows = [tokens for _ in range(15) for tokens in next(stream)["tokens"]]
+    for tokens in rows:
+        inside = tokenizer.decode(tokens[4:12])  # long enough to tell the domain, mostly
+        owners = [d for d, text in texts.items() if inside.strip("�") in text]
+        for domain in owners:
+            count[domain] += 1 / len(owners)
+    shares = {domain: number / sum(count.values()) for domain, number in count.items()}
+    for domain, share in {"alpha": 1 / 4.5, "beta": 2 / 4.5, "gamma": 1.5 / 4.5}.items():
+        assert abs(shares[domain] - share) < 0.04
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seq_len": 64}, "config.data.seq_len=32, which is now 64"),
+        ({"virtual_shards": 2}, "config.data.virtual_shards=4"),
+        ({"domain_weights": MIXED}, "config.data.domain_weights"),
+        ({"seed": 1}, "config.seed=0"),
+    ],
+)
+def test_a_position_of_another_stream_is_refused_by_the_settings_name(make, changes, named):
+    with pytest.raises(DataError, match=named.replace("(", r"\(")):
+        make(**changes).set_state(make().get_state())
+
+
+def test_a_position_in_other_data_is_refused(make):
+    state = make().get_state() | {"data": "0" * 64}
+    with pytest.raises(DataError, match=r"other data \(config.data.sources"):
+        make().set_state(state)
+
+
+def test_closing_ends_the_thread_and_can_be_done_twice(make):
+    before = threading.active_count()
+    stream = make()
+    next(stream)
+    assert threading.active_count() == before + 1
+    stream.close()
+    stream.close()
+    assert threading.active_count() == before
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+
+
+def test_dropping_the_stream_ends_the_thread(prepared, tokenizer, settings):
+    before = threading.active_count()
+    stream = TrainStream(prepared, tokenizer, settings, 4, 0)
+    next(stream)
+    del stream
+    assert threading.active_count() == before
+
+
+def test_a_script_that_forgets_to_close_exits_at_once_and_in_silence(prepared, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t.model")
+    script = f"""
+from pathlib import Path
+from dynmoe_jax import config
+from dynmoe_jax.data import Tokenizer, TrainStream
+from dynmoe_jax.data.preparation import Prepared
+tokenizer = Tokenizer.load({str(tmp_path / "t.model")!r})
+prepared = Prepared(Path({str(prepared.directory)!r}))
+stream = TrainStream(prepared, tokenizer, config.Data(seq_len=16), 4, 0)
+print(next(stream)["tokens"].shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(4, 16)\n", "")
+
+
+@pytest.mark.parametrize("domain", ["alpha", "beta", "gamma"])
+def test_held_out_batches_cover_every_token_once(prepared, tokenizer, settings, domain):
+    batches = list(heldout_batches(prepared, tokenizer, settings, domain, 3, 1000))
+    targets = np.concatenate([b["targets"][b["segment_ids"] > 0] for b in batches])
+    texts = [example["text"].decode() for example in prepared.open_heldout(domain)]
+    expected = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    assert targets.tolist() == [token for ids in expected for token in ids]
+    size = sum(len(text.encode()) for text in texts)
+    assert tokenizer.token_bytes_V[targets].sum() == size
+    for batch in batches:
+        assert {array.shape for array in batch.values()} == {(3, settings.seq_len)}
+        padding = batch["segment_ids"] == 0
+        assert not batch["targets"][padding].any()
+
+
+def test_held_out_batches_are_the_same_every_time_and_stop_where_told(
+    prepared, tokenizer, settings
+):
+    one, two = (
+        list(heldout_batches(prepared, tokenizer, settings, "alpha", 2, 3)) for _ in range(2)
+    )
+    assert len(one) == 3
+    assert all(np.array_equal(a[n], b[n]) for a, b in zip(one, two, strict=True) for n in a)

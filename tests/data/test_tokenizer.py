@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dynmoe_jax.data import DataError, Tokenizer, train_tokenizer
+from dynmoe_jax.data.tokenizer import _TRAINING_BYTES, _stretches
+
+TEXTS = st.one_of(
+    st.text(),
+    st.text(alphabet=" \t\n\r▁<>/sunk0xA", max_size=40),
+    st.lists(st.sampled_from(["def f():\n", "    ", "\t", "\n\n\n", "  x = 1  ", "é", "\0"])).map(
+        "".join
+    ),
+)
+
+
+@given(TEXTS)
+@example("<s></s><unk><0x41>")
+@example("▁▁ ▁")
+def test_every_text_comes_back_exactly_and_the_bytes_add_up(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes_V[ids].sum() == len(text.encode())
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
+
+
+def test_bytes_and_control_tokens_are_counted_right(tokenizer):
+    assert tokenizer.token_bytes_V.shape == (384,)
+    assert tokenizer.token_bytes_V[[0, tokenizer.bos_id, tokenizer.eos_id]].tolist() == [0, 0, 0]
+    assert tokenizer.token_bytes_V[3:259].tolist() == [1] * 256
+
+
+def test_training_twice_gives_the_same_tokenizer(prepared, tokenizer, tmp_path):
+    again = train_tokenizer(prepared.sample_texts(1.0), 384, tmp_path / "again.model")
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_what_is_written_is_what_was_returned(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "copy.model")
+    loaded = Tokenizer.load(tmp_path / "copy.model")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (384, 1, 2)
+
+
+def test_pieces_may_hold_several_words_and_line_ends(tmp_path):
+    texts = [f"if this is so:\n    return the value {i}\n" for i in range(50)]
+    tokenizer = train_tokenizer(texts, 340, tmp_path / "t.model")
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(texts[0])]
+    assert any(" " in piece.strip() for piece in pieces)
+    assert any("\n" in piece and piece.strip() for piece in pieces)
+
+
+def test_a_vocabulary_too_large_for_the_text_names_the_setting(tmp_path):
+    with pytest.raises(DataError, match=r"config.model.vocab_size=5000 is more than the \d+ tok"):
+        train_tokenizer(["a few words. " * 9], 5000, tmp_path / "t.model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_too_small_for_bytes_names_the_setting(tmp_path):
+    with pytest.raises(DataError, match=r"config.model.vocab_size=200"):
+        train_tokenizer(["a few words. " * 9], 200, tmp_path / "t.model")
+
+
+def test_no_stretch_is_too_long_for_the_trainer():
+    text = "é" * 50_000 + "\n" + "short\n" * 5000 + "😀" * 1001
+    stretches = list(_stretches([text, "", "end"]))
+    assert max(len(stretch.encode()) for stretch in stretches) <= 2 * _TRAINING_BYTES
+    assert "".join(stretches).count("short\n") == 5000
+    assert stretches[-1] == "end"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model", b"\x00" * 1000])
+def test_what_is_no_model_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "t.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"config.data.tokenizer=.*t.model"):
+        Tokenizer.load(path)
+
+
+def train_plain(path, **options):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to train on, again and again"] * 20),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        minloglevel=2,
+        **options,
+    )
+    return path
+
+
+def test_a_model_without_bos_is_refused(tmp_path):
+    path = train_plain(tmp_path / "t.model", vocab_size=40, bos_id=-1)
+    with pytest.raises(DataError, match="no BOS"):
+        Tokenizer.load(path)
+
+
+def test_a_model_with_llamas_properties_works_unchanged(tmp_path):
+    options = {"byte_fallback": True, "add_dummy_prefix": True, "remove_extra_whitespaces": False}
+    normal = {"normalization_rule_name": "identity", "vocab_size": 310}
+    tokenizer = Tokenizer.load(train_plain(tmp_path / "t.model", **options, **normal))
+    text = "some  words\n\tagain é▁"
+    ids = tokenizer.encode(text)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.decode(ids) == text.replace("▁", " ")
+    # One for the space that is put before; "▁" reads as a space, one byte for three.
+    assert tokenizer.token_bytes_V[ids].sum() == len(text.encode()) + 1 - 2
