@@ -90,6 +90,11 @@ def test_the_order_follows_the_seed():
     assert orders[0] == orders[2] != orders[1]
 
 
+def test_every_shard_has_an_order_of_its_own():
+    twins = {"x": [{"text": c.encode()} for c in "abcdefghijkl" for _ in range(2)]}
+    assert shard_texts(twins, {}, 0, 2) != shard_texts(twins, {}, 1, 2)
+
+
 def test_neighbouring_seeds_do_not_shift_each_others_epochs():
     one = shard_texts(LETTERS, {}, 0, 1, epochs=2, seed=0)
     assert shard_texts(LETTERS, {}, 0, 1, seed=1) != one[24:]
