@@ -4,14 +4,13 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
 from dynmoe_jax.data.document import Document
-from dynmoe_jax.data.split import Sides
 from dynmoe_jax.data.spool import Entry, Spool
 
 _LONGEST_SLUG = 60
@@ -31,7 +30,13 @@ class Documents(tfds.core.GeneratorBasedBuilder):
     # There is nothing to download; looking for a list of checksums would need importlib_resources.
     url_infos: ClassVar[dict] = {}
 
-    def __init__(self, spool: Spool, splits: Mapping[str, list[Entry]], advance, data_dir: Path):
+    def __init__(
+        self,
+        spool: Spool,
+        splits: Mapping[str, list[Entry]],
+        advance: Callable[[], None],
+        data_dir: Path,
+    ):
         self._spool, self._splits, self._advance = spool, splits, advance
         super().__init__(data_dir=data_dir, file_format="array_record")
 
@@ -50,7 +55,12 @@ class Documents(tfds.core.GeneratorBasedBuilder):
             self._advance()
 
 
-def write_dataset(directory: Path, spool: Spool, splits: Mapping[str, list[Entry]], advance):
+def write_dataset(
+    directory: Path,
+    spool: Spool,
+    splits: Mapping[str, list[Entry]],
+    advance: Callable[[], None],
+) -> Path:
     """Writes the splits below the directory and returns the dataset's own folder there."""
     builder = Documents(spool, splits, advance, data_dir=directory)
     with _silence():
@@ -58,7 +68,7 @@ def write_dataset(directory: Path, spool: Spool, splits: Mapping[str, list[Entry
     return Path(builder.data_dir)
 
 
-def open_split(dataset: Path, split: str):
+def open_split(dataset: Path, split: str) -> Sequence[dict]:
     """Random access to the examples of a split."""
     return tfds.builder_from_directory(dataset).as_data_source(split)
 
@@ -76,9 +86,9 @@ def slugs(domains: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def split_names(slug: str) -> Sides:
-    """The names of a domain's two splits."""
-    return Sides(train=f"train_{slug}", heldout=f"heldout_{slug}")
+def split_names(slug: str) -> tuple[str, str]:
+    """The names of a domain's training and held-out split."""
+    return f"train_{slug}", f"heldout_{slug}"
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class TrainStream:
     Raises:
       DataError: the domain weights don't fit the data, or the batch cannot be divided among the
         readers.
+      ValueError: ``shard_ids`` is empty or holds a number that is no shard's.
     """
 
     def __init__(
@@ -154,6 +155,8 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 
 
 def _rows_here(batch_size: int, num_shards: int, numbers: Collection[int]) -> int:
+    if not numbers or min(numbers) < 0 or max(numbers) >= num_shards:
+        raise ValueError(f"shard_ids={list(numbers)} must be some of 0..{num_shards - 1}.")
     if len(numbers) == num_shards:
         return batch_size
     if batch_size % num_shards:
@@ -165,12 +168,13 @@ def _rows_here(batch_size: int, num_shards: int, numbers: Collection[int]) -> in
 
 
 def _other_stream(name: str, then: Any, now: Any) -> DataError:
-    remedy = "set it back, or start in a new workdir"
     if name == "data":
         what = "other data (config.data.sources, its files, or how they are read have changed)"
     elif name == "tokenizer":
         what = "another tokenizer (config.data.tokenizer)"
     else:
         setting = "config.seed" if name == "seed" else f"config.data.{name}"
-        what, remedy = f"{setting}={then!r}, which is now {now!r}", remedy
-    return DataError(f"The position in the data belongs to {what}; {remedy}.")
+        what = f"{setting}={then!r}, which is now {now!r}"
+    return DataError(
+        f"The position in the data belongs to {what}; set it back, or start in a new workdir."
+    )

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dynmoe_jax import config
@@ -73,15 +73,15 @@ class Prepared:
         self.broken = BrokenReport(broken["records"], broken["share"], tuple(broken["examples"]))
         self._dataset = directory / summary["dataset"]
 
-    def open_train(self, domain: str):
+    def open_train(self, domain: str) -> Sequence[dict]:
         """Random access to a domain's training examples (``text``, ``domain``, ``origin``)."""
-        return self._open(self.train[domain], split_names(self._slugs[domain]).train)
+        return self._open(self.train[domain], split_names(self._slugs[domain])[0])
 
-    def open_heldout(self, domain: str):
+    def open_heldout(self, domain: str) -> Sequence[dict]:
         """Random access to a domain's held-out examples."""
-        return self._open(self.heldout[domain], split_names(self._slugs[domain]).heldout)
+        return self._open(self.heldout[domain], split_names(self._slugs[domain])[1])
 
-    def _open(self, amount: Amount, split: str):
+    def _open(self, amount: Amount, split: str) -> Sequence[dict]:
         return open_split(self._dataset, split) if amount.documents else ()
 
     def sample_texts(self, megabytes: float) -> Iterator[str]:

@@ -22,7 +22,6 @@ from pathlib import Path
 from dynmoe_jax.data.document import Document
 from dynmoe_jax.data.prose import is_prose, passages
 
-DOMAINS = ("code", "docs", "prose")
 MAX_DOCUMENT_BYTES = 100_000
 # Larger files, and files with longer lines on average, are tables written by a program.
 _MAX_FILE_BYTES = 1_000_000
@@ -39,8 +38,8 @@ _SKIPPED_FOLDERS = re.compile(
 # Written at installation, with absolute paths of this machine inside.
 _SKIPPED_FILES = re.compile(r"_sysconfigdata.*|__editable__.*|_virtualenv.*|sitecustomize.*")
 _DOCS = re.compile(
-    r"METADATA|PKG-INFO|.*\.(rst|md)|(README|LICEN[CS]E|COPYING|NOTICE|CHANGES|CHANGELOG|HISTORY"
-    r"|NEWS|AUTHORS|CONTRIBUTING)[^/]*(?<!\.py)(?<!\.pyi)",
+    r"METADATA|PKG-INFO|.*\.(rst|md)|(README|LICEN[CS]ES?|COPYING|NOTICE|CHANGES|CHANGELOG|HISTORY"
+    r"|NEWS|AUTHORS|CONTRIBUTING)([._-].*)?(?<!\.py)(?<!\.pyi)",
     re.IGNORECASE,
 )
 
@@ -104,21 +103,24 @@ def _read_domain(
     cap_bytes: float,
     seen: set[bytes],
 ) -> Iterator[Document]:
-    kept = 0
+    left = cap_bytes
     for _, name, path in files:
         text = _load(path)
-        text = text and extract(name, text)
+        text = text and _cut(extract(name, text), MAX_DOCUMENT_BYTES)
         if not text or text.isspace():
             continue
-        text = _cut(text)
         digest = _digest(text)
         if digest in seen:
             continue
-        kept += len(text.encode())
-        if kept > cap_bytes:
-            return
         seen.add(digest)
-        yield Document(text, domain, name)
+        size = len(text.encode())
+        if size > left:
+            text = _cut(text, int(left))
+        if text and not text.isspace():
+            yield Document(text, domain, name)
+        left -= size
+        if left <= 0:
+            return
 
 
 def _load(path: Path) -> str | None:
@@ -154,13 +156,12 @@ def _documentation(name: str, text: str) -> str:
     return text if is_prose(text, word_share=0.6) else ""
 
 
-def _cut(text: str) -> str:
-    """The text up to the last line that ends within MAX_DOCUMENT_BYTES."""
+def _cut(text: str, most: int) -> str:
+    """The text up to the last line that ends within ``most`` bytes."""
     encoded = text.encode()
-    if len(encoded) <= MAX_DOCUMENT_BYTES:
+    if len(encoded) <= most:
         return text
-    whole_lines = encoded[: encoded.rfind(b"\n", 0, MAX_DOCUMENT_BYTES) + 1]
-    return whole_lines.decode()
+    return encoded[: encoded.rfind(b"\n", 0, most) + 1].decode()
 
 
 def _digest(text: str) -> bytes:

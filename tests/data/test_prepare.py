@@ -6,6 +6,7 @@ import socket
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from made_text import write_jsonl
 
@@ -16,6 +17,7 @@ from dynmoe_jax.data.preparation import Prepared
 from dynmoe_jax.data.split import hold_out, keep_within
 from dynmoe_jax.data.spool import Entry
 
+QUICK = hypothesis_settings(max_examples=50, deadline=None)
 ENTRIES = st.lists(
     st.builds(
         Entry,
@@ -32,6 +34,7 @@ def texts(examples) -> list[str]:
     return [example["text"].decode() for example in examples]
 
 
+@QUICK
 @given(ENTRIES, st.floats(0.001, 0.5))
 def test_every_domain_with_two_texts_has_both_sides_and_they_share_no_text(entries, fraction):
     sides = hold_out({"d": entries}, fraction)["d"]
@@ -41,6 +44,7 @@ def test_every_domain_with_two_texts_has_both_sides_and_they_share_no_text(entri
     assert bool(sides.heldout) == (len({e.hash for e in entries}) >= 2)
 
 
+@QUICK
 @given(st.dictionaries(st.sampled_from("abc"), ENTRIES, min_size=2), st.floats(0.001, 0.5))
 def test_a_text_in_several_domains_comes_to_one_side(domains, fraction):
     sides = hold_out(domains, fraction)
@@ -50,6 +54,7 @@ def test_a_text_in_several_domains_comes_to_one_side(domains, fraction):
     assert all(side.train for side in sides.values())
 
 
+@QUICK
 @given(ENTRIES, st.integers(0, 5000), st.randoms())
 def test_the_cap_keeps_the_same_documents_in_whatever_order_they_come(entries, cap, rng):
     kept = keep_within(entries, cap)

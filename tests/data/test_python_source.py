@@ -122,13 +122,22 @@ def test_long_documents_are_cut_where_a_line_ends(installation):
         assert text.endswith("\n")
 
 
+def test_a_document_without_a_line_end_to_cut_at_is_left_out(installation):
+    before = read(installation)
+    (installation / "site/pkg1/NOTICE").write_text(f"{PROSE} " * 1000)
+    (installation / "site/pkg1/newsgroups.csv").write_text(f"{PROSE}\nNo document at all.\n")
+    assert read(installation) == before
+
+
 def test_the_cap_holds_per_domain_and_keeps_the_beginning_of_the_order(installation):
     everything = read(installation)
     capped = read(installation, 1500)
     for domain in ("code", "prose", "docs"):
         mine = [document for document in capped if document.domain == domain]
         assert 0 < sum(len(document.text.encode()) for document in mine) <= 1500
-        assert mine == [d for d in everything if d.domain == domain][: len(mine)]
+        whole = [document for document in everything if document.domain == domain]
+        assert mine[:-1] == whole[: len(mine) - 1]
+        assert whole[len(mine) - 1].text.startswith(mine[-1].text)  # the last one is cut to fit
 
 
 def test_a_capped_reading_opens_few_files(installation, monkeypatch):

@@ -118,6 +118,12 @@ def test_a_batch_that_readers_cannot_share_is_refused(make):
         make(batch_size=6, shard_ids=[0])
 
 
+@pytest.mark.parametrize("shard_ids", [[], [4], [-1, 0]])
+def test_shards_that_do_not_exist_are_refused(make, shard_ids):
+    with pytest.raises(ValueError, match=r"must be some of 0\.\.3"):
+        make(batch_size=8, shard_ids=shard_ids)
+
+
 def test_domain_shares_hold_in_tokens(prepared, tokenizer, settings):
     data = dataclasses.replace(settings, domain_weights=MIXED, seq_len=16)
     texts = {

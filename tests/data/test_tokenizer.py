@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dynmoe_jax.data import DataError, Tokenizer, train_tokenizer
@@ -16,6 +16,7 @@ TEXTS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(TEXTS)
 @example("<s></s><unk><0x41>")
 @example("▁▁ ▁")
