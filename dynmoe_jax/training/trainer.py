@@ -107,8 +107,8 @@ def train(cfg: config.Config, workdir: Path) -> int:
 
         # ── Results ──────────────────────────────────────────────────────────────────────────────
         heldout = heldout or evaluate()
-        checkpoints.wait()
-        finish_run(cfg, workdir, step, state.params, heldout, tokenizer, seconds)
+    # Outside the mesh: the sample is one sequence, which a data axis cannot split.
+    finish_run(cfg, workdir, step, state.params, heldout, tokenizer, seconds)
     return 0
 
 
