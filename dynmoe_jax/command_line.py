@@ -1,7 +1,6 @@
 """From the command line to a checked config; every mistake is one sentence and exit code 2."""
 
 import difflib
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +15,6 @@ from dynmoe_jax.console import console
 
 EXIT_BAD_INPUT = 2
 DEFAULT_CONFIG = "configs/quickstart.py"
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", DEFAULT_CONFIG, "the run's settings", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "", "folder of the run; default: runs/ and the name of the config file"
-)
 
 
 def run(
@@ -54,35 +46,56 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:
     Raises:
       ConfigError: an unknown flag or setting, a wrong type, or a value out of range.
     """
-    path = _check_file(argv)
-    for name, value in _overrides(argv[1:]):
+    path, rest = _config_file(argv[1:])
+    for name, value in _overrides(rest):
         _check_override(name, value)
+    # The file first: its settings are there before any of them is overridden.
+    argv = [argv[0], f"--config={path}", *rest]
+    # Flags of this call's own: libraries that were imported may have defined theirs globally.
+    values = flags.FlagValues()
+    workdir = flags.DEFINE_string("workdir", "", "folder of the run", flag_values=values)
     try:
-        rest = flags.FLAGS(list(argv))[1:]
+        settings = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        unread = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown_flag(error.flagname) from error
     except flags.Error as error:
         raise config.ConfigError(" ".join(str(error).split())) from error
-    if rest:
-        raise config.ConfigError(f"{rest[0]!r} is not a flag; settings look like --config.NAME=…")
-    settings = _CONFIG.value
-    workdir = Path(_WORKDIR.value or Path("runs") / path.stem)
-    return config.from_config_dict(settings), workdir.expanduser()
+    if unread:
+        raise config.ConfigError(f"{unread[0]!r} is not a flag; settings look like --config.NAME=…")
+    folder = Path(workdir.value or Path("runs") / path.stem)
+    return config.from_config_dict(settings.value), folder.expanduser()
 
 
-def _check_file(argv: Sequence[str]) -> Path:
-    """The config file, which must exist."""
-    named = [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))]
-    follows = [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
-    path = Path([DEFAULT_CONFIG, *follows, *named][-1])
-    if path.is_file():
-        return path
-    near = [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), near, n=1, cutoff=0.0)
-    hint = (
-        f"; did you mean --config={near[0]}?"
-        if near
-        else "; name a file such as configs/quickstart.py."
-    )
-    raise config.ConfigError(f"--config={path} is not a file{hint}")
+def _config_file(arguments: Sequence[str]) -> tuple[Path, list[str]]:
+    """The config file that is named last, or the default, and the other arguments."""
+    path, rest, unread = Path(DEFAULT_CONFIG), [], iter(arguments)
+    for argument in unread:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            path = Path(value if equals else next(unread, ""))
+        else:
+            rest.append(argument)
+    _check_file(path)
+    return path, rest
+
+
+def _check_file(path: Path) -> None:
+    """Raises ConfigError unless the path is that of a config file."""
+    if not path.is_file():
+        near = [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), near, n=1, cutoff=0.6) or [DEFAULT_CONFIG]
+        raise config.ConfigError(f"--config={path} is not a file; did you mean --config={near[0]}?")
+    if b"get_config" not in path.read_bytes():
+        raise config.ConfigError(
+            f"--config={path} defines no get_config(); start from a copy of {DEFAULT_CONFIG}."
+        )
+
+
+def _unknown_flag(name: str) -> config.ConfigError:
+    near = difflib.get_close_matches(name, ("config", "workdir", "help"), n=1, cutoff=0.6)
+    near = near[0] if near else f"config.{config.nearest_name(name)}"
+    return config.ConfigError(f"--{name} is not a flag; did you mean --{near}?")
 
 
 def _overrides(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -90,11 +103,12 @@ def _overrides(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     found = []
     for i, argument in enumerate(arguments):
         name, equals, text = argument.lstrip("-").partition("=")
-        if not argument.startswith("-") or not name.startswith("config."):
+        if not argument.startswith("-") or not name.startswith(("config.", "noconfig.")):
             continue
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        value = text if equals else (None if following.startswith("--") else following)
-        found.append((name.removeprefix("config."), value))
+        missing = following.startswith("--") or name.startswith("no")
+        value = text if equals else (None if missing else following)
+        found.append((name.removeprefix("no").removeprefix("config."), value))
     return found
 
 

@@ -1,0 +1,173 @@
+"""The command line: what is accepted, and how every mistake is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynmoe_jax import command_line, config
+from dynmoe_jax.console import console
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def parse(*arguments):
+    return command_line.parse(["train.py", *arguments])
+
+
+def refusal(*arguments):
+    with pytest.raises(config.ConfigError) as caught:
+        parse(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_no_arguments_mean_the_quickstart_in_its_own_folder():
+    cfg, workdir = parse()
+    assert workdir == Path("runs/quickstart")
+    assert cfg.data.sources == "python"
+
+
+def test_workdir_is_named_after_the_config_file():
+    cfg, workdir = parse("--config", "configs/paper/moe_dynamic.py")
+    assert workdir == Path("runs/moe_dynamic")
+    assert cfg.model.num_layers == 24
+
+
+def test_workdir_may_be_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert parse("--workdir", "~/run")[1] == Path("/home/somebody/run")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config.train.steps=7"],
+        ["--config.train.steps", "7"],
+        ["-config.train.steps=7"],
+        ["--config.train.steps=7", "--config=configs/quickstart.py"],
+        ["--config=configs/paper/moe_top1.py", "--config.train.steps=7"],
+        ["--config.train.steps=3", "--config.train.steps=7"],
+    ],
+)
+def test_setting_is_taken_in_every_spelling_and_order(arguments):
+    assert parse(*arguments)[0].train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("--config.model.tie_embeddings", True),
+        ("--config.model.tie_embeddings=true", True),
+        ("--config.model.tie_embeddings=False", False),
+        ("--noconfig.model.tie_embeddings", False),
+    ],
+)
+def test_switch_is_taken_in_every_spelling(argument, wanted):
+    assert parse(argument)[0].model.tie_embeddings is wanted
+
+
+def test_text_of_a_setting_is_taken_as_it_is():
+    prompt = "def f(x):\n    # --config.seed=3 [bold]\n"
+    assert parse(f"--config.evaluation.prompt={prompt}")[0].evaluation.prompt == prompt
+    assert parse("--config.evaluation.prompt=")[0].evaluation.prompt == ""
+    assert parse("--config.evaluation.prompt=None")[0].evaluation.prompt == "None"
+
+
+def test_whole_number_is_a_float_where_one_is_wanted():
+    assert parse("--config.optimizer.learning_rate=1")[0].optimizer.learning_rate == 1.0
+
+
+def test_one_call_leaves_nothing_to_the_next():
+    assert parse("--config.train.steps=7", "--workdir=a")[0].train.steps == 7
+    cfg, workdir = parse("--config.seed=1")
+    assert (cfg.train.steps, workdir) != (7, Path("a"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--config.model.num_layer=3", "did you mean config.model.num_layers?"),
+        ("--config.modle.num_layers=3", "did you mean config.model.num_layers?"),
+        ("--config.moe.top_p=0.3", "did you mean config.model.moe.top_p?"),
+        ("--noconfig.model.tie_embedding", "did you mean config.model.tie_embeddings?"),
+        ("--num_layers=3", "did you mean --config.model.num_layers?"),
+        ("--workdi=x", "did you mean --workdir?"),
+        ("--config=configs/quikstart.py", "did you mean --config=configs/quickstart.py?"),
+        ("--config=nowhere/x.py", "did you mean --config=configs/quickstart.py?"),
+        ("--config=pyproject.toml", "defines no get_config()"),
+        ("--config", "did you mean --config=configs/quickstart.py?"),
+        ("leftover", "'leftover' is not a flag"),
+        ("--flagfile=nowhere", "Unable to open flagfile"),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_what_does(argument, sentence):
+    assert sentence in refusal(argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--config.model.num_layers=many", "must be of type int"),
+        ("--config.model.num_layers=3.0", "must be of type int"),
+        ("--config.model.num_layers=", "must be of type int"),
+        ("--config.model.num_layers", "must be of type int"),
+        ("--noconfig.model.num_layers", "must be of type int"),
+        ("--config.optimizer.learning_rate=fast", "must be of type float"),
+        ("--config.optimizer.learning_rate=nan", "must be a finite number"),
+        ("--config.model.tie_embeddings=maybe", "must be of type bool"),
+        ("--config.train.steps=0", "must be at least 1 steps"),
+        ("--config.model.moe.top_p=1.5", "must be at most 1"),
+        ("--config.model.dtype=flot32", "did you mean 'float32'?"),
+        ("--config.train.microbatches=5", "must divide config.train.batch_size"),
+    ],
+)
+def test_value_that_cannot_be_is_refused(argument, sentence):
+    assert sentence in refusal(argument)
+
+
+def test_every_setting_can_be_given_back_as_it_is():
+    values = [(path, value) for path, _, value in config.walk(parse()[0])]
+    arguments = [f"--config.{path}={value}" for path, value in values]
+    assert parse(*arguments)[0] == parse()[0]
+
+
+def test_help_lists_every_setting_and_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_width", 200)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    assert command_line.run(lambda *_: pytest.fail("ran"), "What it is.") == 0
+    printed = capsys.readouterr().out
+    assert "What it is." in printed
+    assert not [name for name in config.setting_names() if name not in printed]
+
+
+def test_message_with_markup_is_printed_as_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "[red]x[/red]"])
+    assert command_line.run(lambda *_: pytest.fail("ran"), "") == 2
+    assert "[red]x[/red]" in capsys.readouterr().out
+
+
+def test_program_refuses_before_it_writes(tmp_path):
+    """As a user meets it: the flags read the process's own arguments too."""
+    command = [sys.executable, ROOT / "train.py", f"--workdir={tmp_path}/run"]
+    done = subprocess.run(
+        [*command, "--config.model.num_layer=3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == (
+        "error: config.model.num_layer does not exist; did you mean config.model.num_layers?\n"
+    )
+    assert not done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_found_without_loading_jax():
+    program = "import sys; from dynmoe_jax import command_line; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -1,0 +1,100 @@
+"""A run so small that compiling is all it costs, and what it left behind."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dynmoe_jax import config
+from dynmoe_jax.training import checkpoint
+
+_TEXT = "the a token chooses its experts router mass passes while self return 数据 é"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Glob of small text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for number in range(30):
+        words = draw.choices(_TEXT.split(), k=draw.randint(40, 160))
+        (folder / f"{number}.txt").write_text(" ".join(words), encoding="utf-8")
+    return f"{folder}/*.txt"
+
+
+@pytest.fixture(scope="session")
+def compile_once(tmp_path_factory):
+    """Runs of the same settings share what XLA compiled."""
+    cache = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in cache}
+    for name, value in cache.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def settings(corpus, compile_once):
+    """Six steps of a two-layer model on text files; see :func:`change`."""
+    return config.Config(
+        model=config.Model(
+            num_layers=2,
+            width=16,
+            num_heads=2,
+            num_kv_heads=1,
+            head_width=8,
+            hidden_width=24,
+            vocab_size=300,
+            max_seq_len=32,
+            init_std=0.1,
+            moe=config.MoE(num_experts=4, hidden_width=16, top_p=0.4),
+        ),
+        data=config.Data(sources=f"text:{corpus}", seq_len=32, heldout_fraction=0.2),
+        train=config.Train(steps=6, batch_size=8, log_every_steps=1),
+        optimizer=config.Optimizer(learning_rate=1e-2, warmup_steps=2),
+        evaluation=config.Evaluation(max_batches=2, sample_tokens=4),
+        logging=config.Logging(tensorboard=False),
+    )
+
+
+def change(cfg, **values):
+    """``cfg`` with leaves replaced: ``change(cfg, train__steps=3)``."""
+    for name, value in values.items():
+        cfg = _set(cfg, name.split("__"), value)
+    return cfg
+
+
+def _set(part, names, value):
+    if len(names) > 1:
+        value = _set(getattr(part, names[0]), names[1:], value)
+    return dataclasses.replace(part, **{names[0]: value})
+
+
+@pytest.fixture(scope="session", name="change")
+def change_fixture():
+    """See :func:`change`."""
+    return change
+
+
+@pytest.fixture(scope="session")
+def saved_state():
+    """(workdir, step) -> every array of a checkpoint by its path, read without the package."""
+
+    def read(workdir: Path, step: int) -> dict[str, np.ndarray]:
+        with ocp.StandardCheckpointer() as reader:
+            tree = reader.restore((workdir / checkpoint.FOLDER / str(step) / "state").absolute())
+        return {
+            jax.tree_util.keystr(path): np.asarray(leaf)
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+
+    return read
