@@ -26,7 +26,8 @@ def active_parameters(model: config.Model, experts_per_token: float) -> int:
     sizes = _sizes(model)
     experts = sum(size for path, size in sizes.items() if path[-1] in _EXPERT_PARAMETERS)
     rest = sum(sizes.values()) - experts
-    return rest + round(experts * experts_per_token / model.moe.num_experts)
+    # A dense model has no experts, and no number of them either.
+    return rest + (round(experts * experts_per_token / model.moe.num_experts) if experts else 0)
 
 
 def _sizes(model: config.Model) -> dict[tuple, int]:
