@@ -57,7 +57,7 @@ def train(cfg: config.Config, workdir: Path) -> int:
         check_compatible(checkpoints.config(done), cfg, workdir)
     summary = read_summary(workdir)
     if summary and summary.complete and summary.step == done >= cfg.train.steps:
-        console.print(f"The run in {workdir} is complete: {done:,} steps.")
+        console.print(f"The run in {workdir} is complete: {done:,} steps.", soft_wrap=True)
         print_summary(summary, workdir)
         return 0
     _print_settings(cfg, workdir, done)
@@ -139,7 +139,8 @@ def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:
 def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:
     """What this run is: the settings that differ from the defaults."""
     verb = f"Continuing {workdir} after step {done:,}" if done else f"New run in {workdir}"
-    console.print(f"{verb}, on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    console.print(f"{verb}, on {devices}", soft_wrap=True)
     table = Table("setting", "value", "default", box=None, pad_edge=False)
     for path, value, default in config.differences(cfg):
         table.add_row(path, str(value), str(default), style="none")
