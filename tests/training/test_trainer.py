@@ -1,0 +1,235 @@
+"""Whole runs: what they leave behind, how they stop, go on, and refuse to."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from dynmoe_jax import config
+from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.training import trainer
+from dynmoe_jax.training.checkpoint import FOLDER
+from dynmoe_jax.training.interrupt import EXIT_INTERRUPTED
+from dynmoe_jax.training.mesh import AXES
+from dynmoe_jax.training.metrics import read_metrics
+from dynmoe_jax.training.summary import read_summary
+from dynmoe_jax.training.trainer import train
+
+pytestmark = pytest.mark.slow
+
+NAMES = (
+    "step loss lm_loss balance_loss entropy_loss router_z_loss grad_norm learning_rate "
+    "experts_per_token experts_per_token_by_layer load_imbalance_by_layer unused_experts "
+    "rows_dropped tokens_per_second model_flops_per_second mfu seconds_step"
+)
+TIMES = {"tokens_per_second", "model_flops_per_second", "mfu", "seconds_step"}
+
+
+def interrupt_at(monkeypatch, step):
+    """Somebody presses Ctrl-C while the step is under way."""
+    add = trainer.Logbook.add
+
+    def add_and_interrupt(logbook, number, metrics):
+        add(logbook, number, metrics)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Logbook, "add", add_and_interrupt)
+
+
+def without_times(workdir):
+    return [
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in read_metrics(workdir)
+    ]
+
+
+def losses(workdir):
+    return [line["loss"] for line in read_metrics(workdir)]
+
+
+def assert_identical(actual, wanted):
+    assert actual.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name, strict=True)
+
+
+@pytest.fixture(scope="module")
+def whole(settings, change, tmp_path_factory):
+    """A run that nothing disturbed, with a checkpoint of every step."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    cfg = change(settings, checkpoint__every_steps=1, checkpoint__keep=10)
+    cfg = change(cfg, evaluation__every_steps=3, logging__tensorboard=True)
+    assert train(cfg, workdir) == 0
+    return cfg, workdir
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of it that a test may spoil."""
+    return whole[0], shutil.copytree(whole[1], tmp_path / "copy")
+
+
+def test_run_leaves_everything_it_names(whole):
+    cfg, workdir = whole
+    summary = read_summary(workdir)
+    assert summary.complete
+    assert (summary.step, summary.steps) == (6, 6)
+    assert not [path for path in summary.paths.values() if not (workdir / path).exists()]
+    assert set(summary.heldout.domains) == {"text"}
+    assert {"data preparation", "compile", "step", "evaluation", "total"} <= set(summary.seconds)
+    assert "<svg" in (workdir / "report.html").read_text(encoding="utf-8")
+    assert Tokenizer.load(workdir / "tokenizer.model").vocab_size == cfg.model.vocab_size
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_every_step_is_logged_under_the_promised_names(whole):
+    lines = read_metrics(whole[1])
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        heldout = {"heldout_loss", "heldout_bits_per_byte"} if line["step"] in (3, 6) else set()
+        assert set(line) == set(NAMES.split()) | heldout
+        assert np.all(np.isfinite([value for value in line.values() if np.isscalar(value)]))
+        np.testing.assert_allclose(
+            line["experts_per_token"], np.mean(line["experts_per_token_by_layer"])
+        )
+    assert lines[-1]["heldout_loss"] == read_summary(whole[1]).heldout.loss
+
+
+def test_model_learns(whole):
+    lines = losses(whole[1])
+    assert lines[-1] < lines[0] - 0.3
+
+
+def test_complete_run_shows_its_table_and_trains_nothing(copy, monkeypatch, capsys):
+    cfg, workdir = copy
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    monkeypatch.setattr(trainer, "load_text", lambda *_: pytest.fail("read the data"))
+    assert train(cfg, workdir) == 0
+    printed = capsys.readouterr().out
+    assert "is complete: 6 steps" in printed
+    assert "Bits per byte" in printed
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_lost_summary_is_written_again(copy):
+    cfg, workdir = copy
+    before, lines = read_summary(workdir), read_metrics(workdir)
+    (workdir / "summary.json").unlink()
+    (workdir / "report.html").unlink()
+    assert train(cfg, workdir) == 0
+    after = read_summary(workdir)
+    assert (after.heldout, after.sample) == (before.heldout, before.sample)
+    assert (workdir / "report.html").exists()
+    assert read_metrics(workdir) == lines
+
+
+def test_stopped_and_continued_run_is_the_run_that_never_stopped(
+    whole, change, tmp_path, monkeypatch, saved_state, capsys
+):
+    """Catches lost data positions, and checkpoints of buffers that the next step had taken."""
+    cfg, undisturbed = whole
+    cfg = change(cfg, checkpoint__every_steps=100, logging__tensorboard=False)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert train(cfg, tmp_path) == EXIT_INTERRUPTED
+    assert "Stopped after step 3 and saved" in capsys.readouterr().out
+    assert len(read_metrics(tmp_path)) == 3
+    assert not (tmp_path / "summary.json").exists()
+    # The undisturbed run went on, and donated its state, while this was being written.
+    assert_identical(saved_state(undisturbed, 3), saved_state(tmp_path, 3))
+    assert train(cfg, tmp_path) == 0
+    assert "after step 3" in capsys.readouterr().out
+    assert without_times(tmp_path) == without_times(undisturbed)
+    assert_identical(saved_state(tmp_path, 6), saved_state(undisturbed, 6))
+    assert read_summary(tmp_path).heldout == read_summary(undisturbed).heldout
+
+
+def test_killed_run_repeats_the_steps_after_its_checkpoint(copy, whole, saved_state):
+    """No second line of a step, and nothing of the step whose checkpoint is missing."""
+    cfg, workdir = copy
+    for step in (3, 4, 5, 6):
+        shutil.rmtree(workdir / FOLDER / str(step))
+    (workdir / "summary.json").unlink()
+    assert train(cfg, workdir) == 0
+    assert without_times(workdir) == without_times(whole[1])
+    assert_identical(saved_state(workdir, 6), saved_state(whole[1], 6))
+
+
+def test_fewer_steps_than_were_done_show_what_there_is(copy, change, capsys):
+    cfg, workdir = copy
+    assert train(change(cfg, train__steps=2), workdir) == 0
+    assert "is complete: 6 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model__width", 24), ("model__moe__top_p", 0.6), ("seed", 1), ("train__batch_size", 16)],
+)
+def test_run_with_another_model_or_data_is_refused_in_one_sentence(copy, change, name, value):
+    cfg, workdir = copy
+    setting = f"config.{name.replace('__', '.')}={value}"
+    with pytest.raises(config.ConfigError, match=f"{setting} differs from .* new run") as caught:
+        train(change(cfg, **{name: value}), workdir)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_data_is_refused_before_it_is_written(settings, change, tmp_path):
+    for sources, sentence in (("txt:*", "did you mean 'text:GLOB'"), ("text:no*", "no file")):
+        with pytest.raises(trainer.BAD_INPUT, match=sentence):
+            train(change(settings, data__sources=sources), tmp_path / "run")
+    with pytest.raises(config.ConfigError, match="a multiple of the 8 devices"):
+        train(change(settings, train__batch_size=4), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_steps_and_free_settings_continue_a_complete_run(copy, change, capsys):
+    cfg, workdir = copy
+    cfg = change(
+        cfg,
+        train__steps=7,
+        optimizer__learning_rate=1e-4,
+        loss__entropy_weight=0.0,
+        model__moe__backend="reference",
+        evaluation__prompt="router ",
+    )
+    assert train(cfg, workdir) == 0
+    shown = dict(re.findall(r"^(\S+\.\S+) +(\S+)", capsys.readouterr().out, re.MULTILINE))
+    assert shown["train.steps"] == "7"
+    assert shown["model.moe.backend"] == "reference"
+    assert "optimizer.b1" not in shown  # as it is by default
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4, 5, 6, 7]
+    assert read_metrics(workdir)[-1]["learning_rate"] < 1e-4
+    summary = read_summary(workdir)
+    assert (summary.steps, summary.sample.prompt) == (7, "router ")
+
+
+def test_one_device_and_eight_see_the_same_losses(whole, settings, tmp_path, monkeypatch):
+    def one_device(mesh, batch_size):
+        del mesh, batch_size
+        types = (jax.sharding.AxisType.Auto,) * 3
+        return jax.make_mesh((1, 1, 1), AXES, types, devices=jax.devices()[:1])
+
+    monkeypatch.setattr(trainer, "make_mesh", one_device)
+    assert train(settings, tmp_path) == 0
+    np.testing.assert_allclose(losses(tmp_path), losses(whole[1]), rtol=1e-5)
+    assert read_summary(tmp_path).heldout.domains.keys() == {"text"}
+
+
+def test_dense_model_trains_the_same_in_microbatches(settings, change, tmp_path, capsys):
+    cfg = change(settings, model__moe__every_n_layers=0, train__batch_size=16, train__steps=2)
+    assert train(cfg, tmp_path / "one") == 0
+    assert "Experts per token" not in capsys.readouterr().out
+    assert train(change(cfg, train__microbatches=2), tmp_path / "two") == 0
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    summary = read_summary(tmp_path / "one")
+    assert summary.parameters == summary.active_parameters
+    assert summary.heldout.experts_per_token_by_layer == []
+    lines = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [line["experts_per_token"] for line in strict] == [0, 0]
