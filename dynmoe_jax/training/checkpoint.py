@@ -5,8 +5,13 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from dynmoe_jax import config
+from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.model import Decoder, parameter_shapes
+from dynmoe_jax.training.step import decoder_structure
+from dynmoe_jax.training.text import TOKENIZER_FILE
 
 FOLDER = "checkpoints"
 
@@ -66,6 +71,16 @@ class Checkpoints:
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["data"]
 
+    def params(self, step: int, params_like: nnx.State) -> nnx.State:
+        """The parameters alone, placed like ``params_like``, without the optimizer's state."""
+        like = {"params": params_like}
+        args = ocp.args.PyTreeRestore(
+            item=like,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            partial_restore=True,
+        )
+        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
+
     def wait(self) -> None:
         """Returns when everything is on disk."""
         self._manager.wait_until_finished()
@@ -85,3 +100,31 @@ def check_compatible(saved: config.Config, current: config.Config, workdir: Path
                 f"config.{path}={value!r} differs from {old[path]!r} of the checkpoint in "
                 f"{workdir}; set it back, or start a new run with another --workdir."
             )
+
+
+def load_run(workdir: Path | str) -> tuple[config.Config, Decoder, Tokenizer]:
+    """A trained model, ready to use: the newest checkpoint of a run, on the first device.
+
+    Args:
+      workdir: the run's folder.
+
+    Returns:
+      the run's settings, its decoder and its tokenizer.
+
+    Raises:
+      ConfigError: there is no checkpoint in ``workdir``.
+    """
+    workdir = Path(workdir)
+    if not (workdir / FOLDER).is_dir():
+        raise config.ConfigError(f"{str(workdir)!r} holds no run; give the --workdir of one.")
+    checkpoints = Checkpoints(workdir, config.Checkpoint())
+    step = checkpoints.latest_step()
+    if step is None:
+        raise config.ConfigError(f"{str(workdir)!r} holds no checkpoint yet; train it first.")
+    cfg = checkpoints.config(step)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+    params = checkpoints.params(step, jax.tree.map(place, parameter_shapes(cfg.model)))
+    checkpoints.close()
+    decoder = nnx.merge(decoder_structure(cfg.model), params)
+    return cfg, decoder, Tokenizer.load(workdir / TOKENIZER_FILE)

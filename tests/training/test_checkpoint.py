@@ -1,0 +1,135 @@
+"""Checkpoints: what is kept, what may change between runs, and a trained run loaded for use."""
+
+import glob
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynmoe_jax import config
+from dynmoe_jax.data import train_tokenizer
+from dynmoe_jax.model import parameter_shapes
+from dynmoe_jax.training.checkpoint import (
+    FREE_TO_CHANGE,
+    Checkpoints,
+    check_compatible,
+    load_run,
+)
+from dynmoe_jax.training.mesh import make_mesh, replicated
+from dynmoe_jax.training.step import TrainState
+from dynmoe_jax.training.text import TOKENIZER_FILE
+
+
+@pytest.fixture(scope="module")
+def state(settings):
+    """Parameters drawn by numpy: nothing has to compile."""
+    random = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32)  # noqa: E731
+    params = jax.tree.map(draw, parameter_shapes(settings.model))
+    return TrainState(jnp.int32(3), params, {"moment": jax.tree.map(jnp.copy, params)})
+
+
+@pytest.fixture
+def workdir(settings, state, tmp_path):
+    """With checkpoints of steps 3 and 4, of which 4 is the state, and 3 the state plus one."""
+    checkpoints = Checkpoints(tmp_path, config.Checkpoint(keep=2))
+    for step in (2, 3, 4):
+        params = jax.tree.map(lambda x: x + (step != 4), state.params)  # noqa: B023
+        saved = TrainState(jnp.int32(step), params, state.optimizer)
+        checkpoints.save(step, saved, {"row": step}, settings)
+    checkpoints.close()
+    return tmp_path
+
+
+@pytest.fixture
+def opened(workdir):
+    checkpoints = Checkpoints(workdir, config.Checkpoint(keep=2))
+    yield checkpoints
+    checkpoints.close()
+
+
+def assert_same(actual, wanted):
+    jax.tree.map(np.testing.assert_array_equal, actual, wanted)
+
+
+def test_only_the_newest_are_kept(opened, workdir):
+    assert opened.latest_step() == 4
+    kept = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert kept == {"3", "4"}
+
+
+def test_state_position_and_settings_come_back_together(opened, state, settings):
+    restored, position = opened.restore(4, state)
+    assert_same(restored.params, state.params)
+    assert_same(restored.optimizer, state.optimizer)
+    assert (int(restored.step), position) == (4, {"row": 4})
+    assert opened.config(4) == settings
+    older, position = opened.restore(3, state)
+    assert_same(older.params, jax.tree.map(lambda x: x + 1, state.params))
+    assert position == {"row": 3}
+
+
+def test_state_is_placed_as_asked(opened, state):
+    everywhere = replicated(make_mesh(config.Mesh(), batch_size=8))
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)  # noqa: E731
+    restored, _ = opened.restore(4, jax.tree.map(place, state))
+    assert {leaf.sharding for leaf in jax.tree.leaves(restored)} == {everywhere}
+
+
+def test_saving_a_step_again_changes_nothing(opened, state, settings):
+    opened.save(4, jax.tree.map(jnp.zeros_like, state), {"row": 0}, settings)
+    restored, position = opened.restore(4, state)
+    assert_same(restored.params, state.params)
+    assert position == {"row": 4}
+
+
+def test_half_written_checkpoint_is_not_continued_from(workdir, state):
+    (workdir / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
+    checkpoints = Checkpoints(workdir, config.Checkpoint())
+    assert checkpoints.latest_step() == 4
+    checkpoints.close()
+
+
+def test_settings_that_may_change_exist():
+    names = config.setting_names()
+    assert not [free for free in FREE_TO_CHANGE if not any(n.startswith(free) for n in names)]
+
+
+def test_every_setting_that_makes_another_model_or_stream_is_refused(settings, change, tmp_path):
+    for name, value in (
+        ("seed", 5),
+        ("model__num_layers", 4),
+        ("model__tie_embeddings", True),
+        ("model__moe__renormalize", True),
+        ("data__domain_weights", "text=1"),
+        ("data__virtual_shards", 4),
+        ("train__batch_size", 16),
+    ):
+        dotted = name.replace("__", ".")
+        with pytest.raises(config.ConfigError, match=rf"config\.{dotted}={value!r} differs from"):
+            check_compatible(settings, change(settings, **{name: value}), tmp_path)
+    check_compatible(settings, change(settings, train__steps=50, mesh__data=8), tmp_path)
+
+
+def test_run_is_loaded_for_use(workdir, state, settings, corpus):
+    texts = (Path(path).read_text(encoding="utf-8") for path in sorted(glob.glob(corpus)))
+    tokenizer = train_tokenizer(texts, settings.model.vocab_size, workdir / TOKENIZER_FILE)
+    cfg, decoder, loaded = load_run(str(workdir))
+    assert cfg == settings
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert_same(nnx.state(decoder, nnx.Param), state.params)
+    assert {leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(decoder)} == {True}
+    tokens = jnp.asarray(loaded.encode("the router"))[None]
+    assert decoder(tokens).logits.shape == (*tokens.shape, 300)
+
+
+def test_loading_a_folder_without_a_run_is_one_sentence_and_writes_nothing(tmp_path):
+    with pytest.raises(config.ConfigError, match="holds no run"):
+        load_run(tmp_path / "nothing")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(config.ConfigError, match="holds no checkpoint yet"):
+        load_run(tmp_path)
