@@ -1,0 +1,133 @@
+"""From a step's arrays to its line: the numbers by hand, the rhythm, the clock."""
+
+import numpy as np
+import pytest
+
+from dynmoe_jax.model.flops import training_flops
+from dynmoe_jax.training import logbook
+from dynmoe_jax.training.logbook import SCALARS, Logbook
+from dynmoe_jax.training.metrics import read_metrics
+from dynmoe_jax.training.summary import HeldOut
+
+PEAK = 1e9
+HELDOUT = HeldOut(loss=3.0, bits_per_byte=1.5, unigram_entropy=5.0, domains={})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes when it is told to."""
+
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(logbook.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(logbook, "peak_flops_per_second", lambda: PEAK)
+    return Clock
+
+
+@pytest.fixture
+def cfg(settings, change):
+    return change(settings, train__steps=10)
+
+
+def step_metrics(step=1, load_NE=((8, 0, 4, 4), (16, 16, 0, 0)), tokens=16, dropped=0):
+    scalars = {name: np.float32(step + i) for i, name in enumerate(SCALARS)}
+    counts = {"load_NE": np.array(load_NE, np.int32), "tokens": np.int32(tokens)}
+    return scalars | counts | {"rows_dropped": np.int32(dropped)}
+
+
+def record(cfg, workdir, clock, metrics, seconds=2.0):
+    with Logbook(cfg, workdir, 0) as book:
+        clock.now += seconds
+        book.add(1, metrics)
+    return read_metrics(workdir)[0]
+
+
+def test_numbers_of_a_line_by_hand(cfg, tmp_path, clock):
+    line = record(cfg, tmp_path, clock, step_metrics())
+    assert [line[name] for name in SCALARS] == [1, 2, 3, 4, 5, 6, 7]
+    # 16 valid tokens chose 16 experts in layer 0 and 32 in layer 1.
+    assert line["experts_per_token_by_layer"] == [1.0, 2.0]
+    assert line["experts_per_token"] == 1.5
+    # The busiest expert over the mean: 8 / 4, and 16 / 8; experts without a token: 1 + 2.
+    assert line["load_imbalance_by_layer"] == [2.0, 2.0]
+    assert line["unused_experts"] == 3
+    # 8 sequences of 32 positions in two seconds, padding included.
+    assert line["tokens_per_second"] == 8 * 32 / 2
+    assert line["seconds_step"] == 2.0
+
+
+def test_flops_are_those_of_the_rows_that_were_computed(cfg, tmp_path, clock):
+    whole = record(cfg, tmp_path / "whole", clock, step_metrics())
+    flops = training_flops(cfg.model, tokens=256, length=32, rows=48)
+    np.testing.assert_allclose(whole["model_flops_per_second"], flops / 2)
+    np.testing.assert_allclose(whole["mfu"], flops / 2 / PEAK)
+    fewer = record(cfg, tmp_path / "fewer", clock, step_metrics(dropped=18))
+    flops = training_flops(cfg.model, tokens=256, length=32, rows=30)
+    np.testing.assert_allclose(fewer["model_flops_per_second"], flops / 2)
+    assert fewer["rows_dropped"] == 18
+
+
+def test_step_is_read_when_the_next_is_under_way(cfg, tmp_path, clock):
+    """Reading at once would leave the device idle between steps."""
+    with Logbook(cfg, tmp_path, 0) as book:
+        clock.now += 1.0
+        book.add(1, step_metrics(1))
+        assert read_metrics(tmp_path) == []
+        book.add(2, step_metrics(2))
+        clock.now += 1.0
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_first_last_and_every_nth_step_are_written(cfg, change, tmp_path, clock):
+    cfg = change(cfg, train__log_every_steps=4)
+    with Logbook(cfg, tmp_path, 2) as book:
+        for step in range(3, 11):
+            clock.now += 1.0
+            book.add(step, step_metrics(step))
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [3, 4, 8, 10]
+    # The clock is read when the next step is added: step 4 after one second, 8 after four.
+    assert [line["seconds_step"] for line in lines[1:3]] == [1.0, 1.0]
+
+
+def test_evaluation_joins_its_step_and_is_not_counted_as_training(cfg, tmp_path, clock):
+    def evaluate():
+        clock.now += 100.0
+        return HELDOUT
+
+    with Logbook(cfg, tmp_path, 0) as book:
+        clock.now += 1.0
+        book.add(1, step_metrics(1))
+        assert book.with_heldout(evaluate) is HELDOUT
+        clock.now += 1.0
+        book.add(2, step_metrics(2))
+    first, second = read_metrics(tmp_path)
+    assert (first["heldout_loss"], first["heldout_bits_per_byte"]) == (3.0, 1.5)
+    assert (first["seconds_step"], second["seconds_step"]) == (1.0, 1.0)
+    assert "heldout_loss" not in second
+
+
+def test_last_step_before_a_failure_is_written(cfg, tmp_path, clock):
+    def fail_after_a_step():
+        with Logbook(cfg, tmp_path, 0) as book:
+            clock.now += 1.0
+            book.add(1, step_metrics(1))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_after_a_step()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_dense_model_uses_no_experts(cfg, tmp_path, clock):
+    line = record(cfg, tmp_path, clock, step_metrics(load_NE=np.zeros((0, 1))))
+    assert (line["experts_per_token"], line["unused_experts"]) == (0.0, 0)
+    assert "load_imbalance_by_layer" not in line
+
+
+def test_batch_of_padding_alone_is_no_division_by_zero(cfg, tmp_path, clock):
+    line = record(cfg, tmp_path, clock, step_metrics(load_NE=np.zeros((2, 4)), tokens=0))
+    assert line["experts_per_token"] == 0.0
+    assert line["load_imbalance_by_layer"] == [0.0, 0.0]
