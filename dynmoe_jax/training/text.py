@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dynmoe_jax import config
 from dynmoe_jax.console import stage
-from dynmoe_jax.data import Prepared, Tokenizer, prepare, train_tokenizer
+from dynmoe_jax.data import DataError, Prepared, Tokenizer, prepare, train_tokenizer
 
 TOKENIZER_FILE = "tokenizer.model"
 
@@ -17,9 +17,14 @@ def load_text(cfg: config.Config, workdir: Path) -> tuple[Prepared, Tokenizer]:
 
     Raises:
       ConfigError: the tokenizer has more tokens than the model.
-      DataError: the sources or the tokenizer cannot be used.
+      DataError: the sources or the tokenizer cannot be used, or nothing can be held out.
     """
     prepared = prepare(cfg.data, Path(cfg.data.directory or workdir / "data"))
+    if not any(len(prepared.open_heldout(domain)) for domain in prepared.domains):
+        raise DataError(
+            f"config.data.sources={cfg.data.sources!r} gives no two different documents, so none "
+            "can be held out for evaluation; split the text into more files or records."
+        )
     path = workdir / TOKENIZER_FILE
     if path.exists():
         tokenizer = Tokenizer.load(path)

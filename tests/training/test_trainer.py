@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data import DataError, Tokenizer
 from dynmoe_jax.training import trainer
 from dynmoe_jax.training.checkpoint import FOLDER
 from dynmoe_jax.training.interrupt import EXIT_INTERRUPTED
@@ -186,6 +186,14 @@ def test_other_data_is_refused_before_it_is_written(settings, change, tmp_path):
     with pytest.raises(config.ConfigError, match="a multiple of the 8 devices"):
         train(change(settings, train__batch_size=4), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_single_document_is_refused_before_training(settings, change, tmp_path):
+    """Nothing could be held out, and the run would fail at its end."""
+    (tmp_path / "book.txt").write_text("the router chooses " * 500, encoding="utf-8")
+    cfg = change(settings, data__sources=f"text:{tmp_path}/book.txt")
+    with pytest.raises(DataError, match="none can be held out .* split the text"):
+        train(cfg, tmp_path / "run")
 
 
 def test_more_steps_and_free_settings_continue_a_complete_run(copy, change, capsys):
