@@ -192,7 +192,7 @@ def test_single_document_is_refused_before_training(settings, change, tmp_path):
     """Nothing could be held out, and the run would fail at its end."""
     (tmp_path / "book.txt").write_text("the router chooses " * 500, encoding="utf-8")
     cfg = change(settings, data__sources=f"text:{tmp_path}/book.txt")
-    with pytest.raises(DataError, match="none can be held out .* split the text"):
+    with pytest.raises(DataError, match=r"none can be held out .* split the text"):
         train(cfg, tmp_path / "run")
 
 
