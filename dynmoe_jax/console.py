@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
+# In a notebook too, lines of plain text: rich would make an HTML block of every line.
+console = Console(highlight=False, force_jupyter=False)
 
 
 @contextlib.contextmanager
