@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder, LayerRouting
@@ -52,9 +52,12 @@ def routing_sums(routing: LayerRouting | None) -> RoutingSums:
     return RoutingSums(routing.by_layer.load_E, routing.rows_dropped_N)
 
 
-def init_params(model: config.Model, seed: int) -> nnx.State:
-    """Draws the parameters; the same seed gives the same on any mesh."""
-    return nnx.state(Decoder(model, rngs=nnx.Rngs(seed)), nnx.Param)
+def init_state(
+    model: config.Model, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+) -> TrainState:
+    """The state before the first step; the same key gives the same parameters on any mesh."""
+    params = nnx.state(Decoder(model, rngs=nnx.Rngs(params=key)), nnx.Param)
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 def decoder_structure(model: config.Model) -> nnx.GraphDef:

@@ -1,6 +1,7 @@
 """The main job, told from top to bottom: settings, data, state, loop, results."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,9 +21,8 @@ from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.seconds import Seconds
 from dynmoe_jax.training.step import (
     Batch,
-    TrainState,
     decoder_structure,
-    init_params,
+    init_state,
     make_train_step,
 )
 from dynmoe_jax.training.summary import read_summary
@@ -119,15 +119,15 @@ def _due(step: int, every: int, cfg: config.Config) -> bool:
 
 def _start(cfg, optimizer, checkpoints, done, sharding):
     """(state, data position): new ones, or those of the checkpoint of step ``done``."""
-
-    def init():
-        params = init_params(cfg.model, cfg.seed)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-
+    # The key is an argument: XLA would spend seconds on folding draws of a constant key.
+    init, key = partial(init_state, cfg.model, optimizer), jax.random.key(cfg.seed)
     if not done:
-        return jax.jit(init, out_shardings=sharding)(), None
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    return checkpoints.restore(done, jax.tree.map(place, jax.eval_shape(init)))
+        return jax.jit(init, out_shardings=sharding)(key), None
+    shapes = jax.eval_shape(init, key)
+    return checkpoints.restore(
+        done,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes),
+    )
 
 
 def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:

@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax import config
-from dynmoe_jax.model import Decoder
+from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.routing import losses
 from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
 from dynmoe_jax.training.optimizer import is_matrix, make_optimizer, make_schedule
-from dynmoe_jax.training.step import TrainState, init_params, make_train_step
+from dynmoe_jax.training.step import init_state, make_train_step
 
 MODEL = config.Model(
     num_layers=2,
@@ -54,8 +54,7 @@ def draw_batch():
 def one_step(cfg, batch, mesh=None):
     schedule = make_schedule(cfg.optimizer, cfg.train.steps)
     optimizer = make_optimizer(cfg.optimizer, schedule)
-    params = init_params(cfg.model, 0)
-    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    state = init_state(cfg.model, optimizer, jax.random.key(0))
     step = make_train_step(cfg, optimizer, schedule)
     if mesh is None:
         return jax.jit(step)(state, batch)
@@ -79,7 +78,7 @@ def assert_same(actual, wanted, rtol):
 
 def test_loss_is_the_sum_of_its_parts_from_plain_formulas(whole):
     batch = draw_batch()
-    decoder = Decoder(MODEL, rngs=nnx.Rngs(0))
+    decoder = Decoder(MODEL, rngs=nnx.Rngs(params=jax.random.key(0)))
     output = decoder(batch["tokens"], batch["segment_ids"], batch["positions"])
     valid = batch["segment_ids"] > 0
     nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["targets"])
@@ -116,7 +115,7 @@ def test_balance_loss_over_microbatches_is_weighted_by_their_tokens():
     wanted = 0.0
     for half in (slice(0, None, 2), slice(1, None, 2)):
         part = {name: array[half] for name, array in batch.items()}
-        decoder = Decoder(MODEL, rngs=nnx.Rngs(0))
+        decoder = Decoder(MODEL, rngs=nnx.Rngs(params=jax.random.key(0)))
         routing = decoder(part["tokens"], part["segment_ids"], part["positions"]).routing
         share = (part["segment_ids"] > 0).sum() / (batch["segment_ids"] > 0).sum()
         wanted += share * jnp.mean(losses.balance_loss(routing.by_layer, routing.valid_T))
@@ -169,7 +168,7 @@ def test_schedules_by_hand():
 
 
 def test_weight_decay_leaves_norms_alone():
-    params = init_params(MODEL, 0)
+    params = parameter_shapes(MODEL)
     decayed = {
         jax.tree_util.keystr(path): bool(value)
         for path, value in jax.tree.leaves_with_path(is_matrix(params))
