@@ -1,0 +1,87 @@
+"""Compile time of the train step by depth: layers are scanned, so it should hardly grow.
+
+    python -m benchmarks.compile_time --layers 2 24 --rounds 5
+
+Each round lowers and compiles every depth once, at a small width, for the devices that are there.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Compiled
+
+from benchmarks.timing import interleave, ratio
+from dynmoe_jax import config
+from dynmoe_jax.model import parameter_shapes
+from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dynmoe_jax.training.step import TrainState, make_train_step
+
+SEQ_LEN = 64
+BATCH_SIZE = 8
+
+
+def settings(layers: int, backend: str) -> config.Config:
+    """A Top-P MoE model of that depth, small in every other way."""
+    model = config.Model(
+        num_layers=layers,
+        width=64,
+        num_heads=4,
+        num_kv_heads=4,
+        head_width=16,
+        vocab_size=512,
+        max_seq_len=SEQ_LEN,
+        moe=config.MoE(num_experts=8, hidden_width=64, backend=backend),
+    )
+    train = config.Train(batch_size=BATCH_SIZE)
+    return config.Config(model=model, data=config.Data(seq_len=SEQ_LEN), train=train)
+
+
+def compile_step(layers: int, backend: str = "auto") -> Compiled:
+    """Lowers and compiles the train step; nothing is allocated."""
+    cfg = settings(layers, backend)
+    schedule = make_schedule(cfg.optimizer, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+    params = parameter_shapes(cfg.model)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, params, jax.eval_shape(optimizer.init, params))
+    array_BL = jax.ShapeDtypeStruct((BATCH_SIZE, SEQ_LEN), jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array_BL)
+    train_step = make_train_step(cfg, optimizer, schedule)
+    return jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
+
+
+def instructions(compiled: Compiled) -> int:
+    """Instructions of the optimised program."""
+    return sum(" = " in line for line in compiled.as_text().splitlines())
+
+
+def main() -> None:
+    """Prints seconds and instructions for each depth, and both relative to the first."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 24], help="depths")
+    parser.add_argument("--rounds", type=int, default=5, help="compilations of each depth")
+    asked = parser.parse_args()
+    sizes: dict[int, int] = {}
+
+    def timed(layers: int) -> float:
+        start = time.perf_counter()
+        compiled = compile_step(layers)
+        seconds = time.perf_counter() - start
+        sizes[layers] = instructions(compiled)
+        return seconds
+
+    cases = {str(layers): lambda layers=layers: timed(layers) for layers in asked.layers}
+    seconds = interleave(cases, asked.rounds)
+    first = asked.layers[0]
+    print(f"{'layers':>6}  {'fastest':>9}  {'instructions':>12}  time over {first} layers")
+    for layers in asked.layers:
+        over = ratio(seconds[str(layers)], seconds[str(first)])
+        print(f"{layers:>6}  {seconds[str(layers)].min():>7.2f} s  {sizes[layers]:>12,}  {over}")
+
+
+if __name__ == "__main__":
+    main()
