@@ -40,4 +40,4 @@ def test_every_metric_is_explained():
         field.name for kind in (Summary, HeldOut, Sample) for field in dataclasses.fields(kind)
     ]
     fields += [field.name for field in dataclasses.fields(DomainResult)]
-    assert not [name for name in (*SCALARS, *fields) if not re.search(rf"`{name}[`.]", text)]
+    assert not [name for name in (*SCALARS, *fields) if not re.search(rf"[`.]{name}[`.]", text)]
