@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)  # as for train.py: configs import each other
 
 
 def parse(*arguments):
