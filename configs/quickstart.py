@@ -30,7 +30,7 @@ def get_config():
         dataclasses.replace(
             config.Config(),
             model=model,
-            # The paper's 1e-4 shows its effect after billions of tokens; this run has half a million.
+            # The paper's 1e-4 shows after billions of tokens; this run has half a million.
             loss=config.Loss(entropy_weight=3e-3, chunk_tokens=512),
             data=config.Data(sources="python", seq_len=128, max_megabytes=8.0),
             train=config.Train(steps=600, batch_size=8, log_every_steps=10),

@@ -74,6 +74,12 @@ class MoE:
         unit="rows/token",
         low=0.0,
     )
+    saved_rows_per_token: float = setting(
+        2.0,
+        "rows whose hidden activations are kept for backward, others are recomputed (CPU)",
+        unit="rows/token",
+        low=0.0,
+    )
     every_n_layers: int = setting(
         1, "the first of every n layers is MoE, the others dense; 0 = a dense model", low=0
     )
@@ -159,6 +165,9 @@ class Data:
         8.0, "text a new tokenizer is trained on", unit="MB", above=0.0
     )
     directory: str = setting("", "where prepared data is kept; empty = WORKDIR/data")
+    shuffle_tokens: int = setting(
+        2**20, "packed text shuffled together, over all shards", unit="tokens", low=0
+    )
     virtual_shards: int = setting(
         8, "independent streams the data is cut into, whatever the number of hosts", low=1
     )

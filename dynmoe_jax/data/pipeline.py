@@ -28,8 +28,8 @@ class TrainStream:
     """Endless training batches, made in one background thread, ready to stop and go on anywhere.
 
     The rows and their order depend on the data, the tokenizer, the seed, ``seq_len``,
-    ``domain_weights`` and ``virtual_shards``, and on nothing else: not on the batch size, not on
-    who reads which shards.
+    ``domain_weights``, ``shuffle_tokens`` and ``virtual_shards``, and on nothing else: not on the
+    batch size, not on who reads which shards.
 
     Args:
       prepared: the data.
@@ -64,16 +64,18 @@ class TrainStream:
             "seq_len": data.seq_len,
             "domain_weights": weights,
             "virtual_shards": data.virtual_shards,
+            "shuffle_tokens": data.shuffle_tokens,
         }
         numbers = range(data.virtual_shards) if shard_ids is None else sorted(set(shard_ids))
         rows = _rows_here(batch_size, data.virtual_shards, numbers)
         documents = {domain: prepared.open_train(domain) for domain in prepared.domains}
-        shards = {
-            number: shard_rows(
-                documents, weights, tokenizer, data.seq_len, seed, number, data.virtual_shards
-            )
-            for number in numbers
-        }
+        # Of a small corpus, about a quarter of an epoch at most: a window is filled before its
+        # first row comes out.
+        epoch = sum(amount.bytes for amount in prepared.train.values())
+        shuffled = min(data.shuffle_tokens, epoch // 16)
+        window = max(1, shuffled // (data.seq_len * data.virtual_shards))
+        rows_of = functools.partial(shard_rows, documents, weights, tokenizer, data.seq_len, seed)
+        shards = {number: rows_of(number, data.virtual_shards, window) for number in numbers}
         batches = RowsInTurn(shards, data.virtual_shards).batch(rows, drop_remainder=True)
         ahead = grain.experimental.ThreadPrefetchIterDataset(
             batches, prefetch_buffer_size=_BATCHES_AHEAD

@@ -37,8 +37,12 @@ def shard_rows(
     seed: int,
     shard: int,
     num_shards: int,
+    window: int,
 ) -> grain.IterDataset:
     """The endless rows of one virtual shard; every epoch has an order of its own.
+
+    A long document fills many rows in a row.  They are shuffled with their neighbours' in windows,
+    so that a batch is not a handful of documents, and neighbouring batches are not the same ones.
 
     Args:
       documents: random access to the examples by domain; each with a ``text`` in UTF-8.
@@ -48,6 +52,7 @@ def shard_rows(
       seed: of the order.
       shard: this shard, below ``num_shards``.
       num_shards: the documents are dealt out to so many shards.
+      window: rows that are shuffled together; 1 leaves them in the order of the documents.
     """
 
     def stream(domains: Sequence[str], name: str) -> grain.IterDataset:
@@ -55,7 +60,12 @@ def shard_rows(
         joined = grain.MapDataset.concatenate(sources)
         # Where there are fewer documents than shards, several shards read the same document.
         dealt = joined[shard % len(joined) :: num_shards]
-        return pack(dealt.shuffle(_seed(seed, shard, name)).repeat(), tokenizer, seq_len)
+        rows = pack(dealt.shuffle(_seed(seed, shard, name)).repeat(), tokenizer, seq_len)
+        if window == 1:
+            return rows
+        return grain.experimental.WindowShuffleIterDataset(
+            rows, window_size=window, seed=_seed(seed, shard, name, "window")
+        )
 
     if not weights:
         return stream(sorted(documents), "")

@@ -66,7 +66,7 @@ def test_no_pair_is_lost_or_crosses_a_border(texts, seq_len):
 
 def shard_texts(documents, weights, shard, num_shards, epochs=1, seed=0):
     """The documents, by their one character, that a shard packs in its first epochs."""
-    rows = shard_rows(documents, weights, CHARACTERS, 2, seed, shard, num_shards)
+    rows = shard_rows(documents, weights, CHARACTERS, 2, seed, shard, num_shards, 1)
     count = epochs * sum(-(-(len(d) - shard) // num_shards) for d in documents.values())
     iterator = iter(rows)  # inputs of a one-character document fill a row of two
     return [chr(next(iterator)["tokens"][1]) for _ in range(count)]
@@ -105,7 +105,7 @@ def test_fewer_documents_than_shards_still_fill_every_shard(weights):
     documents = {"x": [{"text": b"a"}, {"text": b"b"}]}
     seen = []
     for shard in range(5):
-        rows = iter(shard_rows(documents, weights, CHARACTERS, 2, 0, shard, 5))
+        rows = iter(shard_rows(documents, weights, CHARACTERS, 2, 0, shard, 5, 1))
         seen += [chr(next(rows)["tokens"][1]) for _ in range(3)]
     assert set(seen) == {"a", "b"}
 
@@ -117,7 +117,7 @@ def test_weights_hold_in_tokens_whatever_the_length_of_the_documents():
         "absent": [{"text": b"a"}] * 5,
     }
     weights = {"long": 1.0, "short": 3.0, "absent": 0.0}
-    rows = iter(shard_rows(documents, weights, CHARACTERS, 16, 0, 2, 4))
+    rows = iter(shard_rows(documents, weights, CHARACTERS, 16, 0, 2, 4, 1))
     tokens = np.concatenate([next(rows)["tokens"] for _ in range(400)])
     long = np.isin(tokens, [ord("l")]).sum()
     assert abs(long / tokens.size - 0.25) < 0.02
@@ -127,7 +127,9 @@ def test_weights_hold_in_tokens_whatever_the_length_of_the_documents():
 def test_one_row_from_each_shard_is_a_mixture_too():
     documents = {name: [{"text": name.encode() * 50}] * 8 for name in "ab"}
     weights = {"a": 1.0, "b": 1.0}
-    first = [next(iter(shard_rows(documents, weights, CHARACTERS, 8, 0, v, 8))) for v in range(8)]
+    first = [
+        next(iter(shard_rows(documents, weights, CHARACTERS, 8, 0, v, 8, 1))) for v in range(8)
+    ]
     letters = [chr(row["tokens"][2]) for row in first]
     assert letters.count("a") == letters.count("b") == 4
 
