@@ -20,9 +20,11 @@ Backend = Callable[
 """(x_TD, rows, weights) -> (y_TD, rows dropped): the one signature of expert compute."""
 
 
-def grouped_experts(platform: str) -> Backend:
+def grouped_experts(moe: config.MoE, platform: str) -> Backend:
     """The dropless backend of a platform: blocks on CPU, grouped matrix products elsewhere."""
-    return block_experts if platform == "cpu" else ragged_experts
+    if platform == "cpu":
+        return partial(block_experts, saved_rows_per_token=moe.saved_rows_per_token)
+    return ragged_experts
 
 
 def make_backend(moe: config.MoE, platform: str | None = None) -> Backend:
@@ -34,8 +36,8 @@ def make_backend(moe: config.MoE, platform: str | None = None) -> Backend:
     """
     platform = platform or jax.default_backend()
     return {
-        "auto": grouped_experts(platform),
-        "grouped": grouped_experts(platform),
+        "auto": grouped_experts(moe, platform),
+        "grouped": grouped_experts(moe, platform),
         "capacity": partial(capacity_experts, factor=moe.capacity_factor),
         "reference": reference_experts,
     }[moe.backend]

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from dynmoe_jax import config
-from dynmoe_jax.experts import ExpertWeights, make_backend, rows_from_routing
+from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, rows_from_routing
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.routing import TopK, TopP
 
@@ -126,9 +126,7 @@ def test_backend_equals_reference_in_bfloat16(name):
 def test_padding_rows_poisoned_with_nan_change_nothing(name):
     x_TD, logits_TE, valid_T, router = draw_case("padding_tokens", 90)
     weights = draw_weights()
-    clean, _ = value_and_gradients(
-        layer(BACKENDS[name], router, valid_T), x_TD, logits_TE, weights
-    )
+    clean, _ = value_and_gradients(layer(BACKENDS[name], router, valid_T), x_TD, logits_TE, weights)
     poisoned, _ = value_and_gradients(
         layer(BACKENDS[name], router, valid_T, poison=True), x_TD, logits_TE, weights
     )
@@ -165,6 +163,39 @@ def test_block_gradients_agree_with_finite_differences():
     check_grads(
         jax.jit(loss), (x_TD, rows.weight_R, weights), order=1, modes=["rev"], atol=1e-2, rtol=1e-2
     )
+
+
+@pytest.mark.parametrize("saved_rows_per_token", [0.0, 0.7])
+def test_recomputed_activations_equal_saved_ones(saved_rows_per_token):
+    x_TD, logits_TE, valid_T, router = draw_case("top_p", 60)
+    backend = make_backend(config.MoE(saved_rows_per_token=saved_rows_per_token), "cpu")
+    wanted, _ = value_and_gradients(
+        layer(reference_experts, router, valid_T), x_TD, logits_TE, draw_weights()
+    )
+    actual, _ = value_and_gradients(
+        layer(backend, router, valid_T), x_TD, logits_TE, draw_weights()
+    )
+    assert_close(actual, wanted, 1e-5)
+
+
+def test_blocks_run_inside_shard_map_scan_and_checkpoint():
+    x_TD, logits_TE, valid_T, router = draw_case("top_p", 32)
+
+    def two_layers(backend):
+        def body(x_TD, _):
+            routing = router(logits_TE, valid_T)
+            y_TD, _ = apply_experts(x_TD, routing, draw_weights(), backend)
+            return x_TD + y_TD, None
+
+        return lambda x_TD: jax.lax.scan(jax.checkpoint(body), x_TD, length=2)[0]
+
+    def gradient(backend):
+        return jax.jit(jax.grad(lambda x_TD: jnp.sum(jnp.sin(two_layers(backend)(x_TD)))))(x_TD)
+
+    wanted = gradient(reference_experts)
+    assert_close(gradient(BACKENDS["blocks"]), wanted, 1e-5)
+    with jax.set_mesh(jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))):
+        assert_close(gradient(BACKENDS["blocks"]), wanted, 1e-5)
 
 
 def test_capacity_drops_the_latest_rows_and_counts_them():

@@ -1,0 +1,102 @@
+"""The MoE layer in JAX: this project's backends, and the dense layer of equal active FLOPs.
+
+Axis legend: T tokens, D model width, E experts, F hidden width.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.layer_cases import Arrays, Choice, Used
+from dynmoe_jax import config
+from dynmoe_jax.experts import Backend, ExpertWeights, apply_experts, make_backend, swiglu
+from dynmoe_jax.experts.ragged import ragged_experts
+from dynmoe_jax.routing import Router, TopK, TopP
+
+METHODS: dict[str, Callable[[], Backend]] = {
+    "ours": lambda: make_backend(config.MoE(backend="grouped")),
+    "jax_ragged_dot": lambda: ragged_experts,
+    "jax_capacity": lambda: make_backend(config.MoE(backend="capacity", capacity_factor=1.25)),
+}
+
+
+def make_router(choice: Choice, num_experts: int) -> Router:
+    """The project's router for a choice; top-k renormalises, as Mixtral does."""
+    if choice.k:
+        return TopK(num_experts, choice.k, renormalize=True)
+    return TopP(num_experts, choice.p)
+
+
+def moe_layer(choice: Choice, backend: Backend):
+    """(x_TD, (router_DE, weights)) -> y_TD."""
+
+    def layer(x_TD, parameters):
+        router_DE, weights = parameters
+        route = make_router(choice, weights.num_experts)
+        routing = route(choice.scale * (x_TD @ router_DE), jnp.ones(x_TD.shape[0], bool))
+        return apply_experts(x_TD, routing, weights, backend)[0]
+
+    return layer
+
+
+def dense_layer(x_TD, parameters):
+    """SwiGLU; its hidden width is what the tokens' experts have together, on average."""
+    gate_up_D2F, down_FD = parameters
+    return swiglu(jnp.einsum("td,dif->tif", x_TD, gate_up_D2F)) @ down_FD
+
+
+def moe_parameters(arrays: Arrays):
+    """(router_DE, all experts)."""
+    weights = ExpertWeights(jnp.asarray(arrays.gate_up_ED2F), jnp.asarray(arrays.down_EFD))
+    return jnp.asarray(arrays.router_DE), weights
+
+
+def dense_parameters(arrays: Arrays, hidden_width: int):
+    """(gate_up_D2F, down_FD) of a dense layer."""
+    width = arrays.x_TD.shape[1]
+    gate_up_key, down_key = jax.random.split(jax.random.key(0))
+    gate_up_D2F = jax.random.normal(gate_up_key, (width, 2, hidden_width)) / width**0.5
+    return gate_up_D2F, jax.random.normal(down_key, (hidden_width, width)) / hidden_width**0.5
+
+
+def used_by(arrays: Arrays, choice: Choice) -> Used:
+    """What a choice uses: useful FLOPs are counted from its rows."""
+    route = make_router(choice, arrays.router_DE.shape[1])
+    logits_TE = choice.scale * (jnp.asarray(arrays.x_TD) @ arrays.router_DE)
+    routing = route(logits_TE, jnp.ones(logits_TE.shape[0], bool))
+    return Used(int(jnp.sum(routing.load_E)), int(jnp.sum(routing.load_E > 0)))
+
+
+class Compiled:
+    """One layer in one direction, compiled; a case for timing.
+
+    Attributes:
+      compile_s: seconds to compile.
+      temp_bytes: what it needs beyond its arguments and results, or None where unknown.
+    """
+
+    def __init__(self, layer, parameters, arrays: Arrays, backward: bool):
+        x_TD, dy_TD = jnp.asarray(arrays.x_TD), jnp.asarray(arrays.dy_TD)
+        self.arguments = (x_TD, parameters, dy_TD) if backward else (x_TD, parameters)
+        run = partial(_gradients, layer) if backward else layer
+        begin = time.perf_counter()
+        self.run = jax.jit(run).lower(*self.arguments).compile()
+        self.compile_s = time.perf_counter() - begin
+        memory = self.run.memory_analysis()
+        self.temp_bytes = memory.temp_size_in_bytes if memory else None
+
+    def __call__(self) -> float:
+        """Runs it once; seconds."""
+        begin = time.perf_counter()
+        results = jax.block_until_ready(self.run(*self.arguments))
+        seconds = time.perf_counter() - begin
+        del results
+        return seconds
+
+
+def _gradients(layer, x_TD, parameters, dy_TD):
+    y_TD, pull = jax.vjp(layer, x_TD, parameters)
+    return y_TD, pull(dy_TD)

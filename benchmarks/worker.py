@@ -1,0 +1,50 @@
+"""Cases that run in a process of their own, timed there and called from here.
+
+PyTorch and JAX each bring a thread pool that spins; in one process they would slow each other.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+
+
+class Worker:
+    """Runs ``python -m MODULE ARGUMENTS`` and times its cases from here.
+
+    Attributes:
+      names: the cases that it offers.
+    """
+
+    def __init__(self, module: str, *arguments: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.names: list[str] = self._read()
+
+    def seconds(self, name: str) -> float:
+        """Runs one case once."""
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}.")
+        return json.loads(line)
+
+
+def serve(cases: Mapping[str, Callable[[], float]]) -> None:
+    """The other end: names first, then for every name read the seconds that its case took."""
+    print(json.dumps(list(cases)), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(cases[line.strip()]()), flush=True)

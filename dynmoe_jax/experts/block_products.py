@@ -1,0 +1,67 @@
+"""Products with the weights of one expert, and sums into them, inside a loop over experts.
+
+Axis legend: E experts, b rows of one block, I and O the inner and outer width of a product.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NARROW_ROWS = 16
+PART_ROWS = 128
+SMALLEST_PART = 16
+
+
+def expert(array_EIO: Float[Array, "E I O"], e: Int[Array, ""]) -> Float[Array, "I O"]:
+    """The matrix of one expert.  XLA copies it, once for all blocks of the expert."""
+    return jax.lax.dynamic_index_in_dim(array_EIO, e, keepdims=False)
+
+
+def times_expert(
+    x_bI: Float[Array, "b I"], weight_EIO: Float[Array, "E I O"], e: Int[Array, ""]
+) -> Float[Array, "b O"]:
+    """``x_bI @ weight_EIO[e]``.
+
+    A few rows cost no more than reading the weights, so there the copy that XLA makes of
+    ``weight_EIO[e]`` counts: taken in parts that fit the cache, the product is 2 to 2.5 times
+    faster (8 rows, 11 experts of 1024 x 2816: 108 ms against 236 ms on two busy cores).
+    """
+    rows, inner = x_bI.shape
+    part = _part(inner)
+    if rows > NARROW_ROWS or part == inner:
+        return x_bI @ expert(weight_EIO, e)
+
+    def add_part(i, y_bO):
+        x_bp = jax.lax.dynamic_slice(x_bI, (0, i * part), (rows, part))
+        sizes = (1, part, weight_EIO.shape[2])
+        weight_pO = jax.lax.dynamic_slice(weight_EIO, (e, i * part, 0), sizes)[0]
+        return y_bO + jnp.dot(x_bp, weight_pO, preferred_element_type=jnp.float32)
+
+    y_bO = jnp.zeros((rows, weight_EIO.shape[2]), jnp.float32)
+    return jax.lax.fori_loop(0, inner // part, add_part, y_bO).astype(x_bI.dtype)
+
+
+def _part(inner: int) -> int:
+    """The largest even part of at most ``PART_ROWS``; everything, if only slivers divide it."""
+    part = max(p for p in range(1, min(inner, PART_ROWS) + 1) if inner % p == 0)
+    return part if part >= SMALLEST_PART else inner
+
+
+def add_to_expert(
+    array_EIO: Float[Array, "E I O"], e: Int[Array, ""], value_IO: Float[Array, "I O"]
+) -> Float[Array, "E I O"]:
+    """``array_EIO`` with ``value_IO`` added to one expert, in place inside a loop."""
+    total_IO = expert(array_EIO, e) + value_IO.astype(array_EIO.dtype)
+    return jax.lax.dynamic_update_index_in_dim(array_EIO, total_IO, e, axis=0)
+
+
+def gather(x_TD: Float[Array, "T D"], token_b: Int[Array, "b"]) -> Float[Array, "b D"]:
+    """The rows of ``x_TD`` that ``token_b`` names; zeros for a token beyond the last."""
+    return x_TD.at[token_b].get(mode="fill", fill_value=0)
+
+
+def scatter_add(
+    y_TD: Float[Array, "T D"], token_b: Int[Array, "b"], y_bD: Float[Array, "b D"]
+) -> Float[Array, "T D"]:
+    """``y_TD`` with rows added; no token stands twice, one beyond the last goes nowhere."""
+    return y_TD.at[token_b].add(y_bD.astype(y_TD.dtype), mode="drop", unique_indices=True)

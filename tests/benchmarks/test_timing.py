@@ -1,0 +1,42 @@
+"""Interleaving and ratios."""
+
+import numpy as np
+import pytest
+
+from benchmarks import timing
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(timing, "PAUSE_S", 0.0)
+
+
+def test_every_round_runs_each_case_once_in_turn():
+    order = []
+
+    def case(name, seconds):
+        def run():
+            order.append(name)
+            return seconds
+
+        return run
+
+    seconds = timing.interleave({"a": case("a", 1.0), "b": case("b", 2.0)}, rounds=2)
+    assert order == ["a", "b"] * 3
+    assert seconds["b"].tolist() == [2.0, 2.0]
+
+
+def test_a_slow_case_runs_in_the_first_rounds_alone():
+    cases = {"fast": lambda: 1.0, "slow": lambda: 9.0}
+    seconds = timing.interleave(cases, rounds=4)
+    assert np.isfinite(seconds["slow"]).tolist() == [True, True, False, False]
+    assert timing.ratio(seconds["slow"], seconds["fast"]).median == 9.0
+
+
+def test_ratio_compares_medians_and_spreads_over_rounds():
+    over, under = np.array([2.0, 4.0, 9.0]), np.array([1.0, 4.0, 3.0])
+    found = timing.ratio(over, under)
+    assert found.median == pytest.approx(4 / 3)
+    # The ratios within rounds are 2, 1 and 3.
+    assert (found.low, found.high) == (1.5, 2.5)
+    assert str(found) == "1.33 [1.50, 2.50]"
