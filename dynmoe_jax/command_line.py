@@ -14,6 +14,7 @@ from dynmoe_jax import config
 from dynmoe_jax.console import console
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 DEFAULT_CONFIG = "configs/quickstart.py"
 
 
@@ -38,6 +39,9 @@ def run(
     except (config.ConfigError, *bad_input) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on from what is on disk.")
+        return EXIT_INTERRUPTED
 
 
 def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:

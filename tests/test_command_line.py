@@ -155,6 +155,15 @@ def test_message_with_markup_is_printed_as_it_is(monkeypatch, capsys):
     assert "[red]x[/red]" in capsys.readouterr().out
 
 
+def test_ctrl_c_before_the_loop_is_a_sentence_and_no_traceback(monkeypatch, capsys):
+    def main(cfg, workdir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert command_line.run(main, "") == command_line.EXIT_INTERRUPTED
+    assert "the same command goes on" in capsys.readouterr().out
+
+
 def test_program_refuses_before_it_writes(tmp_path):
     """As a user meets it: the flags read the process's own arguments too."""
     command = [sys.executable, ROOT / "train.py", f"--workdir={tmp_path}/run"]

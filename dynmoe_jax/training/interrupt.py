@@ -4,8 +4,6 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-EXIT_INTERRUPTED = 130
-
 
 class StopRequest:
     """Whether somebody asked the run to stop."""

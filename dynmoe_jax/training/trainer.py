@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from dynmoe_jax import config
+from dynmoe_jax.command_line import EXIT_INTERRUPTED
 from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError, TrainStream, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
 from dynmoe_jax.training.checkpoint import Checkpoints, check_compatible
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
-from dynmoe_jax.training.interrupt import EXIT_INTERRUPTED, stop_on_signal
+from dynmoe_jax.training.interrupt import stop_on_signal
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
+from dynmoe_jax.command_line import EXIT_INTERRUPTED
 from dynmoe_jax.data import DataError, Tokenizer
 from dynmoe_jax.training import trainer
 from dynmoe_jax.training.checkpoint import FOLDER
-from dynmoe_jax.training.interrupt import EXIT_INTERRUPTED
 from dynmoe_jax.training.mesh import AXES
 from dynmoe_jax.training.metrics import read_metrics
 from dynmoe_jax.training.summary import read_summary
