@@ -18,6 +18,7 @@ from dynmoe_jax.routing import Router, TopK, TopP
 
 METHODS: dict[str, Callable[[], Backend]] = {
     "ours": lambda: make_backend(config.MoE(backend="grouped")),
+    "ours_recompute": lambda: make_backend(config.MoE(backend="grouped", saved_rows_per_token=0.0)),
     "jax_ragged_dot": lambda: ragged_experts,
     "jax_capacity": lambda: make_backend(config.MoE(backend="capacity", capacity_factor=1.25)),
 }

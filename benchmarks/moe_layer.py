@@ -23,7 +23,7 @@ TORCH_METHODS = {
     "hf_eager": "transformers",
     "hf_grouped_mm": "transformers",
 }
-JAX_METHODS = ("ours", "dense", "jax_capacity", "jax_ragged_dot")
+JAX_METHODS = ("ours", "ours_recompute", "dense", "jax_capacity", "jax_ragged_dot")
 DIRECTIONS = ("forward", "train")
 DEFAULT_CHOICES = {
     "decode": ("top_1", "top_2", "top_7", "top_p_2"),

@@ -105,13 +105,13 @@ def _backward(saved, residuals, dy_TD):
             return jax.lax.dynamic_slice(gate_up_SG, (start, 0), size)
 
         def recompute():
+            if saved == weight_R.shape[0]:
+                return jnp.zeros((x_bD.shape[0], gate_up_EDG.shape[2]), x_bD.dtype)  # never taken
             return times_expert(x_bD, gate_up_EDG, e)
 
-        if saved == 0:
-            return recompute()
-        if saved == weight_R.shape[0]:
-            return recall()
-        return jax.lax.cond(start < saved, recall, recompute)
+        # A cond although all rows may be saved: XLA fuses a bare slice into the element-wise
+        # arithmetic, which then is not vectorised (8 ms for 512 x 1408, instead of 1.6 ms).
+        return recompute() if saved == 0 else jax.lax.cond(start < saved, recall, recompute)
 
     def add_block(carry, e, start, token_b, weight_b):
         dx_TD, dweight_P, dgate_up_EDG, ddown_EFD = carry
