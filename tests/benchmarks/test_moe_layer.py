@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,6 +62,6 @@ def test_torch_loop_computes_the_same_layer():
         loop = layer_torch.LoopOverExperts(arrays)
         loop.choice = choice
         layer = layer_jax.moe_layer(choice, layer_jax.METHODS["ours"]())
-        wanted = layer(arrays.x_TD, layer_jax.moe_parameters(arrays))
+        wanted = layer(jnp.asarray(arrays.x_TD), layer_jax.moe_parameters(arrays))
         actual = loop(torch.from_numpy(arrays.x_TD)).detach().numpy()
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
