@@ -66,11 +66,14 @@ class MoE:
         "auto", "expert compute", choices=("auto", "reference", "capacity", "grouped")
     )
     capacity_factor: float = setting(
-        1.25, "slots of the capacity backend, as a multiple of an even share", above=0.0
+        1.25,
+        "slots of the capacity backend, as a multiple of T K / E, K the bound on experts per token",
+        above=0.0,
     )
     rows_per_token: float = setting(
         0.0,
-        "bound on the mean experts per token; 0 = none, nothing is dropped",
+        "bound on the mean experts per token of a batch, whose least probable choices are then "
+        "dropped (so tokens affect each other); 0 = none, nothing is dropped",
         unit="rows/token",
         low=0.0,
     )
@@ -126,6 +129,11 @@ class Loss:
     """Coefficients of the training loss (paper, section 3: alpha = 1e-2, beta = 1e-4)."""
 
     balance_weight: float = setting(1e-2, "of the load-balance loss (alpha)", low=0.0)
+    balance_counts: str = setting(
+        "sum",
+        "choices that the load-balance loss counts: all, all over their number, or first ones",
+        choices=("sum", "per_choice", "first_choice_only"),
+    )
     entropy_weight: float = setting(1e-4, "of the router-entropy loss (beta)", low=0.0)
     router_z_weight: float = setting(0.0, "of the router z-loss (ST-MoE uses 1e-3)", low=0.0)
     z_weight: float = setting(0.0, "of the output z-loss (PaLM uses 1e-4)", low=0.0)
@@ -212,8 +220,10 @@ class Mesh:
     """Devices along each mesh axis; -1 takes what the others leave."""
 
     data: int = setting(-1, "batch", unit="devices", low=-1)
-    expert: int = setting(1, "experts", unit="devices", low=-1)
-    model: int = setting(1, "heads, hidden width and vocabulary", unit="devices", low=-1)
+    expert: int = setting(1, "experts; 1 in this version", unit="devices", low=-1)
+    model: int = setting(
+        1, "heads, hidden width, vocabulary; 1 in this version", unit="devices", low=-1
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,15 +23,18 @@ def stage(title: str, total: float | None = None, unit: str = "") -> Iterator["S
     Yields:
       a :class:`Stage`; call its ``advance`` as work gets done.
     """
+    hidden = not console.is_terminal
+    if hidden:
+        console.print(f"{title} …", markup=False)
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}")]
     columns += [TimeElapsedColumn(), TimeRemainingColumn()]
     started = time.perf_counter()
-    hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         shown = Stage(progress, progress.add_task(title, total=total, count=""), unit)
         yield shown
     seconds = time.perf_counter() - started
-    console.print(f"{title}: {shown.done:,.0f} {unit} in {seconds:.1f} s".replace(":  in", ": "))
+    count = f"{shown.done:,.0f} {unit} in " if unit else ""
+    console.print(f"{title}: {count}{seconds:.1f} s", markup=False)
 
 
 class Stage:

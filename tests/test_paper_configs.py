@@ -101,4 +101,5 @@ def test_routers(load):
     assert (moe["moe_top1"].router, moe["moe_top1"].top_k) == ("top_k", 1)
     assert (moe["moe_top2"].router, moe["moe_top2"].top_k) == ("top_k", 2)
     assert (moe["moe_dynamic"].router, moe["moe_dynamic"].top_p) == ("top_p", 0.4)
-    assert not any(m.renormalize for m in moe.values())
+    # The paper weighs by raw probabilities; GShard by those of the pair, made to sum to one.
+    assert [moe[name].renormalize for name in NAMES] == [name == "moe_top2" for name in NAMES]

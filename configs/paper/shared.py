@@ -4,7 +4,8 @@ From the paper: 100B tokens of RedPajama, Llama-2's tokenizer of 32000 pieces, A
 standard deviation 0.006, the loss weights alpha = 1e-2 and beta = 1e-4 (the defaults of
 :class:`config.Loss`).  Batch size, learning rate and schedule are this project's choice.
 
-Hardware: parameters, gradients and AdamW's two moments take 16 bytes per parameter, on every
+Hardware: parameters, gradients and AdamW's two moments take 16 bytes per parameter (and up to 4
+more while the gradients of a microbatch are added to those of the ones before), on every
 device; the batch is split over the devices.  Costs in the five files are arithmetic, not
 measurements: training FLOPs are 6 x the active matrices (without the embedding, which is looked
 up) x tokens, plus 6 N L D per token for causal attention; device hours are those FLOPs at 40% of
@@ -42,8 +43,8 @@ def paper_run(model: config.Model) -> ml_collections.ConfigDict:
         train=config.Train(
             steps=STEPS,
             batch_size=BATCH_SIZE,
-            # 32 sequences at a time over all devices; fewer parts if yours hold more.
-            microbatches=32,
+            # 16 sequences at a time over all devices; fewer parts if yours hold more.
+            microbatches=64,
         ),
         optimizer=config.Optimizer(learning_rate=3e-4, warmup_steps=2000),
         checkpoint=config.Checkpoint(every_steps=1000),

@@ -20,10 +20,10 @@ def keep_within(entries: Sequence[Entry], cap_bytes: float) -> list[Entry]:
     """
     kept, total = [], 0
     for entry in sorted(entries):
-        total += entry.size
-        if total > cap_bytes:
-            break
-        kept.append(entry)
+        # One that does not fit must not shut out the smaller ones behind it.
+        if total + entry.size <= cap_bytes:
+            total += entry.size
+            kept.append(entry)
     return kept
 
 

@@ -72,8 +72,11 @@ class Tokenizer:
         return tokenizer
 
     def save(self, path: Path) -> None:
-        """Writes the ``.model`` file."""
-        path.write_bytes(self._model)
+        """Writes the ``.model`` file, whole or not at all: a run may be killed here."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_bytes(self._model)
+        unfinished.replace(path)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32, without BOS and EOS."""
@@ -149,12 +152,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
         )
     except RuntimeError as error:
         raise _untrainable(vocab_size, error) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: a run that is killed here must not find half a tokenizer later.
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(model.getvalue())
-    unfinished.replace(path)
-    return Tokenizer(model.getvalue())
+    tokenizer = Tokenizer(model.getvalue())
+    tokenizer.save(path)
+    return tokenizer
 
 
 def _stretches(texts: Iterable[str]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """From settings to expert compute."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -27,8 +28,12 @@ def grouped_experts(moe: config.MoE, platform: str) -> Backend:
     return ragged_experts
 
 
+@functools.cache
 def make_backend(moe: config.MoE, platform: str | None = None) -> Backend:
     """The backend that ``config.model.moe.backend`` names; ``auto`` is ``grouped``.
+
+    The same settings give the same object, so that decoders of the same settings compare equal
+    and compile once.
 
     Args:
       moe: the settings.

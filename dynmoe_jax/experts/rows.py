@@ -63,7 +63,8 @@ def rows_from_routing(routing: Routing, rows_per_token: float = 0.0) -> Rows:
     Args:
       routing: the routing of T tokens.
       rows_per_token: a budget that bounds R at ``ceil(T * rows_per_token)``.  If more pairs were
-        chosen, the least probable ones are dropped and counted.  0 = no budget, R = T * K.
+        chosen, the least probable ones are dropped and counted; whether a pair is kept then
+        depends on all T tokens, later ones included.  0 = no budget, R = T * K.
     """
     tokens, slots = routing.expert_TK.shape
     bound = row_bound(tokens, slots, rows_per_token)

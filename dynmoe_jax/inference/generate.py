@@ -38,6 +38,7 @@ def generate(
     temperature: float,
     seed: int,
     eos_id: int,
+    vocab_size: int,
 ) -> Continuation:
     """Continues ``prompt`` by up to ``new_tokens`` tokens.
 
@@ -49,13 +50,20 @@ def generate(
       temperature: logits are divided by it; 0 is greedy.
       seed: of the draws.
       eos_id: the token at which the continuation ends.
+      vocab_size: the tokenizer's; a model may have more rows, which mean nothing.
     """
     length = len(prompt) + new_tokens
     tokens_L = np.zeros(length, np.int32)
     tokens_L[: len(prompt)] = prompt
     key = jax.random.key(seed)
     tokens_L, experts_L = _fill(
-        structure, params, jnp.asarray(tokens_L), len(prompt), jnp.float32(temperature), key
+        structure,
+        params,
+        jnp.asarray(tokens_L),
+        len(prompt),
+        jnp.float32(temperature),
+        key,
+        vocab_size,
     )
     ids = np.asarray(tokens_L)[len(prompt) :]
     experts = np.asarray(experts_L)[len(prompt) :]
@@ -65,7 +73,7 @@ def generate(
 
 
 @partial(jax.jit, static_argnums=0)
-def _fill(structure, params, tokens_L, start, temperature, key):
+def _fill(structure, params, tokens_L, start, temperature, key, vocab_size):
     """Fills positions ``start`` … of tokens_L; also returns the experts behind each of them."""
     decoder = nnx.merge(structure, params)
 
@@ -75,6 +83,7 @@ def _fill(structure, params, tokens_L, start, temperature, key):
         segments_1L = (jnp.arange(tokens_L.size) < position).astype(jnp.int32)[None]
         output = decoder(tokens_L[None], segments_1L)
         logits_V = output.logits[0, position - 1]
+        logits_V = jnp.where(jnp.arange(logits_V.size) < vocab_size, logits_V, -jnp.inf)
         drawn = jax.random.categorical(
             jax.random.fold_in(key, position), logits_V / jnp.maximum(temperature, 1e-6)
         )

@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints in and out.
+"""Hugging Face checkpoints.
 
 An architecture is one table: names of foreign tensors, the parameter of ours that each is a slice
-of, and the layout between the two (:mod:`.mapping`).  The same table reads both ways.
+of, and the layout between the two (:mod:`.mapping`).  The same table reads both ways;
+tests map gradients back with it.
 """
 
 from dynmoe_jax.interop.errors import CheckpointError

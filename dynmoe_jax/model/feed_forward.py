@@ -3,6 +3,7 @@
 Axis legend: T tokens, D model width, E experts, F hidden width.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -45,7 +46,10 @@ class MoEFeedForward(nnx.Module):
         self, x_TD: Float[Array, "T D"], valid_T: Bool[Array, "T"]
     ) -> tuple[Float[Array, "T D"], Routing, Int[Array, ""]]:
         """Returns (y_TD, routing, rows dropped); a token that is not valid uses no expert."""
-        logits_TE = x_TD.astype(jnp.float32) @ self.router_DE[...]
+        # At full precision: accelerators multiply float32 in bfloat16 or TF32 by default.
+        logits_TE = jnp.matmul(
+            x_TD.astype(jnp.float32), self.router_DE[...], precision=jax.lax.Precision.HIGHEST
+        )
         routing = self.route(logits_TE, valid_T)
         weights = ExpertWeights(
             self.gate_up_ED2F[...].astype(self.dtype), self.down_EFD[...].astype(self.dtype)

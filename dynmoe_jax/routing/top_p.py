@@ -18,8 +18,10 @@ def top_p_slots(num_experts: int, threshold: float) -> int:
     The m most probable experts hold at least m/E of the mass, so the mass before slot m = floor(p
     E) + 1 (counted from 0) already exceeds p.  E = 16 and p = 0.4 need 7 slots, not 16.
     """
-    # The comparison runs in float32, so the bound is taken of the float32 threshold.
-    return min(num_experts, math.floor(float(np.float32(threshold)) * num_experts) + 1)
+    # The comparison runs in float32: on its threshold, and with room for what float32 sums lose
+    # (E = 25, p = 0.08: two even probabilities sum up to p, not to more, and a third is needed).
+    room = num_experts * 2**-20
+    return min(num_experts, math.floor(float(np.float32(threshold)) * num_experts + room) + 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Checkpoints: state, data position and config under one step number, by Orbax."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,29 @@ FOLDER = "checkpoints"
 FREE_TO_CHANGE = (
     "checkpoint.", "evaluation.", "logging.", "loss.", "mesh.", "optimizer.",
     "train.steps", "train.log_every_steps", "train.microbatches", "data.directory",
+    "data.max_broken_fraction", "data.tokenizer_megabytes",
     "model.dtype", "model.remat", "model.attention", "model.max_seq_len",
     "model.moe.backend", "model.moe.capacity_factor", "model.moe.rows_per_token",
+    "model.moe.saved_rows_per_token",
 )  # fmt: skip
 """Settings (or groups of them) that may differ between a checkpoint and the run that resumes."""
 
 
 class Checkpoints:
-    """The checkpoints of one run.  Saving is asynchronous; closing waits for it."""
+    """The checkpoints of one run.  Saving is asynchronous; closing waits for it.
 
-    def __init__(self, workdir: Path, checkpoint: config.Checkpoint):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=checkpoint.keep, cleanup_tmp_directories=True
-        )
+    Args:
+      workdir: the run's folder.
+      checkpoint: the settings; None to read only, which leaves alone what a run may be writing.
+    """
+
+    def __init__(self, workdir: Path, checkpoint: config.Checkpoint | None):
+        if checkpoint is None:
+            options = ocp.CheckpointManagerOptions(create=False)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=checkpoint.keep, cleanup_tmp_directories=True
+            )
         self._manager = ocp.CheckpointManager(
             (workdir / FOLDER).absolute(),
             options=options,
@@ -91,6 +102,29 @@ class Checkpoints:
         self._manager.close()
 
 
+def make_folder(workdir: Path) -> None:
+    """Makes the run's folder.
+
+    Raises:
+      ConfigError: it cannot be made or written to.
+    """
+    try:
+        (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise config.ConfigError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); name another folder."
+        ) from error
+
+
+def saved_config(workdir: Path) -> config.Config | None:
+    """The settings of the newest checkpoint in ``workdir``; None if there is none."""
+    if not (workdir / FOLDER).is_dir():
+        return None
+    with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
+        step = checkpoints.latest_step()
+        return None if step is None else checkpoints.config(step)
+
+
 def check_compatible(saved: config.Config, current: config.Config, workdir: Path) -> None:
     """Raises ConfigError if the run in ``workdir`` cannot go on with other settings."""
     old = {path: value for path, _, value in config.walk(saved)}
@@ -117,14 +151,13 @@ def load_run(workdir: Path | str) -> tuple[config.Config, Decoder, Tokenizer]:
     workdir = Path(workdir)
     if not (workdir / FOLDER).is_dir():
         raise config.ConfigError(f"{str(workdir)!r} holds no run; give the --workdir of one.")
-    checkpoints = Checkpoints(workdir, config.Checkpoint())
-    step = checkpoints.latest_step()
-    if step is None:
-        raise config.ConfigError(f"{str(workdir)!r} holds no checkpoint yet; train it first.")
-    cfg = checkpoints.config(step)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
-    params = checkpoints.params(step, jax.tree.map(place, parameter_shapes(cfg.model)))
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise config.ConfigError(f"{str(workdir)!r} holds no checkpoint yet; train it first.")
+        cfg = checkpoints.config(step)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+        params = checkpoints.params(step, jax.tree.map(place, parameter_shapes(cfg.model)))
     decoder = nnx.merge(decoder_structure(cfg.model), params)
     return cfg, decoder, Tokenizer.load(workdir / TOKENIZER_FILE)

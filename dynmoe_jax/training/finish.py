@@ -62,8 +62,11 @@ def sample(cfg: config.Config, params: nnx.State, tokenizer: Tokenizer) -> Sampl
         temperature=cfg.evaluation.temperature,
         seed=cfg.seed,
         eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
     )
-    text = tokenizer.decode([*prompt, *continuation.ids])[len(cfg.evaluation.prompt) :]
+    # Decoded, the prompt may be shorter than it was: some tokenizers drop white space.
+    start = len(tokenizer.decode(prompt))
+    text = tokenizer.decode([*prompt, *continuation.ids])[start:]
     pieces = _pieces(tokenizer, prompt, continuation.ids, continuation.experts)
     return Sample(cfg.evaluation.prompt, text, pieces)
 

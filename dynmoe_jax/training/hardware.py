@@ -16,7 +16,6 @@ PEAK_BFLOAT16_FLOPS = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
 }
 
 
@@ -24,7 +23,7 @@ def peak_flops_per_second() -> float:
     """Peak FLOP/s of all devices together.
 
     A device that is not in the table (a CPU, say) counts with what a large float32 matrix product
-    reaches on it; simulated devices share one host, so that is measured once for all of them.
+    reaches on it.  The CPU devices of a process share one host, so they count as one.
     """
     devices = jax.devices()
     kind = devices[0].device_kind
@@ -32,7 +31,8 @@ def peak_flops_per_second() -> float:
     for name in sorted(PEAK_BFLOAT16_FLOPS, key=len, reverse=True):
         if name in kind:
             return PEAK_BFLOAT16_FLOPS[name] * len(devices)
-    return measured_matmul_flops_per_second()
+    count = 1 if devices[0].platform == "cpu" else len(devices)
+    return measured_matmul_flops_per_second() * count
 
 
 @functools.cache

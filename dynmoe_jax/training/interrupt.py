@@ -4,6 +4,8 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+from dynmoe_jax.console import console
+
 
 class StopRequest:
     """Whether somebody asked the run to stop."""
@@ -16,6 +18,7 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        console.print("Stopping after this step; once more to leave at once.")
 
 
 @contextlib.contextmanager

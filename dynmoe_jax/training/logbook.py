@@ -103,9 +103,11 @@ class Logbook:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._read()
-        self._progress.__exit__(*exception)
-        self._writer.close()
+        try:
+            self._read()
+        finally:
+            self._progress.__exit__(*exception)
+            self._writer.close()
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of ``step``, which was just dispatched, and reads the step before."""

@@ -1,5 +1,6 @@
 """Where the numbers of training go: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
 
+import importlib.util
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,14 +113,18 @@ def _start_tensorboard(folder: Path, resume_step: int):
     return SummaryWriter(logdir=str(folder), purge_step=resume_step + 1, flush_secs=30)
 
 
-def _start_wandb(workdir: Path, project: str):
-    try:
-        import wandb
-    except ImportError as error:
+def check_packages(logging: config.Logging) -> None:
+    """Raises ConfigError if a writer that is switched on is not installed."""
+    if logging.wandb_project and importlib.util.find_spec("wandb") is None:
         raise config.ConfigError(
-            f"config.logging.wandb_project={project!r} needs Weights & Biases: "
+            f"config.logging.wandb_project={logging.wandb_project!r} needs Weights & Biases: "
             "pip install 'dynmoe_jax[wandb]'."
-        ) from error
+        )
+
+
+def _start_wandb(workdir: Path, project: str):
+    import wandb
+
     # The same id continues the same curves; W&B itself ignores steps that it has already seen.
     id_file = workdir / "wandb_run_id"
     if not id_file.exists():

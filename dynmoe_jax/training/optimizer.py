@@ -20,10 +20,9 @@ def make_schedule(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
     if optimizer.schedule == "warmup_cosine":
         decay = optax.cosine_decay_schedule(peak, max(1, steps - warmup), optimizer.final_fraction)
         return optax.join_schedules([ramp, decay], [warmup])
-    down = max(1, round(steps * optimizer.decay_fraction))
-    decay = optax.linear_schedule(peak, final, down)
+    start = max(warmup, steps - round(steps * optimizer.decay_fraction))
+    decay = optax.linear_schedule(peak, final, max(1, steps - start))
     flat = optax.constant_schedule(peak)
-    start = max(warmup, steps - down)
     return optax.join_schedules([ramp, flat, decay], [warmup, start])
 
 

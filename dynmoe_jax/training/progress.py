@@ -26,7 +26,7 @@ class TrainingProgress:
         self._total = total_steps
         self._live = console.is_terminal
         self._pace = _Pace(total_steps)
-        self._figures = "compiling the first step …"
+        self._figures = "waiting for the first step …"
         self._bar = Progress(
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(bar_width=None),
@@ -65,7 +65,7 @@ class TrainingProgress:
 
 
 class _Pace:
-    """Seconds left at the mean speed so far, not counting the first step, which compiles."""
+    """Seconds left at the mean speed so far, not counting the first step, which warms up."""
 
     def __init__(self, total_steps: int):
         self._total = total_steps

@@ -5,6 +5,7 @@ Axis legend: B batch, L positions, T = B L tokens, N MoE layers, E experts.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def loss_parts(
     )
     share = jnp.sum(valid_BL) / valid_total
     parts = {"lm_loss": jnp.sum(nll_BL) / valid_total}
-    parts |= {name: share * value for name, value in _routing_losses(routing).items()}
+    parts |= {name: share * value for name, value in _routing_losses(routing, loss).items()}
     total = (
         total / valid_total
         + loss.balance_weight * parts["balance_loss"]
@@ -103,9 +104,9 @@ def loss_parts(
     return total, (parts | {"loss": total}, routing_sums(routing))
 
 
-def _routing_losses(routing: LayerRouting | None) -> dict[str, Float[Array, ""]]:
+def _routing_losses(routing: LayerRouting | None, loss: config.Loss) -> dict[str, Float[Array, ""]]:
     functions = {
-        "balance_loss": losses.balance_loss,
+        "balance_loss": partial(losses.balance_loss, normalise=loss.balance_counts),
         "entropy_loss": losses.entropy_loss,
         "router_z_loss": losses.router_z_loss,
     }

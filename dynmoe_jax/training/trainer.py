@@ -6,18 +6,21 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.markup import escape
 from rich.table import Table
 
 from dynmoe_jax import config
 from dynmoe_jax.command_line import EXIT_INTERRUPTED
-from dynmoe_jax.console import console
+from dynmoe_jax.console import console, stage
 from dynmoe_jax.data import DataError, TrainStream, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
-from dynmoe_jax.training.checkpoint import Checkpoints, check_compatible
+from dynmoe_jax.training.checkpoint import Checkpoints, check_compatible, make_folder, saved_config
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
 from dynmoe_jax.training.interrupt import stop_on_signal
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
+from dynmoe_jax.training.metrics import check_packages
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.seconds import Seconds
 from dynmoe_jax.training.step import (
@@ -31,6 +34,8 @@ from dynmoe_jax.training.summary_tables import print_summary
 from dynmoe_jax.training.text import load_text
 
 BAD_INPUT = (config.ConfigError, DataError)
+PLAIN = {"soft_wrap": True, "markup": False}
+"""For lines with a path in them: in one piece, and brackets are brackets."""
 
 
 def train(cfg: config.Config, workdir: Path) -> int:
@@ -49,31 +54,41 @@ def train(cfg: config.Config, workdir: Path) -> int:
     """
     seconds = Seconds()
 
-    # ── Settings: everything that can be refused is refused before anything is written ───────────
-    check_sources(cfg.data)
-    mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
-    checkpoints = Checkpoints(workdir, cfg.checkpoint)
-    done = checkpoints.latest_step() or 0
-    if done:
-        check_compatible(checkpoints.config(done), cfg, workdir)
+    # ── Settings: everything that can be refused is refused before anything is computed ──────────
+    saved = saved_config(workdir)
+    if saved:
+        check_compatible(saved, cfg, workdir)
     summary = read_summary(workdir)
-    if summary and summary.complete and summary.step == done >= cfg.train.steps:
-        console.print(f"The run in {workdir} is complete: {done:,} steps.", soft_wrap=True)
+    if summary and summary.complete and summary.step >= cfg.train.steps:
+        console.print(f"The run in {workdir} is complete: {summary.step:,} steps.", **PLAIN)
         print_summary(summary, workdir)
         return 0
+    check_sources(cfg.data)
+    check_packages(cfg.logging)
+    mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
+    make_folder(workdir)
+    with contextlib.closing(Checkpoints(workdir, cfg.checkpoint)) as checkpoints:
+        return _train(cfg, workdir, mesh, checkpoints, seconds)
+
+
+def _train(
+    cfg: config.Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints, seconds: Seconds
+) -> int:
+    """The run itself, on a mesh, with its checkpoints open."""
+    done = checkpoints.latest_step() or 0
     _print_settings(cfg, workdir, done)
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────
     with seconds.of("data preparation"):
-        prepared, tokenizer = load_text(cfg, workdir)
+        prepared, tokenizer = load_text(cfg, workdir, begun=done > 0)
         stream = TrainStream(prepared, tokenizer, cfg.data, cfg.train.batch_size, cfg.seed)
     on_devices = batch_sharding(mesh)
 
-    with jax.set_mesh(mesh), contextlib.closing(checkpoints), stop_on_signal() as stop:
+    with jax.set_mesh(mesh), stop_on_signal() as stop:
         # ── State and step ───────────────────────────────────────────────────────────────────────
         schedule = make_schedule(cfg.optimizer, cfg.train.steps)
         optimizer = make_optimizer(cfg.optimizer, schedule)
-        with seconds.of("compile"):
+        with seconds.of("compile"), stage("Compiling the training step"):
             state, position = _start(cfg, optimizer, checkpoints, done, replicated(mesh))
             train_step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
             train_step = train_step.lower(state, _batch_shapes(cfg, on_devices)).compile()
@@ -96,12 +111,14 @@ def train(cfg: config.Config, workdir: Path) -> int:
                 with seconds.of("step"):
                     state, metrics = train_step(state, batch)
                     logbook.add(step, metrics)
-                if _due(step, cfg.evaluation.every_steps, cfg):
-                    heldout = logbook.with_heldout(evaluate)
+                # Saved first: whatever happens to the evaluation, the step is not lost.
                 if _due(step, cfg.checkpoint.every_steps, cfg) or stop.requested:
-                    checkpoints.save(step, state, stream.get_state(), cfg)
+                    with seconds.of("saving"):
+                        checkpoints.save(step, state, stream.get_state(), cfg)
                 if stop.requested:
                     break
+                if _due(step, cfg.evaluation.every_steps, cfg):
+                    heldout = logbook.with_heldout(evaluate)
         if stop.requested:
             console.print(f"Stopped after step {step:,} and saved; the same command continues.")
             return EXIT_INTERRUPTED
@@ -141,8 +158,8 @@ def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:
     """What this run is: the settings that differ from the defaults."""
     verb = f"Continuing {workdir} after step {done:,}" if done else f"New run in {workdir}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    console.print(f"{verb}, on {devices}", soft_wrap=True)
+    console.print(f"{verb}, on {devices}", **PLAIN)
     table = Table("setting", "value", "default", box=None, pad_edge=False)
     for path, value, default in config.differences(cfg):
-        table.add_row(path, str(value), str(default), style="none")
+        table.add_row(path, escape(str(value)), escape(str(default)), style="none")
     console.print(table)

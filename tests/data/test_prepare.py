@@ -63,6 +63,11 @@ def test_the_cap_keeps_the_same_documents_in_whatever_order_they_come(entries, c
     assert keep_within(entries, cap) == kept
 
 
+def test_a_document_beyond_the_cap_does_not_shut_out_the_others():
+    entries = [Entry(hash=0, size=1000, index=0), *(Entry(hash=i, size=1, index=i) for i in (1, 2))]
+    assert keep_within(entries, 500) == entries[1:]
+
+
 def test_split_names_of_odd_domains_do_not_collide():
     found = slugs(["C++", "c", "C#", "数学", "物理", "x" * 200, "train/heldout"])
     assert len(set(found.values())) == len(found)

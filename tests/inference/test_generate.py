@@ -35,6 +35,25 @@ def draw(model):
     return decoder_structure(model), jax.tree.map(fill, parameter_shapes(model))
 
 
+def sample(structure, params, new, temperature=0.0, seed=0, eos_id=NEVER, vocab_size=None):
+    return generate(
+        structure,
+        params,
+        PROMPT,
+        new,
+        temperature=temperature,
+        seed=seed,
+        eos_id=eos_id,
+        vocab_size=vocab_size or MODEL.vocab_size,
+    )
+
+
+def test_rows_of_the_embedding_that_the_tokenizer_lacks_are_never_drawn(model):
+    ids = sample(*model, NEW, temperature=50.0, vocab_size=5).ids
+    assert ids.max() < 5
+    assert sample(*model, NEW, temperature=50.0).ids.max() >= 5
+
+
 @pytest.fixture(scope="module")
 def model():
     return draw(MODEL)
@@ -43,7 +62,7 @@ def model():
 @pytest.fixture(scope="module")
 def continued(model):
     def run(temperature=0.0, seed=0, eos_id=NEVER):
-        return generate(*model, PROMPT, NEW, temperature=temperature, seed=seed, eos_id=eos_id)
+        return sample(*model, NEW, temperature=temperature, seed=seed, eos_id=eos_id)
 
     return run
 
@@ -98,5 +117,5 @@ def test_ends_before_the_token_that_ends_a_text(continued):
 
 def test_dense_model_writes_without_experts():
     dense = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, every_n_layers=0))
-    made = generate(*draw(dense), PROMPT, 2, temperature=0.0, seed=0, eos_id=NEVER)
+    made = sample(*draw(dense), 2)
     assert (len(made.ids), len(made.experts)) == (2, 0)

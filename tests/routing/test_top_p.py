@@ -105,6 +105,8 @@ def test_random_probability_rows_at_many_thresholds():
         (16, 0.4, 7),
         (16, 0.5, 9),  # 8/16 = 0.5 is not yet > 0.5: the released code's strict comparison
         (8, 0.5, 5),
+        (25, 0.08, 3),  # in float32, two of 25 even probabilities sum up to p, not to more
+        (25, 0.32, 9),
         (8, 0.05, 1),
         (8, 0.99, 8),
         (8, 1.0, 8),
@@ -127,7 +129,7 @@ def test_the_bound_is_provable_and_tight(experts, threshold):
     # m with m/E > p; a uniform row needs them all.
     slots, threshold = top_p_slots(experts, threshold), float(np.float32(threshold))
     assert slots == experts or slots / experts > threshold
-    assert (slots - 1) / experts <= threshold
+    assert (slots - 1) / experts <= threshold + 2**-20
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.4, 0.99])

@@ -17,6 +17,7 @@ from dynmoe_jax.training.checkpoint import (
     Checkpoints,
     check_compatible,
     load_run,
+    make_folder,
 )
 from dynmoe_jax.training.mesh import make_mesh, replicated
 from dynmoe_jax.training.step import TrainState
@@ -53,6 +54,20 @@ def opened(workdir):
 
 def assert_same(actual, wanted):
     jax.tree.map(np.testing.assert_array_equal, actual, wanted)
+
+
+def test_looking_at_a_run_leaves_alone_what_it_is_writing(settings, workdir):
+    unfinished = workdir / "checkpoints" / "5.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    train_tokenizer(["some words of text"] * 50, 270, workdir / TOKENIZER_FILE)
+    load_run(workdir)
+    assert unfinished.exists()
+
+
+def test_folder_that_cannot_be_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(config.ConfigError, match=r"cannot be written .*; name another folder"):
+        make_folder(tmp_path / "file" / "run")
 
 
 def test_only_the_newest_are_kept(opened, workdir):

@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from dynmoe_jax import config
-from dynmoe_jax.training.metrics import MetricsWriter, read_metrics
+from dynmoe_jax.training.metrics import MetricsWriter, check_packages, read_metrics
 
 FILE_ONLY = config.Logging(tensorboard=False)
 
@@ -121,13 +121,11 @@ def test_tensorboard_can_be_turned_off(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_missing_wandb_is_one_sentence_and_costs_no_metrics(tmp_path, monkeypatch):
-    write(tmp_path, [10, 20])
+def test_missing_wandb_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    logging = config.Logging(tensorboard=False, wandb_project="moe")
+    check_packages(config.Logging())
     with pytest.raises(config.ConfigError, match=r"pip install 'dynmoe_jax\[wandb\]'"):
-        MetricsWriter(tmp_path, logging, 0)
-    assert len(read_metrics(tmp_path)) == 2
+        check_packages(config.Logging(wandb_project="moe"))
 
 
 def test_wandb_continues_the_same_run(tmp_path, monkeypatch):

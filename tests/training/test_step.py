@@ -160,6 +160,11 @@ def test_schedules_by_hand():
         100,
     )
     np.testing.assert_allclose([decay(50), decay(80), decay(90), decay(100)], [1, 1, 0.5, 0])
+    # A decay that would begin inside the warm-up begins after it, and still reaches its end.
+    whole = config.Optimizer(
+        learning_rate=peak, schedule="warmup_stable_decay", warmup_steps=20, decay_fraction=1.0
+    )
+    np.testing.assert_allclose(make_schedule(whole, 100)(100), 0.1, rtol=1e-5)
     constant = make_schedule(config.Optimizer(learning_rate=peak, schedule="constant"), 1000)
     np.testing.assert_allclose([constant(100), constant(999)], [1, 1])
     # A warm-up longer than half of the run is cut.
