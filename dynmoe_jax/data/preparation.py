@@ -22,7 +22,8 @@ from dynmoe_jax.data.spool import Entry, Spool
 # Raised when the same settings would give other documents than before.
 _FORMAT = 1
 _SUMMARY = "summary.json"
-_EXAMPLES_OF_BROKEN = 10
+_BROKEN_PRINTED = 10
+_BROKEN_LISTED = 1000
 _MOST_DOMAINS = 1000
 
 
@@ -41,7 +42,7 @@ class BrokenReport:
     Attributes:
       records: how many records are lost.
       share: of the records lost among all.
-      examples: the first few, as "FILE:LINE: reason".
+      examples: the first thousand, as "FILE:LINE: reason".
     """
 
     records: int
@@ -168,7 +169,7 @@ def _read_into(spool: Spool, data: config.Data) -> BrokenReport:
         for item in read_documents(data):
             if isinstance(item, Broken):
                 lost += item.records
-                if len(examples) < _EXAMPLES_OF_BROKEN:
+                if len(examples) < _BROKEN_LISTED:
                     examples.append(f"{item.origin}: {item.reason}")
             else:
                 spool.add(item)
@@ -180,8 +181,9 @@ def _read_into(spool: Spool, data: config.Data) -> BrokenReport:
                 )
     share = lost / max(lost + len(spool), 1)
     if lost:
-        lines = "".join(f"\n  {example}" for example in examples)
-        more = "\n  ..." if lost > len(examples) else ""
+        lines = "".join(f"\n  {example}" for example in examples[:_BROKEN_PRINTED])
+        more = f"\n  ... and more, listed in the prepared data's {_SUMMARY}"
+        more = more if lost > _BROKEN_PRINTED else ""
         console.print(f"{lost:,} broken records ({share:.2%}):{lines}{more}", markup=False)
     if share > data.max_broken_fraction:
         raise DataError(
