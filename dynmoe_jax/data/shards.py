@@ -44,11 +44,13 @@ class _RowsInTurnIterator(grain.DatasetIterator):
         return row
 
     def get_state(self) -> dict[str, Any]:
+        """The next row of the whole stream, and the state of each shard that is read here."""
         # Names, not numbers, because JSON turns numbers into names.
         shards = {str(number): shard.get_state() for number, shard in self._shards.items()}
         return {"row": self._row, "shards": shards}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a state, also one that has been through JSON."""
         self._row = state["row"]
         for number, shard in self._shards.items():
             shard.set_state(_with_tuples(state["shards"][str(number)]))
