@@ -23,23 +23,36 @@ def interleave(
 ) -> dict[str, Float[np.ndarray, "rounds"]]:
     """Seconds of each case in each round, after one round to warm up.
 
+    Each round starts one case later than the round before, so that no case always follows the
+    same other one.
+
     Args:
-      cases: each runs once and returns the seconds that it took.
-      rounds: rounds that count.  A case ``SLOW`` times slower than the fastest in the warm-up
-        runs in the first ``SLOW_ROUNDS`` alone; the rest of its rounds are NaN.
+      cases: each runs once and returns the seconds that it took.  Cases whose names are the same
+        after the first ``/`` do the same work.
+      rounds: rounds that count.  A case ``SLOW`` times slower in the warm-up than the fastest of
+        the same work runs in the first ``SLOW_ROUNDS`` alone; the rest of its rounds are NaN.
       on_round: told the number of rounds done.
     """
     warmup = {name: run() for name, run in cases.items()}
-    limit = SLOW * min(warmup.values())
+    fastest = {}
+    for name, taken in warmup.items():
+        fastest[_work(name)] = min(taken, fastest.get(_work(name), taken))
+    slow = {name for name, taken in warmup.items() if taken > SLOW * fastest[_work(name)]}
     seconds = {name: np.full(rounds, np.nan) for name in cases}
+    order = list(cases)
     for i in range(rounds):
-        for name, run in cases.items():
-            if i < SLOW_ROUNDS or warmup[name] <= limit:
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            if i < SLOW_ROUNDS or name not in slow:
                 # Worker threads of the case before (OpenMP, Eigen) spin a little before they sleep.
                 time.sleep(PAUSE_S)
-                seconds[name][i] = run()
+                seconds[name][i] = cases[name]()
         on_round(i + 1)
     return seconds
+
+
+def _work(name: str) -> str:
+    """What a case does, without how: ``top_2/train`` of ``ours/top_2/train``."""
+    return name.partition("/")[2]
 
 
 @dataclasses.dataclass(frozen=True)

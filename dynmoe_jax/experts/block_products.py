@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 NARROW_ROWS = 16
-PART_ROWS = 128
+PART_BYTES = 6 * 2**20
 SMALLEST_PART = 16
 
 
@@ -23,11 +23,12 @@ def times_expert(
     """``x_bI @ weight_EIO[e]``.
 
     A few rows cost no more than reading the weights, so there the copy that XLA makes of
-    ``weight_EIO[e]`` counts: taken in parts that fit the cache, the product is 2.2 times
-    faster (8 rows, 11 experts of 1024 x 2816: 108 ms against 236 ms on two busy cores).
+    ``weight_EIO[e]`` counts: taken in parts that stay in the cache, the product is 2.8 times
+    faster.  8 tokens, 11 experts of 1024 x 2816, two cores: 18.0 ms in parts of 3 or 6 MB, 18.6
+    in parts of 1.5, 26.1 in parts of 12 MB, 52.5 whole.
     """
     rows, inner = x_bI.shape
-    part = _part(inner)
+    part = _part(inner, weight_EIO.shape[2] * weight_EIO.dtype.itemsize)
     if rows > NARROW_ROWS or part == inner:
         return x_bI @ expert(weight_EIO, e)
 
@@ -41,9 +42,13 @@ def times_expert(
     return jax.lax.fori_loop(0, inner // part, add_part, y_bO).astype(x_bI.dtype)
 
 
-def _part(inner: int) -> int:
-    """The largest even part of at most ``PART_ROWS``; everything, if only slivers divide it."""
-    part = max(p for p in range(1, min(inner, PART_ROWS) + 1) if inner % p == 0)
+def _part(inner: int, row_bytes: int) -> int:
+    """The most rows of a matrix that divide it and hold at most ``PART_BYTES``.
+
+    Everything, if only slivers divide it.
+    """
+    most = min(inner, max(1, PART_BYTES // row_bytes))
+    part = max(p for p in range(1, most + 1) if inner % p == 0)
     return part if part >= SMALLEST_PART else inner
 
 

@@ -15,8 +15,9 @@ from dynmoe_jax.experts.block_schedule import (
 
 
 def test_sizes_follow_the_number_of_tokens():
-    assert block_sizes(1) == (8,)
-    assert block_sizes(9) == (8, 16)
+    assert block_sizes(1) == (1,)
+    assert block_sizes(9) == (1, 2, 4, 8, 16)
+    assert block_sizes(33) == (8, 16, 32, 64)
     assert block_sizes(300) == (8, 16, 32, 64, 128, 256, 512)
     assert block_sizes(4096) == (32, 64, 128, 256, 512, 1024)
     assert block_sizes(10**9) == SIZES[-1:]
@@ -26,7 +27,7 @@ def test_cuts_by_hand():
     cuts = cheapest_cut((32, 64, 128, 256, 512))
     assert cuts[0].tolist() == [0, 0, 0, 0, 0]
     assert cuts[30].tolist() == [1, 0, 0, 0, 0]
-    # 256 wastes 116 rows; 128 + 32 wastes 20 and costs one more block of 32 rows' worth.
+    # 256 wastes 116 rows; 128 + 32 wastes 20 and costs one more block, of 48 rows' worth.
     assert cuts[140].tolist() == [1, 0, 1, 0, 0]
     # 512 wastes 12 rows; 256 + 128 + 64 + 32 + ... would need three more blocks.
     assert cuts[500].tolist() == [0, 0, 0, 0, 1]
