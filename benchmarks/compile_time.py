@@ -8,15 +8,15 @@ Each round lowers and compiles every depth once, at a small width, for the devic
 import argparse
 import math
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.stages import Compiled
 
 from dynmoe_jax import config
-from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.step import TrainState, make_train_step
+from dynmoe_jax.training.step import init_state, make_train_step
 
 SEQ_LEN = 64
 BATCH_SIZE = 8
@@ -43,9 +43,7 @@ def compile_step(layers: int, backend: str = "auto") -> Compiled:
     cfg = settings(layers, backend)
     schedule = make_schedule(cfg.optimizer, cfg.train.steps)
     optimizer = make_optimizer(cfg.optimizer, schedule)
-    params = parameter_shapes(cfg.model)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step, params, jax.eval_shape(optimizer.init, params))
+    state = jax.eval_shape(partial(init_state, cfg.model, optimizer), jax.random.key(0))
     array_BL = jax.ShapeDtypeStruct((BATCH_SIZE, SEQ_LEN), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array_BL)
     train_step = make_train_step(cfg, optimizer, schedule)

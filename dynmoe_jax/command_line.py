@@ -14,6 +14,8 @@ from dynmoe_jax import config
 from dynmoe_jax.console import console
 
 EXIT_BAD_INPUT = 2
+EXIT_BAD_NUMBERS = 3
+EXIT_OUT_OF_MEMORY = 4
 EXIT_INTERRUPTED = 130
 DEFAULT_CONFIG = "configs/quickstart.py"
 
@@ -28,17 +30,31 @@ def run(
     Args:
       main: the program.
       about: what ``--help`` says first.
-      bad_input: exceptions besides ConfigError whose message is meant for the user.
+      bad_input: exceptions besides ConfigError whose message is meant for the user; the exit code
+        is their ``exit_code``, if they have one.
     """
-    try:
+
+    def program() -> int:
         if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in sys.argv[1:]):
             _print_help(about)
             return 0
-        cfg, workdir = parse(sys.argv)
-        return main(cfg, workdir)
+        return main(*parse(sys.argv))
+
+    return exit_code(program, bad_input)
+
+
+def exit_code(program: Callable[[], int], bad_input: tuple[type[Exception], ...] = ()) -> int:
+    """Runs a program; what a user can mend is one sentence, not a traceback.
+
+    Args:
+      program: returns its exit code.
+      bad_input: as in :func:`run`.
+    """
+    try:
+        return program()
     except (config.ConfigError, *bad_input) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        return EXIT_BAD_INPUT
+        return getattr(error, "exit_code", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on from what is on disk.")
         return EXIT_INTERRUPTED

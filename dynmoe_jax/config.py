@@ -160,6 +160,31 @@ class Train:
     batch_size: int = setting(32, "sequences per optimizer step", unit="sequences", low=1)
     microbatches: int = setting(1, "parts of a batch whose gradients are added up", low=1)
     log_every_steps: int = setting(10, "steps between lines of metrics.jsonl", unit="steps", low=1)
+    max_skipped_in_a_row: int = setting(
+        10, "updates in a row skipped as not finite, after which the run stops", low=1
+    )
+    spike_action: str = setting(
+        "warn",
+        "after a spike of the loss: nothing, a warning, or back to the checkpoint before it and "
+        "past the batches that made it",
+        choices=("none", "warn", "rollback"),
+    )
+    spike_deviations: float = setting(
+        6.0, "robust standard deviations above the median loss that are too many", above=0.0
+    )
+    spike_steps: int = setting(
+        3, "steps in a row with such a loss that make a spike", unit="steps", low=1
+    )
+    collapse_steps: int = setting(
+        500,
+        "steps of unused experts, or of as many or few experts per token as can be, that a "
+        "warning waits for; 0 = no warning",
+        unit="steps",
+        low=0,
+    )
+    compilation_cache: str = setting(
+        "", "folder of compiled programs, for the next start; empty = WORKDIR/compiled, none = off"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

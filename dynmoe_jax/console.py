@@ -5,10 +5,16 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # In a notebook too, lines of plain text: rich would make an HTML block of every line.
 console = Console(highlight=False, force_jupyter=False)
+
+
+def warn(sentence: str) -> None:
+    """Shows what a person should know of although the program goes on."""
+    console.print(f"[bold yellow]warning:[/] {escape(sentence)}", soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -85,7 +85,14 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BLD, segment_ids_BL, positions_BL):
         """Returns (x_BLD, None) or, for an MoE layer, (x_BLD, (routing, rows dropped))."""
-        x_BLD += self.attention(self.attention_norm(x_BLD), segment_ids_BL, positions_BL)
+        return self.feed(self.attend(x_BLD, segment_ids_BL, positions_BL), segment_ids_BL)
+
+    def attend(self, x_BLD, segment_ids_BL, positions_BL):
+        """The first half: x_BLD with attention added."""
+        return x_BLD + self.attention(self.attention_norm(x_BLD), segment_ids_BL, positions_BL)
+
+    def feed(self, x_BLD, segment_ids_BL):
+        """The second half: x_BLD with the feed-forward added, and the routing of an MoE layer."""
         flat_TD = self.feed_forward_norm(x_BLD).reshape(-1, x_BLD.shape[-1])
         if not self.is_moe:
             return x_BLD + self.feed_forward(flat_TD).reshape(x_BLD.shape), None
@@ -136,6 +143,10 @@ class Decoder(nnx.Module):
         head = self.embedding_VD[...].T if self.config.tie_embeddings else self.head_DV[...]
         return head.astype(compute_dtype(self.config))
 
+    def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The residual stream before the first layer, in the compute type."""
+        return self.embedding_VD[...].astype(compute_dtype(self.config))[tokens_BL]
+
     def hidden(
         self,
         tokens_BL: Int[Array, "B L"],
@@ -156,7 +167,7 @@ class Decoder(nnx.Module):
             segment_ids_BL = jnp.ones_like(tokens_BL)
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-        x_BLD = self.embedding_VD[...].astype(compute_dtype(self.config))[tokens_BL]
+        x_BLD = self.embed(tokens_BL)
 
         structure, params = nnx.split(self.groups)
 

@@ -18,7 +18,8 @@ FOLDER = "checkpoints"
 
 FREE_TO_CHANGE = (
     "checkpoint.", "evaluation.", "logging.", "loss.", "mesh.", "optimizer.",
-    "train.steps", "train.log_every_steps", "train.microbatches", "data.directory",
+    "train.steps", "train.log_every_steps", "train.microbatches", "train.max_skipped_in_a_row",
+    "train.spike_", "train.collapse_steps", "train.compilation_cache", "data.directory",
     "data.max_broken_fraction", "data.tokenizer_megabytes",
     "model.dtype", "model.remat", "model.attention", "model.max_seq_len",
     "model.moe.backend", "model.moe.capacity_factor", "model.moe.rows_per_token",
@@ -51,6 +52,16 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, rising."""
+        return sorted(self._manager.all_steps())
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, the newest first."""
+        for later in reversed(self.steps()):
+            if later > step:
+                self._manager.delete(later)
 
     def save(self, step: int, state: Any, data: dict, cfg: config.Config) -> None:
         """Saves once per step, without waiting for the disk."""

@@ -17,7 +17,9 @@ from dynmoe_jax.routing import statistics
 from dynmoe_jax.training.hardware import peak_flops_per_second
 from dynmoe_jax.training.metrics import MetricsWriter
 from dynmoe_jax.training.progress import TrainingProgress
+from dynmoe_jax.training.step import Batch
 from dynmoe_jax.training.summary import HeldOut
+from dynmoe_jax.training.troubles import Trouble, Troubles
 
 SCALARS = (
     "loss",
@@ -28,6 +30,7 @@ SCALARS = (
     "grad_norm",
     "learning_rate",
 )
+COUNTS = ("skipped_updates", "skipped_in_a_row", "spike_steps")
 
 
 class StepRecorder:
@@ -54,6 +57,7 @@ class StepRecorder:
             cfg.model, tokens, cfg.data.seq_len, float(np.sum(load_NE)) - dropped
         )
         record = {name: float(values[name]) for name in SCALARS}
+        record |= {name: int(values[name]) for name in COUNTS}
         record |= _routing_record(load_NE, int(values["tokens"]))
         record |= {
             "rows_dropped": dropped,
@@ -85,6 +89,9 @@ class Logbook:
     have been computed: the device works on step s meanwhile, and the host is never more than one
     step ahead of it.
 
+    Attributes:
+      trouble: what the newest step that was read makes necessary; None as a rule.
+
     Args:
       cfg: all settings.
       workdir: the run's folder.
@@ -96,7 +103,9 @@ class Logbook:
         self._progress = TrainingProgress(done, cfg.train.steps)
         self._speed = StepRecorder(cfg, done)
         self._every, self._first, self._last = cfg.train.log_every_steps, done + 1, cfg.train.steps
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._pending: tuple[int, Mapping[str, jax.Array], Batch | None] | None = None
+        self._troubles = Troubles(cfg, done)
+        self.trouble: Trouble | None = None
 
     def __enter__(self) -> "Logbook":
         self._progress.__enter__()
@@ -109,34 +118,48 @@ class Logbook:
             self._progress.__exit__(*exception)
             self._writer.close()
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of ``step``, which was just dispatched, and reads the step before."""
+    def add(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch | None = None) -> None:
+        """Takes the metrics of ``step``, which was just dispatched, and reads the step before.
+
+        Args:
+          step: the step.
+          metrics: its metrics.
+          batch: its batch, to be had again if the step turns out to have gone wrong.
+        """
         self._read()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, batch)
 
     def with_heldout(self, evaluate: Callable[[], HeldOut]) -> HeldOut:
         """Evaluates after the newest step and adds the result to that step's line.
 
         The step's speed is measured before, and the evaluation's time is not the next steps'.
         """
-        step, metrics = self._pending
-        self._pending = None
+        (step, metrics, batch), self._pending = self._pending, None
         record = self._speed.record(step, metrics)
         heldout = evaluate()
         record |= {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
         self._write(step, record)
+        self._look(step, metrics, batch, logged=True)
         self._speed.restart(step)
         return heldout
 
     def _read(self) -> None:
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        if step % self._every and step not in (self._first, self._last):
+        (step, metrics, batch), self._pending = self._pending, None
+        logged = step % self._every == 0 or step in (self._first, self._last)
+        if logged:
+            self._write(step, self._speed.record(step, metrics))
+        else:
             jax.block_until_ready(metrics)
             self._progress.update(step)
-        else:
-            self._write(step, self._speed.record(step, metrics))
+        self._look(step, metrics, batch, logged)
+
+    def _look(self, step: int, metrics, batch: Batch | None, logged: bool) -> None:
+        """Reads what every step says about itself; it has been computed by now."""
+        self.trouble = self._troubles.look(step, metrics, batch)
+        if logged:
+            self._troubles.look_at_routing(step, metrics)
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
         self._writer.write(step, record)

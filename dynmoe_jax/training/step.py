@@ -17,6 +17,7 @@ from dynmoe_jax import config
 from dynmoe_jax.model import Decoder, LayerRouting
 from dynmoe_jax.model.cross_entropy import cross_entropy_sums
 from dynmoe_jax.routing import losses
+from dynmoe_jax.training.guard import Guard, new_guard, watch
 
 Batch = dict[str, Int[Array, "B L"]]
 """``tokens``, ``targets``, ``segment_ids`` (0 = padding) and ``positions``."""
@@ -30,6 +31,7 @@ class TrainState:
     step: Int[Array, ""]
     params: nnx.State
     optimizer: optax.OptState
+    guard: Guard = dataclasses.field(default_factory=new_guard)
 
 
 @jax.tree_util.register_dataclass
@@ -127,6 +129,9 @@ def make_train_step(
 
     Gradients of ``train.microbatches`` equal parts of the batch are added up in float32.  Metrics
     stay on the device: scalars by name, and ``load_NE``.
+
+    Where the loss or a gradient is not finite, parameters and optimizer stay bit for bit what they
+    were, and the optimizer counts no step; the training step and the data go on.
     """
     structure = decoder_structure(cfg.model)
 
@@ -160,15 +165,25 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         gradients, (parts, counts) = batch_gradients(state.params, batch)
+        grad_norm = optax.global_norm(gradients)
+        update, guard = watch(state.guard, parts["loss"], grad_norm, cfg.train)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
+        params, optimizer_state = jax.tree.map(
+            partial(jnp.where, update),
+            (params, optimizer_state),
+            (state.params, state.optimizer),
+        )
         metrics = parts | {
-            "grad_norm": optax.global_norm(gradients),
-            "learning_rate": schedule(state.step),
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - state.guard.skipped),
+            "skipped_updates": guard.skipped,
+            "skipped_in_a_row": guard.skipped_in_a_row,
+            "spike_steps": guard.spike_steps,
             "tokens": jnp.sum(batch["segment_ids"] > 0),
             "load_NE": counts.load_NE,
             "rows_dropped": jnp.sum(counts.dropped_N),
         }
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        return TrainState(state.step + 1, params, optimizer_state, guard), metrics
 
     return train_step

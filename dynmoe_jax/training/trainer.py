@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dynmoe_jax import config
 from dynmoe_jax.command_line import EXIT_INTERRUPTED
-from dynmoe_jax.console import console, stage
+from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, TrainStream, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
 from dynmoe_jax.training.checkpoint import Checkpoints, check_compatible, make_folder, saved_config
@@ -22,7 +22,9 @@ from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
 from dynmoe_jax.training.metrics import check_packages
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dynmoe_jax.training.rescue import BadNumbers, RolledBack, rescue, without_old_streak
 from dynmoe_jax.training.seconds import Seconds
+from dynmoe_jax.training.skips import SkippingStream, skips_of
 from dynmoe_jax.training.step import (
     Batch,
     decoder_structure,
@@ -33,7 +35,7 @@ from dynmoe_jax.training.summary import read_summary
 from dynmoe_jax.training.summary_tables import print_summary
 from dynmoe_jax.training.text import load_text
 
-BAD_INPUT = (config.ConfigError, DataError)
+BAD_INPUT = (config.ConfigError, DataError, BadNumbers)
 PLAIN = {"soft_wrap": True, "markup": False}
 """For lines with a path in them: in one piece, and brackets are brackets."""
 
@@ -51,6 +53,7 @@ def train(cfg: config.Config, workdir: Path) -> int:
     Raises:
       ConfigError: settings that contradict the devices, the data or the run in ``workdir``.
       DataError: sources that cannot be read.
+      BadNumbers: losses or gradients that stay non-finite, or jump however often one goes back.
     """
     seconds = Seconds()
 
@@ -68,7 +71,11 @@ def train(cfg: config.Config, workdir: Path) -> int:
     mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
     make_folder(workdir)
     with contextlib.closing(Checkpoints(workdir, cfg.checkpoint)) as checkpoints:
-        return _train(cfg, workdir, mesh, checkpoints, seconds)
+        while True:
+            try:
+                return _train(cfg, workdir, mesh, checkpoints, seconds)
+            except RolledBack as back:
+                warn(str(back))
 
 
 def _train(
@@ -95,6 +102,7 @@ def _train(
             eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
         if position is not None:
             stream.set_state(position)
+        batches = SkippingStream(stream, skips_of(workdir, done), done)
 
         def evaluate():
             with seconds.of("evaluation"):
@@ -107,10 +115,12 @@ def _train(
         with Logbook(cfg, workdir, done) as logbook:
             for step in range(done + 1, cfg.train.steps + 1):
                 with seconds.of("data waiting"):
-                    batch = jax.device_put(next(stream), on_devices)
+                    batch = jax.device_put(next(batches), on_devices)
                 with seconds.of("step"):
                     state, metrics = train_step(state, batch)
-                    logbook.add(step, metrics)
+                    logbook.add(step, metrics, batch)
+                if logbook.trouble and not stop.requested:
+                    rescue(logbook.trouble, cfg, workdir, state, checkpoints)
                 # Saved first: whatever happens to the evaluation, the step is not lost.
                 if _due(step, cfg.checkpoint.every_steps, cfg) or stop.requested:
                     with seconds.of("saving"):
@@ -119,6 +129,8 @@ def _train(
                     break
                 if _due(step, cfg.evaluation.every_steps, cfg):
                     heldout = logbook.with_heldout(evaluate)
+        if logbook.trouble and not stop.requested:
+            rescue(logbook.trouble, cfg, workdir, state, checkpoints)
         if stop.requested:
             console.print(f"Stopped after step {step:,} and saved; the same command continues.")
             return EXIT_INTERRUPTED
@@ -142,10 +154,11 @@ def _start(cfg, optimizer, checkpoints, done, sharding):
     if not done:
         return jax.jit(init, out_shardings=sharding)(key), None
     shapes = jax.eval_shape(init, key)
-    return checkpoints.restore(
+    state, position = checkpoints.restore(
         done,
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes),
     )
+    return without_old_streak(state, cfg.train), position
 
 
 def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:
