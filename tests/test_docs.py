@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.training.logbook import SCALARS
+from dynmoe_jax.training.logbook import COUNTS, SCALARS
 from dynmoe_jax.training.summary import DomainResult, HeldOut, Sample, Summary
 
 ROOT = Path(__file__).parents[1]
@@ -40,4 +40,6 @@ def test_every_metric_is_explained():
         field.name for kind in (Summary, HeldOut, Sample) for field in dataclasses.fields(kind)
     ]
     fields += [field.name for field in dataclasses.fields(DomainResult)]
-    assert not [name for name in (*SCALARS, *fields) if not re.search(rf"[`.]{name}[`.]", text)]
+    assert not [
+        name for name in (*SCALARS, *COUNTS, *fields) if not re.search(rf"[`.]{name}[`.]", text)
+    ]

@@ -1,22 +1,25 @@
 """Which arrays of a step hold numbers that are not finite, in the order of their computation.
 
-Axis legend: B batch, L positions, T = B L tokens, D model width, V vocabulary.
+Axis legend: B batch, L positions, T = B L tokens, N groups of layers.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.cross_entropy import cross_entropy_sums
 from dynmoe_jax.training.step import Batch, TrainState
+
+Tally = tuple[Array, Array]
+"""(how many numbers are not finite, magnitude of the largest of the others)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,32 +28,30 @@ class Place:
 
     Attributes:
       name: what it is, e.g. ``"layer 3: router logits"``.
-      size: how many numbers it has.
-      bad: how many of them are NaN or infinite.
+      bad: how many of its numbers are NaN or infinite.
       largest: magnitude of the largest of the others; 0 if there are none.
     """
 
     name: str
-    size: int
     bad: int
     largest: float
-
-    @classmethod
-    def of(cls, name: str, array: Array) -> "Place":
-        """The place of an array."""
-        finite = jnp.isfinite(array)
-        largest = jnp.max(jnp.where(finite, jnp.abs(array), 0), initial=0)
-        return cls(name, array.size, int(array.size - jnp.sum(finite)), float(largest))
 
 
 def state_places(state: TrainState) -> list[Place]:
     """Parameters and the optimizer's moments, by layer."""
-    named = {"parameter": state.params, "optimizer": state.optimizer}
-    return [
-        Place.of(f"{kind} {name}", array)
-        for kind, tree in named.items()
-        for name, array in _by_layer(tree)
-    ]
+    return [*_places(state.params, "parameter"), *_places(state.optimizer, "optimizer")]
+
+
+def loss_places(parts: dict[str, Float[Array, ""]]) -> list[Place]:
+    """The parts of a loss."""
+    return [Place(name, *_plain(_tally(value))) for name, value in parts.items()]
+
+
+def backward_places(gradients: nnx.State) -> list[Place]:
+    """Gradients by parameter and layer, in the order in which backward computes them."""
+    # The feed-forward of a layer before its attention: by name, from the end of the alphabet.
+    named = sorted(_places(gradients, ""), key=lambda place: place.name, reverse=True)
+    return sorted(named, key=lambda place: _distance(place.name))
 
 
 def forward_places(
@@ -58,76 +59,98 @@ def forward_places(
 ) -> tuple[list[Place], Float[Array, "B L"]]:
     """(what a forward pass computes, negative log-likelihood of every position).
 
-    The layers are walked through one after another, not scanned, so that what lies between them
-    can be looked at.  Padding is left out: it may hold anything.
+    The groups of layers are walked through one after another, not scanned, so that what lies
+    between their parts can be looked at.  Padding is left out: it may hold anything.
     """
+    structure, params = nnx.split(decoder.groups)
     valid_BL = batch["segment_ids"] > 0
-    places = []
+    names = [
+        f"layer {{}}: {part}" for part in ("after attention", "router logits", "after feed-forward")
+    ]
 
-    def look(name: str, array: Array, mask: Array = valid_BL) -> None:
-        mask = mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
-        places.append(Place.of(name, jnp.where(mask, array, 0)))
+    @jax.jit
+    def visit(x_BLD, group_params):
+        tallies = []
+        for layer in nnx.merge(structure, group_params).layers:
+            x_BLD = layer.attend(x_BLD, batch["segment_ids"], batch["positions"])
+            attended = _tally(x_BLD, valid_BL)
+            x_BLD, routed = layer.feed(x_BLD, batch["segment_ids"])
+            router = routed and _tally(routed[0].logits_TE, valid_BL.reshape(-1))
+            tallies.append((attended, router, _tally(x_BLD, valid_BL)))
+        return x_BLD, tallies
 
     x_BLD = decoder.embed(batch["tokens"])
-    look("embedding", x_BLD)
-    for number, layer in enumerate(_layers(decoder)):
-        x_BLD = layer.attend(x_BLD, batch["segment_ids"], batch["positions"])
-        look(f"layer {number}: after attention", x_BLD)
-        x_BLD, routed = layer.feed(x_BLD, batch["segment_ids"])
-        if routed is not None:
-            look(f"layer {number}: router logits", routed[0].logits_TE, valid_BL.reshape(-1))
-        look(f"layer {number}: after feed-forward", x_BLD)
+    places = [Place("embedding", *_plain(_tally(x_BLD, valid_BL)))]
+    number = 0
+    for group in range(jax.tree.leaves(params)[0].shape[0]):
+        x_BLD, tallies = visit(x_BLD, jax.tree.map(lambda x, g=group: x[g], params))
+        for layer in tallies:
+            named = zip(names, layer, strict=True)
+            places += [Place(name.format(number), *_plain(t)) for name, t in named if t is not None]
+            number += 1
     x_BLD = decoder.norm(x_BLD)
-    look("last norm", x_BLD)
+    places.append(Place("last norm", *_plain(_tally(x_BLD, valid_BL))))
     _, nll_BL = cross_entropy_sums(
         x_BLD, decoder.output_DV, batch["targets"], valid_BL, chunk_tokens=loss.chunk_tokens
     )
-    look("loss of each token", nll_BL)
+    places.append(Place("loss of each token", *_plain(_tally(nll_BL, valid_BL))))
     return places, nll_BL
 
 
-def backward_places(gradients: nnx.State) -> list[Place]:
-    """Gradients by parameter and layer, in the order in which backward computes them."""
-    # The feed-forward of a layer before its attention: by name, from the end of the alphabet.
-    named = sorted(_by_layer(gradients), key=lambda item: item[0], reverse=True)
-    return [Place.of(*item) for item in sorted(named, key=lambda item: _distance(item[0]))]
+def _tally(array: Array, mask: Bool[Array, "..."] | None = None, axes: Any = None) -> Tally:
+    """Counts over some axes (all by default), where the mask of the leading axes is true."""
+    if mask is not None:
+        array = jnp.where(mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim)), array, 0)
+    finite = jnp.isfinite(array)
+    largest = jnp.max(jnp.where(finite, jnp.abs(array), 0), axis=axes, initial=0)
+    return jnp.sum(~finite, axis=axes), largest.astype(jnp.float32)
 
 
-def _layers(decoder: Decoder) -> Iterator[nnx.Module]:
-    """The decoder's layers, unstacked."""
-    structure, params = nnx.split(decoder.groups)
-    for number in range(jax.tree.leaves(params)[0].shape[0]):
-        group = nnx.merge(structure, jax.tree.map(lambda x, n=number: x[n], params))
-        yield from group.layers
+def _plain(tally: Tally) -> tuple[int, float]:
+    bad, largest = jax.device_get(tally)
+    return int(bad), float(largest)
 
 
-def _by_layer(tree) -> Iterator[tuple[str, Array]]:
-    """(name, array) of every leaf that is not a counter; those stacked over layers one by one."""
-    leaves = jax.tree.leaves_with_path(tree)
-    stride = 1 + max((_place_in_group(path) for path, _ in leaves), default=0)
-    for path, array in leaves:
-        if not jnp.issubdtype(array.dtype, jnp.floating):
+def _places(tree: Any, kind: str) -> list[Place]:
+    """The floating-point leaves of a tree; those stacked over layers layer by layer."""
+    leaves = [
+        (path, array)
+        for path, array in jax.tree.leaves_with_path(tree)
+        if jnp.issubdtype(array.dtype, jnp.floating)
+    ]
+    in_group = [_place_in_group(path) for path, _ in leaves]
+    stride = 1 + max((place for place in in_group if place is not None), default=0)
+
+    @jax.jit
+    def tally(arrays: list[Array]) -> list[Tally]:
+        return [
+            _tally(array, axes=None if place is None else tuple(range(1, array.ndim)))
+            for array, place in zip(arrays, in_group, strict=True)
+        ]
+
+    tallies = jax.device_get(tally([array for _, array in leaves]))
+    places = []
+    for (path, _), place, (bad, largest) in zip(leaves, in_group, tallies, strict=True):
+        name = f"{kind} {_name(path)}".strip()
+        if place is None:
+            places.append(Place(name, int(bad), float(largest)))
             continue
-        name = _name(path)
-        if _place_in_group(path) < 0:
-            yield name, array
-            continue
-        for number, part in enumerate(array):
-            yield f"layer {number * stride + _place_in_group(path)}: {name}", part
+        for group, values in enumerate(zip(bad, largest, strict=True)):
+            layer = group * stride + place
+            places.append(Place(f"layer {layer}: {name}", int(values[0]), float(values[1])))
+    return places
 
 
-def _place_in_group(path) -> int:
-    """Which layer of its group a leaf belongs to; -1 for what is not in a layer."""
+def _place_in_group(path: Any) -> int | None:
+    """Which layer of its group a leaf belongs to; None for what is not in a layer."""
     found = re.search(r"'layers'\]\[(\d+)\]", jax.tree_util.keystr(path))
-    return int(found[1]) if found else -1
+    return int(found[1]) if found else None
 
 
-def _name(path) -> str:
+def _name(path: Any) -> str:
     """``.mu['groups']['layers'][0]['attention']['query_DHW']`` as ``mu attention query_DHW``."""
     parts = re.findall(r"[A-Za-z_][A-Za-z_0-9]*", jax.tree_util.keystr(path))
-    return " ".join(
-        part for part in parts if part not in ("groups", "layers", "value", "raw_value")
-    )
+    return " ".join(part for part in parts if part not in ("groups", "layers", "value"))
 
 
 def _distance(name: str) -> float:

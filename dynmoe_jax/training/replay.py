@@ -24,7 +24,13 @@ from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError, Tokenizer
 from dynmoe_jax.training.formatting import printable
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.places import Place, backward_places, forward_places, state_places
+from dynmoe_jax.training.places import (
+    Place,
+    backward_places,
+    forward_places,
+    loss_places,
+    state_places,
+)
 from dynmoe_jax.training.rescue import ARRAYS, FOLDER, SETTINGS
 from dynmoe_jax.training.step import Batch, TrainState, decoder_structure, init_state, loss_parts
 from dynmoe_jax.training.text import TOKENIZER_FILE
@@ -55,7 +61,7 @@ def replay(workdir: Path, step: int | None = None) -> list[Place]:
     bad_forward = _show("Forward", forward)
     _print_sequences(workdir, batch, np.asarray(nll_BL))
     gradients, parts = _gradients(decoder, batch, cfg)
-    bad_loss = _show("Loss", [Place.of(name, value) for name, value in parts.items()])
+    bad_loss = _show("Loss", loss_places(parts))
     bad_backward = _show("Gradients, from the last layer back", backward_places(gradients))
     found = [*bad_state, *bad_forward, *bad_loss, *bad_backward]
     console.print(_verdict(bad_state, bad_forward, bad_loss, bad_backward), soft_wrap=True)
@@ -120,12 +126,10 @@ def _show(title: str, places: list[Place]) -> list[Place]:
     bad = [place for place in places if place.bad]
     first = places.index(bad[0]) if bad else len(places)
     shown = places[max(0, first - _LISTED // 2) :][:_LISTED] if bad else places[-_LISTED:]
-    table = Table(title, "largest", "not finite", "of", box=None, pad_edge=False)
+    table = Table(title, "largest finite", "not finite", box=None, pad_edge=False)
     for place in shown:
         style = "bold red" if place.bad else "none"
-        table.add_row(
-            place.name, f"{place.largest:.3g}", f"{place.bad:,}", f"{place.size:,}", style=style
-        )
+        table.add_row(place.name, f"{place.largest:.3g}", f"{place.bad:,}", style=style)
     console.print(table)
     left = len(places) - len(shown)
     console.print(f"… and {left} more, {len(bad)} of all not finite\n" if left else "")

@@ -1,6 +1,7 @@
 """The main job, told from top to bottom: settings, data, state, loop, results."""
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dynmoe_jax.training.checkpoint import Checkpoints, check_compatible, make_f
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
 from dynmoe_jax.training.interrupt import stop_on_signal
 from dynmoe_jax.training.logbook import Logbook
+from dynmoe_jax.training.memory import Memory, OutOfMemory
 from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
 from dynmoe_jax.training.metrics import check_packages
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
@@ -27,6 +29,7 @@ from dynmoe_jax.training.seconds import Seconds
 from dynmoe_jax.training.skips import SkippingStream, skips_of
 from dynmoe_jax.training.step import (
     Batch,
+    TrainState,
     decoder_structure,
     init_state,
     make_train_step,
@@ -35,7 +38,7 @@ from dynmoe_jax.training.summary import read_summary
 from dynmoe_jax.training.summary_tables import print_summary
 from dynmoe_jax.training.text import load_text
 
-BAD_INPUT = (config.ConfigError, DataError, BadNumbers)
+BAD_INPUT = (config.ConfigError, DataError, BadNumbers, OutOfMemory)
 PLAIN = {"soft_wrap": True, "markup": False}
 """For lines with a path in them: in one piece, and brackets are brackets."""
 
@@ -54,6 +57,7 @@ def train(cfg: config.Config, workdir: Path) -> int:
       ConfigError: settings that contradict the devices, the data or the run in ``workdir``.
       DataError: sources that cannot be read.
       BadNumbers: losses or gradients that stay non-finite, or jump however often one goes back.
+      OutOfMemory: the run does not fit into the devices' memory.
     """
     seconds = Seconds()
 
@@ -69,17 +73,25 @@ def train(cfg: config.Config, workdir: Path) -> int:
     check_sources(cfg.data)
     check_packages(cfg.logging)
     mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
+    memory = Memory(cfg, mesh.shape["data"])
+    memory.check_state()
     make_folder(workdir)
-    with contextlib.closing(Checkpoints(workdir, cfg.checkpoint)) as checkpoints:
+    checkpoints = Checkpoints(workdir, cfg.checkpoint)
+    with contextlib.closing(checkpoints), memory.explained():
         while True:
             try:
-                return _train(cfg, workdir, mesh, checkpoints, seconds)
+                return _train(cfg, workdir, mesh, memory, checkpoints, seconds)
             except RolledBack as back:
                 warn(str(back))
 
 
 def _train(
-    cfg: config.Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints, seconds: Seconds
+    cfg: config.Config,
+    workdir: Path,
+    mesh: Mesh,
+    memory: Memory,
+    checkpoints: Checkpoints,
+    seconds: Seconds,
 ) -> int:
     """The run itself, on a mesh, with its checkpoints open."""
     done = checkpoints.latest_step() or 0
@@ -96,9 +108,12 @@ def _train(
         schedule = make_schedule(cfg.optimizer, cfg.train.steps)
         optimizer = make_optimizer(cfg.optimizer, schedule)
         with seconds.of("compile"), stage("Compiling the training step"):
-            state, position = _start(cfg, optimizer, checkpoints, done, replicated(mesh))
+            init = partial(init_state, cfg.model, optimizer)
+            shapes = _state_shapes(init, replicated(mesh))
             train_step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
-            train_step = train_step.lower(state, _batch_shapes(cfg, on_devices)).compile()
+            train_step = train_step.lower(shapes, _batch_shapes(cfg, on_devices)).compile()
+            memory.check_step(train_step)
+            state, position = _start(cfg, init, checkpoints, done, shapes)
             eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
         if position is not None:
             stream.set_state(position)
@@ -147,18 +162,21 @@ def _due(step: int, every: int, cfg: config.Config) -> bool:
     return step == cfg.train.steps or (every > 0 and step % every == 0)
 
 
-def _start(cfg, optimizer, checkpoints, done, sharding):
-    """(state, data position): new ones, or those of the checkpoint of step ``done``."""
-    # The key is an argument: XLA would spend seconds on folding draws of a constant key.
-    init, key = partial(init_state, cfg.model, optimizer), jax.random.key(cfg.seed)
-    if not done:
-        return jax.jit(init, out_shardings=sharding)(key), None
-    shapes = jax.eval_shape(init, key)
-    state, position = checkpoints.restore(
-        done,
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes),
+def _state_shapes(init: Callable, sharding: jax.sharding.Sharding) -> TrainState:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(init, jax.random.key(0)),
     )
-    return without_old_streak(state, cfg.train), position
+
+
+def _start(cfg, init, checkpoints, done, shapes):
+    """(state, data position): new ones, or those of the checkpoint of step ``done``."""
+    if done:
+        state, position = checkpoints.restore(done, shapes)
+        return without_old_streak(state, cfg.train), position
+    # The key is an argument: XLA would spend seconds on folding draws of a constant key.
+    placed = jax.tree.map(lambda x: x.sharding, shapes)
+    return jax.jit(init, out_shardings=placed)(jax.random.key(cfg.seed)), None
 
 
 def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:

@@ -5,9 +5,10 @@ import pytest
 
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.training import logbook
-from dynmoe_jax.training.logbook import SCALARS, Logbook
+from dynmoe_jax.training.logbook import COUNTS, SCALARS, Logbook
 from dynmoe_jax.training.metrics import read_metrics
 from dynmoe_jax.training.summary import HeldOut
+from dynmoe_jax.training.troubles import Spike, TooManySkips
 
 PEAK = 1e9
 HELDOUT = HeldOut(loss=3.0, bits_per_byte=1.5, unigram_entropy=5.0, domains={})
@@ -33,6 +34,7 @@ def cfg(settings, change):
 def step_metrics(step=1, load_NE=((8, 0, 4, 4), (16, 16, 0, 0)), tokens=16, dropped=0):
     scalars = {name: np.float32(step + i) for i, name in enumerate(SCALARS)}
     counts = {"load_NE": np.array(load_NE, np.int32), "tokens": np.int32(tokens)}
+    counts |= {name: np.int32(0) for name in COUNTS}
     return scalars | counts | {"rows_dropped": np.int32(dropped)}
 
 
@@ -131,3 +133,36 @@ def test_batch_of_padding_alone_is_no_division_by_zero(cfg, tmp_path, clock):
     line = record(cfg, tmp_path, clock, step_metrics(load_NE=np.zeros((2, 4)), tokens=0))
     assert line["experts_per_token"] == 0.0
     assert line["load_imbalance_by_layer"] == [0.0, 0.0]
+
+
+def test_every_step_is_looked_at_even_if_it_is_not_logged(cfg, change, tmp_path, clock):
+    """A run must stop at the step after its last chance, not at the next line of its log."""
+    cfg = change(cfg, train__log_every_steps=5, train__max_skipped_in_a_row=2)
+    with Logbook(cfg, tmp_path, 0) as book:
+        for step in range(1, 4):
+            clock.now += 1.0
+            skipped = {"skipped_in_a_row": np.int32(step - 1), "loss": np.float32(np.nan)}
+            book.add(step, step_metrics(step) | skipped, {"tokens": step})
+            assert book.trouble is None
+    assert book.trouble == TooManySkips(step=3, count=2, batch={"tokens": 3})
+
+
+def test_evaluation_step_is_looked_at_too(cfg, change, tmp_path, clock):
+    cfg = change(cfg, train__spike_action="rollback", train__spike_steps=4)
+    with Logbook(cfg, tmp_path, 6) as book:
+        clock.now += 1.0
+        book.add(7, step_metrics(7) | {"spike_steps": np.int32(4)})
+        book.with_heldout(lambda: HELDOUT)
+        assert book.trouble == Spike(first=4, last=7)
+
+
+@pytest.mark.parametrize(("action", "said"), [("none", ""), ("warn", "the loss has jumped to 1")])
+def test_spike_is_said_once_or_not_at_all(cfg, change, tmp_path, clock, capsys, action, said):
+    cfg = change(cfg, train__spike_action=action, train__spike_steps=2)
+    with Logbook(cfg, tmp_path, 0) as book:
+        for step in range(1, 5):
+            clock.now += 1.0
+            book.add(step, step_metrics(1) | {"spike_steps": np.int32(step)})
+        clock.now += 1.0
+    assert book.trouble is None
+    assert capsys.readouterr().out.count("warning:") == bool(said)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 NAMES = (
     "step loss lm_loss balance_loss entropy_loss router_z_loss grad_norm learning_rate "
     "experts_per_token experts_per_token_by_layer load_imbalance_by_layer unused_experts "
+    "skipped_updates skipped_in_a_row spike_steps "
     "rows_dropped tokens_per_second model_flops_per_second mfu seconds_step"
 )
 TIMES = {"tokens_per_second", "model_flops_per_second", "mfu", "seconds_step"}
