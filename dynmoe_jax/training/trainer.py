@@ -17,6 +17,7 @@ from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, TrainStream, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
 from dynmoe_jax.training.checkpoint import Checkpoints, check_compatible, make_folder, saved_config
+from dynmoe_jax.training.compilation import compiled_programs_kept
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
 from dynmoe_jax.training.interrupt import stop_on_signal
 from dynmoe_jax.training.logbook import Logbook
@@ -77,7 +78,8 @@ def train(cfg: config.Config, workdir: Path) -> int:
     memory.check_state()
     make_folder(workdir)
     checkpoints = Checkpoints(workdir, cfg.checkpoint)
-    with contextlib.closing(checkpoints), memory.explained():
+    kept = compiled_programs_kept(cfg.train, workdir)
+    with contextlib.closing(checkpoints), kept, memory.explained():
         while True:
             try:
                 return _train(cfg, workdir, mesh, memory, checkpoints, seconds)

@@ -1,0 +1,144 @@
+"""Long runs: does host memory grow with the steps, and how soon does a restart train again?
+
+    python -m benchmarks.hygiene --steps 2000
+
+Memory is the resident set of a process that trains a tiny model with all of the trainer: logging,
+evaluation, checkpoints.  The restart is the quickstart's model, stopped after one step and started
+again by the same command: seconds from the start of the process to the line of its first step,
+without and with the compiled programs of the process before.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+POINTS = 20
+"""How often memory is read."""
+
+
+def tiny(steps: int, corpus: Path):
+    """A model that takes a millisecond a step."""
+    from dynmoe_jax import config
+
+    return config.Config(
+        model=config.Model(
+            num_layers=1,
+            width=16,
+            num_heads=1,
+            num_kv_heads=1,
+            head_width=16,
+            vocab_size=300,
+            max_seq_len=16,
+            moe=config.MoE(num_experts=4, hidden_width=16),
+        ),
+        data=config.Data(sources=f"text:{corpus}/*.txt", seq_len=16, heldout_fraction=0.2),
+        train=config.Train(steps=steps, batch_size=8, log_every_steps=1),
+        checkpoint=config.Checkpoint(every_steps=steps // 10),
+        evaluation=config.Evaluation(every_steps=steps // 10, max_batches=2, sample_tokens=4),
+    )
+
+
+def resident_mb() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def memory_by_step(steps: int) -> list[tuple[int, float]]:
+    """(step, MB) all through one run of the real trainer."""
+    from dynmoe_jax.training import trainer
+
+    points = []
+
+    class Watched(trainer.Logbook):
+        def add(self, step, *rest):
+            super().add(step, *rest)
+            if step % (steps // POINTS) == 0:
+                points.append((step, resident_mb()))
+
+    trainer.Logbook = Watched
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        random = np.random.default_rng(0)
+        for number in range(30):
+            words = random.choice(["the", "router", "chooses", "experts", "for", "tokens"], 100)
+            (corpus / f"{number}.txt").write_text(" ".join(words), encoding="utf-8")
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train(tiny(steps, corpus), Path(folder) / "run")
+    return points
+
+
+def growth_mb(points: list[tuple[int, float]]) -> float:
+    """MB per thousand steps in the second half of a run: the slope of a straight line."""
+    half = points[len(points) // 2 :]
+    steps, resident = zip(*half, strict=True)
+    return 1000 * float(np.polyfit(steps, resident, 1)[0])
+
+
+def seconds_to_first_step(workdir: Path, steps: int) -> float:
+    """From the start of the process to the line of its first step."""
+    command = [sys.executable, ROOT / "train.py", f"--workdir={workdir}"]
+    command += [f"--config.train.steps={steps}", "--config.data.max_megabytes=0.5"]
+    command += ["--config.evaluation.max_batches=1", "--config.evaluation.sample_tokens=1"]
+    start = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        found = next(
+            (time.perf_counter() for line in process.stdout if line.startswith("step ")), None
+        )
+        process.communicate()
+    if found is None or process.returncode:
+        raise RuntimeError(f"{command} ended with exit code {process.returncode}.")
+    return found - start
+
+
+@dataclasses.dataclass(frozen=True)
+class Restart:
+    """Seconds to the first step of a process that goes on from a checkpoint."""
+
+    without: float
+    with_programs: float
+
+
+def restart() -> Restart:
+    """Measures both, on the same prepared data and the same checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder) / "run"
+        seconds_to_first_step(workdir, steps=1)
+        # What the first process left is put aside, and made anew by the second.
+        (workdir / "compiled").rename(workdir / "aside")
+        without = seconds_to_first_step(workdir, steps=2)
+        return Restart(without, seconds_to_first_step(workdir, steps=3))
+
+
+def main() -> None:
+    """Prints memory by step, its growth, and both restart times."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=2000, help="tiny steps to train")
+    parser.add_argument("--only", choices=("memory", "restart"), help="one of the two")
+    asked = parser.parse_args()
+    if asked.only != "restart":
+        points = memory_by_step(asked.steps)
+        for step, resident in points:
+            print(f"step {step:>6,}  {resident:>9.1f} MB")
+        print(f"growth in the second half: {growth_mb(points):+.2f} MB per 1,000 steps")
+    if asked.only != "memory":
+        found = restart()
+        print(f"restart to first step, without compiled programs: {found.without:.1f} s")
+        print(f"restart to first step, with them:                 {found.with_programs:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
