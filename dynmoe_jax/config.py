@@ -148,7 +148,10 @@ class Data:
         2**20, "packed text shuffled together, over all shards", unit="tokens", low=0
     )
     virtual_shards: int = setting(
-        8, "independent streams the data is cut into, whatever the number of hosts", low=1
+        8,
+        "independent streams the data is cut into, whatever the number of hosts",
+        low=1,
+        high=4096,
     )
 
 

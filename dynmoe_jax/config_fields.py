@@ -10,6 +10,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# Of float32: the smallest normal number, and the largest.
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+_LARGEST_INT = 2**31 - 1
+
 
 class ConfigError(ValueError):
     """A setting is unknown, has the wrong type, is out of range, or contradicts another.
@@ -99,6 +103,31 @@ def check_value(path: str, field: dataclasses.Field, value: Any) -> None:
         raise ConfigError(f"{where} must be at least {rule['low']:g}{unit}.")
     if rule["high"] is not None and value > rule["high"]:
         raise ConfigError(f"{where} must be at most {rule['high']:g}{unit}.")
+    _check_storable(where, value)
+
+
+def _check_storable(where: str, value: Any) -> None:
+    """Raises ConfigError for a value that would turn into another one on its way.
+
+    Numbers end in 32-bit arithmetic, where 1e-300 is 0 and 1e300 infinite; strings in file names
+    and JSON.
+    """
+    if isinstance(value, float) and value and not _SMALLEST <= abs(value) <= _LARGEST:
+        raise ConfigError(
+            f"{where} is no number in float32; use 0 or one between {_SMALLEST:g} and {_LARGEST:g}."
+        )
+    if isinstance(value, int) and abs(value) > _LARGEST_INT:
+        raise ConfigError(f"{where} must be at most {_LARGEST_INT}, which 32 bits hold.")
+    if isinstance(value, str) and ("\0" in value or not _encodable(value)):
+        raise ConfigError(f"{where} holds a NUL or a lone surrogate; leave it out.")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def build(kind: type, settings: Mapping[str, Any]) -> Any:

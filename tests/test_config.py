@@ -91,6 +91,8 @@ def test_range_edges(path, field):
 
 
 def step_float(value, up):
+    if value == 0 and up:
+        return 2.0**-126  # the smallest number that float32 has in full precision
     return math.nextafter(value, math.inf if up else -math.inf)
 
 
@@ -123,6 +125,20 @@ def test_numbers_that_are_not_finite(value):
     for path, field in NUMBERS:
         if field.type is float:
             error_of(path, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optimizer.learning_rate", 1e39, "is no number in float32"),
+        ("optimizer.epsilon", 1e-39, "is no number in float32"),
+        ("train.steps", 2**31, "which 32 bits hold"),
+        ("data.directory", "a\0b", "holds a NUL"),
+        ("evaluation.prompt", "\ud800", "lone surrogate"),
+    ],
+)
+def test_values_that_would_become_others(path, value, message):
+    assert message in error_of(path, value)
 
 
 def test_a_whole_number_does_for_a_float():

@@ -85,9 +85,10 @@ class Memory:
         self._need: Need | None = None
 
     def check_state(self) -> None:
-        """Refuses a model that cannot fit, before anything is compiled or allocated.
+        """Refuses a run that cannot fit, before anything is compiled or allocated.
 
-        Every device holds the whole state.
+        Every device holds the whole state.  Of the activations only what is there at the least is
+        counted: the batch, and one residual stream.
 
         Raises:
           OutOfMemory: state and gradients need more than there is.
@@ -96,7 +97,9 @@ class Memory:
         optimizer = make_optimizer(settings, make_schedule(settings, self._cfg.train.steps))
         init = partial(init_state, self._cfg.model, optimizer)
         state = jax.eval_shape(init, jax.random.key(0))
-        self._check(Need(_bytes_of(state), _bytes_of(state.params)))
+        tokens = self._cfg.train.batch_size * self._cfg.data.seq_len // self._devices
+        stream = 4 * self._cfg.model.width * tokens // self._cfg.train.microbatches
+        self._check(Need(_bytes_of(state), _bytes_of(state.params), 16 * tokens + stream))
 
     def check_step(self, step: Compiled) -> None:
         """Refuses a step that cannot fit, before it is run.
@@ -197,29 +200,44 @@ def advice(need: Need, limit: int, cfg: config.Config, data_devices: int) -> str
 
 
 def _smaller_model(need: Need, limit: float, cfg: config.Config) -> str:
-    """The largest models that fit with their state and gradients: by experts, or by layers."""
-    model, ways = cfg.model, []
+    """The largest models that fit with their state and gradients: one setting changed in each."""
+    model = cfg.model
     affordable = count_parameters(model) * limit / (need.state + need.gradients)
-    every = model.moe.every_n_layers
-    if every:
-        with_experts = lambda n: dataclasses.replace(  # noqa: E731
-            model, moe=dataclasses.replace(model.moe, num_experts=n, top_k=min(n, model.moe.top_k))
-        )
-        experts = _largest(with_experts, affordable, model.moe.num_experts)
-        if experts:
-            ways.append(
-                f"lower config.model.moe.num_experts from {model.moe.num_experts} to {experts}"
-            )
-    unit = every or 1
-    with_groups = lambda n: dataclasses.replace(model, num_layers=n * unit)  # noqa: E731
-    groups = _largest(with_groups, affordable, model.num_layers // unit)
-    if groups:
-        ways.append(f"lower config.model.num_layers from {model.num_layers} to {groups * unit}")
-    if not ways:
-        # Nearly all parameters grow with the width, most of them with nothing else.
-        width = int(model.width * affordable / count_parameters(model))
-        ways.append(f"lower config.model.width from {model.width} to about {max(width, 1)}")
-    return ", or ".join(ways)
+    every = model.moe.every_n_layers or 1
+
+    def experts(n: int) -> config.Model:
+        moe = dataclasses.replace(model.moe, num_experts=n, top_k=min(n, model.moe.top_k))
+        return dataclasses.replace(model, moe=moe)
+
+    def expert_width(n: int) -> config.Model:
+        return dataclasses.replace(model, moe=dataclasses.replace(model.moe, hidden_width=n))
+
+    knobs = [
+        ("num_layers", model.num_layers, every, lambda n: {"num_layers": n * every}),
+        ("hidden_width", model.hidden_width, 1, lambda n: {"hidden_width": n}),
+        ("vocab_size", model.vocab_size, 1, lambda n: {"vocab_size": n + 1}),
+    ]
+    knobs = [(name, now, unit, partial(_replaced, model, of)) for name, now, unit, of in knobs]
+    if model.moe.every_n_layers:
+        knobs = [
+            ("moe.num_experts", model.moe.num_experts, 1, experts),
+            knobs[0],
+            ("moe.hidden_width", model.moe.hidden_width, 1, expert_width),
+            *knobs[1:],
+        ]
+    ways = []
+    for name, now, unit, model_of in knobs:
+        most = _largest(model_of, affordable, now // unit)
+        if most:
+            ways.append(f"lower config.model.{name} from {now} to {most * unit}")
+    # Nearly all parameters grow with the width, most of them with nothing else.
+    width = max(1, int(model.width * affordable / count_parameters(model)))
+    ways = ways or [f"lower config.model.width from {model.width} to about {width}"]
+    return ", or ".join(ways[:2])
+
+
+def _replaced(model: config.Model, of: Callable[[int], dict], n: int) -> config.Model:
+    return dataclasses.replace(model, **of(n))
 
 
 def _largest(model_of: Callable[[int], config.Model], affordable: float, now: int) -> int:
@@ -228,6 +246,8 @@ def _largest(model_of: Callable[[int], config.Model], affordable: float, now: in
     The number of parameters is linear in it, so two counts tell.
     """
     one, two = (count_parameters(model_of(n)) for n in (1, 2))
+    if one == two:  # e.g. the dense width of a model whose layers are all MoE
+        return 0
     most = 1 + math.floor((affordable - one) / (two - one))
     return max(0, min(most, now - 1))
 

@@ -22,7 +22,7 @@ from dynmoe_jax.training.finish import evaluate_heldout, finish_run
 from dynmoe_jax.training.interrupt import stop_on_signal
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.memory import Memory, OutOfMemory
-from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
+from dynmoe_jax.training.mesh import batch_sharding, check_devices, make_mesh, replicated
 from dynmoe_jax.training.metrics import check_packages
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.rescue import BadNumbers, RolledBack, rescue, without_old_streak
@@ -71,11 +71,7 @@ def train(cfg: config.Config, workdir: Path) -> int:
         console.print(f"The run in {workdir} is complete: {summary.step:,} steps.", **PLAIN)
         print_summary(summary, workdir)
         return 0
-    check_sources(cfg.data)
-    check_packages(cfg.logging)
-    mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
-    memory = Memory(cfg, mesh.shape["data"])
-    memory.check_state()
+    mesh, memory = check_run(cfg)
     make_folder(workdir)
     checkpoints = Checkpoints(workdir, cfg.checkpoint)
     kept = compiled_programs_kept(cfg.train, workdir)
@@ -85,6 +81,21 @@ def train(cfg: config.Config, workdir: Path) -> int:
                 return _train(cfg, workdir, mesh, memory, checkpoints, seconds)
             except RolledBack as back:
                 warn(str(back))
+
+
+def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
+    """(mesh, memory) of a run whose settings fit sources, packages, devices and their memory.
+
+    Raises:
+      ConfigError, DataError, OutOfMemory: they do not.
+    """
+    check_sources(cfg.data)
+    check_packages(cfg.logging)
+    check_devices(cfg.model)
+    mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
+    memory = Memory(cfg, mesh.shape["data"])
+    memory.check_state()
+    return mesh, memory
 
 
 def _train(

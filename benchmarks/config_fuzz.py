@@ -1,0 +1,166 @@
+"""Settings at random: each set is refused in one sentence before anything is compiled, or trains.
+
+    python -m benchmarks.config_fuzz --cases 2000 --seed 0
+
+Names, types and values are drawn from what exists, from what nearly exists and from noise, around
+a model of a few hundred parameters.  Of the accepted cases the first ``--programs`` that make
+another program are compiled and do a step, the others are traced.  ``tests/test_config_fuzz.py``
+runs as many cases under Hypothesis, in which the accepted ones share a few compiled programs.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dynmoe_jax import config
+from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dynmoe_jax.training.step import Batch, init_state, make_train_step
+from dynmoe_jax.training.trainer import BAD_INPUT, check_run
+
+TINY = {
+    "model.num_layers": 2,
+    "model.width": 4,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.head_width": 2,
+    "model.hidden_width": 4,
+    "model.vocab_size": 8,
+    "model.max_seq_len": 4,
+    "model.moe.num_experts": 3,
+    "model.moe.hidden_width": 4,
+    "model.moe.backend": "reference",
+    "data.seq_len": 4,
+    "train.batch_size": 8,
+}
+"""What every case starts from."""
+
+LEAVES = {path: field for path, field, _ in config.walk(config.Config())}
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """{"model.moe.top_p": 0.5} as {"model": {"moe": {"top_p": 0.5}}}."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        *groups, name = path.split(".")
+        place = result
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):  # an earlier value took the place of the group
+                return result
+        place[name] = value
+    return result
+
+
+def accept_or_refuse(values: dict[str, Any]) -> config.Config | str:
+    """The settings, or the sentence that refuses them before anything is compiled.
+
+    Raises:
+      AssertionError: the refusal is not one sentence.
+      Exception: whatever else happens is a bug.
+    """
+    try:
+        cfg = config.from_config_dict(nested(TINY | values))
+        check_run(cfg)
+    except BAD_INPUT as error:
+        sentence = str(error)
+        assert sentence
+        assert "\n" not in sentence, sentence
+        assert sentence[-1] in ".?", sentence
+        return sentence
+    return cfg
+
+
+def draw_batch(cfg: config.Config) -> Batch:
+    """A whole batch of token 1."""
+    shape = (cfg.train.batch_size, cfg.data.seq_len)
+    names = ("tokens", "targets", "segment_ids", "positions")
+    return {name: np.ones(shape, np.int32) for name in names}
+
+
+def init_and_step(cfg: config.Config) -> Callable:
+    """(key, batch) -> (state, metrics) after the first step."""
+    schedule = make_schedule(cfg.optimizer, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+    step = make_train_step(cfg, optimizer, schedule)
+    return lambda key, batch: step(init_state(cfg.model, optimizer, key), batch)
+
+
+def check_step(state, metrics) -> bool:
+    """Whether the step updated anything; asserts that one that did left finite parameters."""
+    assert int(state.step) == 1
+    updated = int(metrics["skipped_updates"]) == 0
+    assert updated == bool(np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+    return updated
+
+
+def draw(rng: random.Random) -> dict[str, Any]:
+    """One to three settings."""
+    count = rng.choice((1, 1, 1, 2, 3))
+    return dict(_draw_one(rng) for _ in range(count))
+
+
+def _draw_one(rng: random.Random) -> tuple[str, Any]:
+    path = rng.choice(list(LEAVES))
+    if rng.random() < 0.1:  # a name with a letter too few
+        cut = rng.randrange(len(path))
+        return path[:cut] + path[cut + 1 :] or "x", 1
+    field = LEAVES[path]
+    noise = (None, True, -1, 0, 1, 10**30, "", "x", b"x", [1], {"a": 1}, math.nan, math.inf)
+    if rng.random() < 0.3:
+        return path, rng.choice((*noise, rng.random(), 10 ** rng.uniform(-320, 300)))
+    if field.type is bool:
+        return path, rng.random() < 0.5
+    if field.type is str:
+        return path, rng.choice((*field.metadata["choices"], "\0", "\ud800", "a" * 300, "é"))
+    if field.type is int:
+        return path, rng.choice(
+            (1, 2, 3, 4, 8, 2**31 - 1, rng.randrange(9), rng.randrange(2**30, 2**31))
+        )
+    return path, rng.choice((rng.random(), 1.0, 10 ** rng.uniform(-44, 38), rng.uniform(0, 5)))
+
+
+def main() -> None:
+    """Prints how many cases were accepted, refused, and by which kind of error."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="of the cases")
+    parser.add_argument("--programs", type=int, default=20, help="accepted cases to compile")
+    asked = parser.parse_args()
+    rng, counts, start = random.Random(asked.seed), Counter(), time.perf_counter()
+    programs: set[str] = set()
+    for _ in range(asked.cases):
+        values = draw(rng)
+        try:
+            found = accept_or_refuse(values)
+            if isinstance(found, str):
+                counts["refused"] += 1
+                continue
+            step, batch = init_and_step(found), draw_batch(found)
+            key = jax.random.key(found.seed)
+            traced = jax.jit(step).trace(key, batch)
+            text = str(traced.jaxpr)
+            if text in programs or len(programs) >= asked.programs:
+                counts["accepted, traced"] += 1
+                continue
+            programs.add(text)
+            updated = check_step(*traced.lower().compile()(key, batch))
+            counts["trained" if updated else "trained, update skipped as not finite"] += 1
+        except Exception as error:
+            counts["FAILED"] += 1
+            print(f"{values}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    for name, count in counts.most_common():
+        print(f"{count:>6,} {name}")
+    print(f"{asked.cases:>6,} in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
