@@ -2,9 +2,11 @@
 
 import difflib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 from rich.markup import escape
@@ -81,8 +83,17 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:
         raise _unknown_flag(error.flagname) from error
     except flags.Error as error:
         raise config.ConfigError(" ".join(str(error).split())) from error
+    except config.ConfigError:
+        raise
+    except Exception as error:  # a config file is a program, which may do anything
+        raise _failed_file(path, error) from error
     if unread:
         raise config.ConfigError(f"{unread[0]!r} is not a flag; settings look like --config.NAME=…")
+    if not isinstance(settings.value, ml_collections.ConfigDict):
+        raise config.ConfigError(
+            f"get_config() of --config={path} returns a {type(settings.value).__name__}; "
+            "it must return config.to_config_dict(…)."
+        )
     folder = Path(workdir.value or Path("runs") / path.stem)
     return config.from_config_dict(settings.value), folder.expanduser()
 
@@ -110,6 +121,17 @@ def _check_file(path: Path) -> None:
         raise config.ConfigError(
             f"--config={path} defines no get_config(); start from a copy of {DEFAULT_CONFIG}."
         )
+
+
+def _failed_file(path: Path, error: Exception) -> config.ConfigError:
+    """The error for a config file whose program fails, with the line in the file."""
+    line = getattr(error, "lineno", None)  # of a SyntaxError
+    for frame in traceback.extract_tb(error.__traceback__):
+        if Path(frame.filename).name == path.name:
+            line = frame.lineno
+    place = f"{path}:{line}" if line else str(path)
+    message = " ".join(str(error).split())
+    return config.ConfigError(f"--config={place} fails: {type(error).__name__}: {message}.")
 
 
 def _unknown_flag(name: str) -> config.ConfigError:

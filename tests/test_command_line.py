@@ -134,6 +134,37 @@ def test_value_that_cannot_be_is_refused(argument, sentence):
     assert sentence in refusal(argument)
 
 
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("def get_config(:", "x.py:1 fails: SyntaxError"),
+        (
+            "def get_config():\n    return 1 / 0",
+            "x.py:2 fails: ZeroDivisionError: division by zero",
+        ),
+        ("import nowhere\ndef get_config(): pass", "x.py:1 fails: ModuleNotFoundError"),
+        (
+            "def get_config():\n    return {}",
+            "returns a dict; it must return config.to_config_dict",
+        ),
+        ("def get_config():\n    return None", "must return config.to_config_dict"),
+        ("get_config = 3", "fails: TypeError"),
+        (
+            "from dynmoe_jax import config\ndef get_config():\n    return config.Config()",
+            "returns a Config; it must return config.to_config_dict",
+        ),
+        (
+            "from dynmoe_jax import config\ndef get_config():\n    return config.Train(steps=0)"
+            "\nget_config = lambda: config.Config(train=config.Train(steps=0))",
+            "config.train.steps=0 must be at least 1 steps",
+        ),
+    ],
+)
+def test_config_file_that_fails_is_named_with_its_line(tmp_path, body, sentence):
+    (tmp_path / "x.py").write_text(body)
+    assert sentence in refusal(f"--config={tmp_path}/x.py")
+
+
 def test_every_setting_can_be_given_back_as_it_is():
     values = [(path, value) for path, _, value in config.walk(parse()[0])]
     arguments = [f"--config.{path}={value}" for path, value in values]

@@ -19,6 +19,8 @@ from dynmoe_jax.data.tfds_source import read_tfds, tfds_identity
 KINDS = ("python", "text", "jsonl", "parquet", "tfds")
 _ARGUMENTS = {"text": "GLOB", "jsonl": "GLOB", "parquet": "GLOB", "tfds": "NAME"}
 _END_BYTES = 1 << 16
+# Beyond, a domain would not come up in any run; Grain scales weights up to whole numbers.
+_LIGHTEST, _HEAVIEST = 1e-6, 1e6
 
 
 class Source(NamedTuple):
@@ -61,7 +63,7 @@ def parse_weights(domain_weights: str) -> dict[str, float]:
     """Reads ``"code=2,prose=1"``; an empty string gives an empty dictionary.
 
     Raises:
-      DataError: an entry is no ``domain=number`` with a number of at least zero, a domain comes
+      DataError: an entry is no ``domain=number``, its number is out of bounds, a domain comes
         twice, or all weights are zero.
     """
     weights: dict[str, float] = {}
@@ -72,10 +74,10 @@ def parse_weights(domain_weights: str) -> dict[str, float]:
             weight = float(number)
         except ValueError:
             weight = math.nan
-        if not domain or not 0 <= weight < math.inf:
+        if not domain or not (weight == 0 or _LIGHTEST <= weight <= _HEAVIEST):
             raise DataError(
                 f"config.data.domain_weights holds {entry!r}; write 'domain=weight' "
-                "with a weight of at least zero."
+                f"with a weight of zero, or between {_LIGHTEST:g} and {_HEAVIEST:g}."
             )
         if domain in weights:
             raise DataError(f"config.data.domain_weights names {domain!r} twice; name it once.")

@@ -35,8 +35,13 @@ def read_tfds(name: str, text_field: str, domain_field: str) -> Iterator[Documen
     except Exception as error:  # whatever the dataset's own code raises
         raise _unreadable(name, error) from error
     for split, examples in splits:
-        for index, example in enumerate(examples):
+        for index in range(len(examples)):
             origin = f"{builder.name}/{split}:{index}"
+            try:
+                example = examples[index]
+            except Exception as error:  # of the reader's C++, or of a feature's decoder
+                yield Broken(origin, f"cannot be read: {' '.join(str(error).split())[:300]}")
+                continue
             try:
                 text = field(example, text_field)
             except KeyError as error:

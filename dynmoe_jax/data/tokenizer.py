@@ -60,7 +60,8 @@ class Tokenizer:
             ) from error
         try:
             tokenizer = cls(model) if model else None  # SentencePiece would take an empty file
-        except RuntimeError:
+        except (RuntimeError, ValueError, IndexError, OSError):
+            # The last three: a damaged model may load, and fail when it is asked for a piece.
             tokenizer = None
         if tokenizer is None:
             raise DataError(f"config.data.tokenizer={str(path)!r} is no tokenizer; {remedy}.")

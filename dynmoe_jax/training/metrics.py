@@ -1,7 +1,6 @@
 """Where the numbers of training go: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
 
 import importlib.util
-import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -84,10 +83,12 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                yield line.rstrip("\n"), from_json(line)
-            except json.JSONDecodeError:
+                record = from_json(line)
+            except (ValueError, RecursionError):
                 # Its writer was killed in the middle of it, or is writing it now.
                 continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line.rstrip("\n"), record
 
 
 def _forget_after(path: Path, step: int) -> None:

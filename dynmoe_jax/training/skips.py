@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dynmoe_jax import config
 from dynmoe_jax.data import Batch, TrainStream
 from dynmoe_jax.training.records import from_json, to_json, write_atomically
 
@@ -32,11 +33,21 @@ class Skip:
 
 
 def read_skips(workdir: Path) -> list[Skip]:
-    """The ranges of a run in the order in which they were added; none in a new run."""
+    """The ranges of a run in the order in which they were added; none in a new run.
+
+    Raises:
+      ConfigError: the file is damaged.
+    """
     path = workdir / FILE_NAME
     if not path.exists():
         return []
-    return [Skip(**skip) for skip in from_json(path.read_text(encoding="utf-8"))]
+    try:
+        return [Skip(**skip) for skip in from_json(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise config.ConfigError(
+            f"{path} cannot be read, so the batches that this run leaves out are not known; "
+            "restore the file, or delete it to train on them."
+        ) from error
 
 
 def skips_of(workdir: Path, done: int) -> list[Skip]:

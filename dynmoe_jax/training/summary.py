@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dynmoe_jax.console import warn
 from dynmoe_jax.training.records import from_json, to_json, write_atomically
 
 FILE_NAME = "summary.json"
@@ -100,9 +101,15 @@ def write_summary(workdir: Path, summary: Summary) -> Path:
 
 
 def read_summary(workdir: Path) -> Summary | None:
-    """The run's summary, or None where no run has written one."""
+    """The run's summary, or None where no run has written one, or it has been damaged."""
     path = workdir / FILE_NAME
-    return _build(from_json(path.read_text(encoding="utf-8"))) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return _build(from_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        warn(f"{path} cannot be read, and is written anew when the run is complete.")
+        return None
 
 
 def _build(record: dict[str, Any]) -> Summary:

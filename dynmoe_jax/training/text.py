@@ -25,7 +25,15 @@ def load_text(cfg: config.Config, workdir: Path, begun: bool) -> tuple[Prepared,
       ConfigError: the tokenizer has more tokens than the model.
       DataError: the sources or the tokenizer cannot be used, or nothing can be held out.
     """
-    prepared = prepare(cfg.data, Path(cfg.data.directory or workdir / "data").expanduser())
+    directory = Path(cfg.data.directory or workdir / "data").expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"config.data.directory={str(directory)!r} cannot be written ({error.strerror}); "
+            "name another folder."
+        ) from error
+    prepared = prepare(cfg.data, directory)
     if not any(len(prepared.open_heldout(domain)) for domain in prepared.domains):
         raise DataError(
             f"config.data.sources={cfg.data.sources!r} gives no two different documents, so none "
