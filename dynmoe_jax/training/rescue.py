@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from dynmoe_jax import config
 from dynmoe_jax.command_line import EXIT_BAD_NUMBERS
@@ -97,6 +99,8 @@ def _roll_back(spike: Spike, workdir: Path, checkpoints: Checkpoints) -> None:
     checkpoints.delete_after(target)
     if jax.process_index() == 0:
         write_skips(workdir, [*skips, skip])
+    if jax.process_count() > 1:  # the others read what the first has written
+        multihost_utils.sync_global_devices(f"skips of step {spike.first}")
     raise RolledBack(
         f"back to step {target:,}; the batches {skip.first:,} to {skip.last:,} are left out."
     )
@@ -107,5 +111,5 @@ def without_old_streak(state: TrainState, train: config.Train) -> TrainState:
     count = state.guard.skipped_in_a_row
     if int(count) < train.max_skipped_in_a_row:
         return state
-    zero = jax.device_put(jax.numpy.zeros_like(count), count.sharding)
+    zero = jax.device_put(jnp.zeros_like(count), count.sharding)
     return dataclasses.replace(state, guard=dataclasses.replace(state.guard, skipped_in_a_row=zero))
