@@ -82,6 +82,8 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:
     except flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname) from error
     except flags.Error as error:
+        if "whilst parsing" in str(error) and error.__context__:  # of what the file did
+            raise _failed_file(path, error.__context__) from error
         raise config.ConfigError(" ".join(str(error).split())) from error
     except config.ConfigError:
         raise

@@ -87,7 +87,8 @@ def sound(tmp_path_factory):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(folder / "t"),
-        vocab_size=300,
+        model_type="bpe",
+        vocab_size=285,
         byte_fallback=True,
         minloglevel=2,
     )
