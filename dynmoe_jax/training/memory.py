@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -93,13 +94,10 @@ class Memory:
         Raises:
           OutOfMemory: state and gradients need more than there is.
         """
-        settings = self._cfg.optimizer
-        optimizer = make_optimizer(settings, make_schedule(settings, self._cfg.train.steps))
-        init = partial(init_state, self._cfg.model, optimizer)
-        state = jax.eval_shape(init, jax.random.key(0))
+        state, gradients = _state_bytes(self._cfg.model, self._cfg.optimizer)
         tokens = self._cfg.train.batch_size * self._cfg.data.seq_len // self._devices
         stream = 4 * self._cfg.model.width * tokens // self._cfg.train.microbatches
-        self._check(Need(_bytes_of(state), _bytes_of(state.params), 16 * tokens + stream))
+        self._check(Need(state, gradients, 16 * tokens + stream))
 
     def check_step(self, step: Compiled) -> None:
         """Refuses a step that cannot fit, before it is run.
@@ -250,6 +248,15 @@ def _largest(model_of: Callable[[int], config.Model], affordable: float, now: in
         return 0
     most = 1 + math.floor((affordable - one) / (two - one))
     return max(0, min(most, now - 1))
+
+
+@functools.lru_cache(maxsize=16)
+def _state_bytes(model: config.Model, settings: config.Optimizer) -> tuple[int, int]:
+    """Bytes of the whole state, and of the parameters in it."""
+    optimizer = make_optimizer(settings, make_schedule(settings, steps=1))
+    init = partial(init_state, model, optimizer)
+    state = jax.eval_shape(init, jax.random.key(0))
+    return _bytes_of(state), _bytes_of(state.params)
 
 
 def _bytes_of(tree: Any) -> int:

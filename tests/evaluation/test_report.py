@@ -186,7 +186,8 @@ def test_hostile_text_is_shown_and_never_run(tmp_path):
     summary = fake_summary(domains=(attack, "__hidden", "$x_{"), text=attack)
     sample = dataclasses.replace(summary.sample, prompt=attack)
     base = run_config()
-    settings = dataclasses.replace(base, data=dataclasses.replace(base.data, sources=attack))
+    sources = attack.removesuffix("\ud800")  # which settings refuse
+    settings = dataclasses.replace(base, data=dataclasses.replace(base.data, sources=sources))
     page = Page(
         render(tmp_path, fake_metrics(), dataclasses.replace(summary, sample=sample), settings)
     )

@@ -36,7 +36,7 @@ def test_run_at_the_edges_of_its_settings_among_garbage(settings, change, tmp_pa
     cfg = change(settings, model__moe__backend="reference", train__steps=2)
     cfg = change(
         cfg,
-        data__virtual_shards=64,
+        data__virtual_shards=32,
         data__shuffle_tokens=0,
         data__tokenizer_megabytes=1e6,
         data__domain_weights="text=1e-6",

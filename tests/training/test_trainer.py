@@ -36,8 +36,8 @@ def interrupt_at(monkeypatch, step):
     """Somebody presses Ctrl-C while the step is under way."""
     add = trainer.Logbook.add
 
-    def add_and_interrupt(logbook, number, metrics):
-        add(logbook, number, metrics)
+    def add_and_interrupt(logbook, number, *rest):
+        add(logbook, number, *rest)
         if number == step:
             os.kill(os.getpid(), signal.SIGINT)
 
