@@ -4,6 +4,7 @@ The settings themselves are in :mod:`dynmoe_jax.config`, what they ask of each o
 :mod:`dynmoe_jax.config_rules`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -151,6 +152,7 @@ def _build(kind: type, settings: Mapping[str, Any], whole: type, prefix: str) ->
                 raise ConfigError(f"config.{prefix}{name}={value!r} must be a group of settings.")
             value = _build(wanted, value, whole, f"{prefix}{name}.")
         elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            with contextlib.suppress(OverflowError):  # refused as what it is
+                value = float(value)
         values[name] = value
     return kind(**values)

@@ -131,6 +131,7 @@ def test_numbers_that_are_not_finite(value):
     ("path", "value", "message"),
     [
         ("optimizer.learning_rate", 1e39, "is no number in float32"),
+        ("optimizer.learning_rate", 10**400, "must be of type float"),
         ("optimizer.epsilon", 1e-39, "is no number in float32"),
         ("train.steps", 2**31, "which 32 bits hold"),
         ("data.directory", "a\0b", "holds a NUL"),

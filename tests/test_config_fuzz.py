@@ -92,7 +92,8 @@ FREE = [path for path in LEAVES if not path.startswith((*SHAPES_PROGRAM, *LEFT_O
 NEVER = st.one_of(
     st.none(),
     st.integers(max_value=-2),
-    st.integers(min_value=2**31),
+    st.integers(min_value=10**39),
+    st.just(10**400),
     st.floats(max_value=-1e-3),
     st.sampled_from([math.nan, math.inf]),
     st.text(max_size=6).map("?".__add__),
