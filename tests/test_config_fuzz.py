@@ -99,7 +99,7 @@ NEVER = st.one_of(
     st.text(max_size=6).map("?".__add__),
     st.binary(max_size=3),
     st.lists(st.integers(), max_size=2),
-    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), min_size=1, max_size=2),
 )
 """Values that no setting which shapes the compiled step can have."""
 
