@@ -8,44 +8,15 @@ frozen dataclass.
 """
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
+from dynmoe_jax import config_fields, config_rules
+from dynmoe_jax.config_fields import ConfigError, setting, walk
 
-class ConfigError(ValueError):
-    """A setting is unknown, has the wrong type, is out of range, or contradicts another.
-
-    The message is one sentence that names the setting, its value and the remedy.
-    """
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Declares one setting of a config dataclass.
-
-    Args:
-      default: its value unless a config file or the command line says otherwise.
-      help: one line for people.
-      unit: what the number counts, e.g. ``"tokens"``.
-      low: smallest value allowed.
-      high: largest value allowed.
-      above: the value must be strictly greater than this.
-      choices: the strings allowed, if only some are.
-    """
-    rules = {"low": low, "high": high, "above": above, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **rules})
+__all__ = ["ConfigError", "walk"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,18 +241,8 @@ class Config:
 
     def __post_init__(self):
         for path, field, value in walk(self):
-            check_value(path, field, value)
-        _check_together(self)
-
-
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields (dotted path, field, value) of every leaf setting, in declaration order."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, field, value
+            config_fields.check_value(path, field, value)
+        config_rules.check_together(self)
 
 
 def setting_names() -> list[str]:
@@ -291,84 +252,12 @@ def setting_names() -> list[str]:
 
 def nearest_name(name: str) -> str:
     """The existing setting, or group of settings, whose dotted path is most like ``name``."""
-    names = setting_names()
-    names += dict.fromkeys(path[:dot] for path in names for dot, c in enumerate(path) if c == ".")
-    last = name.rsplit(".", 1)[-1]
-    leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(names)}
-    by_whole = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    if last in leaves or by_whole:
-        return leaves.get(last) or by_whole[0]
-    by_leaf = difflib.get_close_matches(last, leaves, n=1, cutoff=0.6)
-    return leaves[by_leaf[0]] if by_leaf else difflib.get_close_matches(name, names, 1, 0.0)[0]
+    return config_fields.nearest_name(Config, name)
 
 
 def unknown_setting(name: str) -> ConfigError:
     """The error for a setting that does not exist."""
-    # As repr shows it: a name with a line break in it must not break the sentence.
-    name = repr(name)[1:-1]
-    return ConfigError(f"config.{name} does not exist; did you mean config.{nearest_name(name)}?")
-
-
-def check_value(path: str, field: dataclasses.Field, value: Any) -> None:
-    """Raises ConfigError unless ``value`` has the field's type and lies in its range."""
-    rule, where = field.metadata, f"config.{path}={value!r}"
-    wanted = field.type
-    good = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
-    if not good:
-        raise ConfigError(f"{where} must be of type {wanted.__name__}: {rule['help']}.")
-    if rule["choices"] and value not in rule["choices"]:
-        near = difflib.get_close_matches(value, rule["choices"], n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ConfigError(f"{where} must be one of {', '.join(rule['choices'])}{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where} must be a finite number: {rule['help']}.")
-    unit = f" {rule['unit']}" if rule["unit"] else ""
-    if rule["above"] is not None and not value > rule["above"]:
-        raise ConfigError(f"{where} must be greater than {rule['above']:g}{unit}.")
-    if rule["low"] is not None and value < rule["low"]:
-        raise ConfigError(f"{where} must be at least {rule['low']:g}{unit}.")
-    if rule["high"] is not None and value > rule["high"]:
-        raise ConfigError(f"{where} must be at most {rule['high']:g}{unit}.")
-
-
-def _check_together(config: Config) -> None:
-    """Checks that need more than one setting."""
-    model, moe, train = config.model, config.model.moe, config.train
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError(
-            f"config.model.num_kv_heads={model.num_kv_heads} must divide "
-            f"config.model.num_heads={model.num_heads}."
-        )
-    if model.head_width % 2:
-        raise ConfigError(f"config.model.head_width={model.head_width} must be even, for RoPE.")
-    if moe.every_n_layers and model.num_layers % moe.every_n_layers:
-        raise ConfigError(
-            f"config.model.moe.every_n_layers={moe.every_n_layers} must divide "
-            f"config.model.num_layers={model.num_layers}."
-        )
-    if moe.router == "top_k" and moe.top_k > moe.num_experts:
-        raise ConfigError(
-            f"config.model.moe.top_k={moe.top_k} must be at most "
-            f"config.model.moe.num_experts={moe.num_experts}."
-        )
-    if config.data.seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"config.data.seq_len={config.data.seq_len} must be at most "
-            f"config.model.max_seq_len={model.max_seq_len}; raise the latter."
-        )
-    if train.batch_size % train.microbatches:
-        raise ConfigError(
-            f"config.train.microbatches={train.microbatches} must divide "
-            f"config.train.batch_size={train.batch_size}."
-        )
-    for axis in ("expert", "model"):
-        if getattr(config.mesh, axis) != 1:
-            raise ConfigError(
-                f"config.mesh.{axis}={getattr(config.mesh, axis)} must be 1: only the data axis "
-                "can be sharded in this version; use config.mesh.data."
-            )
-    if config.mesh.data == 0:
-        raise ConfigError("config.mesh.data=0 must be -1 (all devices) or at least 1.")
+    return config_fields.unknown_setting(Config, name)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -389,24 +278,7 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
     """
     if isinstance(settings, ml_collections.ConfigDict):
         settings = settings.to_dict()
-    return _build(Config, settings, "")
-
-
-def _build(kind: type, settings: Mapping[str, Any], prefix: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    values = {}
-    for name, value in settings.items():
-        if name not in fields:
-            raise unknown_setting(f"{prefix}{name}")
-        wanted = fields[name].type
-        if dataclasses.is_dataclass(wanted):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"config.{prefix}{name}={value!r} must be a group of settings.")
-            value = _build(wanted, value, f"{prefix}{name}.")
-        elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        values[name] = value
-    return kind(**values)
+    return config_fields.build(Config, settings)
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:

@@ -1,0 +1,127 @@
+"""How a setting is declared, found, checked and built; knows none of them by name.
+
+The settings themselves are in :mod:`dynmoe_jax.config`, what they ask of each other in
+:mod:`dynmoe_jax.config_rules`.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another.
+
+    The message is one sentence that names the setting, its value and the remedy.
+    """
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declares one setting of a config dataclass.
+
+    Args:
+      default: its value unless a config file or the command line says otherwise.
+      help: one line for people.
+      unit: what the number counts, e.g. ``"tokens"``.
+      low: smallest value allowed.
+      high: largest value allowed.
+      above: the value must be strictly greater than this.
+      choices: the strings allowed, if only some are.
+    """
+    rules = {"low": low, "high": high, "above": above, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **rules})
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yields (dotted path, field, value) of every leaf setting, in declaration order."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field, value
+
+
+def nearest_name(kind: type, name: str) -> str:
+    """The existing setting, or group of settings, whose dotted path is most like ``name``.
+
+    Args:
+      kind: the dataclass of all settings.
+      name: what somebody wrote.
+    """
+    names = [path for path, _, _ in walk(kind())]
+    names += dict.fromkeys(path[:dot] for path in names for dot, c in enumerate(path) if c == ".")
+    last = name.rsplit(".", 1)[-1]
+    leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(names)}
+    by_whole = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if last in leaves or by_whole:
+        return leaves.get(last) or by_whole[0]
+    by_leaf = difflib.get_close_matches(last, leaves, n=1, cutoff=0.6)
+    return leaves[by_leaf[0]] if by_leaf else difflib.get_close_matches(name, names, 1, 0.0)[0]
+
+
+def unknown_setting(kind: type, name: str) -> ConfigError:
+    """The error for a setting that does not exist."""
+    # As repr shows it: a name with a line break in it must not break the sentence.
+    name = repr(name)[1:-1]
+    near = nearest_name(kind, name)
+    return ConfigError(f"config.{name} does not exist; did you mean config.{near}?")
+
+
+def check_value(path: str, field: dataclasses.Field, value: Any) -> None:
+    """Raises ConfigError unless ``value`` has the field's type and lies in its range."""
+    rule, where = field.metadata, f"config.{path}={value!r}"
+    wanted = field.type
+    good = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
+    if not good:
+        raise ConfigError(f"{where} must be of type {wanted.__name__}: {rule['help']}.")
+    if rule["choices"] and value not in rule["choices"]:
+        near = difflib.get_close_matches(value, rule["choices"], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"{where} must be one of {', '.join(rule['choices'])}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number: {rule['help']}.")
+    unit = f" {rule['unit']}" if rule["unit"] else ""
+    if rule["above"] is not None and not value > rule["above"]:
+        raise ConfigError(f"{where} must be greater than {rule['above']:g}{unit}.")
+    if rule["low"] is not None and value < rule["low"]:
+        raise ConfigError(f"{where} must be at least {rule['low']:g}{unit}.")
+    if rule["high"] is not None and value > rule["high"]:
+        raise ConfigError(f"{where} must be at most {rule['high']:g}{unit}.")
+
+
+def build(kind: type, settings: Mapping[str, Any]) -> Any:
+    """The checked dataclass of nested dictionaries; what is not in them is as by default.
+
+    Raises:
+      ConfigError: a name does not exist, or a value has the wrong type or is out of range.
+    """
+    return _build(kind, settings, kind, "")
+
+
+def _build(kind: type, settings: Mapping[str, Any], whole: type, prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values = {}
+    for name, value in settings.items():
+        if name not in fields:
+            raise unknown_setting(whole, f"{prefix}{name}")
+        wanted = fields[name].type
+        if dataclasses.is_dataclass(wanted):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"config.{prefix}{name}={value!r} must be a group of settings.")
+            value = _build(wanted, value, whole, f"{prefix}{name}.")
+        elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        values[name] = value
+    return kind(**values)

@@ -1,0 +1,49 @@
+"""What settings ask of each other: the checks that need more than one."""
+
+from typing import Any
+
+from dynmoe_jax.config_fields import ConfigError
+
+
+def check_together(config: Any) -> None:
+    """Raises ConfigError if settings, each allowed by itself, contradict each other.
+
+    Args:
+      config: a whole :class:`dynmoe_jax.config.Config`.
+    """
+    model, moe, train = config.model, config.model.moe, config.train
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"config.model.num_kv_heads={model.num_kv_heads} must divide "
+            f"config.model.num_heads={model.num_heads}."
+        )
+    if model.head_width % 2:
+        raise ConfigError(f"config.model.head_width={model.head_width} must be even, for RoPE.")
+    if moe.every_n_layers and model.num_layers % moe.every_n_layers:
+        raise ConfigError(
+            f"config.model.moe.every_n_layers={moe.every_n_layers} must divide "
+            f"config.model.num_layers={model.num_layers}."
+        )
+    if moe.router == "top_k" and moe.top_k > moe.num_experts:
+        raise ConfigError(
+            f"config.model.moe.top_k={moe.top_k} must be at most "
+            f"config.model.moe.num_experts={moe.num_experts}."
+        )
+    if config.data.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"config.data.seq_len={config.data.seq_len} must be at most "
+            f"config.model.max_seq_len={model.max_seq_len}; raise the latter."
+        )
+    if train.batch_size % train.microbatches:
+        raise ConfigError(
+            f"config.train.microbatches={train.microbatches} must divide "
+            f"config.train.batch_size={train.batch_size}."
+        )
+    for axis in ("expert", "model"):
+        if getattr(config.mesh, axis) != 1:
+            raise ConfigError(
+                f"config.mesh.{axis}={getattr(config.mesh, axis)} must be 1: only the data axis "
+                "can be sharded in this version; use config.mesh.data."
+            )
+    if config.mesh.data == 0:
+        raise ConfigError("config.mesh.data=0 must be -1 (all devices) or at least 1.")
