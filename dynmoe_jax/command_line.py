@@ -15,6 +15,9 @@ from dynmoe_jax.console import console
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_PREEMPTED = 143
+"""As of any process that Ctrl-C or SIGTERM ends (128 + the signal's number): whoever starts runs
+again need not know whether the run was still preparing, or was training and has saved."""
 DEFAULT_CONFIG = "configs/quickstart.py"
 
 

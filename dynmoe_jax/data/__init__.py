@@ -17,6 +17,7 @@ from dynmoe_jax.data.pipeline import Batch, TrainStream, heldout_batches
 from dynmoe_jax.data.preparation import Prepared, prepare
 from dynmoe_jax.data.sources import check_sources
 from dynmoe_jax.data.tokenizer import Tokenizer, train_tokenizer
+from dynmoe_jax.data.unchanged import check_unchanged
 
 __all__ = [
     "Batch",
@@ -25,6 +26,7 @@ __all__ = [
     "Tokenizer",
     "TrainStream",
     "check_sources",
+    "check_unchanged",
     "heldout_batches",
     "prepare",
     "train_tokenizer",

@@ -22,6 +22,7 @@ from dynmoe_jax.data.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]
 
 _BATCHES_AHEAD = 4
+_LATER = ("documents",)  # parts of the identity that positions of earlier versions lack
 
 
 class TrainStream:
@@ -66,6 +67,8 @@ class TrainStream:
             "virtual_shards": data.virtual_shards,
             "shuffle_tokens": data.shuffle_tokens,
         }
+        if prepared.content:
+            self._identity["documents"] = prepared.content
         numbers = range(data.virtual_shards) if shard_ids is None else sorted(set(shard_ids))
         rows = _rows_here(batch_size, data.virtual_shards, numbers)
         documents = {domain: prepared.open_train(domain) for domain in prepared.domains}
@@ -118,7 +121,7 @@ class TrainStream:
           DataError: the position belongs to other data or other settings.
         """
         for name, now in self._identity.items():
-            if state.get(name) != now:
+            if state.get(name, now if name in _LATER else None) != now:
                 raise _other_stream(name, state.get(name), now)
         self._iterator().set_state(state["position"])
 
@@ -172,11 +175,16 @@ def _rows_here(batch_size: int, num_shards: int, numbers: Collection[int]) -> in
 def _other_stream(name: str, then: Any, now: Any) -> DataError:
     if name == "data":
         what = "other data (config.data.sources, its files, or how they are read have changed)"
+    elif name == "documents":
+        what = (
+            "other documents, although the settings are the same (the Python installation or the "
+            "TFDS data set that they were prepared from has changed)"
+        )
     elif name == "tokenizer":
         what = "another tokenizer (config.data.tokenizer)"
     else:
         setting = "config.seed" if name == "seed" else f"config.data.{name}"
         what = f"{setting}={then!r}, which is now {now!r}"
     return DataError(
-        f"The position in the data belongs to {what}; set it back, or start in a new workdir."
+        f"The position in the data belongs to {what}; set it back, or start in another --workdir."
     )

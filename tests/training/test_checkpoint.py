@@ -16,9 +16,9 @@ from dynmoe_jax.training.checkpoint import (
     FREE_TO_CHANGE,
     Checkpoints,
     check_compatible,
-    load_run,
     make_folder,
 )
+from dynmoe_jax.training.load import load_run
 from dynmoe_jax.training.mesh import make_mesh, replicated
 from dynmoe_jax.training.step import TrainState
 from dynmoe_jax.training.text import TOKENIZER_FILE
@@ -33,14 +33,23 @@ def state(settings):
     return TrainState(jnp.int32(3), params, {"moment": jax.tree.map(jnp.copy, params)})
 
 
+@pytest.fixture(scope="module")
+def tokenizer(settings, corpus, tmp_path_factory):
+    texts = (Path(path).read_text(encoding="utf-8") for path in sorted(glob.glob(corpus)))
+    path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER_FILE
+    return train_tokenizer(texts, settings.model.vocab_size, path)
+
+
 @pytest.fixture
-def workdir(settings, state, tmp_path):
+def workdir(settings, state, tokenizer, tmp_path):
     """With checkpoints of steps 3 and 4, of which 4 is the state, and 3 the state plus one."""
+    tokenizer.save(tmp_path / TOKENIZER_FILE)
     checkpoints = Checkpoints(tmp_path, config.Checkpoint(keep=2))
     for step in (2, 3, 4):
         params = jax.tree.map(lambda x: x + (step != 4), state.params)  # noqa: B023
         saved = TrainState(jnp.int32(step), params, state.optimizer)
-        checkpoints.save(step, saved, {"row": step}, settings)
+        position = {"row": step, "tokenizer": tokenizer.fingerprint}
+        checkpoints.save(step, saved, position, settings)
     checkpoints.close()
     return tmp_path
 
@@ -59,7 +68,6 @@ def assert_same(actual, wanted):
 def test_looking_at_a_run_leaves_alone_what_it_is_writing(settings, workdir):
     unfinished = workdir / "checkpoints" / "5.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    train_tokenizer(["some words of text"] * 50, 270, workdir / TOKENIZER_FILE)
     load_run(workdir)
     assert unfinished.exists()
 
@@ -80,11 +88,12 @@ def test_state_position_and_settings_come_back_together(opened, state, settings)
     restored, position = opened.restore(4, state)
     assert_same(restored.params, state.params)
     assert_same(restored.optimizer, state.optimizer)
-    assert (int(restored.step), position) == (4, {"row": 4})
+    assert (int(restored.step), position["row"]) == (4, 4)
+    assert opened.position(4) == position
     assert opened.config(4) == settings
     older, position = opened.restore(3, state)
     assert_same(older.params, jax.tree.map(lambda x: x + 1, state.params))
-    assert position == {"row": 3}
+    assert position["row"] == 3
 
 
 def test_state_is_placed_as_asked(opened, state):
@@ -98,7 +107,7 @@ def test_saving_a_step_again_changes_nothing(opened, state, settings):
     opened.save(4, jax.tree.map(jnp.zeros_like, state), {"row": 0}, settings)
     restored, position = opened.restore(4, state)
     assert_same(restored.params, state.params)
-    assert position == {"row": 4}
+    assert position["row"] == 4
 
 
 def test_half_written_checkpoint_is_not_continued_from(workdir, state):
@@ -129,9 +138,7 @@ def test_every_setting_that_makes_another_model_or_stream_is_refused(settings, c
     check_compatible(settings, change(settings, train__steps=50, mesh__data=8), tmp_path)
 
 
-def test_run_is_loaded_for_use(workdir, state, settings, corpus):
-    texts = (Path(path).read_text(encoding="utf-8") for path in sorted(glob.glob(corpus)))
-    tokenizer = train_tokenizer(texts, settings.model.vocab_size, workdir / TOKENIZER_FILE)
+def test_run_is_loaded_for_use(workdir, state, settings, tokenizer):
     cfg, decoder, loaded = load_run(str(workdir))
     assert cfg == settings
     assert loaded.fingerprint == tokenizer.fingerprint
