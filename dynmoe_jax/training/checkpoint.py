@@ -123,11 +123,12 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(config.to_dict(cfg)),
         )
+        self.wait()  # whatever has gone wrong until here is not this step's
+        self._saving = step
         with self._written():
             self._manager.save(
                 step, args=items, metrics={} if loss is None else {METRIC: loss}, force=True
             )
-            self._saving = step
 
     def check(self) -> None:
         """Raises CheckpointError if the last save has failed; doesn't wait for one under way."""
@@ -181,8 +182,8 @@ class Checkpoints:
 
     def _list_files(self) -> None:
         """Writes the checksums of the checkpoint that is being saved; runs in Orbax's thread."""
-        for folder in (self._workdir / FOLDER).glob("*.orbax-checkpoint-tmp*"):
-            write_checksums(folder)
+        unnamed = (self._workdir / FOLDER).glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        write_checksums(next(unnamed, self.folder(self._saving)))
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
@@ -193,7 +194,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            last = self._manager.latest_step()
+            last = max((s for s in self.all_steps() if s != self._saving), default=None)
             kept = f"the one of step {last:,} is whole" if last else "there is none before it"
             raise CheckpointError(
                 f"The checkpoint of step {self._saving:,} in {self._workdir / FOLDER} could not be "
