@@ -42,5 +42,6 @@ def keep_policy(checkpoint: config.Checkpoint) -> ocm.PreservationPolicy:
 
 
 def heldout_loss(metrics: Mapping[str, float]) -> float:
-    """What the best checkpoint has least of; infinite where nothing was evaluated."""
-    return metrics.get(METRIC, math.inf)
+    """What the best checkpoint has least of; infinite where nothing finite was evaluated."""
+    loss = metrics.get(METRIC, math.inf)
+    return loss if math.isfinite(loss) else math.inf

@@ -220,13 +220,47 @@ def test_more_steps_and_free_settings_continue_a_complete_run(copy, change, caps
     assert (summary.steps, summary.sample.prompt) == (7, "router ")
 
 
-def test_one_device_and_eight_see_the_same_losses(whole, settings, tmp_path, monkeypatch):
-    def one_device(mesh, batch_size):
+def only(count, monkeypatch):
+    """Training sees so many devices."""
+
+    def mesh_of_some(mesh, batch_size):
         del mesh, batch_size
         types = (jax.sharding.AxisType.Auto,) * 3
-        return jax.make_mesh((1, 1, 1), AXES, types, devices=jax.devices()[:1])
+        return jax.make_mesh((count, 1, 1), AXES, types, devices=jax.devices()[:count])
 
-    monkeypatch.setattr(trainer, "make_mesh", one_device)
+    monkeypatch.setattr(trainer, "make_mesh", mesh_of_some)
+
+
+def test_run_moves_to_fewer_devices_and_back(copy, whole, monkeypatch):
+    """Saved on 8, on 4, on 2 and on 1 device, and restored on each of the next."""
+    cfg, workdir = copy
+    for step in (3, 4, 5, 6):
+        shutil.rmtree(workdir / FOLDER / str(step))
+    (workdir / "summary.json").unlink()
+    batches, following = [], trainer.TrainStream.__next__
+
+    def take(stream):
+        batches.append(following(stream))
+        return batches[-1]
+
+    monkeypatch.setattr(trainer.TrainStream, "__next__", take)
+    for step, devices in ((3, 4), (4, 2), (5, 1)):
+        with monkeypatch.context() as patch:
+            only(devices, patch)
+            interrupt_at(patch, step)
+            assert train(cfg, workdir) == EXIT_INTERRUPTED
+    assert train(cfg, workdir) == 0
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(losses(workdir), losses(whole[1]), rtol=1e-5)
+    prepared, tokenizer = load_text(cfg, whole[1], None)
+    with trainer.TrainStream(prepared, tokenizer, cfg.data, 8, cfg.seed) as stream:
+        wanted = [following(stream) for _ in range(6)][2:]
+    for batch, want in zip(batches, wanted, strict=True):
+        assert_identical(batch, want)
+
+
+def test_one_device_and_eight_see_the_same_losses(whole, settings, tmp_path, monkeypatch):
+    only(1, monkeypatch)
     assert train(settings, tmp_path) == 0
     np.testing.assert_allclose(losses(tmp_path), losses(whole[1]), rtol=1e-5)
     assert read_summary(tmp_path).heldout.domains.keys() == {"text"}
