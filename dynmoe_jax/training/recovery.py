@@ -16,7 +16,7 @@ def newest_whole(checkpoints: Checkpoints) -> tuple[int | None, dict[int, str]]:
       CheckpointError: there are checkpoints, and all are damaged.
     """
     damaged: dict[int, str] = {}
-    for step in reversed(checkpoints.all_steps()):
+    for step in reversed(checkpoints.steps()):
         damage = find_damage(checkpoints.folder(step), ITEMS)
         if damage is None:
             return step, damaged

@@ -130,6 +130,14 @@ def test_source_that_changed_since_the_run_began_is_named(begun, tmp_path, chang
     assert sorted(directory.iterdir()) == before  # nothing was prepared in vain
 
 
+def test_moved_source_is_the_same_source(begun, tmp_path):
+    _, directory, fingerprint = begun
+    (tmp_path / "moved").mkdir()
+    for name in ("books.jsonl", "notes.jsonl"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    check_unchanged(config.Data(sources=f"jsonl:{tmp_path}/moved/*"), directory, fingerprint)
+
+
 def test_changed_source_is_refused_without_the_old_preparation_too(begun, tmp_path):
     data, directory, fingerprint = begun
     shutil.rmtree(directory)

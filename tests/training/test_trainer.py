@@ -15,6 +15,7 @@ from dynmoe_jax.command_line import EXIT_INTERRUPTED
 from dynmoe_jax.data import DataError, Tokenizer
 from dynmoe_jax.training import trainer
 from dynmoe_jax.training.checkpoint import FOLDER
+from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.mesh import AXES
 from dynmoe_jax.training.metrics import read_metrics
 from dynmoe_jax.training.summary import read_summary
@@ -162,6 +163,32 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(copy, whole, saved_st
     assert train(cfg, workdir) == 0
     assert without_times(workdir) == without_times(whole[1])
     assert_identical(saved_state(workdir, 6), saved_state(whole[1], 6))
+
+
+def test_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
+    copy, whole, saved_state, capsys
+):
+    cfg, workdir = copy
+    (workdir / "summary.json").unlink()
+    files = [path for path in (workdir / FOLDER / "6" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert train(cfg, workdir) == 0
+    printed = capsys.readouterr().out
+    assert "step 6 is damaged" in printed
+    assert "after step 5" in printed
+    assert without_times(workdir) == without_times(whole[1])
+    assert_identical(saved_state(workdir, 6), saved_state(whole[1], 6))
+
+
+def test_second_run_in_a_folder_is_refused_and_writes_nothing(settings, tmp_path):
+    with locked(tmp_path):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(config.ConfigError, match=f"in use by process {os.getpid()} on host"):
+            train(settings, tmp_path)
+    assert set(tmp_path.rglob("*")) - set(before) <= {tmp_path / FOLDER}
 
 
 def test_fewer_steps_than_were_done_show_what_there_is(copy, change, capsys):
