@@ -23,7 +23,13 @@ BASE = {
     "data.seq_len": 2,
 }
 # Settings whose range is wider than what other settings leave of it.
-CONTRADICTS = {("model.max_seq_len", 1), ("mesh.data", 0), ("mesh.expert", -1), ("mesh.model", -1)}
+CONTRADICTS = {
+    ("model.max_seq_len", 1),
+    ("mesh.data", 0),
+    ("mesh.expert", -1),
+    ("mesh.model", -1),
+    ("checkpoint.every_steps", 0),
+}
 
 
 def nested(values):
