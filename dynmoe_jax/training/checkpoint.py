@@ -16,7 +16,7 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.training.disk import not_writable
-from dynmoe_jax.training.integrity import write_checksums
+from dynmoe_jax.training.integrity import find_damage, write_checksums
 from dynmoe_jax.training.retention import METRIC, heldout_loss, keep_policy, save_policy
 
 FOLDER = "checkpoints"
@@ -252,9 +252,10 @@ def saved_config(workdir: Path) -> config.Config | None:
         return None
     with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
         for step in reversed(checkpoints.steps()):
-            # A damaged one is not the matter here: the settings are the same in all of them.
-            with contextlib.suppress(CheckpointError):
-                return checkpoints.config(step)
+            # What else is damaged is not the matter here.
+            if find_damage(checkpoints.folder(step), ("config",), "config") is None:
+                with contextlib.suppress(CheckpointError):
+                    return checkpoints.config(step)
     return None
 
 

@@ -29,7 +29,7 @@ def write_checksums(folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def find_damage(folder: Path, items: tuple[str, ...]) -> str | None:
+def find_damage(folder: Path, items: tuple[str, ...], within: str = "") -> str | None:
     """What is wrong with a checkpoint, in a few words; None if it is as it was written.
 
     Reads all of it.  A checkpoint without a list (of an earlier version) is only looked at for
@@ -38,10 +38,15 @@ def find_damage(folder: Path, items: tuple[str, ...]) -> str | None:
     Args:
       folder: of the checkpoint.
       items: the folders that it must have.
+      within: one of them, to look at nothing else.
     """
     try:
         listed = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        wanted = {name: (int(size), int(crc)) for name, (size, crc) in listed.items()}
+        wanted = {
+            name: (int(size), int(crc))
+            for name, (size, crc) in listed.items()
+            if name.startswith(f"{within}/" if within else "")
+        }
     except FileNotFoundError:
         missing = [item for item in items if not (folder / item).is_dir()]
         return f"{missing[0]} is missing" if missing else None
