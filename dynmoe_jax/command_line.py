@@ -19,6 +19,9 @@ EXIT_BAD_INPUT = 2
 EXIT_BAD_NUMBERS = 3
 EXIT_OUT_OF_MEMORY = 4
 EXIT_INTERRUPTED = 130
+EXIT_PREEMPTED = 143
+"""As of any process that Ctrl-C or SIGTERM ends (128 + the signal's number): whoever starts runs
+again need not know whether the run was still preparing, or was training and has saved."""
 DEFAULT_CONFIG = "configs/quickstart.py"
 
 

@@ -229,8 +229,21 @@ class Mesh:
 class Checkpoint:
     """What is kept on disk while training."""
 
-    every_steps: int = setting(1000, "steps between checkpoints", unit="steps", low=1)
+    every_steps: int = setting(
+        1000, "steps between checkpoints; 0 = only by time", unit="steps", low=0
+    )
+    every_minutes: float = setting(
+        0.0, "minutes between checkpoints, besides; 0 = only by steps", unit="minutes", low=0.0
+    )
     keep: int = setting(2, "newest checkpoints kept", low=1)
+    keep_best: int = setting(0, "checkpoints of the lowest held-out loss kept besides", low=0)
+    keep_every_steps: int = setting(
+        0, "one checkpoint of so many steps is kept for good; 0 = none", unit="steps", low=0
+    )
+    keep_every_hours: float = setting(
+        0.0, "one checkpoint of so many hours is kept for good; 0 = none", unit="hours", low=0.0
+    )
+    verify: bool = setting(True, "compare a checkpoint with its checksums before continuing it")
 
 
 @dataclasses.dataclass(frozen=True)

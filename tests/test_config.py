@@ -23,7 +23,13 @@ BASE = {
     "data.seq_len": 2,
 }
 # Settings whose range is wider than what other settings leave of it.
-CONTRADICTS = {("model.max_seq_len", 1), ("mesh.data", 0), ("mesh.expert", -1), ("mesh.model", -1)}
+CONTRADICTS = {
+    ("model.max_seq_len", 1),
+    ("mesh.data", 0),
+    ("mesh.expert", -1),
+    ("mesh.model", -1),
+    ("checkpoint.every_steps", 0),
+}
 
 
 def nested(values):
@@ -188,6 +194,9 @@ def test_a_group_is_not_a_value():
         ({"mesh.expert": 2}, "mesh.expert=2 must be 1"),
         ({"mesh.model": 2}, "mesh.model=2 must be 1"),
         ({"mesh.data": 0}, "mesh.data=0"),
+        ({"checkpoint.every_steps": 0}, "would save nothing before the end"),
+        ({"checkpoint.keep_every_steps": 1500}, "keep_every_steps=1500 must be a multiple of"),
+        ({"checkpoint.keep_best": 1}, "keep_best=1 needs held-out losses to compare"),
     ],
 )
 def test_settings_that_contradict_each_other(values, message):

@@ -9,14 +9,16 @@
    in every epoch, tokenises them, packs them into full rows and mixes the domains by weight; row n
    of the stream is the next row of shard n modulo their number.
 5. The stream's state is kept per shard, so a run goes on with exactly the batches that it would
-   have seen.  *Held-out batches* are one pass in fixed order.
+   have seen, also when another number of processes reads them.  *Held-out batches* are one pass
+   in fixed order.
 """
 
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.pipeline import Batch, TrainStream, heldout_batches
+from dynmoe_jax.data.pipeline import Batch, TrainStream, heldout_batches, merge_states, shards_of
 from dynmoe_jax.data.preparation import Prepared, prepare
 from dynmoe_jax.data.sources import check_sources
 from dynmoe_jax.data.tokenizer import Tokenizer, train_tokenizer
+from dynmoe_jax.data.unchanged import check_unchanged
 
 __all__ = [
     "Batch",
@@ -25,7 +27,10 @@ __all__ = [
     "Tokenizer",
     "TrainStream",
     "check_sources",
+    "check_unchanged",
     "heldout_batches",
+    "merge_states",
     "prepare",
+    "shards_of",
     "train_tokenizer",
 ]

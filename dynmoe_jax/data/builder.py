@@ -11,6 +11,7 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 
 from dynmoe_jax.data.document import Document
+from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.spool import Entry, Spool
 
 _LONGEST_SLUG = 60
@@ -69,8 +70,47 @@ def write_dataset(
 
 
 def open_split(dataset: Path, split: str) -> Sequence[dict]:
-    """Random access to the examples of a split."""
-    return tfds.builder_from_directory(dataset).as_data_source(split)
+    """Random access to the examples of a split.
+
+    Raises (also when an example is read):
+      DataError: the files are damaged.
+    """
+    return _Examples(dataset, split)
+
+
+class _Examples(Sequence):
+    """A split, with one sentence for what TFDS and ArrayRecord raise where files are damaged."""
+
+    def __init__(self, dataset: Path, split: str):
+        self._dataset = dataset
+        with self._sound():
+            self._source = tfds.builder_from_directory(dataset).as_data_source(split)
+            self._length = len(self._source)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        with self._sound():
+            return self._source[index]
+
+    @contextlib.contextmanager
+    def _sound(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # RuntimeError, ValueError and others, by what is damaged
+            reason = " ".join(str(error).split())[:150] or type(error).__name__
+            raise damaged(self._dataset.parents[1], reason) from error
+
+
+def damaged(folder: Path, what: str) -> DataError:
+    """The error for a preparation that is not as it was written."""
+    return DataError(
+        f"The prepared data in {folder} is damaged ({what}); delete that folder, and the same "
+        "command prepares it anew."
+    )
 
 
 def slugs(domains: Iterable[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -22,6 +22,7 @@ from dynmoe_jax.data.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]
 
 _BATCHES_AHEAD = 4
+_LATER = ("documents",)  # parts of the identity that positions of earlier versions lack
 
 
 class TrainStream:
@@ -29,7 +30,9 @@ class TrainStream:
 
     The rows and their order depend on the data, the tokenizer, the seed, ``seq_len``,
     ``domain_weights``, ``shuffle_tokens`` and ``virtual_shards``, and on nothing else: not on the
-    batch size, not on who reads which shards.
+    batch size, not on who reads which shards.  Within a batch that all shards have the same share
+    of, the rows are sorted by shard, so that a reader of neighbouring shards (:func:`shards_of`)
+    holds a block of the batch, as the devices of a process do.
 
     Args:
       prepared: the data.
@@ -66,6 +69,8 @@ class TrainStream:
             "virtual_shards": data.virtual_shards,
             "shuffle_tokens": data.shuffle_tokens,
         }
+        if prepared.content:
+            self._identity["documents"] = prepared.content
         numbers = range(data.virtual_shards) if shard_ids is None else sorted(set(shard_ids))
         rows = _rows_here(batch_size, data.virtual_shards, numbers)
         documents = {domain: prepared.open_train(domain) for domain in prepared.domains}
@@ -77,6 +82,7 @@ class TrainStream:
         rows_of = functools.partial(shard_rows, documents, weights, tokenizer, data.seq_len, seed)
         shards = {number: rows_of(number, data.virtual_shards, window) for number in numbers}
         batches = RowsInTurn(shards, data.virtual_shards).batch(rows, drop_remainder=True)
+        batches = batches.map(functools.partial(_by_shard, len(shards)))
         ahead = grain.experimental.ThreadPrefetchIterDataset(
             batches, prefetch_buffer_size=_BATCHES_AHEAD
         )
@@ -114,13 +120,56 @@ class TrainStream:
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position; the next batches are those that came after it.
 
+        Args:
+          state: of a reader of at least the shards that are read here: one of the same shards, of
+            all of them, or several put together by :func:`merge_states`.
+
         Raises:
           DataError: the position belongs to other data or other settings.
         """
         for name, now in self._identity.items():
-            if state.get(name) != now:
+            if state.get(name, now if name in _LATER else None) != now:
                 raise _other_stream(name, state.get(name), now)
         self._iterator().set_state(state["position"])
+
+
+def shards_of(reader: int, readers: int, virtual_shards: int) -> range:
+    """The virtual shards of one of several readers, e.g. of a process by its index.
+
+    Raises:
+      DataError: the shards cannot be divided among so many.
+    """
+    if virtual_shards % readers:
+        raise DataError(
+            f"config.data.virtual_shards={virtual_shards} must be a multiple of the {readers} "
+            "processes that read the data."
+        )
+    share = virtual_shards // readers
+    return range(reader * share, (reader + 1) * share)
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One position of the states that several readers have after the same number of batches.
+
+    It is what a reader of all shards would have there, so that any number of readers can go on.
+
+    Raises:
+      ValueError: a shard is missing or comes twice, or the states are not of one stream.
+    """
+    positions = [state["position"] for state in states]
+    shards = [number for position in positions for number in position["shards"]]
+    count = states[0]["virtual_shards"]
+    if sorted(map(int, shards)) != list(range(count)):
+        raise ValueError(f"The states hold the shards {shards}, not each of {count} once.")
+    identities = [{k: v for k, v in state.items() if k != "position"} for state in states]
+    if any(identity != identities[0] for identity in identities):
+        raise ValueError("The states are not of one stream.")
+    merged = {}
+    for position in positions:
+        merged |= position["shards"]
+    # Whoever reads the last shard has read to the end of the batch.
+    row = max(position["row"] for position in positions)
+    return {**identities[0], "position": {"row": row, "shards": merged}}
 
 
 def heldout_batches(
@@ -152,6 +201,17 @@ def heldout_batches(
     return itertools.islice(iter(rows.batch(batch_size, batch_fn=pad)), max_batches)
 
 
+def _by_shard(shards: int, batch: Batch) -> Batch:
+    """Rows that came from the shards in turn, sorted by shard; as they are if they don't divide."""
+    rows = len(batch["tokens"])
+    if rows % shards:
+        return batch
+    return {
+        name: array.reshape(-1, shards, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+        for name, array in batch.items()
+    }
+
+
 def _close(iterators: list[grain.DatasetIterator]) -> None:
     iterators.pop().close()
 
@@ -172,11 +232,16 @@ def _rows_here(batch_size: int, num_shards: int, numbers: Collection[int]) -> in
 def _other_stream(name: str, then: Any, now: Any) -> DataError:
     if name == "data":
         what = "other data (config.data.sources, its files, or how they are read have changed)"
+    elif name == "documents":
+        what = (
+            "other documents, although the settings are the same (the Python installation or the "
+            "TFDS data set that they were prepared from has changed)"
+        )
     elif name == "tokenizer":
         what = "another tokenizer (config.data.tokenizer)"
     else:
         setting = "config.seed" if name == "seed" else f"config.data.{name}"
         what = f"{setting}={then!r}, which is now {now!r}"
     return DataError(
-        f"The position in the data belongs to {what}; set it back, or start in a new workdir."
+        f"The position in the data belongs to {what}; set it back, or start in another --workdir."
     )

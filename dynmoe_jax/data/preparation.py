@@ -7,12 +7,13 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console, stage
-from dynmoe_jax.data.builder import open_split, slugs, split_names, write_dataset
+from dynmoe_jax.data.builder import damaged, open_split, slugs, split_names, write_dataset
 from dynmoe_jax.data.document import Broken
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.sources import parse_sources, read_documents, source_identity
@@ -55,17 +56,24 @@ class Prepared:
 
     Attributes:
       directory: where it is.
-      fingerprint: of everything that determines the documents in it.
+      fingerprint: of the settings and sources that determine the documents in it.
+      content: of the documents themselves; empty in preparations of earlier versions.
       domains: their names, sorted.
       train: the amount of training text by domain.
       heldout: the amount of held-out text by domain; zero where a domain has but one text.
       broken: what could not be read.
+
+    Raises:
+      DataError: a file is missing, or has another size than it was written with.  What has changed
+        inside of a file is found when it is read: ArrayRecord has checksums.
     """
 
     def __init__(self, directory: Path):
-        summary = json.loads((directory / _SUMMARY).read_text(encoding="utf-8"))
+        summary = read_summary(directory)
+        _check_files(directory, summary.get("files", {}))
         self.directory = directory
         self.fingerprint: str = summary["fingerprint"]
+        self.content: str = summary.get("content", "")
         self._slugs: dict[str, str] = summary["domains"]
         self.domains: list[str] = sorted(self._slugs)
         self.train = {name: Amount(**amount) for name, amount in summary["train"].items()}
@@ -112,7 +120,7 @@ def prepare(data: config.Data, directory: Path) -> Prepared:
     Raises:
       DataError: a source cannot be read, too much of it is broken, or no document is left.
     """
-    fingerprint = _fingerprint(data)
+    fingerprint = source_fingerprint(data)
     final = directory / fingerprint[:16]
     if (final / _SUMMARY).is_file():
         console.print(f"Reusing the data prepared in {final}", markup=False)
@@ -151,15 +159,51 @@ def _prepare_in(directory: Path, data: config.Data, fingerprint: str) -> None:
     spool_path.unlink()
     summary = {
         "fingerprint": fingerprint,
-        "settings": _settings(data),
+        "settings": settings_of(data),
         "dataset": dataset.relative_to(directory).as_posix(),
         "domains": names,
         "train": {name: _amount(side.train) for name, side in sides.items()},
         "heldout": {name: _amount(side.heldout) for name, side in sides.items()},
         "broken": dataclasses.asdict(broken),
+        "content": _content(splits),
+        "files": {
+            path.relative_to(directory).as_posix(): path.stat().st_size
+            for path in sorted(dataset.iterdir())
+        },
     }
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     (directory / _SUMMARY).write_text(text, encoding="utf-8")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a complete preparation says of itself.
+
+    Raises:
+      FileNotFoundError: there is none.
+      DataError: it cannot be read.
+    """
+    try:
+        return json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(folder, f"{_SUMMARY} cannot be read") from error
+
+
+def _check_files(directory: Path, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        try:
+            found = (directory / name).stat().st_size
+        except FileNotFoundError as error:
+            raise damaged(directory, f"{name} is missing") from error
+        if found != size:
+            raise damaged(directory, f"{name} has {found:,} bytes instead of {size:,}")
+
+
+def _content(splits: Mapping[str, Sequence[Entry]]) -> str:
+    """Hash of which documents are in which split, and of their order."""
+    digest = hashlib.sha256()
+    for name in sorted(splits):
+        digest.update(json.dumps([name, [(e.hash, e.index) for e in splits[name]]]).encode())
+    return digest.hexdigest()
 
 
 def _read_into(spool: Spool, data: config.Data) -> BrokenReport:
@@ -213,15 +257,16 @@ def _amount(entries: list[Entry]) -> dict[str, int]:
     return dataclasses.asdict(Amount(len(entries), sum(entry.size for entry in entries)))
 
 
-def _settings(data: config.Data) -> dict:
+def settings_of(data: config.Data) -> dict:
     """The settings that influence which documents there are."""
     names = ("text_field", "domain_field", "max_megabytes", "heldout_fraction")
     identities = [source_identity(source) for source in parse_sources(data.sources)]
     return {"sources": identities, **{name: getattr(data, name) for name in names}}
 
 
-def _fingerprint(data: config.Data) -> str:
-    content = json.dumps([_FORMAT, _settings(data)], sort_keys=True)
+def source_fingerprint(data: config.Data) -> str:
+    """Of everything that determines the documents; cheap, reads only the ends of files."""
+    content = json.dumps([_FORMAT, settings_of(data)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -1,6 +1,12 @@
-"""Checkpoints: state, data position and config under one step number, by Orbax."""
+"""Checkpoints: state, data position and config under one step number, by Orbax.
+
+A checkpoint is written beside its place and renamed when all of it, the list of checksums
+(:mod:`.integrity`) included, is there: whoever is killed while saving leaves no half of one.
+"""
 
 import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +15,29 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from dynmoe_jax import config
-from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.model import Decoder, parameter_shapes
-from dynmoe_jax.training.step import decoder_structure
-from dynmoe_jax.training.text import TOKENIZER_FILE
+from dynmoe_jax.training.disk import not_writable
+from dynmoe_jax.training.integrity import find_damage, write_checksums
+from dynmoe_jax.training.retention import METRIC, heldout_loss, keep_policy, save_policy
 
 FOLDER = "checkpoints"
+ITEMS = ("state", "data", "config")
 
 FREE_TO_CHANGE = (
     "checkpoint.", "evaluation.", "logging.", "loss.", "mesh.", "optimizer.",
     "train.steps", "train.log_every_steps", "train.microbatches", "train.max_skipped_in_a_row",
     "train.spike_", "train.collapse_steps", "train.compilation_cache", "data.directory",
     "data.max_broken_fraction", "data.tokenizer_megabytes",
+    # Where they lie may change: what is in them is compared by hash.
+    "data.sources", "data.tokenizer",
     "model.dtype", "model.remat", "model.attention", "model.max_seq_len",
     "model.moe.backend", "model.moe.capacity_factor", "model.moe.rows_per_token",
     "model.moe.saved_rows_per_token",
 )  # fmt: skip
 """Settings (or groups of them) that may differ between a checkpoint and the run that resumes."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read; the message is one sentence for the user."""
 
 
 class Checkpoints:
@@ -34,20 +46,45 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       checkpoint: the settings; None to read only, which leaves alone what a run may be writing.
+
+    Raises (saving, closing and whatever waits for them):
+      CheckpointError: a checkpoint could not be written, e.g. because the disk is full.
     """
 
     def __init__(self, workdir: Path, checkpoint: config.Checkpoint | None):
+        self._workdir = workdir
+        self._saving: int | None = None
+        # Of what fails, Orbax logs the traceback; the sentence that we make of it is enough.
+        logging.getLogger("absl").addFilter(_without_traceback)
+        best = {"best_fn": heldout_loss, "best_mode": "min"}
         if checkpoint is None:
-            options = ocp.CheckpointManagerOptions(create=False)
+            options = ocp.CheckpointManagerOptions(create=False, **best)
         else:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=checkpoint.keep, cleanup_tmp_directories=True
+                save_decision_policy=save_policy(checkpoint),
+                preservation_policy=keep_policy(checkpoint),
+                cleanup_tmp_directories=True,
+                # Called when all is written but not yet renamed.
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._list_files),
+                **best,
             )
         self._manager = ocp.CheckpointManager(
             (workdir / FOLDER).absolute(),
             options=options,
-            item_names=("state", "data", "config"),
+            item_names=ITEMS,
+            # Normal float32 compresses by 7%, at the cost of the steps that run meanwhile: see
+            # docs/reliability.md.
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(use_compression=False)}
+            | {item: ocp.JsonCheckpointHandler() for item in ITEMS if item != "state"},
         )
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self._workdir / FOLDER / str(step)
+
+    def reload(self) -> None:
+        """Looks again which checkpoints there are."""
+        self._manager.reload()
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
@@ -63,21 +100,68 @@ class Checkpoints:
             if later > step:
                 self._manager.delete(later)
 
-    def save(self, step: int, state: Any, data: dict, cfg: config.Config) -> None:
-        """Saves once per step, without waiting for the disk."""
+    def best_step(self) -> int | None:
+        """Step of the kept checkpoint with the lowest held-out loss; None if none has one."""
+        best = self._manager.best_step()
+        return best if best is not None and METRIC in (self._manager.metrics(best) or {}) else None
+
+    def due(self, step: int) -> bool:
+        """Whether the settings ask for a checkpoint after this step."""
+        return self._manager.should_save(step)
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machines of a distributed run will be taken away: all hosts say yes at the
+        same step.  Only where ``jax.distributed`` is initialised."""
+        return self._manager.reached_preemption(step)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: dict,
+        cfg: config.Config,
+        loss: float | None = None,
+    ) -> None:
+        """Saves once per step, without waiting for the disk.
+
+        Args:
+          step: steps done.
+          state: a tree of arrays.
+          data: position in the data, JSON-able.
+          cfg: all settings.
+          loss: held-out loss of this state, if it was evaluated.
+        """
         if step == self.latest_step():
             return
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(config.to_dict(cfg)),
         )
-        self._manager.save(step, args=items)
+        self.wait()  # whatever has gone wrong until here is not this step's
+        self._saving = step
+        with self._written():
+            self._manager.save(
+                step, args=items, metrics={} if loss is None else {METRIC: loss}, force=True
+            )
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._manager.is_saving_in_progress()
+
+    def check(self) -> None:
+        """Raises CheckpointError if the last save has failed; doesn't wait for one under way."""
+        if not self.is_saving():
+            self.wait()
 
     def config(self, step: int) -> config.Config:
         """The settings that a checkpoint was written with."""
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return config.from_config_dict(self._manager.restore(step, args=args)["config"])
+        return config.from_config_dict(self._read(step, args)["config"])
+
+    def position(self, step: int) -> dict:
+        """The position in the data that a checkpoint was written at."""
+        return self._read(step, ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 
     def restore(self, step: int, state_like: Any) -> tuple[Any, dict]:
         """(state, data position) of a checkpoint, placed like ``state_like``.
@@ -86,31 +170,75 @@ class Checkpoints:
           step: which checkpoint.
           state_like: a tree of arrays or of ShapeDtypeStructs with shardings.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state_like)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(step, args=args)
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state_like)
+        args = ocp.args.Composite(state=_restore(like), data=ocp.args.JsonRestore())
+        restored = self._read(step, args)
         return restored["state"], restored["data"]
 
     def params(self, step: int, params_like: nnx.State) -> nnx.State:
         """The parameters alone, placed like ``params_like``, without the optimizer's state."""
-        like = {"params": params_like}
-        args = ocp.args.PyTreeRestore(
-            item=like,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-            partial_restore=True,
-        )
-        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
+        args = _restore({"params": params_like}, partial_restore=True)
+        return self._read(step, ocp.args.Composite(state=args))["state"]["params"]
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        with self._written():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _list_files(self) -> None:
+        """Writes the checksums of the checkpoint that is being saved; runs in Orbax's thread."""
+        unnamed = (self._workdir / FOLDER).glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        write_checksums(next(unnamed, self.folder(self._saving)))
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Turns what goes wrong while saving into one sentence.
+
+        Orbax passes on errors of many kinds, some as TensorStore's text.
+        """
+        try:
+            yield
+        except Exception as error:
+            last = max((s for s in self.steps() if s != self._saving), default=None)
+            kept = f"the one of step {last:,} is whole" if last else "there is none before it"
+            raise CheckpointError(
+                f"The checkpoint of step {self._saving:,} in {self._workdir / FOLDER} could not be "
+                f"written ({_shortly(error)}); {kept}; make room or mend the disk, and start the "
+                "same command again."
+            ) from error
+
+    def _read(self, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
+        try:
+            return self._manager.restore(step, args=args)
+        except Exception as error:
+            folder = self.folder(step)
+            raise CheckpointError(
+                f"The checkpoint {folder} cannot be read ({_shortly(error)}); move it away to go "
+                "on from the one before."
+            ) from error
+
+
+def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
+    """How a tree is read: shapes, types and places as in ``like``."""
+    placed = ocp.checkpoint_utils.construct_restore_args(like)
+    return ocp.args.PyTreeRestore(item=like, restore_args=placed, **options)
+
+
+def _shortly(error: Exception, most: int = 300) -> str:
+    """An error in one line; TensorStore's say at the end what the matter is."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:100]} … {text[100 - most :]}"
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
 
 def make_folder(workdir: Path) -> None:
@@ -122,18 +250,20 @@ def make_folder(workdir: Path) -> None:
     try:
         (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise config.ConfigError(
-            f"--workdir={workdir} cannot be written ({error.strerror}); name another folder."
-        ) from error
+        raise not_writable(workdir, error) from error
 
 
 def saved_config(workdir: Path) -> config.Config | None:
-    """The settings of the newest checkpoint in ``workdir``; None if there is none."""
+    """The settings of the newest checkpoint in ``workdir`` that can be read; None without one."""
     if not (workdir / FOLDER).is_dir():
         return None
     with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
-        step = checkpoints.latest_step()
-        return None if step is None else checkpoints.config(step)
+        for step in reversed(checkpoints.steps()):
+            # What else is damaged is not the matter here.
+            if find_damage(checkpoints.folder(step), ("config",), "config") is None:
+                with contextlib.suppress(CheckpointError):
+                    return checkpoints.config(step)
+    return None
 
 
 def check_compatible(saved: config.Config, current: config.Config, workdir: Path) -> None:
@@ -145,30 +275,3 @@ def check_compatible(saved: config.Config, current: config.Config, workdir: Path
                 f"config.{path}={value!r} differs from {old[path]!r} of the checkpoint in "
                 f"{workdir}; set it back, or start a new run with another --workdir."
             )
-
-
-def load_run(workdir: Path | str) -> tuple[config.Config, Decoder, Tokenizer]:
-    """A trained model, ready to use: the newest checkpoint of a run, on the first device.
-
-    Args:
-      workdir: the run's folder.
-
-    Returns:
-      the run's settings, its decoder and its tokenizer.
-
-    Raises:
-      ConfigError: there is no checkpoint in ``workdir``.
-    """
-    workdir = Path(workdir)
-    if not (workdir / FOLDER).is_dir():
-        raise config.ConfigError(f"{str(workdir)!r} holds no run; give the --workdir of one.")
-    with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise config.ConfigError(f"{str(workdir)!r} holds no checkpoint yet; train it first.")
-        cfg = checkpoints.config(step)
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
-        params = checkpoints.params(step, jax.tree.map(place, parameter_shapes(cfg.model)))
-    decoder = nnx.merge(decoder_structure(cfg.model), params)
-    return cfg, decoder, Tokenizer.load(workdir / TOKENIZER_FILE)

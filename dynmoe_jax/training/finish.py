@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console, stage
-from dynmoe_jax.data import Prepared, Tokenizer, heldout_batches
+from dynmoe_jax.data import Batch, Prepared, Tokenizer, heldout_batches
 from dynmoe_jax.evaluation.heldout import evaluate
 from dynmoe_jax.evaluation.report import write_report
 from dynmoe_jax.inference.generate import generate
@@ -31,9 +30,18 @@ def evaluate_heldout(
     params: nnx.State,
     prepared: Prepared,
     tokenizer: Tokenizer,
-    sharding: jax.sharding.Sharding,
+    place: Callable[[Batch], Batch],
 ) -> HeldOut:
-    """Evaluates on at most ``evaluation.max_batches`` batches of every domain."""
+    """Evaluates on at most ``evaluation.max_batches`` batches of every domain.
+
+    Args:
+      cfg: all settings.
+      eval_step: from :func:`dynmoe_jax.evaluation.heldout.make_eval_step`.
+      params: of the model.
+      prepared: the data.
+      tokenizer: its tokenizer.
+      place: puts a batch on the devices; what it raises ends the evaluation.
+    """
     batch_size = cfg.train.batch_size // cfg.train.microbatches
 
     def batches(domain, shown):
@@ -46,7 +54,6 @@ def evaluate_heldout(
     with stage("Evaluating on held-out text", unit="batches") as shown:
         domains = [name for name in prepared.domains if len(prepared.open_heldout(name))]
         by_domain = {domain: batches(domain, shown) for domain in domains}
-        place = lambda batch: jax.device_put(batch, sharding)  # noqa: E731
         return evaluate(eval_step, params, by_domain, tokenizer.token_bytes_V, place)
 
 

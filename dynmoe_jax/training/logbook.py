@@ -82,6 +82,10 @@ def _routing_record(load_NE: np.ndarray, tokens: int) -> dict[str, Any]:
     }
 
 
+def _heldout_record(heldout: HeldOut) -> dict[str, float]:
+    return {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
+
+
 class Logbook:
     """Writes and shows the metrics of a run without stalling the device.
 
@@ -133,15 +137,40 @@ class Logbook:
         """Evaluates after the newest step and adds the result to that step's line.
 
         The step's speed is measured before, and the evaluation's time is not the next steps'.
+        Whatever happens to the evaluation, the step has its line.
         """
         (step, metrics, batch), self._pending = self._pending, None
         record = self._speed.record(step, metrics)
+        try:
+            heldout = evaluate()
+            record |= _heldout_record(heldout)
+        finally:
+            self._write(step, record)
+            self._look(step, metrics, batch, logged=True)
+            self._speed.restart(step)
+        return heldout
+
+    def owes_heldout(self, step: int) -> bool:
+        """Whether the step has a line without the result of an evaluation."""
+        return any(
+            line["step"] == step and "heldout_loss" not in line for line in self._writer.read()
+        )
+
+    def complete(self, step: int, evaluate: Callable[[], HeldOut]) -> HeldOut:
+        """Evaluates, and adds the result to the line that an earlier process wrote."""
         heldout = evaluate()
-        record |= {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
-        self._write(step, record)
-        self._look(step, metrics, batch, logged=True)
+        self._writer.add_to(step, _heldout_record(heldout))
         self._speed.restart(step)
         return heldout
+
+    def flush(self) -> None:
+        """Returns when the newest step's line is on disk.
+
+        A checkpoint must not be there before the lines of its steps: the run that goes on from it
+        would not write them again.
+        """
+        self._read()
+        self._writer.flush()
 
     def _read(self) -> None:
         if self._pending is None:

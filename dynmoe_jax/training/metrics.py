@@ -1,6 +1,7 @@
 """Where the numbers of training go: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
 
 import importlib.util
+import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,8 +38,9 @@ class MetricsWriter:
             _start_wandb(workdir, logging.wandb_project) if logging.wandb_project else None
         )
         workdir.mkdir(parents=True, exist_ok=True)
-        _forget_after(workdir / FILE_NAME, resume_step)
-        self._file = (workdir / FILE_NAME).open("a", encoding="utf-8")
+        self._path = workdir / FILE_NAME
+        _forget_after(self._path, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = None
         if logging.tensorboard:
             self._tensorboard = _start_tensorboard(workdir / "tensorboard", resume_step)
@@ -47,6 +49,28 @@ class MetricsWriter:
         """Records ``metrics`` under ``step``."""
         self._file.write(to_json({"step": step, **metrics}) + "\n")
         self._file.flush()
+        self._show(step, metrics)
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines that are there."""
+        return [record for _, record in _whole_lines(self._path)]
+
+    def add_to(self, step: int, metrics: Metrics) -> None:
+        """Adds to the line of a step that stands there already."""
+        lines = [
+            to_json(record | metrics) if record["step"] == step else line
+            for line, record in _whole_lines(self._path)
+        ]
+        self._file.close()
+        write_atomically(self._path, "".join(line + "\n" for line in lines))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._show(step, metrics)
+
+    def flush(self) -> None:
+        """Returns when what was written is on the disk, not only with the system."""
+        os.fsync(self._file.fileno())
+
+    def _show(self, step: int, metrics: Metrics) -> None:
         if self._tensorboard is None and self._wandb is None:
             return
         scalars = dict(_scalars(metrics))

@@ -1,15 +1,26 @@
 """The text of one run: prepared documents, and the tokenizer that stays with the run."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.console import stage
-from dynmoe_jax.data import DataError, Prepared, Tokenizer, prepare, train_tokenizer
+from dynmoe_jax.data import (
+    DataError,
+    Prepared,
+    Tokenizer,
+    check_unchanged,
+    prepare,
+    train_tokenizer,
+)
 
 TOKENIZER_FILE = "tokenizer.model"
 
 
-def load_text(cfg: config.Config, workdir: Path, begun: bool) -> tuple[Prepared, Tokenizer]:
+def load_text(
+    cfg: config.Config, workdir: Path, position: Mapping[str, Any] | None
+) -> tuple[Prepared, Tokenizer]:
     """Prepares the sources (or finds them prepared) and loads or trains the tokenizer.
 
     The tokenizer lies in the run's folder as ``tokenizer.model``: a copy of the file that
@@ -18,12 +29,13 @@ def load_text(cfg: config.Config, workdir: Path, begun: bool) -> tuple[Prepared,
     Args:
       cfg: all settings.
       workdir: the run's folder.
-      begun: a checkpoint was trained with the tokenizer that lies there; otherwise it may be left
-        from other settings, and is made anew.
+      position: in the data, of the checkpoint that the run continues; None in a new run, where a
+        tokenizer that lies there may be left from other settings, and is made anew.
 
     Raises:
       ConfigError: the tokenizer has more tokens than the model.
-      DataError: the sources or the tokenizer cannot be used, or nothing can be held out.
+      DataError: the sources or the tokenizer cannot be used, or are not those that the run began
+        with, or nothing can be held out.
     """
     directory = Path(cfg.data.directory or workdir / "data").expanduser()
     try:
@@ -33,15 +45,17 @@ def load_text(cfg: config.Config, workdir: Path, begun: bool) -> tuple[Prepared,
             f"config.data.directory={str(directory)!r} cannot be written ({error.strerror}); "
             "name another folder."
         ) from error
+    if position is not None:
+        check_unchanged(cfg.data, directory, position["data"])
     prepared = prepare(cfg.data, directory)
     if not any(len(prepared.open_heldout(domain)) for domain in prepared.domains):
         raise DataError(
             f"config.data.sources={cfg.data.sources!r} gives no two different documents, so none "
             "can be held out for evaluation; split the text into more files or records."
         )
+    if position is not None:
+        return prepared, load_tokenizer(workdir, position)
     path = workdir / TOKENIZER_FILE
-    if begun:
-        return prepared, Tokenizer.load(path)
     if cfg.data.tokenizer:
         tokenizer = Tokenizer.load(Path(cfg.data.tokenizer).expanduser())
         _check_vocabulary(tokenizer, cfg)
@@ -52,6 +66,29 @@ def load_text(cfg: config.Config, workdir: Path, begun: bool) -> tuple[Prepared,
             tokenizer = train_tokenizer(texts, cfg.model.vocab_size, path)
             shown.advance(tokenizer.vocab_size)
     return prepared, tokenizer
+
+
+def load_tokenizer(workdir: Path, position: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that a run was trained with.
+
+    Args:
+      workdir: the run's folder.
+      position: in the data, of one of its checkpoints; it holds the tokenizer's SHA-256.
+
+    Raises:
+      DataError: the file is missing, or another one.
+    """
+    path = workdir / TOKENIZER_FILE
+    lost = "bring back the file that the run was trained with, or start in another --workdir"
+    if not path.is_file():
+        raise DataError(f"{path} is missing; {lost}.")
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.fingerprint != position["tokenizer"]:
+        raise DataError(
+            f"{path} has changed since the checkpoint was written (SHA-256 "
+            f"{tokenizer.fingerprint[:12]}… instead of {position['tokenizer'][:12]}…); {lost}."
+        )
+    return tokenizer
 
 
 def _check_vocabulary(tokenizer: Tokenizer, cfg: config.Config) -> None:

@@ -12,19 +12,27 @@ from rich.markup import escape
 from rich.table import Table
 
 from dynmoe_jax import config
-from dynmoe_jax.command_line import EXIT_INTERRUPTED
 from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, TrainStream, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
-from dynmoe_jax.training.checkpoint import Checkpoints, check_compatible, make_folder, saved_config
+from dynmoe_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    check_compatible,
+    make_folder,
+    saved_config,
+)
 from dynmoe_jax.training.compilation import compiled_programs_kept
+from dynmoe_jax.training.disk import DiskError, disk_errors
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
-from dynmoe_jax.training.interrupt import stop_on_signal
+from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
+from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.memory import Memory, OutOfMemory
 from dynmoe_jax.training.mesh import batch_sharding, check_devices, make_mesh, replicated
 from dynmoe_jax.training.metrics import check_packages
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dynmoe_jax.training.recovery import recover
 from dynmoe_jax.training.rescue import BadNumbers, RolledBack, rescue, without_old_streak
 from dynmoe_jax.training.seconds import Seconds
 from dynmoe_jax.training.skips import SkippingStream, skips_of
@@ -39,7 +47,9 @@ from dynmoe_jax.training.summary import read_summary
 from dynmoe_jax.training.summary_tables import print_summary
 from dynmoe_jax.training.text import load_text
 
-BAD_INPUT = (config.ConfigError, DataError, BadNumbers, OutOfMemory)
+BAD_INPUT = (
+    config.ConfigError, DataError, CheckpointError, DiskError, BadNumbers, OutOfMemory
+)  # fmt: skip
 PLAIN = {"soft_wrap": True, "markup": False}
 """For lines with a path in them: in one piece, and brackets are brackets."""
 
@@ -52,11 +62,14 @@ def train(cfg: config.Config, workdir: Path) -> int:
       workdir: the run's folder: checkpoints, metrics, tokenizer, report, prepared data.
 
     Returns:
-      the process's exit code: 0, or EXIT_INTERRUPTED after Ctrl-C or SIGTERM.
+      the process's exit code: 0, EXIT_INTERRUPTED after Ctrl-C, EXIT_PREEMPTED after SIGTERM.
 
     Raises:
-      ConfigError: settings that contradict the devices, the data or the run in ``workdir``.
-      DataError: sources that cannot be read.
+      ConfigError: settings that contradict the devices, the data or the run in ``workdir``, or
+        another process uses it.
+      DataError: sources that cannot be read, or that are not those that the run began with.
+      CheckpointError: a checkpoint cannot be written, or none is whole.
+      DiskError: the disk is full or fails.
       BadNumbers: losses or gradients that stay non-finite, or jump however often one goes back.
       OutOfMemory: the run does not fit into the devices' memory.
     """
@@ -73,9 +86,13 @@ def train(cfg: config.Config, workdir: Path) -> int:
         return 0
     mesh, memory = check_run(cfg)
     make_folder(workdir)
-    checkpoints = Checkpoints(workdir, cfg.checkpoint)
-    kept = compiled_programs_kept(cfg.train, workdir)
-    with contextlib.closing(checkpoints), kept, memory.explained():
+    with (
+        disk_errors(workdir),
+        locked(workdir),
+        contextlib.closing(Checkpoints(workdir, cfg.checkpoint)) as checkpoints,
+        compiled_programs_kept(cfg.train, workdir),
+        memory.explained(),
+    ):
         while True:
             try:
                 return _train(cfg, workdir, mesh, memory, checkpoints, seconds)
@@ -107,16 +124,19 @@ def _train(
     seconds: Seconds,
 ) -> int:
     """The run itself, on a mesh, with its checkpoints open."""
-    done = checkpoints.latest_step() or 0
+    done = (recover(checkpoints) if cfg.checkpoint.verify else checkpoints.latest_step()) or 0
     _print_settings(cfg, workdir, done)
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────
     with seconds.of("data preparation"):
-        prepared, tokenizer = load_text(cfg, workdir, begun=done > 0)
+        position = checkpoints.position(done) if done else None
+        prepared, tokenizer = load_text(cfg, workdir, position)
         stream = TrainStream(prepared, tokenizer, cfg.data, cfg.train.batch_size, cfg.seed)
+        if position is not None:
+            stream.set_state(position)
     on_devices = batch_sharding(mesh)
 
-    with jax.set_mesh(mesh), stop_on_signal() as stop:
+    with jax.set_mesh(mesh), contextlib.ExitStack() as at_end:
         # ── State and step ───────────────────────────────────────────────────────────────────────
         schedule = make_schedule(cfg.optimizer, cfg.train.steps)
         optimizer = make_optimizer(cfg.optimizer, schedule)
@@ -126,21 +146,24 @@ def _train(
             train_step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
             train_step = train_step.lower(shapes, _batch_shapes(cfg, on_devices)).compile()
             memory.check_step(train_step)
-            state, position = _start(cfg, init, checkpoints, done, shapes)
+            state = _start(cfg, init, checkpoints, done, shapes)
             eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
-        if position is not None:
-            stream.set_state(position)
         batches = SkippingStream(stream, skips_of(workdir, done), done)
+        stop = at_end.enter_context(stop_on_signal())
+
+        def place(batch):
+            stop.check()
+            return jax.device_put(batch, on_devices)
 
         def evaluate():
             with seconds.of("evaluation"):
-                return evaluate_heldout(
-                    cfg, eval_step, state.params, prepared, tokenizer, on_devices
-                )
+                return evaluate_heldout(cfg, eval_step, state.params, prepared, tokenizer, place)
 
         # ── Loop: step s is dispatched before the metrics of step s-1 are read ───────────────────
         step, heldout = done, None
-        with Logbook(cfg, workdir, done) as logbook:
+        with Logbook(cfg, workdir, done) as logbook, contextlib.suppress(Stopped):
+            if _due(done, cfg.evaluation.every_steps, cfg) and logbook.owes_heldout(done):
+                heldout = logbook.complete(done, evaluate)
             for step in range(done + 1, cfg.train.steps + 1):
                 with seconds.of("data waiting"):
                     batch = jax.device_put(next(batches), on_devices)
@@ -149,22 +172,31 @@ def _train(
                     logbook.add(step, metrics, batch)
                 if logbook.trouble and not stop.requested:
                     rescue(logbook.trouble, cfg, workdir, state, checkpoints)
-                # Saved first: whatever happens to the evaluation, the step is not lost.
-                if _due(step, cfg.checkpoint.every_steps, cfg) or stop.requested:
-                    with seconds.of("saving"):
-                        checkpoints.save(step, state, stream.get_state(), cfg)
-                if stop.requested:
-                    break
-                if _due(step, cfg.evaluation.every_steps, cfg):
-                    heldout = logbook.with_heldout(evaluate)
+                if checkpoints.reached_preemption(step):
+                    stop.preempt()
+                heldout = None
+                try:
+                    if _due(step, cfg.evaluation.every_steps, cfg):
+                        heldout = logbook.with_heldout(evaluate)
+                finally:
+                    # Whatever happens to the evaluation, the step is not lost.
+                    if step == cfg.train.steps or checkpoints.due(step):
+                        with seconds.of("saving"):
+                            logbook.flush()
+                            loss = heldout.loss if heldout else None
+                            checkpoints.save(step, state, stream.get_state(), cfg, loss)
+                checkpoints.check()
+                stop.check()
+            heldout = heldout or evaluate()
         if logbook.trouble and not stop.requested:
             rescue(logbook.trouble, cfg, workdir, state, checkpoints)
         if stop.requested:
+            checkpoints.save(step, state, stream.get_state(), cfg)
+            checkpoints.wait()
             console.print(f"Stopped after step {step:,} and saved; the same command continues.")
-            return EXIT_INTERRUPTED
+            return stop.exit_code
 
-        # ── Results ──────────────────────────────────────────────────────────────────────────────
-        heldout = heldout or evaluate()
+    # ── Results ──────────────────────────────────────────────────────────────────────────────────
     # Outside the mesh: the sample is one sequence, which a data axis cannot split.
     finish_run(cfg, workdir, step, state.params, heldout, tokenizer, seconds)
     return 0
@@ -183,13 +215,13 @@ def _state_shapes(init: Callable, sharding: jax.sharding.Sharding) -> TrainState
 
 
 def _start(cfg, init, checkpoints, done, shapes):
-    """(state, data position): new ones, or those of the checkpoint of step ``done``."""
+    """The state: a new one, or that of the checkpoint of step ``done``."""
     if done:
-        state, position = checkpoints.restore(done, shapes)
-        return without_old_streak(state, cfg.train), position
+        state, _ = checkpoints.restore(done, shapes)
+        return without_old_streak(state, cfg.train)
     # The key is an argument: XLA would spend seconds on folding draws of a constant key.
     placed = jax.tree.map(lambda x: x.sharding, shapes)
-    return jax.jit(init, out_shardings=placed)(jax.random.key(cfg.seed)), None
+    return jax.jit(init, out_shardings=placed)(jax.random.key(cfg.seed))
 
 
 def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from dynmoe_jax.data import DataError, TrainStream, heldout_batches
+from dynmoe_jax.data import (
+    DataError,
+    TrainStream,
+    heldout_batches,
+    merge_states,
+    shards_of,
+)
 
 MIXED = "alpha=1,beta=2,gamma=1.5"
 QUICK = hypothesis_settings(max_examples=15, deadline=None)
@@ -20,6 +26,14 @@ def rows_of(stream, batches):
     """The rows of the next batches, each as one array [4, L]."""
     taken = [next(stream) for _ in range(batches)]
     return [np.stack(row) for b in taken for row in zip(*(b[n] for n in sorted(b)), strict=True)]
+
+
+def in_turn(rows, batch_size, shards=4):
+    """Rows of batches, which are sorted by shard there, in the order of the stream."""
+    rounds = batch_size // shards
+    order = [shard * rounds + turn for turn in range(rounds) for shard in range(shards)]
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batch[i] for batch in batches for i in order]
 
 
 def same(ones, others):
@@ -54,7 +68,8 @@ def test_a_batch_is_four_full_int32_arrays(make, settings):
 def test_row_n_does_not_depend_on_the_batch_size(make, weights):
     small = rows_of(make(batch_size=3, domain_weights=weights), 20)
     large = rows_of(make(batch_size=20, domain_weights=weights), 3)
-    assert same(small, large)
+    assert same(small, in_turn(large, 20))
+    assert not same(small, large)
 
 
 def test_the_seed_decides_the_order(make):
@@ -95,22 +110,55 @@ def test_readers_of_some_shards_get_their_rows_of_the_same_stream(make):
     whole = np.stack(rows_of(make(batch_size=8), 6)).reshape(6, 8, 4, -1)
     for shard_ids in ([0, 2], [1, 3], [3]):
         part = rows_of(make(batch_size=8, shard_ids=shard_ids), 6)
-        expected = whole[:, [n for n in range(8) if n % 4 in shard_ids]]
+        expected = whole[:, [n for n in range(8) if n // 2 in shard_ids]]
         assert same(part, list(expected.reshape(-1, *expected.shape[2:])))
 
 
-def test_states_of_several_readers_can_be_dealt_out_anew(make):
-    one = make(batch_size=8)
-    rows_of(one, 5)
+@pytest.mark.parametrize("weights", ["", MIXED])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2), (4, 1)])
+def test_other_number_of_processes_goes_on_with_exactly_the_same_batches(
+    make, weights, before, after
+):
+    """Packed, shuffled in windows, mixed: each process holds its block of the same batches."""
+
+    def readers(count):
+        own = [shards_of(reader, count, 4) for reader in range(count)]
+        return [make(batch_size=8, domain_weights=weights, shard_ids=shards) for shards in own]
+
+    def blocks(streams, batches):
+        """Batches put together of the processes' blocks, as a global array is of its devices'."""
+        for _ in range(batches):
+            parts = [next(stream) for stream in streams]
+            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    whole = make(batch_size=8, domain_weights=weights)
+    expected = [next(whole) for _ in range(45)]
+    first, second = readers(before), readers(after)
+    seen = list(blocks(first, 21))
+    state = json.loads(json.dumps(merge_states([stream.get_state() for stream in first])))
+    for stream in second:
+        stream.set_state(state)
+    seen += blocks(second, 24)
+    assert merge_states([stream.get_state() for stream in second]) == whole.get_state()
+    for batch, wanted in zip(seen, expected, strict=True):
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(batch[name], array)
+
+
+def test_states_that_do_not_make_a_whole_are_refused(make):
     left, right = make(batch_size=8, shard_ids=[0, 1]), make(batch_size=8, shard_ids=[2, 3])
-    rows_of(left, 5)
-    rows_of(right, 5)
-    state = left.get_state()
-    state["position"]["shards"] |= right.get_state()["position"]["shards"]
-    state["position"]["row"] = 5 * 8
-    resumed = make(batch_size=8)
-    resumed.set_state(state)
-    assert same(rows_of(resumed, 5), rows_of(one, 5))
+    other = make(batch_size=8, shard_ids=[2, 3], seed=1)
+    for states in ([left], [left, left], [left, right, right]):
+        with pytest.raises(ValueError, match="not each of 4 once"):
+            merge_states([stream.get_state() for stream in states])
+    with pytest.raises(ValueError, match="not of one stream"):
+        merge_states([left.get_state(), other.get_state()])
+
+
+def test_shards_that_processes_cannot_share_are_refused():
+    assert [list(shards_of(reader, 2, 6)) for reader in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(DataError, match=r"virtual_shards=4 must be a multiple of the 3 processes"):
+        shards_of(0, 3, 4)
 
 
 def test_a_batch_that_readers_cannot_share_is_refused(make):

@@ -1,16 +1,22 @@
 """A run so small that compiling is all it costs, and what it left behind."""
 
 import dataclasses
+import glob
 import random
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from dynmoe_jax import config
+from dynmoe_jax.data import train_tokenizer
+from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.training import checkpoint
+from dynmoe_jax.training.step import TrainState
+from dynmoe_jax.training.text import TOKENIZER_FILE
 
 _TEXT = "the a token chooses its experts router mass passes while self return 数据 é"
 
@@ -98,3 +104,33 @@ def saved_state():
         }
 
     return read
+
+
+@pytest.fixture(scope="session")
+def state(settings):
+    """Parameters drawn by numpy: nothing has to compile."""
+    random = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32)  # noqa: E731
+    params = jax.tree.map(draw, parameter_shapes(settings.model))
+    return TrainState(jnp.int32(3), params, {"moment": jax.tree.map(jnp.copy, params)})
+
+
+@pytest.fixture(scope="session")
+def tokenizer(settings, corpus, tmp_path_factory):
+    texts = (Path(path).read_text(encoding="utf-8") for path in sorted(glob.glob(corpus)))
+    path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER_FILE
+    return train_tokenizer(texts, settings.model.vocab_size, path)
+
+
+@pytest.fixture
+def workdir(settings, state, tokenizer, tmp_path):
+    """With checkpoints of steps 3 and 4, of which 4 is the state, and 3 the state plus one."""
+    tokenizer.save(tmp_path / TOKENIZER_FILE)
+    checkpoints = checkpoint.Checkpoints(tmp_path, config.Checkpoint(keep=2))
+    for step in (2, 3, 4):
+        params = jax.tree.map(lambda x: x + (step != 4), state.params)  # noqa: B023
+        saved = TrainState(jnp.int32(step), params, state.optimizer)
+        position = {"row": step, "tokenizer": tokenizer.fingerprint}
+        checkpoints.save(step, saved, position, settings)
+    checkpoints.close()
+    return tmp_path

@@ -1,8 +1,5 @@
 """Checkpoints: what is kept, what may change between runs, and a trained run loaded for use."""
 
-import glob
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,39 +7,14 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax import config
-from dynmoe_jax.data import train_tokenizer
-from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.training.checkpoint import (
     FREE_TO_CHANGE,
     Checkpoints,
     check_compatible,
-    load_run,
     make_folder,
 )
+from dynmoe_jax.training.load import load_run
 from dynmoe_jax.training.mesh import make_mesh, replicated
-from dynmoe_jax.training.step import TrainState
-from dynmoe_jax.training.text import TOKENIZER_FILE
-
-
-@pytest.fixture(scope="module")
-def state(settings):
-    """Parameters drawn by numpy: nothing has to compile."""
-    random = np.random.default_rng(0)
-    draw = lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32)  # noqa: E731
-    params = jax.tree.map(draw, parameter_shapes(settings.model))
-    return TrainState(jnp.int32(3), params, {"moment": jax.tree.map(jnp.copy, params)})
-
-
-@pytest.fixture
-def workdir(settings, state, tmp_path):
-    """With checkpoints of steps 3 and 4, of which 4 is the state, and 3 the state plus one."""
-    checkpoints = Checkpoints(tmp_path, config.Checkpoint(keep=2))
-    for step in (2, 3, 4):
-        params = jax.tree.map(lambda x: x + (step != 4), state.params)  # noqa: B023
-        saved = TrainState(jnp.int32(step), params, state.optimizer)
-        checkpoints.save(step, saved, {"row": step}, settings)
-    checkpoints.close()
-    return tmp_path
 
 
 @pytest.fixture
@@ -59,7 +31,6 @@ def assert_same(actual, wanted):
 def test_looking_at_a_run_leaves_alone_what_it_is_writing(settings, workdir):
     unfinished = workdir / "checkpoints" / "5.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    train_tokenizer(["some words of text"] * 50, 270, workdir / TOKENIZER_FILE)
     load_run(workdir)
     assert unfinished.exists()
 
@@ -80,11 +51,12 @@ def test_state_position_and_settings_come_back_together(opened, state, settings)
     restored, position = opened.restore(4, state)
     assert_same(restored.params, state.params)
     assert_same(restored.optimizer, state.optimizer)
-    assert (int(restored.step), position) == (4, {"row": 4})
+    assert (int(restored.step), position["row"]) == (4, 4)
+    assert opened.position(4) == position
     assert opened.config(4) == settings
     older, position = opened.restore(3, state)
     assert_same(older.params, jax.tree.map(lambda x: x + 1, state.params))
-    assert position == {"row": 3}
+    assert position["row"] == 3
 
 
 def test_state_is_placed_as_asked(opened, state):
@@ -98,7 +70,7 @@ def test_saving_a_step_again_changes_nothing(opened, state, settings):
     opened.save(4, jax.tree.map(jnp.zeros_like, state), {"row": 0}, settings)
     restored, position = opened.restore(4, state)
     assert_same(restored.params, state.params)
-    assert position == {"row": 4}
+    assert position["row"] == 4
 
 
 def test_half_written_checkpoint_is_not_continued_from(workdir, state):
@@ -129,9 +101,7 @@ def test_every_setting_that_makes_another_model_or_stream_is_refused(settings, c
     check_compatible(settings, change(settings, train__steps=50, mesh__data=8), tmp_path)
 
 
-def test_run_is_loaded_for_use(workdir, state, settings, corpus):
-    texts = (Path(path).read_text(encoding="utf-8") for path in sorted(glob.glob(corpus)))
-    tokenizer = train_tokenizer(texts, settings.model.vocab_size, workdir / TOKENIZER_FILE)
+def test_run_is_loaded_for_use(workdir, state, settings, tokenizer):
     cfg, decoder, loaded = load_run(str(workdir))
     assert cfg == settings
     assert loaded.fingerprint == tokenizer.fingerprint

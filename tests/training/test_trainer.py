@@ -15,6 +15,7 @@ from dynmoe_jax.command_line import EXIT_INTERRUPTED
 from dynmoe_jax.data import DataError, Tokenizer
 from dynmoe_jax.training import trainer
 from dynmoe_jax.training.checkpoint import FOLDER
+from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.mesh import AXES
 from dynmoe_jax.training.metrics import read_metrics
 from dynmoe_jax.training.summary import read_summary
@@ -142,16 +143,14 @@ def test_stopped_and_continued_run_is_the_run_that_never_stopped(
         assert train(cfg, tmp_path) == EXIT_INTERRUPTED
     assert "Stopped after step 3 and saved" in capsys.readouterr().out
     assert len(read_metrics(tmp_path)) == 3
+    assert "heldout_loss" not in read_metrics(tmp_path)[-1]
     assert not (tmp_path / "summary.json").exists()
     # The undisturbed run went on, and donated its state, while this was being written.
     assert_identical(saved_state(undisturbed, 3), saved_state(tmp_path, 3))
     assert train(cfg, tmp_path) == 0
     assert "after step 3" in capsys.readouterr().out
-    # Whoever stops a run does not wait for the evaluation that was due after the step.
-    wanted = without_times(undisturbed)
-    assert wanted[2].pop("heldout_loss")
-    assert wanted[2].pop("heldout_bits_per_byte")
-    assert without_times(tmp_path) == wanted
+    # The evaluation that was due after step 3, too: who stops a run does not wait for it.
+    assert without_times(tmp_path) == without_times(undisturbed)
     assert_identical(saved_state(tmp_path, 6), saved_state(undisturbed, 6))
     assert read_summary(tmp_path).heldout == read_summary(undisturbed).heldout
 
@@ -165,6 +164,32 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(copy, whole, saved_st
     assert train(cfg, workdir) == 0
     assert without_times(workdir) == without_times(whole[1])
     assert_identical(saved_state(workdir, 6), saved_state(whole[1], 6))
+
+
+def test_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
+    copy, whole, saved_state, capsys
+):
+    cfg, workdir = copy
+    (workdir / "summary.json").unlink()
+    files = [path for path in (workdir / FOLDER / "6" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert train(cfg, workdir) == 0
+    printed = capsys.readouterr().out
+    assert "step 6 is damaged" in printed
+    assert "after step 5" in printed
+    assert without_times(workdir) == without_times(whole[1])
+    assert_identical(saved_state(workdir, 6), saved_state(whole[1], 6))
+
+
+def test_second_run_in_a_folder_is_refused_and_writes_nothing(settings, tmp_path):
+    with locked(tmp_path):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(config.ConfigError, match=f"in use by process {os.getpid()} on host"):
+            train(settings, tmp_path)
+    assert set(tmp_path.rglob("*")) - set(before) <= {tmp_path / FOLDER}
 
 
 def test_fewer_steps_than_were_done_show_what_there_is(copy, change, capsys):
@@ -223,13 +248,47 @@ def test_more_steps_and_free_settings_continue_a_complete_run(copy, change, caps
     assert (summary.steps, summary.sample.prompt) == (7, "router ")
 
 
-def test_one_device_and_eight_see_the_same_losses(whole, settings, tmp_path, monkeypatch):
-    def one_device(mesh, batch_size):
+def only(count, monkeypatch):
+    """Training sees so many devices."""
+
+    def mesh_of_some(mesh, batch_size):
         del mesh, batch_size
         types = (jax.sharding.AxisType.Auto,) * 3
-        return jax.make_mesh((1, 1, 1), AXES, types, devices=jax.devices()[:1])
+        return jax.make_mesh((count, 1, 1), AXES, types, devices=jax.devices()[:count])
 
-    monkeypatch.setattr(trainer, "make_mesh", one_device)
+    monkeypatch.setattr(trainer, "make_mesh", mesh_of_some)
+
+
+def test_run_moves_to_fewer_devices_and_back(copy, whole, monkeypatch):
+    """Saved on 8, on 4, on 2 and on 1 device, and restored on each of the next."""
+    cfg, workdir = copy
+    for step in (3, 4, 5, 6):
+        shutil.rmtree(workdir / FOLDER / str(step))
+    (workdir / "summary.json").unlink()
+    batches, following = [], trainer.TrainStream.__next__
+
+    def take(stream):
+        batches.append(following(stream))
+        return batches[-1]
+
+    monkeypatch.setattr(trainer.TrainStream, "__next__", take)
+    for step, devices in ((3, 4), (4, 2), (5, 1)):
+        with monkeypatch.context() as patch:
+            only(devices, patch)
+            interrupt_at(patch, step)
+            assert train(cfg, workdir) == EXIT_INTERRUPTED
+    assert train(cfg, workdir) == 0
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(losses(workdir), losses(whole[1]), rtol=1e-5)
+    prepared, tokenizer = load_text(cfg, whole[1], None)
+    with trainer.TrainStream(prepared, tokenizer, cfg.data, 8, cfg.seed) as stream:
+        wanted = [following(stream) for _ in range(6)][2:]
+    for batch, want in zip(batches, wanted, strict=True):
+        assert_identical(batch, want)
+
+
+def test_one_device_and_eight_see_the_same_losses(whole, settings, tmp_path, monkeypatch):
+    only(1, monkeypatch)
     assert train(settings, tmp_path) == 0
     np.testing.assert_allclose(losses(tmp_path), losses(whole[1]), rtol=1e-5)
     assert read_summary(tmp_path).heldout.domains.keys() == {"text"}
@@ -266,12 +325,12 @@ def _out_of_memory(*_):
 def test_tokenizer_of_a_run_that_never_began_is_made_anew(settings, change, tmp_path):
     """A refused or aborted start with other settings leaves its tokenizer behind."""
     for size in (290, 300):
-        load_text(change(settings, model__vocab_size=size), tmp_path, begun=False)
+        load_text(change(settings, model__vocab_size=size), tmp_path, None)
         assert Tokenizer.load(tmp_path / "tokenizer.model").vocab_size == size
     own, other = str(tmp_path / "tokenizer.model"), tmp_path / "other"
     cfg = change(settings, model__vocab_size=280, data__tokenizer=own)
     with pytest.raises(config.ConfigError, match="vocab_size=280 is smaller than the 300 tokens"):
-        load_text(cfg, other, begun=False)
+        load_text(cfg, other, None)
     assert not (other / "tokenizer.model").exists()
 
 

@@ -1,0 +1,61 @@
+"""From which checkpoint a run goes on: the newest one that is whole."""
+
+from dynmoe_jax.console import warn
+from dynmoe_jax.training.checkpoint import ITEMS, CheckpointError, Checkpoints
+from dynmoe_jax.training.integrity import find_damage
+
+DAMAGED_FOLDER = "damaged_checkpoints"
+
+
+def newest_whole(checkpoints: Checkpoints) -> tuple[int | None, dict[int, str]]:
+    """Step of the newest checkpoint without damage, and what is wrong with newer ones, by step.
+
+    The step is None where there is no checkpoint.  Reads all files of those that it looks at.
+
+    Raises:
+      CheckpointError: there are checkpoints, and all are damaged.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(checkpoints.steps()):
+        damage = find_damage(checkpoints.folder(step), ITEMS)
+        if damage is None:
+            return step, damaged
+        damaged[step] = damage
+    if damaged:
+        newest = max(damaged)
+        raise CheckpointError(
+            f"Every checkpoint in {checkpoints.folder(newest).parent} is damaged (of the newest, "
+            f"step {newest}, {damaged[newest]}); bring one back from a backup, or start in another "
+            "--workdir."
+        )
+    return None, {}
+
+
+def recover(checkpoints: Checkpoints) -> int | None:
+    """Step that a run goes on after.  Newer checkpoints, damaged, are moved out of the way.
+
+    They are not deleted: what is wrong with them may be of interest.
+
+    Raises:
+      CheckpointError: there are checkpoints, and all are damaged.
+    """
+    step, damaged = newest_whole(checkpoints)
+    for bad, damage in damaged.items():
+        folder = checkpoints.folder(bad)
+        moved = folder.parents[1] / DAMAGED_FOLDER / folder.name
+        while moved.exists():
+            moved = moved.with_name(moved.name + "_again")
+        moved.parent.mkdir(exist_ok=True)
+        folder.rename(moved)
+        warn(damaged_sentence(bad, f"{damage}; moved to {moved}", step))
+    if damaged:
+        checkpoints.reload()
+    return step
+
+
+def damaged_sentence(damaged: int, what: str, step: int) -> str:
+    """Says that a checkpoint is damaged, and which one is used instead."""
+    return (
+        f"the checkpoint of step {damaged:,} is damaged ({what}); going on with the one of step "
+        f"{step:,}."
+    )

@@ -1,0 +1,47 @@
+"""When a checkpoint is written and which ones are kept: the settings as Orbax's policies."""
+
+import math
+from collections.abc import Mapping
+
+from orbax.checkpoint import checkpoint_managers as ocm
+
+from dynmoe_jax import config
+
+METRIC = "heldout_loss"
+
+
+def save_policy(checkpoint: config.Checkpoint) -> ocm.SaveDecisionPolicy:
+    """Every so many steps, and every so many minutes, also over a restart."""
+    policies: list[ocm.SaveDecisionPolicy] = []
+    if checkpoint.every_steps:
+        policies.append(ocm.FixedIntervalPolicy(checkpoint.every_steps))
+    if checkpoint.every_minutes:
+        seconds = max(1, round(checkpoint.every_minutes * 60))
+        policies.append(ocm.ContinuousCheckpointingPolicy(minimum_interval_secs=seconds))
+    return ocm.AnySavePolicy(policies)
+
+
+def keep_policy(checkpoint: config.Checkpoint) -> ocm.PreservationPolicy:
+    """The newest, the best, and one every so many steps or hours: whichever rule wants one."""
+    policies: list[ocm.PreservationPolicy] = [ocm.LatestN(checkpoint.keep)]
+    if checkpoint.keep_best:
+        policies.append(
+            ocm.BestN(
+                get_metric_fn=heldout_loss,
+                reverse=True,
+                n=checkpoint.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    if checkpoint.keep_every_steps:
+        policies.append(ocm.EveryNSteps(checkpoint.keep_every_steps))
+    if checkpoint.keep_every_hours:
+        seconds = max(1, round(checkpoint.keep_every_hours * 3600))
+        policies.append(ocm.EveryNSeconds(seconds))
+    return ocm.AnyPreservationPolicy(policies)
+
+
+def heldout_loss(metrics: Mapping[str, float]) -> float:
+    """What the best checkpoint has least of; infinite where nothing finite was evaluated."""
+    loss = metrics.get(METRIC, math.inf)
+    return loss if math.isfinite(loss) else math.inf
