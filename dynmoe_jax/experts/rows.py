@@ -27,12 +27,15 @@ class Rows:
       weight_R: combine weight of each row, float32.
       group_size_E: rows of each expert.
       dropped: rows that the budget left out.
+      row_TK: the rows of each token, in no order; R where there is none.  None if it is not known,
+        as when experts choose tokens, and a token may have any number of rows.
     """
 
     token_R: Int[Array, "R"]
     weight_R: Float[Array, "R"]
     group_size_E: Int[Array, "E"]
     dropped: Int[Array, ""]
+    row_TK: Int[Array, "T K"] | None = None
 
     @property
     def used_R(self) -> Bool[Array, "R"]:
@@ -82,7 +85,16 @@ def rows_from_routing(routing: Routing, rows_per_token: float = 0.0) -> Rows:
         weight_R=weight_R,
         group_size_E=jnp.diff(edge_E).astype(jnp.int32),
         dropped=jnp.sum(routing.used_TK, dtype=jnp.int32) - edge_E[-1].astype(jnp.int32),
+        row_TK=_row_of_slot(order_R, edge_E[-1], tokens * slots).reshape(tokens, slots),
     )
+
+
+def _row_of_slot(order_R: Int[Array, "R"], used: Int[Array, ""], slots: int) -> Int[Array, "TK"]:
+    """The row of each slot, the inverse of ``order_R``; R for a slot that is empty or dropped."""
+    bound = order_R.shape[0]
+    row_R = jnp.arange(bound, dtype=jnp.int32)
+    row_R = jnp.where(row_R < used, row_R, bound)
+    return jnp.full(slots, bound, jnp.int32).at[order_R].set(row_R, unique_indices=True)
 
 
 def _most_probable(routing: Routing, bound: int) -> Int[Array, "R"]:
