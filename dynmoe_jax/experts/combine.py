@@ -32,8 +32,9 @@ def add_up(
     """
     y_TD = jnp.zeros((tokens, y_nD.shape[-1]), jnp.float32)
     if row_TK is None:
-        y_nD = jnp.where(used_n1, y_nD.astype(jnp.float32), 0)
-        return y_TD.at[jnp.where(used_n1[:, 0], token_n, tokens)].add(y_nD, mode="drop")
+        # Padding goes behind the last token: nowhere.
+        place_n = jnp.where(used_n1[:, 0], token_n, tokens)
+        return y_TD.at[place_n].add(y_nD.astype(jnp.float32), mode="drop")
     for slot in range(row_TK.shape[1]):
         here_T = row_TK[:, slot] - start
         inside_T1 = ((here_T >= 0) & (here_T < y_nD.shape[0]))[:, None]

@@ -93,6 +93,19 @@ def test_garbage_of_kernels_reaches_nothing(saved):
     assert np.all(np.asarray(dweights.down_EFD[1]) == 0)
 
 
+def test_padding_rows_have_no_gradient():
+    x_TD, logits_TE, weights = draw()
+    rows = rows_from_routing(TopP(E, 0.6)(logits_TE, jnp.ones(37, bool)))
+
+    def loss(weight_R):
+        weighted = dataclasses.replace(rows, weight_R=weight_R)
+        return jnp.sum(ragged_experts(x_TD, weighted, weights, products=POISONED)[0])
+
+    dweight_R = np.asarray(jax.jit(jax.grad(loss))(rows.weight_R))
+    assert np.all(dweight_R[~np.asarray(rows.used_R)] == 0)
+    assert np.all(dweight_R[np.asarray(rows.used_R)] != 0)
+
+
 def test_padding_tokens_and_rows_may_hold_nan():
     x_TD, logits_TE, weights = draw()
     padding_T1 = (jnp.arange(x_TD.shape[0]) % 5 == 0)[:, None]
