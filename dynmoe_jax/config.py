@@ -123,8 +123,8 @@ class Model:
     )
     attention: str = setting(
         "auto",
-        "implementation given to jax.nn.dot_product_attention",
-        choices=("auto", "xla", "cudnn"),
+        "what computes attention; auto = by platform, see docs/design.md",
+        choices=("auto", "xla", "cudnn", "splash", "tokamax"),
     )
     moe: MoE = dataclasses.field(default_factory=MoE)
 
