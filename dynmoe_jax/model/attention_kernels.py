@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from dynmoe_jax.experts.tokamax_products import load_tokamax
+
 AttentionKernel = Callable[
     [Float[Array, "B L H W"], Float[Array, "B L G W"], Float[Array, "B L G W"], Int[Array, "B L"]],
     Float[Array, "B L H W"],
@@ -90,7 +92,7 @@ def splash_block(length: int) -> int | None:
 
 def tokamax_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
     """tokamax's flash attention; the segments are a boolean mask [B, 1, L, L]."""
-    import tokamax
+    tokamax = load_tokamax()
 
     def on_each_device(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
         return tokamax.dot_product_attention(

@@ -1,6 +1,7 @@
 """tokamax's products, lowered for an NVIDIA GPU that is not there: kernels, and nothing else."""
 
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ def array(*shape, dtype=jnp.bfloat16):
         ("weight_gradient", (R, INNER), (R, OUTER)),
     ],
 )
-def test_products_are_kernels_on_gpu(product, left, right):
+def test_products_are_kernels_on_gpu(monkeypatch, product, left, right):
+    # tokamax would read its flags from there.
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config=configs/quickstart.py"])
     run = jax.jit(getattr(tokamax_products("gpu"), product))
     with tokamax.config.cross_compile(True):
         traced = run.trace(array(*left), array(*right), array(E, dtype=jnp.int32))
