@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from benchmarks.layer_cases import Arrays, Choice, Used
 from dynmoe_jax import config
 from dynmoe_jax.experts import Backend, ExpertWeights, apply_experts, make_backend, swiglu
-from dynmoe_jax.experts.ragged import ragged_experts
 from dynmoe_jax.routing import Router, TopK, TopP
 
 METHODS: dict[str, Callable[[], Backend]] = {
     "ours": lambda: make_backend(config.MoE(backend="grouped")),
     "ours_recompute": lambda: make_backend(config.MoE(backend="grouped", saved_rows_per_token=0.0)),
-    "jax_ragged_dot": lambda: ragged_experts,
+    "jax_ragged_dot": lambda: make_backend(config.MoE(grouped_product="xla")),
     "jax_capacity": lambda: make_backend(config.MoE(backend="capacity", capacity_factor=1.25)),
 }
 

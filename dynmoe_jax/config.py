@@ -36,6 +36,11 @@ class MoE:
     backend: str = setting(
         "auto", "expert compute", choices=("auto", "reference", "capacity", "grouped")
     )
+    grouped_product: str = setting(
+        "auto",
+        "what the grouped backend multiplies with; auto = by platform, see docs/design.md",
+        choices=("auto", "blocks", "xla", "megablox", "tokamax"),
+    )
     capacity_factor: float = setting(
         1.25,
         "slots of the capacity backend, as a multiple of T K / E, K the bound on experts per token",
@@ -50,7 +55,7 @@ class MoE:
     )
     saved_rows_per_token: float = setting(
         2.0,
-        "rows whose hidden activations are kept for backward, others are recomputed (CPU)",
+        "rows whose hidden activations are kept for backward, others are recomputed",
         unit="rows/token",
         low=0.0,
     )
@@ -89,8 +94,8 @@ class Model:
     )
     attention: str = setting(
         "auto",
-        "implementation given to jax.nn.dot_product_attention",
-        choices=("auto", "xla", "cudnn"),
+        "what computes attention; auto = by platform, see docs/design.md",
+        choices=("auto", "xla", "tiled", "cudnn", "splash", "tokamax"),
     )
     moe: MoE = dataclasses.field(default_factory=MoE)
 

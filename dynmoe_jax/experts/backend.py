@@ -4,16 +4,22 @@ import functools
 from collections.abc import Callable
 from functools import partial
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.experts.blocks import block_experts
 from dynmoe_jax.experts.capacity import capacity_experts
+from dynmoe_jax.experts.product_choice import (
+    check_request,
+    choose_products,
+    installed,
+    make_products,
+)
 from dynmoe_jax.experts.ragged import ragged_experts
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights
+from dynmoe_jax.target import Target, current_target
 
 Backend = Callable[
     [Float[Array, "T D"], Rows, ExpertWeights], tuple[Float[Array, "T D"], Int[Array, ""]]
@@ -21,28 +27,47 @@ Backend = Callable[
 """(x_TD, rows, weights) -> (y_TD, rows dropped): the one signature of expert compute."""
 
 
-def grouped_experts(moe: config.MoE, platform: str) -> Backend:
-    """The dropless backend of a platform: blocks on CPU, grouped matrix products elsewhere."""
-    if platform == "cpu":
-        return partial(block_experts, saved_rows_per_token=moe.saved_rows_per_token)
-    return ragged_experts
+def grouped_experts(moe: config.MoE, target: Target) -> Backend:
+    """The dropless backend, by blocks or by grouped products: :func:`choose_products` decides.
+
+    Raises:
+      ConfigError: ``config.model.moe.grouped_product`` asks for what cannot run on ``target``.
+    """
+    check_request(moe.grouped_product, target, installed())
+
+    def apply(x_TD, rows, weights):
+        widths = x_TD.shape[-1], weights.hidden_width
+        name = choose_products(moe.grouped_product, target, installed(), x_TD.dtype, *widths)
+        saved = moe.saved_rows_per_token
+        if name == "blocks":
+            return block_experts(x_TD, rows, weights, saved_rows_per_token=saved)
+        products = make_products(name, target)
+        return ragged_experts(x_TD, rows, weights, products=products, saved_rows_per_token=saved)
+
+    return apply
 
 
-@functools.cache
-def make_backend(moe: config.MoE, platform: str | None = None) -> Backend:
+def make_backend(moe: config.MoE, target: Target | None = None) -> Backend:
     """The backend that ``config.model.moe.backend`` names; ``auto`` is ``grouped``.
 
-    The same settings give the same object, so that decoders of the same settings compare equal
-    and compile once.
+    The same settings and target give the same object, so that decoders of the same settings
+    compare equal and compile once.
 
     Args:
       moe: the settings.
-      platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; by default the one that JAX runs on.
+      target: what the program will run on; by default :func:`current_target`.
+
+    Raises:
+      ConfigError: the settings ask for what cannot run there.
     """
-    platform = platform or jax.default_backend()
+    return _backend(moe, target or current_target())
+
+
+@functools.cache
+def _backend(moe: config.MoE, target: Target) -> Backend:
+    if moe.backend in ("auto", "grouped"):
+        return grouped_experts(moe, target)
     return {
-        "auto": grouped_experts(moe, platform),
-        "grouped": grouped_experts(moe, platform),
         "capacity": partial(capacity_experts, factor=moe.capacity_factor),
         "reference": reference_experts,
     }[moe.backend]

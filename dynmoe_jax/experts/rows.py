@@ -27,12 +27,15 @@ class Rows:
       weight_R: combine weight of each row, float32.
       group_size_E: rows of each expert.
       dropped: rows that the budget left out.
+      row_TK: the rows of each token, in no order; R where there is none.  None if it is not known,
+        as when experts choose tokens, and a token may have any number of rows.
     """
 
     token_R: Int[Array, "R"]
     weight_R: Float[Array, "R"]
     group_size_E: Int[Array, "E"]
     dropped: Int[Array, ""]
+    row_TK: Int[Array, "T K"] | None = None
 
     @property
     def used_R(self) -> Bool[Array, "R"]:
@@ -68,27 +71,50 @@ def rows_from_routing(routing: Routing, rows_per_token: float = 0.0) -> Rows:
     """
     tokens, slots = routing.expert_TK.shape
     bound = row_bound(tokens, slots, rows_per_token)
-    expert_S = routing.expert_TK.reshape(-1)
+    expert_TK = routing.expert_TK
     if bound < tokens * slots:
-        kept_R = _most_probable(routing, bound)
-        order_R = kept_R[jnp.argsort(expert_S[kept_R], stable=True)]
-    else:
-        order_R = jnp.argsort(expert_S, stable=True)
-    sorted_R = expert_S[order_R]
-    edge_E = jnp.searchsorted(sorted_R, jnp.arange(routing.num_experts + 1))
-    weight_R = routing.weight_TK.reshape(-1).at[order_R].get(unique_indices=True)
+        expert_TK = jnp.where(_most_probable(routing, bound), expert_TK, routing.num_experts)
+    row_TK, group_size_E = _places(expert_TK, routing.num_experts, bound)
+    # The slot of each row; one past the last for padding.
+    slot_R = jnp.full(bound, tokens * slots, jnp.int32)
+    slot_R = slot_R.at[row_TK.reshape(-1)].set(
+        jnp.arange(tokens * slots, dtype=jnp.int32), mode="drop", unique_indices=True
+    )
+    weight_R = (
+        routing.weight_TK.reshape(-1).at[slot_R].get(mode="fill", fill_value=0, unique_indices=True)
+    )
     return Rows(
-        token_R=(order_R // slots).astype(jnp.int32),
+        token_R=jnp.where(slot_R < tokens * slots, slot_R // slots, 0),
         weight_R=weight_R,
-        group_size_E=jnp.diff(edge_E).astype(jnp.int32),
-        dropped=jnp.sum(routing.used_TK, dtype=jnp.int32) - edge_E[-1].astype(jnp.int32),
+        group_size_E=group_size_E,
+        dropped=jnp.sum(routing.used_TK, dtype=jnp.int32) - jnp.sum(group_size_E),
+        row_TK=row_TK,
     )
 
 
-def _most_probable(routing: Routing, bound: int) -> Int[Array, "R"]:
-    """The slots (in rising order) that hold the ``bound`` most probable pairs."""
+def _places(
+    expert_TK: Int[Array, "T K"], num_experts: int, bound: int
+) -> tuple[Int[Array, "T K"], Int[Array, "E"]]:
+    """(row of each slot, rows of each expert); R for a slot without an expert.
+
+    Counted, not sorted: no token has an expert twice, so the place of a token among those of an
+    expert is the number of earlier tokens that chose it.
+    """
+    chosen_TE = jnp.any(expert_TK[..., None] == jnp.arange(num_experts), axis=1)
+    until_TE = jnp.cumsum(chosen_TE, axis=0, dtype=jnp.int32)
+    group_size_E = until_TE[-1]
+    start_E = jnp.cumsum(group_size_E) - group_size_E
+    row_TE = start_E + until_TE - 1
+    safe_TK = jnp.minimum(expert_TK, num_experts - 1)
+    row_TK = jnp.take_along_axis(row_TE, safe_TK, axis=1)
+    return jnp.where(expert_TK < num_experts, row_TK, bound), group_size_E
+
+
+def _most_probable(routing: Routing, bound: int) -> Bool[Array, "T K"]:
+    """Whether a slot is among the ``bound`` most probable ones."""
     safe_TK = jnp.minimum(routing.expert_TK, routing.num_experts - 1)
     prob_TK = jnp.take_along_axis(routing.probs_TE, safe_TK, axis=-1)
     score_S = jnp.where(routing.used_TK, prob_TK, -1.0).reshape(-1)
     _, kept_R = jax.lax.top_k(jax.lax.stop_gradient(score_S), bound)
-    return jnp.sort(kept_R)
+    kept_S = jnp.zeros(score_S.shape, bool).at[kept_R].set(True, unique_indices=True)
+    return kept_S.reshape(prob_TK.shape)

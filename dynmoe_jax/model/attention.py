@@ -3,13 +3,14 @@
 Axis legend: B batch, L positions, D model width, H query heads, G key/value heads, W head width.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
+from dynmoe_jax.model.attention_choice import make_attention
 from dynmoe_jax.model.layers import compute_dtype, matrix, rotate
+from dynmoe_jax.target import current_target
 
 
 class Attention(nnx.Module):
@@ -23,7 +24,7 @@ class Attention(nnx.Module):
         self.output_HWD = matrix(rngs, (H, W, D), model.init_std)
         self.theta = model.rope_theta
         self.dtype = compute_dtype(model)
-        self.implementation = None if model.attention == "auto" else model.attention
+        self.attend = make_attention(model.attention, current_target())
 
     def __call__(
         self,
@@ -35,13 +36,10 @@ class Attention(nnx.Module):
         query_BLHW = jnp.einsum("bld,dhw->blhw", x_BLD, self.query_DHW[...].astype(self.dtype))
         key_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self.key_DGW[...].astype(self.dtype))
         value_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self.value_DGW[...].astype(self.dtype))
-        same_segment_B1LL = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
-        mixed_BLHW = jax.nn.dot_product_attention(
+        mixed_BLHW = self.attend(
             rotate(query_BLHW, positions_BL, self.theta),
             rotate(key_BLGW, positions_BL, self.theta),
             value_BLGW,
-            mask=same_segment_B1LL,
-            is_causal=True,
-            implementation=self.implementation,
+            segment_ids_BL,
         )
         return jnp.einsum("blhw,hwd->bld", mixed_BLHW, self.output_HWD[...].astype(self.dtype))

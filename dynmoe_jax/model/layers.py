@@ -9,13 +9,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
+from dynmoe_jax.target import current_target
 
 
-def compute_dtype(model: config.Model, platform: str | None = None) -> jnp.dtype:
+def compute_dtype(model: config.Model) -> jnp.dtype:
     """The type that ``config.model.dtype`` names; ``auto`` is float32 on CPU, else bfloat16."""
     if model.dtype != "auto":
         return jnp.dtype(model.dtype)
-    return jnp.dtype("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16")
+    return jnp.dtype("float32" if current_target().platform == "cpu" else "bfloat16")
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:

@@ -39,21 +39,6 @@ def make_mesh(mesh: config.Mesh, batch_size: int) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_devices(model: config.Model) -> None:
-    """Raises ConfigError if the devices cannot compute what the model asks for."""
-    kind = jax.default_backend()
-    if model.attention == "cudnn" and kind != "gpu":
-        raise config.ConfigError(
-            f"config.model.attention='cudnn' needs an NVIDIA GPU, but JAX runs on {kind}; "
-            "use 'auto' or 'xla'."
-        )
-    if model.attention == "cudnn" and model.dtype == "float32":
-        raise config.ConfigError(
-            "config.model.dtype='float32' is not for config.model.attention='cudnn'; "
-            "use 'auto' or 'bfloat16'."
-        )
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, P())

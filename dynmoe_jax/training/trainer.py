@@ -15,6 +15,10 @@ from dynmoe_jax import config
 from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, TrainStream, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
+from dynmoe_jax.experts import make_backend
+from dynmoe_jax.model.attention_choice import choose_attention
+from dynmoe_jax.model.layers import compute_dtype
+from dynmoe_jax.target import current_target
 from dynmoe_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -29,7 +33,7 @@ from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
 from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.memory import Memory, OutOfMemory
-from dynmoe_jax.training.mesh import batch_sharding, check_devices, make_mesh, replicated
+from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
 from dynmoe_jax.training.metrics import check_packages
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.recovery import recover
@@ -108,7 +112,11 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
     """
     check_sources(cfg.data)
     check_packages(cfg.logging)
-    check_devices(cfg.model)
+    target, model = current_target(), cfg.model
+    make_backend(model.moe, target)
+    choose_attention(
+        model.attention, target, compute_dtype(model), cfg.data.seq_len, model.head_width
+    )
     mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
     memory = Memory(cfg, mesh.shape["data"])
     memory.check_state()

@@ -12,11 +12,13 @@ from dynmoe_jax import config
 from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, rows_from_routing
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.routing import TopK, TopP
+from dynmoe_jax.target import Target
 
+CPU = Target("cpu")
 BACKENDS = {
     "capacity": make_backend(config.MoE(backend="capacity", capacity_factor=1e6)),
-    "blocks": make_backend(config.MoE(backend="grouped"), "cpu"),
-    "ragged": make_backend(config.MoE(backend="grouped"), "gpu"),
+    "blocks": make_backend(config.MoE(backend="grouped"), CPU),
+    "ragged": make_backend(config.MoE(backend="grouped", grouped_product="xla"), CPU),
     "reference": make_backend(config.MoE(backend="reference")),
 }
 E, D, F = 4, 16, 24
@@ -168,7 +170,7 @@ def test_block_gradients_agree_with_finite_differences():
 @pytest.mark.parametrize("saved_rows_per_token", [0.0, 0.7])
 def test_recomputed_activations_equal_saved_ones(saved_rows_per_token):
     x_TD, logits_TE, valid_T, router = draw_case("top_p", 60)
-    backend = make_backend(config.MoE(saved_rows_per_token=saved_rows_per_token), "cpu")
+    backend = make_backend(config.MoE(saved_rows_per_token=saved_rows_per_token), CPU)
     wanted, _ = value_and_gradients(
         layer(reference_experts, router, valid_T), x_TD, logits_TE, draw_weights()
     )

@@ -28,6 +28,8 @@ def test_rows_are_sorted_by_expert_and_then_by_token():
     assert rows.used_R.tolist() == [True] * 3 + [False] * 3
     assert rows.expert_R[:3].tolist() == [0, 0, 2]
     assert rows.start_E.tolist() == [0, 2, 2]
+    # Token 0 stands in rows 2 (expert 2) and 0 (expert 0), token 2 in row 1; 6 means none.
+    assert rows.row_TK.tolist() == [[2, 0], [6, 6], [1, 6]]
     assert rows.dropped == 0
 
 
@@ -38,6 +40,7 @@ def test_budget_drops_the_least_probable_pair_and_counts_it():
     assert rows.group_size_E.tolist() == [1, 0, 1]
     assert rows.token_R.tolist() == [2, 0]
     np.testing.assert_allclose(rows.weight_R, [0.8, 0.6])
+    assert rows.row_TK.tolist() == [[1, 2], [2, 2], [0, 2]]
     assert rows.dropped == 1
 
 

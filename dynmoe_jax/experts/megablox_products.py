@@ -1,0 +1,61 @@
+"""Grouped products by the Megablox kernels that JAX ships for TPU.
+
+``gmm`` visits the row tiles that groups reach into, and no others, so time follows the rows used;
+``tgmm``, the weight gradient, visits every expert, so that one without rows gets zeros.
+
+Axis legend: R rows, E experts, I and O the inner and outer width of a matrix.
+"""
+
+import functools
+
+import jax.numpy as jnp
+
+from dynmoe_jax.experts.grouped_products import GroupedProducts
+from dynmoe_jax.experts.tiling import ROW_MULTIPLE, gradient_tiling, product_tiling
+
+
+@functools.cache
+def megablox_products(flops_per_byte: float, interpret: bool = False) -> GroupedProducts:
+    """The products, with tiles for a chip.
+
+    Args:
+      flops_per_byte: peak rate of the chip over that of its memory.
+      interpret: run the kernels on a CPU, slowly, for tests.
+
+    Raises:
+      ImportError: this version of JAX does not ship the kernels.
+    """
+    # Not at the top: a CPU has no use for the TPU half of Pallas, which takes a second to import.
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+    def tiles(rows_RI, experts, inner, outer, of=product_tiling):
+        rows, itemsize = rows_RI.shape[0], rows_RI.dtype.itemsize
+        return of(rows, experts, inner, outer, itemsize, flops_per_byte)
+
+    def forward(x_RI, w_EIO, group_size_E):
+        experts, inner, outer = w_EIO.shape
+        tiling = tiles(x_RI, experts, inner, outer)
+        return gmm(x_RI, w_EIO, group_size_E, x_RI.dtype, tiling, interpret=interpret)
+
+    def input_gradient(dy_RO, w_EIO, group_size_E):
+        experts, inner, outer = w_EIO.shape
+        # The widths change places: here O is what is summed over.
+        tiling = tiles(dy_RO, experts, outer, inner)
+        return gmm(
+            dy_RO,
+            w_EIO,
+            group_size_E,
+            dy_RO.dtype,
+            tiling,
+            transpose_rhs=True,
+            interpret=interpret,
+        )
+
+    def weight_gradient(x_RI, dy_RO, group_size_E):
+        inner, outer = x_RI.shape[1], dy_RO.shape[1]
+        tiling = tiles(x_RI, group_size_E.shape[0], inner, outer, of=gradient_tiling)
+        return tgmm(
+            jnp.swapaxes(x_RI, 0, 1), dy_RO, group_size_E, x_RI.dtype, tiling, interpret=interpret
+        )
+
+    return GroupedProducts("megablox", forward, input_gradient, weight_gradient, ROW_MULTIPLE)

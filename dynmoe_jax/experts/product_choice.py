@@ -1,0 +1,130 @@
+"""Which implementation computes the experts' products: one rule, written down.
+
+Axis legend: R rows, E experts, D model width, F hidden width of an expert.
+"""
+
+import functools
+import importlib.util
+
+import jax.numpy as jnp
+
+from dynmoe_jax import config
+from dynmoe_jax.experts.accounting import CHIPS
+from dynmoe_jax.experts.grouped_products import XLA, GroupedProducts
+from dynmoe_jax.experts.megablox_products import megablox_products
+from dynmoe_jax.experts.tokamax_products import tokamax_products
+from dynmoe_jax.target import Target
+
+SETTING = "config.model.moe.grouped_product"
+MODULES = {
+    "megablox": "jax.experimental.pallas.ops.tpu.megablox.gmm",
+    "tokamax": "tokamax",
+}
+PLATFORMS = {"megablox": ("tpu",), "tokamax": ("gpu", "tpu")}
+TPU_CHIPS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+OTHER_FLOPS_PER_BYTE = 240.0
+"""Of a TPU that is not in the table: v5e's, in the middle of those that are."""
+
+LEAST_COMPUTE_CAPABILITY = 8.0
+"""Of an NVIDIA GPU that Pallas compiles for: Ampere."""
+
+
+@functools.cache
+def installed() -> frozenset[str]:
+    """The implementations that can be imported here."""
+    return frozenset(name for name, module in MODULES.items() if _exists(module))
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent is missing
+        return False
+
+
+def choose_products(
+    requested: str,
+    target: Target,
+    available: frozenset[str],
+    dtype: jnp.dtype,
+    width: int,
+    hidden_width: int,
+) -> str:
+    """``"blocks"``, ``"megablox"``, ``"tokamax"`` or ``"xla"``.
+
+    What was asked for, if anything; otherwise:
+
+    1. CPU: ``blocks``, the loop over the blocks of rows used.  ``lax.ragged_dot`` is dense over
+       the experts there: 23 times slower at 16 experts (:mod:`.blocks`).
+    2. TPU: ``megablox``.  Its three kernels visit used rows alone.  XLA's forward and input
+       gradient do so too, but its weight gradient is dense with the compiler of jax 0.10 (compiled
+       for v5p: 16 times the FLOPs at 16 experts), and its tile for the input gradient at D = 1024,
+       2F = 5632 is 128 columns wide, so that each row is read eight times.  tokamax has the same
+       kernels, but shapes outside its table of tuned tiles, the paper's among them, get tiles of
+       128 x 128 x 128.  Not measured: there was no TPU.
+       Types other than bfloat16 and float32, which Megablox does not know: ``xla``.
+    3. NVIDIA GPU from Ampere on, tokamax installed, widths that are multiples of 128 (which its
+       tiles divide): ``tokamax``.  XLA's lowering is dense: in jaxlib 0.10.1 and 0.10.2 forward as
+       well (22 TFLOP/s, where 1470 were possible, on a B200: marin-community/marin#7012), and the
+       weight gradient by design (openxla/xla#40189).  JAX's own Triton lowering is in no wheel
+       from 0.10.0 to 0.11.2 (jax-ml/jax#40888).
+    4. Any other GPU: ``blocks``, because it is never dense.  Not measured there.
+
+    Args:
+      requested: ``config.model.moe.grouped_product``.
+      target: what the program will run on.
+      available: implementations that can be imported, see :func:`installed`.
+      dtype: of the rows.
+      width: D.
+      hidden_width: F.
+
+    Raises:
+      ConfigError: what was asked for does not exist here, or does not run there.
+    """
+    if requested != "auto":
+        check_request(requested, target, available)
+        return requested
+    if target.platform == "cpu":
+        return "blocks"
+    if target.platform == "tpu":
+        known = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+        return "megablox" if "megablox" in available and known else "xla"
+    fits = target.compute_capability >= LEAST_COMPUTE_CAPABILITY
+    even = width % 128 == 0 and hidden_width % 128 == 0
+    return "tokamax" if "tokamax" in available and fits and even else "blocks"
+
+
+def check_request(requested: str, target: Target, available: frozenset[str]) -> None:
+    """Raises ConfigError, in one sentence, unless ``requested`` can run on ``target``."""
+    if requested not in MODULES:
+        return
+    if target.platform not in PLATFORMS[requested]:
+        wanted = " or ".join(platform.upper() for platform in PLATFORMS[requested])
+        raise config.ConfigError(
+            f"{SETTING}={requested!r} needs a {wanted}, and this is a {target.platform.upper()}; "
+            f"use {SETTING}='auto'."
+        )
+    if requested not in available:
+        remedy = "install it (pip install tokamax)" if requested == "tokamax" else "update JAX"
+        raise config.ConfigError(
+            f"{SETTING}={requested!r} is not installed here; {remedy} or use {SETTING}='auto'."
+        )
+
+
+def make_products(name: str, target: Target) -> GroupedProducts:
+    """The products of an implementation other than ``blocks``."""
+    if name == "megablox":
+        return megablox_products(flops_per_byte(target))
+    if name == "tokamax":
+        return tokamax_products(target.platform)
+    return {"xla": XLA}[name]
+
+
+def flops_per_byte(target: Target) -> float:
+    """Peak rate of a TPU over that of its memory, from the data sheets in :mod:`.accounting`."""
+    # The longest name first: "TPU v5 lite" is not a "TPU v5".
+    for kind in sorted(TPU_CHIPS, key=len, reverse=True):
+        if kind in target.kind:
+            chip = CHIPS[TPU_CHIPS[kind]]
+            return chip.flops_per_s / chip.bytes_per_s
+    return OTHER_FLOPS_PER_BYTE

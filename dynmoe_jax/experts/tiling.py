@@ -1,0 +1,115 @@
+"""Tile sizes for grouped products on TPU, from shapes and the chip's balance alone.
+
+No TPU was at hand to measure on, and the compiler's estimate of a kernel's cycles is "unknown".  So
+the sizes follow from arithmetic: of the tiles that fit, those with the least time on a roofline.
+
+Axis legend: R rows, E experts, I inner (contracted) and O outer width of a product, and the tile
+sizes m, k, n along rows, inner and outer width.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+Tiling = tuple[int, int, int]
+
+ROW_TILES = (512, 256, 128)
+ROW_MULTIPLE = ROW_TILES[0]
+"""What R must be a multiple of, so that every row tile divides it."""
+
+BOUNDARY_SHARE = 8
+"""A row tile that two experts share is computed twice; tiles are so small that this adds at most
+R / 8 rows, or as small as they get."""
+
+VMEM_BYTES = 14 * 2**20
+"""v5p gives a kernel 16 MiB by default.  What is counted here came out up to 0.7 MiB below what the
+compiler counted: it refused, with 17.1 and 16.8 MiB, tiles that count 16.5 MiB here."""
+
+
+def row_tile(rows: int, experts: int) -> int:
+    """m, the same for all products of a layer: XLA then works out once which tiles they visit."""
+    fits = [m for m in ROW_TILES if (experts - 1) * m * BOUNDARY_SHARE <= rows]
+    return fits[0] if fits else ROW_TILES[-1]
+
+
+@functools.cache
+def product_tiling(
+    rows: int, experts: int, inner: int, outer: int, itemsize: int, flops_per_byte: float
+) -> Tiling:
+    """(m, k, n) of [R, I] x [E, I, O] -> [R, O].
+
+    While the inner width fits into one tile, a tile of the matrix is read once per expert, and the
+    rows once per tile of the outer width; else both are read for every tile of the result.
+
+    Args:
+      rows: R.
+      experts: E.
+      inner: I.
+      outer: O.
+      itemsize: bytes of one number.
+      flops_per_byte: the chip's peak rate over its memory's.
+    """
+
+    def traffic(m, k, n):
+        times_read = experts if k >= inner else rows / m + experts - 1
+        sides = rows * inner * math.ceil(outer / n) + times_read * inner * outer
+        return sides + rows * outer
+
+    def vmem(m, k, n):
+        return 2 * itemsize * (m * k + k * n + m * n) + 4 * m * n
+
+    return _fastest(rows, experts, inner, outer, itemsize, flops_per_byte, traffic, vmem)
+
+
+@functools.cache
+def gradient_tiling(
+    rows: int, experts: int, inner: int, outer: int, itemsize: int, flops_per_byte: float
+) -> Tiling:
+    """(m, k, n) of the weight gradient [R, I]^T x [R, O] -> [E, I, O]; arguments as above.
+
+    Each side is read once per tile of the other.  The kernel masks rows in float32 copies.
+    """
+
+    def traffic(m, k, n):
+        sides = rows * (inner * math.ceil(outer / n) + outer * math.ceil(inner / k))
+        return sides + experts * inner * outer
+
+    def vmem(m, k, n):
+        return (2 * itemsize + 4) * (m * k + m * n + k * n)
+
+    return _fastest(rows, experts, inner, outer, itemsize, flops_per_byte, traffic, vmem)
+
+
+def _fastest(
+    rows: int,
+    experts: int,
+    inner: int,
+    outer: int,
+    itemsize: int,
+    flops_per_byte: float,
+    traffic: Callable[[int, int, int], float],
+    vmem: Callable[[int, int, int], float],
+) -> Tiling:
+    """The tiling of least time: of products or of traffic, whichever takes longer."""
+
+    def cost(tiling):
+        m, k, n = tiling
+        # A ragged tile is computed in full.
+        flops = 2 * (rows + (experts - 1) * m) * _padded(inner, k) * _padded(outer, n)
+        seconds = max(flops / flops_per_byte, itemsize * traffic(m, k, n))
+        # Where two tie, the fewest steps: each costs a fixed time besides its product.
+        return seconds, -m * k * n
+
+    m = row_tile(rows, experts)
+    tilings = [(m, k, n) for k in _sizes(inner) for n in _sizes(outer)]
+    return min((t for t in tilings if vmem(*t) <= VMEM_BYTES), key=cost)
+
+
+def _padded(width: int, tile: int) -> int:
+    return math.ceil(width / tile) * tile
+
+
+def _sizes(width: int) -> list[int]:
+    """Tiles of a width: all of it, or multiples of 128 that cut it into 2, 3, ... parts."""
+    parts = range(2, math.ceil(width / 128) + 1)
+    return [width, *dict.fromkeys(math.ceil(width / p / 128) * 128 for p in parts)]

@@ -1,0 +1,37 @@
+"""Grouped products by tokamax, the library that JAX's kernels for GPU move to.
+
+Axis legend: R rows, E experts, I and O the inner and outer width of a matrix.
+"""
+
+import functools
+
+from absl import flags
+
+from dynmoe_jax.experts.grouped_products import GroupedProducts, products_of
+
+IMPLEMENTATIONS = {"gpu": ("triton", "mosaic"), "tpu": ("mosaic",)}
+"""Not tokamax's own order, which ends in ``xla`` and so, on a GPU, in dense products.  Triton comes
+first because it is this kernel that was measured on an H100 (78% of peak forward, XLA's dense
+lowering 15%: marin-community/marin#4297), and because Blackwell has no Mosaic weight gradient."""
+
+
+def load_tokamax():
+    """The module.  It would parse the command line by itself, and stumble over train.py's flags."""
+    import tokamax
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return tokamax
+
+
+@functools.cache
+def tokamax_products(platform: str) -> GroupedProducts:
+    """The products for ``"gpu"`` or ``"tpu"``.
+
+    Raises:
+      ImportError: tokamax is not installed.
+    """
+    ragged_dot_general = functools.partial(
+        load_tokamax().ragged_dot_general, implementation=IMPLEMENTATIONS[platform]
+    )
+    return products_of("tokamax", ragged_dot_general, row_multiple=128)

@@ -1,0 +1,57 @@
+"""What the program will run on: the devices at hand, or others, ahead of time.
+
+Everything that depends on the platform (compute type, expert compute, attention) asks here, so
+that a machine without a TPU can compile for one.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of device.
+
+    Attributes:
+      platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+      kind: as ``jax.Device.device_kind`` has it, e.g. ``"TPU v5"`` or ``"NVIDIA H100 80GB HBM3"``.
+      compute_capability: of an NVIDIA GPU, e.g. 9.0 of Hopper; 0 of anything else.
+    """
+
+    platform: str
+    kind: str = ""
+    compute_capability: float = 0.0
+
+    @classmethod
+    def of(cls, device: jax.Device) -> "Target":
+        """The kind of a device, real or described by ``jax.experimental.topologies``."""
+        try:
+            capability = float(device.compute_capability)
+        except (AttributeError, ValueError):  # ValueError: AMD's "gfx942"
+            capability = 0.0
+        return cls(device.platform, device.device_kind, capability)
+
+
+_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+def current_target() -> Target:
+    """What :func:`compile_for` says, otherwise the default device."""
+    return _target.get() or Target.of(jax.devices()[0])
+
+
+@contextlib.contextmanager
+def compile_for(target: Target) -> Iterator[None]:
+    """Within the context, models are built and traced for ``target``, whatever is at hand.
+
+    Both belong into it: a model remembers parts of the choice, and traces the rest.
+    """
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)

@@ -1,0 +1,97 @@
+"""The rule that picks an implementation, branch by branch."""
+
+import jax.numpy as jnp
+import pytest
+
+from dynmoe_jax import config
+from dynmoe_jax.experts import make_backend, product_choice
+from dynmoe_jax.experts.grouped_products import XLA
+from dynmoe_jax.target import Target, compile_for, current_target
+
+CPU = Target("cpu", "cpu")
+V5P = Target("tpu", "TPU v5")
+H100 = Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)
+V100 = Target("gpu", "Tesla V100-SXM2-16GB", 7.0)
+AMD = Target("gpu", "AMD Instinct MI300X")
+ALL = frozenset({"megablox", "tokamax"})
+NONE = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("target", "available", "dtype", "widths", "wanted"),
+    [
+        (CPU, ALL, jnp.float32, (1024, 2816), "blocks"),
+        (V5P, ALL, jnp.bfloat16, (1024, 2816), "megablox"),
+        (V5P, ALL, jnp.float32, (200, 72), "megablox"),
+        (V5P, ALL, jnp.float16, (1024, 2816), "xla"),
+        (V5P, frozenset({"tokamax"}), jnp.bfloat16, (1024, 2816), "xla"),
+        (H100, ALL, jnp.bfloat16, (1024, 2816), "tokamax"),
+        (H100, NONE, jnp.bfloat16, (1024, 2816), "blocks"),
+        (H100, ALL, jnp.bfloat16, (1000, 2816), "blocks"),
+        (H100, ALL, jnp.bfloat16, (1024, 2800), "blocks"),
+        (V100, ALL, jnp.bfloat16, (1024, 2816), "blocks"),
+        (AMD, ALL, jnp.bfloat16, (1024, 2816), "blocks"),
+    ],
+)
+def test_auto(target, available, dtype, widths, wanted):
+    assert product_choice.choose_products("auto", target, available, dtype, *widths) == wanted
+
+
+@pytest.mark.parametrize(
+    ("requested", "target", "available"),
+    [("xla", H100, NONE), ("blocks", V5P, NONE), ("megablox", V5P, ALL), ("tokamax", V5P, ALL)],
+)
+def test_what_is_asked_for_is_given(requested, target, available):
+    chosen = product_choice.choose_products(requested, target, available, jnp.bfloat16, 1000, 2800)
+    assert chosen == requested
+
+
+@pytest.mark.parametrize(
+    ("requested", "target", "available", "message"),
+    [
+        ("megablox", CPU, ALL, "'megablox' needs a TPU, and this is a CPU; use"),
+        ("megablox", H100, ALL, "'megablox' needs a TPU, and this is a GPU; use"),
+        ("tokamax", CPU, ALL, "'tokamax' needs a GPU or TPU, and this is a CPU; use"),
+        ("tokamax", H100, NONE, "'tokamax' is not installed here; install it"),
+        ("megablox", V5P, NONE, "'megablox' is not installed here; update JAX"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(requested, target, available, message):
+    with pytest.raises(config.ConfigError, match=message) as caught:
+        product_choice.check_request(requested, target, available)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("config.model.moe.grouped_product=")
+
+
+def test_a_backend_that_cannot_be_is_refused_when_it_is_made():
+    with pytest.raises(config.ConfigError, match="needs a TPU"):
+        make_backend(config.MoE(grouped_product="megablox"), CPU)
+
+
+def test_the_same_settings_give_the_same_backend():
+    assert make_backend(config.MoE(), CPU) is make_backend(config.MoE(), CPU)
+    assert make_backend(config.MoE(), CPU) is not make_backend(config.MoE(), V5P)
+
+
+def test_another_target_within_a_context():
+    at_hand = current_target()
+    assert at_hand.platform == "cpu"
+    with compile_for(V5P):
+        assert current_target() == V5P
+        assert make_backend(config.MoE()) is make_backend(config.MoE(), V5P)
+    assert current_target() == at_hand
+
+
+def test_names_become_products():
+    assert product_choice.make_products("xla", H100) is XLA
+    megablox = product_choice.make_products("megablox", V5P)
+    assert megablox is product_choice.make_products("megablox", Target("tpu", "TPU v5p slice"))
+    assert megablox.name == "megablox"
+
+
+def test_balance_of_chips():
+    # Data sheets: v5p 459 TFLOP/s and 2.77 TB/s, v5e 197 and 0.82; "TPU v5 lite" is not a "TPU v5".
+    assert product_choice.flops_per_byte(V5P) == pytest.approx(459 / 2.77)
+    v5e = Target("tpu", "TPU v5 lite")
+    assert product_choice.flops_per_byte(v5e) == pytest.approx(197 / 0.82)
+    assert product_choice.flops_per_byte(Target("tpu", "TPU v9")) == 240.0

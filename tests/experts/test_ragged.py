@@ -1,0 +1,268 @@
+"""The layer of grouped products: kernels that leave garbage, parts, slots, meshes."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from dynmoe_jax.experts import ExpertWeights, Rows, apply_experts, rows_from_routing
+from dynmoe_jax.experts.grouped_products import REFERENCE, XLA
+from dynmoe_jax.experts.megablox_products import megablox_products
+from dynmoe_jax.experts.ragged import part_bounds, ragged_experts
+from dynmoe_jax.experts.reference import reference_experts
+from dynmoe_jax.routing import TopK, TopP
+
+E, D, F = 4, 16, 24
+
+
+def draw(tokens=37, dtype=jnp.float32):
+    """(x_TD, logits_TE, weights); expert 1 is never chosen."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x_TD = jax.random.normal(keys[0], (tokens, D)).astype(dtype)
+    logits_TE = jax.random.normal(keys[1], (tokens, E)).at[:, 1].add(-50.0)
+    gate_up_ED2F = (jax.random.normal(keys[2], (E, D, 2, F)) / 4).astype(dtype)
+    down_EFD = (jax.random.normal(keys[3], (E, F, D)) / 5).astype(dtype)
+    return x_TD, logits_TE, ExpertWeights(gate_up_ED2F, down_EFD)
+
+
+def poisoned(products):
+    """Kernels at their worst: NaN wherever nothing is promised."""
+
+    def beyond(y_RI, group_size_E):
+        row_R1 = jnp.arange(y_RI.shape[0])[:, None]
+        return jnp.where(row_R1 < jnp.sum(group_size_E), y_RI, jnp.nan)
+
+    def forward(x_RI, w_EIO, group_size_E):
+        return beyond(products.forward(x_RI, w_EIO, group_size_E), group_size_E)
+
+    def input_gradient(dy_RO, w_EIO, group_size_E):
+        return beyond(products.input_gradient(dy_RO, w_EIO, group_size_E), group_size_E)
+
+    def weight_gradient(x_RI, dy_RO, group_size_E):
+        # What a kernel may assume: finite numbers in every row.  A NaN that is fed comes out.
+        fed = jnp.sum(x_RI) * 0 + jnp.sum(dy_RO) * 0
+        dw_EIO = products.weight_gradient(x_RI, dy_RO, group_size_E) + fed.astype(x_RI.dtype)
+        return jnp.where((group_size_E > 0)[:, None, None], dw_EIO, jnp.nan)
+
+    return dataclasses.replace(
+        products,
+        forward=forward,
+        input_gradient=input_gradient,
+        weight_gradient=weight_gradient,
+    )
+
+
+POISONED = poisoned(REFERENCE)
+
+
+def gradients(backend, x_TD, logits_TE, weights, router=None, edit=lambda rows: rows, budget=0.0):
+    """(y_TD, gradients of tokens, logits and weights)."""
+    router = router or TopP(E, 0.6)
+    mix_TD = jax.random.normal(jax.random.key(9), x_TD.shape)
+
+    def loss(x_TD, logits_TE, weights):
+        routing = router(logits_TE, jnp.arange(x_TD.shape[0]) % 5 > 0)
+        y_TD, dropped = backend(x_TD, edit(rows_from_routing(routing, budget)), weights)
+        return jnp.sum(y_TD.astype(jnp.float32) * mix_TD), (y_TD, dropped)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (_, (y_TD, dropped)), wanted = run(x_TD, logits_TE, weights)
+    assert dropped == 0
+    return y_TD, wanted
+
+
+def assert_close(actual, wanted, tolerance=1e-5):
+    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
+        assert np.all(np.isfinite(a))
+        assert np.linalg.norm(a - w) <= tolerance * max(np.linalg.norm(w), 1e-30)
+
+
+@pytest.mark.parametrize("saved", [0.0, 0.8, 1.0, 2.0, 9.0])
+def test_garbage_of_kernels_reaches_nothing(saved):
+    case = draw()
+    backend = partial(ragged_experts, products=POISONED, saved_rows_per_token=saved)
+    actual = gradients(backend, *case)
+    assert_close(actual, gradients(reference_experts, *case))
+    dweights = actual[1][2]
+    assert np.all(np.asarray(dweights.gate_up_ED2F[1]) == 0)
+    assert np.all(np.asarray(dweights.down_EFD[1]) == 0)
+
+
+def test_padding_rows_have_no_gradient():
+    x_TD, logits_TE, weights = draw()
+    rows = rows_from_routing(TopP(E, 0.6)(logits_TE, jnp.ones(37, bool)))
+
+    def loss(weight_R):
+        weighted = dataclasses.replace(rows, weight_R=weight_R)
+        return jnp.sum(ragged_experts(x_TD, weighted, weights, products=POISONED)[0])
+
+    dweight_R = np.asarray(jax.jit(jax.grad(loss))(rows.weight_R))
+    assert np.all(dweight_R[~np.asarray(rows.used_R)] == 0)
+    assert np.all(dweight_R[np.asarray(rows.used_R)] != 0)
+
+
+def test_padding_tokens_and_rows_may_hold_nan():
+    x_TD, logits_TE, weights = draw()
+    padding_T1 = (jnp.arange(x_TD.shape[0]) % 5 == 0)[:, None]
+
+    def edit(rows):
+        # Padding rows that point at a token of NaN, with a weight of NaN.
+        return dataclasses.replace(
+            rows,
+            token_R=jnp.where(rows.used_R, rows.token_R, 0),
+            weight_R=jnp.where(rows.used_R, rows.weight_R, jnp.nan),
+        )
+
+    backend = partial(ragged_experts, products=POISONED)
+    clean = gradients(backend, x_TD, logits_TE, weights)
+    dirty = gradients(backend, jnp.where(padding_T1, jnp.nan, x_TD), logits_TE, weights, edit=edit)
+    assert_close(dirty, clean, 1e-6)
+
+
+def test_zero_rows_give_zeros():
+    x_TD, logits_TE, weights = draw(4)
+    router = TopP(E, 0.6)
+    rows = rows_from_routing(router(logits_TE, jnp.zeros(4, bool)))
+
+    def loss(x_TD, weights):
+        y_TD, _ = ragged_experts(x_TD, rows, weights, products=POISONED)
+        return jnp.sum(y_TD + 1), y_TD
+
+    (_, y_TD), actual = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x_TD, weights)
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves((y_TD, actual)))
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.9])
+def test_rows_without_slots_are_scattered(budget):
+    case = draw()
+    backend = partial(ragged_experts, products=POISONED, saved_rows_per_token=0.7)
+    forget = partial(dataclasses.replace, row_TK=None)
+    wanted = gradients(reference_experts, *case, budget=budget)
+    assert_close(gradients(backend, *case, budget=budget, edit=forget), wanted)
+    assert_close(gradients(backend, *case, budget=budget), wanted)
+
+
+def test_experts_that_choose_tokens():
+    # Expert 0 takes tokens 1 and 3, expert 2 tokens 3 and 0: token 3 has two rows, token 2 none.
+    x_TD, _, weights = draw(4)
+    rows = Rows(
+        token_R=jnp.array([1, 3, 3, 0]),
+        weight_R=jnp.array([0.5, 0.25, 1.0, 2.0]),
+        group_size_E=jnp.array([2, 0, 2, 0]),
+        dropped=jnp.int32(0),
+    )
+    actual, _ = ragged_experts(x_TD, rows, weights, products=XLA)
+    wanted, _ = reference_experts(x_TD, rows, weights)
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5)
+    assert np.all(np.asarray(actual[2]) == 0)
+
+
+def test_gradients_agree_with_finite_differences():
+    x_TD, logits_TE, weights = draw(9)
+    rows = rows_from_routing(TopP(E, 0.6)(logits_TE, jnp.ones(9, bool)))
+
+    def loss(x_TD, weight_R, weights):
+        weighted = dataclasses.replace(rows, weight_R=weight_R)
+        y_TD, _ = ragged_experts(
+            x_TD, weighted, weights, products=REFERENCE, saved_rows_per_token=1.0
+        )
+        return jnp.sum(jnp.sin(y_TD))
+
+    arguments = (x_TD, rows.weight_R, weights)
+    check_grads(jax.jit(loss), arguments, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_megablox_kernels():
+    case = draw(200)
+    backend = partial(
+        ragged_experts,
+        products=poisoned(megablox_products(240.0, interpret=True)),
+        saved_rows_per_token=1.0,
+    )
+    assert_close(gradients(backend, *case), gradients(reference_experts, *case))
+
+
+@pytest.mark.parametrize("name", ["reference", "megablox"])
+def test_bfloat16(name):
+    products = {"reference": REFERENCE, "megablox": megablox_products(240.0, interpret=True)}[name]
+    x_TD, logits_TE, weights = draw(200, jnp.bfloat16)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), (x_TD, logits_TE, weights))
+    backend = partial(ragged_experts, products=poisoned(products), saved_rows_per_token=1.0)
+    actual = gradients(backend, x_TD, logits_TE, weights)
+    assert_close(actual, gradients(reference_experts, *wide), 2e-2)
+
+
+def test_inside_shard_map_scan_and_checkpoint():
+    x_TD, logits_TE, weights = draw(32)
+    backend = partial(ragged_experts, products=POISONED, saved_rows_per_token=1.0)
+
+    def gradient(backend):
+        def body(x_TD, _):
+            routing = TopP(E, 0.6)(logits_TE, jnp.ones(32, bool))
+            y_TD, _ = apply_experts(x_TD, routing, weights, backend)
+            return x_TD + y_TD, None
+
+        def loss(x_TD):
+            return jnp.sum(jnp.sin(jax.lax.scan(jax.checkpoint(body), x_TD, length=2)[0]))
+
+        return jax.jit(jax.grad(loss))(x_TD)
+
+    wanted = gradient(reference_experts)
+    assert_close(gradient(backend), wanted)
+    with jax.set_mesh(jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))):
+        assert_close(gradient(backend), wanted)
+
+
+def test_parts_by_hand():
+    # R = 7 * 300 rows, S = 2 * 300, in multiples of 512: 2100 -> 2560 and 600 -> 1024.
+    assert part_bounds(2100, 300, 2.0, 512) == (1024, 2560)
+    assert part_bounds(2100, 300, 2.0, 1) == (600, 2100)
+    # A budget or a top-2 router leaves nothing for a second part.
+    assert part_bounds(600, 300, 2.0, 512) == (1024,)
+    # Nothing is saved, yet the rest is still cut off.
+    assert part_bounds(2100, 300, 0.0, 1) == (600, 2100)
+
+
+def test_usual_loads_do_not_compute_the_rest():
+    # Top-1 of K = 4 slots: 32 of 128 rows are used, S = 64.  The kernels count their calls.
+    calls = []
+
+    def count(x_RI, w_EIO, group_size_E):
+        jax.debug.callback(lambda rows: calls.append(int(rows)), jnp.int32(x_RI.shape[0]))
+        return REFERENCE.forward(x_RI, w_EIO, group_size_E)
+
+    x_TD, logits_TE, weights = draw(32)
+    products = dataclasses.replace(REFERENCE, forward=count)
+    routing = TopK(E, 4)(logits_TE, jnp.ones(32, bool))
+    first_TK = jnp.arange(4) < 1
+    for slots, wanted in ((first_TK, [64, 64]), (jnp.ones(4, bool), [64, 64, 64, 64])):
+        kept = dataclasses.replace(routing, expert_TK=jnp.where(slots, routing.expert_TK, E))
+        calls.clear()
+        y_TD, _ = jax.jit(partial(ragged_experts, products=products))(
+            x_TD, rows_from_routing(kept), weights
+        )
+        y_TD.block_until_ready()
+        jax.effects_barrier()
+        assert calls == wanted
+
+
+def test_activations_are_kept_for_the_first_rows_alone():
+    x_TD, logits_TE, weights = draw(40)
+    rows = rows_from_routing(TopK(E, 4)(logits_TE, jnp.ones(40, bool)))
+
+    def kept(saved):
+        def run(x_TD):
+            backend = partial(ragged_experts, products=REFERENCE, saved_rows_per_token=saved)
+            return backend(x_TD, rows, weights)[0]
+
+        leaves = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(run, x)[1], x_TD))
+        return sorted(leaf.shape[0] for leaf in leaves if leaf.shape[1:] == (2 * F,))
+
+    assert kept(0.0) == []
+    assert kept(1.5) == [60]
+    assert kept(9.0) == [160]

@@ -1,0 +1,197 @@
+"""Attention kernels against XLA's, and the rule that picks one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
+
+from dynmoe_jax import config
+from dynmoe_jax.model.attention_choice import KERNELS, choose_attention, make_attention
+from dynmoe_jax.model.attention_kernels import splash_attention, splash_block, xla_attention
+from dynmoe_jax.model.attention_tiles import tile_edges, tiled_attention
+from dynmoe_jax.target import Target
+
+CPU = Target("cpu", "cpu")
+V5P = Target("tpu", "TPU v5")
+H100 = Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)
+A100 = Target("gpu", "NVIDIA A100-SXM4-80GB", 8.0)
+V100 = Target("gpu", "Tesla V100-SXM2-16GB", 7.0)
+AMD = Target("gpu", "AMD Instinct MI300X")
+
+L, WIDTH = 256, 16
+# Segments that end inside a tile, one that spans two, and padding (0) at the end.
+SEGMENTS_BL = np.stack(
+    [np.repeat([1, 2, 3, 0], [50, 150, 30, 26]), np.repeat([1, 2], [128, 128])]
+).astype(np.int32)
+SPLASH = partial(splash_attention, interpret=True)
+
+
+def draw(heads, kv_heads, dtype=jnp.float32, batch=2):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(batch, L, h, WIDTH) for h in (heads, kv_heads, kv_heads, heads)]
+    return [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def value_and_gradients(attend, query, key, value, mix, segments=SEGMENTS_BL):
+    def loss(query, key, value):
+        mixed = attend(query, key, value, segments)
+        return jnp.sum(mixed.astype(jnp.float32) * mix.astype(jnp.float32)), mixed
+
+    run = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (_, mixed), gradients = jax.jit(run)(query, key, value)
+    return mixed, gradients
+
+
+def assert_close(actual, wanted, tolerance):
+    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
+        assert np.all(np.isfinite(a))
+        assert np.linalg.norm(a - w) <= tolerance * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (2, 1)])
+def test_splash_equals_xla(heads, kv_heads):
+    inputs = draw(heads, kv_heads)
+    assert_close(
+        value_and_gradients(SPLASH, *inputs), value_and_gradients(xla_attention, *inputs), 1e-5
+    )
+
+
+def test_splash_in_bfloat16():
+    wide = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in draw(2, 2)]
+    narrow = [x.astype(jnp.bfloat16) for x in wide]
+    actual, wanted = value_and_gradients(SPLASH, *narrow), value_and_gradients(xla_attention, *wide)
+    assert_close(actual, wanted, 2e-2)
+
+
+def test_splash_on_a_mesh():
+    inputs = draw(2, 1, batch=4)
+    segments = np.concatenate([SEGMENTS_BL, SEGMENTS_BL[::-1]])
+    wanted = value_and_gradients(xla_attention, *inputs, segments=segments)
+    with jax.set_mesh(jax.make_mesh((4,), ("data",), (AxisType.Auto,))):
+        actual = value_and_gradients(SPLASH, *inputs, segments=segments)
+        assert len(actual[0].sharding.device_set) == 4
+    assert_close(actual, wanted, 1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("length", [2, 37, 200, 256])
+def test_tiled_equals_xla(heads, kv_heads, length):
+    inputs = [x[:, :length] for x in draw(heads, kv_heads)]
+    segments = SEGMENTS_BL[:, :length]
+    assert_close(
+        value_and_gradients(tiled_attention, *inputs, segments=segments),
+        value_and_gradients(xla_attention, *inputs, segments=segments),
+        1e-5,
+    )
+
+
+def test_tiled_in_bfloat16():
+    wide = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in draw(4, 2)]
+    narrow = [x.astype(jnp.bfloat16) for x in wide]
+    actual = value_and_gradients(tiled_attention, *narrow)
+    assert_close(actual, value_and_gradients(xla_attention, *wide), 2e-2)
+
+
+def test_tiled_never_holds_all_pairs():
+    def shapes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (out.aval.shape for out in equation.outvars)
+            for inner in jaxprs_in_params(equation.params):
+                yield from shapes(inner)
+
+    def run(*inputs):
+        return value_and_gradients(tiled_attention, *inputs)
+
+    found = list(shapes(jax.make_jaxpr(run)(*draw(2, 2)).jaxpr))
+    assert any(shape[-2:] == (64, L) for shape in found)
+    assert not any(shape[-2:] == (L, L) for shape in found)
+
+
+def test_tiles_of_queries_cover_the_sequence():
+    assert tile_edges(37) == [(0, 37)]
+    assert tile_edges(200) == [(0, 64), (64, 128), (128, 192), (192, 200)]
+    assert tile_edges(1024) == [(i, i + 128) for i in range(0, 1024, 128)]
+
+
+def test_tiles_that_divide_the_length():
+    assert splash_block(2048) == 512
+    assert splash_block(768) == 256
+    assert splash_block(384) == 128
+    assert splash_block(200) is None
+
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "length", "width", "wanted"),
+    [
+        (CPU, F32, 2048, 64, "tiled"),
+        (CPU, BF16, 37, 20, "tiled"),
+        (V5P, BF16, 2048, 64, "splash"),
+        (V5P, F32, 384, 128, "splash"),
+        (V5P, BF16, 200, 64, "xla"),
+        (H100, BF16, 2048, 64, "cudnn"),
+        (H100, BF16, 2048, 256, "cudnn"),
+        (H100, F32, 2048, 64, "xla"),
+        (H100, BF16, 2047, 64, "xla"),
+        (H100, BF16, 2048, 68, "xla"),
+        (A100, BF16, 2048, 128, "cudnn"),
+        (A100, BF16, 2048, 136, "xla"),
+        (V100, BF16, 2048, 64, "xla"),
+        (AMD, BF16, 2048, 64, "xla"),
+    ],
+)
+def test_auto(target, dtype, length, width, wanted):
+    assert choose_attention("auto", target, dtype, length, width) == wanted
+
+
+@pytest.mark.parametrize(
+    ("requested", "target", "dtype", "length", "width", "message"),
+    [
+        ("splash", CPU, BF16, 2048, 64, "'splash' needs a TPU, and this is a CPU; use"),
+        ("cudnn", V5P, BF16, 2048, 64, "'cudnn' needs a GPU, and this is a TPU; use"),
+        ("tokamax", CPU, BF16, 2048, 64, "'tokamax' needs a GPU or TPU, and this is a CPU; use"),
+        ("splash", V5P, BF16, 200, 64, "a multiple of 128 positions, not 200; use"),
+        ("cudnn", H100, F32, 2048, 64, "needs config.model.dtype='bfloat16', not float32; use"),
+        ("cudnn", H100, BF16, 2048, 300, "a multiple of 8 up to 256, not 300; use"),
+        ("cudnn", H100, BF16, 2047, 64, "an even number of positions, not 2047; use"),
+        ("cudnn", V100, BF16, 2048, 64, "compute capability 8.0 or more; use"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(
+    requested, target, dtype, length, width, message
+):
+    with pytest.raises(config.ConfigError, match=message) as caught:
+        choose_attention(requested, target, dtype, length, width)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"config.model.attention={requested!r}")
+
+
+def test_the_wrong_platform_is_refused_when_the_model_is_made():
+    with pytest.raises(config.ConfigError, match="needs a TPU"):
+        make_attention("splash", CPU)
+
+
+def test_the_rule_is_followed_when_attention_is_traced(monkeypatch):
+    called = []
+    for name in KERNELS:
+        monkeypatch.setitem(KERNELS, name, lambda *_, name=name: called.append(name))
+    make_attention("auto", V5P)(*draw(2, 2, BF16)[:3], SEGMENTS_BL)
+    make_attention("auto", H100)(*draw(2, 2, BF16)[:3], SEGMENTS_BL)
+    make_attention("auto", CPU)(*draw(2, 2)[:3], SEGMENTS_BL)
+    assert called == ["splash", "cudnn", "tiled"]
+
+
+def test_the_same_settings_give_the_same_function():
+    assert make_attention("auto", CPU) is make_attention("auto", CPU)
+
+
+def test_every_choice_has_a_kernel():
+    field = config.Model.__dataclass_fields__["attention"]
+    assert set(field.metadata["choices"]) == {"auto", *KERNELS}

@@ -1,0 +1,89 @@
+"""The expert layer and its gradient, compiled for TPUs: FLOPs, and nothing dense over experts."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dynmoe_jax import config
+from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend
+from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.routing import TopP
+from dynmoe_jax.target import Target
+
+# The paper's shape: 16 experts, p = 0.4, so at most K = 7 experts per token.
+T, D, F, E, K = 8192, 1024, 2816, 16, 7
+R, S = K * T, 2 * T
+
+
+def arguments(mesh, tokens):
+    def array(shape, dtype, spec=()):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    weights = ExpertWeights(array((E, D, 2, F), jnp.bfloat16), array((E, F, D), jnp.bfloat16))
+    x_TD = array((tokens, D), jnp.bfloat16, ("data",))
+    return x_TD, array((tokens, E), jnp.float32, ("data",)), weights
+
+
+def compile_layer(mesh, tokens, **settings):
+    """Router, rows, experts, and the gradients of all of them."""
+    backend = make_backend(config.MoE(**settings), Target.of(mesh.devices.flat[0]))
+
+    def loss(x_TD, logits_TE, weights):
+        routing = TopP(E, 0.4)(logits_TE, jnp.ones(tokens, bool))
+        y_TD, _ = apply_experts(x_TD, routing, weights, backend)
+        return jnp.sum(jnp.square(y_TD.astype(jnp.float32)))
+
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        return Module(gradient.lower(*arguments(mesh, tokens)).compile().as_text())
+
+
+def dense_over_experts(module, rows):
+    """What costs or holds more than anything that is grouped by expert needs."""
+    largest_product = 2 * rows * D * 2 * F
+    largest_array = max(rows * 2 * F, E * D * 2 * F)
+    found = [p.name for p in module.products() if p.flops > 1.1 * largest_product]
+    return found + [
+        i.name
+        for _, _, i in module.instructions()
+        if any(math.prod(shape) > 1.1 * largest_array for shape in i.shapes)
+    ]
+
+
+@pytest.mark.parametrize(("chip", "count"), [("v5p", 1), ("v6e", 4)])
+def test_layer_and_gradient(mesh_of, chip, count):
+    # T tokens on each chip; the module is what one chip runs.
+    module = compile_layer(mesh_of(chip, count), T * count)
+    # Forward 6, backward 12 FLOPs per row and D F; rows beyond the S saved are recomputed: 4.
+    analytic = (18 * R + 4 * (R - S)) * D * F
+    assert module.flops() == pytest.approx(analytic, rel=0.1)
+    assert dense_over_experts(module, R) == []
+    kernels = [p for p in module.products() if p.kind == "kernel"]
+    # Two parts, each with two products forward, two for inputs and two for weights backward; and
+    # the one that is recomputed.
+    assert len(kernels) == 2 * 6 + 1
+    # Rows are matched with tokens by counting, and moved by gathers: nothing larger than the
+    # router's top k is sorted (57344 rows took 5 to 12 s of compilation).
+    sorted_shapes = [s for _, _, i in module.instructions() if i.opcode == "sort" for s in i.shapes]
+    assert max((math.prod(shape) for shape in sorted_shapes), default=0) <= T * E
+
+
+def test_the_check_finds_the_dense_weight_gradient_of_autodiff(mesh_of):
+    mesh = mesh_of("v5p")
+
+    def loss(x_RD, w_EDG, group_size_E):
+        return jnp.sum(jax.lax.ragged_dot(x_RD, w_EDG, group_size_E).astype(jnp.float32))
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+
+    shapes = array(R, D), array(E, D, 2 * F), array(E, dtype=jnp.int32)
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+    module = Module(compiled.as_text())
+    (dense,) = [p for p in module.products() if p.name in dense_over_experts(module, R)]
+    assert dense.kind == "convolution"
+    assert dense.flops == E * 2 * R * D * 2 * F
