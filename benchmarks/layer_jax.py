@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from benchmarks.layer_cases import Arrays, Choice, Used
 from dynmoe_jax import config
 from dynmoe_jax.experts import Backend, ExpertWeights, apply_experts, make_backend, swiglu
+from dynmoe_jax.model.layers import compute_dtype
 from dynmoe_jax.routing import Router, TopK, TopP
 
 METHODS: dict[str, Callable[[], Backend]] = {
@@ -48,24 +49,31 @@ def dense_layer(x_TD, parameters):
     return swiglu(jnp.einsum("td,dif->tif", x_TD, gate_up_D2F)) @ down_FD
 
 
+def on_device(arrays: Arrays, dtype: str) -> Arrays:
+    """The same numbers as JAX arrays in the compute type that ``config.model.dtype`` would name."""
+    compute = compute_dtype(config.Model(dtype=dtype))
+    return Arrays(*(jnp.asarray(array, compute) for array in vars(arrays).values()))
+
+
 def moe_parameters(arrays: Arrays):
     """(router_DE, all experts)."""
-    weights = ExpertWeights(jnp.asarray(arrays.gate_up_ED2F), jnp.asarray(arrays.down_EFD))
-    return jnp.asarray(arrays.router_DE), weights
+    return arrays.router_DE, ExpertWeights(arrays.gate_up_ED2F, arrays.down_EFD)
 
 
 def dense_parameters(arrays: Arrays, hidden_width: int):
     """(gate_up_D2F, down_FD) of a dense layer."""
     width = arrays.x_TD.shape[1]
     gate_up_key, down_key = jax.random.split(jax.random.key(0))
-    gate_up_D2F = jax.random.normal(gate_up_key, (width, 2, hidden_width)) / width**0.5
-    return gate_up_D2F, jax.random.normal(down_key, (hidden_width, width)) / hidden_width**0.5
+    dtype = arrays.x_TD.dtype
+    gate_up_D2F = jax.random.normal(gate_up_key, (width, 2, hidden_width), dtype) / width**0.5
+    down_FD = jax.random.normal(down_key, (hidden_width, width), dtype) / hidden_width**0.5
+    return gate_up_D2F, down_FD
 
 
 def used_by(arrays: Arrays, choice: Choice) -> Used:
     """What a choice uses: useful FLOPs are counted from its rows."""
     route = make_router(choice, arrays.router_DE.shape[1])
-    logits_TE = choice.scale * (jnp.asarray(arrays.x_TD) @ arrays.router_DE)
+    logits_TE = choice.scale * (arrays.x_TD @ arrays.router_DE)
     routing = route(logits_TE, jnp.ones(logits_TE.shape[0], bool))
     return Used(int(jnp.sum(routing.load_E)), int(jnp.sum(routing.load_E > 0)))
 
@@ -79,8 +87,9 @@ class Compiled:
     """
 
     def __init__(self, layer, parameters, arrays: Arrays, backward: bool):
-        x_TD, dy_TD = jnp.asarray(arrays.x_TD), jnp.asarray(arrays.dy_TD)
-        self.arguments = (x_TD, parameters, dy_TD) if backward else (x_TD, parameters)
+        self.arguments = (arrays.x_TD, parameters)
+        if backward:
+            self.arguments += (arrays.dy_TD,)
         run = partial(_gradients, layer) if backward else layer
         begin = time.perf_counter()
         self.run = jax.jit(run).lower(*self.arguments).compile()

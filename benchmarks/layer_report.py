@@ -1,21 +1,18 @@
 """Tables and marks of `benchmarks.moe_layer`."""
 
 import dataclasses
-import sys
-from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks.columns import columns
 from benchmarks.layer_cases import Preset, Used
-from benchmarks.layer_marks import Mark, marks
-from benchmarks.timing import ratio
-from dynmoe_jax.experts.accounting import expert_flops
-
-TRAIN_FLOPS = 3
-"""Forward + backward over forward: two more products of the same size for each one."""
+from benchmarks.layer_marks import marks
+from benchmarks.timing import Mark, ratio
+from dynmoe_jax.experts.accounting import Chip, layer_cost, layer_peak_bytes
 
 HEADINGS = (
-    "method", "ours / method [quartiles]", "ms", "GFLOP/s", "of dense", "temp MB", "compile s",
+    "method", "ours / method [quartiles]", "ms", "GFLOP/s", "of dense", "of roofline", "temp MB",
+    "compile s",
 )  # fmt: skip
 
 
@@ -27,10 +24,19 @@ class Report:
       seconds: of each ``method/choice/direction``, and of ``copy``.
       compiled: the JAX cases, which know their memory and compile time.
       used: of each choice.
+      chip: what it ran on, if its data sheet is known.
     """
 
-    def __init__(self, preset: Preset, seconds: dict, compiled: dict, used: dict[str, Used]):
+    def __init__(
+        self,
+        preset: Preset,
+        seconds: dict,
+        compiled: dict,
+        used: dict[str, Used],
+        chip: Chip | None = None,
+    ):
         self.preset, self.seconds, self.compiled, self.used = preset, seconds, compiled, used
+        self.chip = chip
 
     def records(self) -> list[dict]:
         """One dictionary for each case."""
@@ -54,14 +60,15 @@ class Report:
     def _record(self, name: str) -> dict:
         method, choice, direction = name.split("/")
         seconds = float(np.nanmedian(self.seconds[name]))
-        flops = expert_flops(self.used[choice].rows, self.preset.width, self.preset.hidden_width)
-        flops *= TRAIN_FLOPS if direction == "train" else 1
+        used, shape = self.used[choice], (self.preset.width, self.preset.hidden_width)
+        cost = layer_cost(used.rows, used.experts, *shape, backward=direction == "train")
         record = {
             "method": method,
             "choice": choice,
             "direction": direction,
             "seconds": seconds,
-            "useful_gflops_per_s": flops / seconds / 1e9,
+            "useful_gflops_per_s": cost.flops / seconds / 1e9,
+            "flops_per_byte": cost.intensity,
         }
         for key, over, under in (
             ("ours_over_this", "ours", method),
@@ -70,8 +77,18 @@ class Report:
             over, under = f"{over}/{choice}/{direction}", f"{under}/{choice}/{direction}"
             if over in self.seconds:
                 record[key] = dataclasses.asdict(ratio(self.seconds[over], self.seconds[under]))
+        if self.chip:
+            record["of_roofline"] = cost.roofline_s(self.chip) / seconds
         if name in self.compiled:
             record["temp_bytes"] = self.compiled[name].temp_bytes
+            record["analytic_peak_bytes"] = layer_peak_bytes(
+                self.preset.tokens,
+                used.rows,
+                self.preset.num_experts,
+                *shape,
+                backward=direction == "train",
+                itemsize=self.compiled[name].arguments[0].dtype.itemsize,
+            )
             record["compile_s"] = self.compiled[name].compile_s
         return record
 
@@ -79,7 +96,7 @@ class Report:
         choice, direction = group
         mean = self.used[choice].rows / self.preset.tokens
         title = f"{choice} (mean {mean:.2f} experts per token), {direction}"
-        return "\n".join([title, *_columns([HEADINGS, *map(_row, records)])])
+        return "\n".join([title, *columns([HEADINGS, *map(_row, records)])])
 
 
 def _row(record: dict) -> tuple[str, ...]:
@@ -96,22 +113,7 @@ def _row(record: dict) -> tuple[str, ...]:
         f"{1e3 * record['seconds']:.1f}",
         f"{record['useful_gflops_per_s']:.1f}",
         f"{dense['median']:.0%}" if dense else "-",
+        f"{record['of_roofline']:.0%}" if "of_roofline" in record else "-",
         f"{temp / 1e6:.1f}" if temp is not None else "-",
         f"{record['compile_s']:.1f}" if "compile_s" in record else "-",
     )
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-
-
-def show_progress(rounds: int) -> Callable[[int], None]:
-    """Tells on stderr how far the rounds are."""
-
-    def show(done: int) -> None:
-        print(f"\rround {done} of {rounds}", end="\n" if done == rounds else "", file=sys.stderr)
-
-    return show

@@ -25,8 +25,12 @@ def pin_threads(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def describe() -> dict[str, str]:
-    """Processor, cores used, versions, date and command: what a figure needs beside it."""
+def describe(module: str) -> dict[str, str]:
+    """Processor, cores used, versions, date and command: what a figure needs beside it.
+
+    Args:
+      module: the benchmark, as ``python -m`` calls it.
+    """
     versions = {}
     for package in PACKAGES:
         try:
@@ -39,7 +43,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         **versions,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "command": "python -m benchmarks.moe_layer " + shlex.join(sys.argv[1:]),
+        "command": f"python -m {module} {shlex.join(sys.argv[1:])}",
     }
 
 

@@ -16,7 +16,7 @@ import sys
 
 from benchmarks.layer_cases import PRESETS, Preset, choices, draw
 from benchmarks.machine import Copy, describe, pin_threads
-from benchmarks.timing import interleave
+from benchmarks.timing import interleave, show_progress
 
 TORCH_METHODS = {
     "torch_loop": "torch",
@@ -43,15 +43,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--directions", default=",".join(DIRECTIONS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the JAX peers; auto = bfloat16 on accelerators, float32 on CPU",
+    )
     parser.add_argument("--json", metavar="PATH", help="write every figure here")
     return parser.parse_args(argv)
 
 
-def jax_cases(preset: Preset, chosen, methods, directions):
+def jax_cases(preset: Preset, chosen, methods, directions, dtype: str = "auto"):
     """``{"method/choice/direction": compiled layer}``, and what each choice uses."""
     from benchmarks import layer_jax
 
-    arrays = draw(preset)
+    arrays = layer_jax.on_device(draw(preset), dtype)
     parameters = layer_jax.moe_parameters(arrays)
     cases, used = {}, {}
     for choice in chosen:
@@ -91,8 +97,10 @@ def main(argv: list[str]) -> dict:
     """Measures, prints tables, writes the JSON and returns what it holds."""
     flags = parse(argv)
     pin_threads(flags.threads)
+    import jax
+
     from benchmarks import layer_report
-    from dynmoe_jax.experts.accounting import expert_weight_bytes
+    from dynmoe_jax.experts.accounting import chip_of, expert_weight_bytes
 
     preset = PRESETS[flags.preset]
     if flags.tokens:
@@ -104,7 +112,8 @@ def main(argv: list[str]) -> dict:
     methods = flags.methods.split(",") if flags.methods else [*JAX_METHODS, *installed]
     directions = flags.directions.split(",")
 
-    compiled, used = jax_cases(preset, chosen, [m for m in methods if m in JAX_METHODS], directions)
+    ours = [m for m in methods if m in JAX_METHODS]
+    compiled, used = jax_cases(preset, chosen, ours, directions, flags.dtype)
     worker = torch_worker(
         preset, chosen, [m for m in methods if m in TORCH_METHODS], directions, flags.threads
     )
@@ -113,14 +122,15 @@ def main(argv: list[str]) -> dict:
         cases |= {name: lambda name=name: worker.seconds(name) for name in worker.names}
     weight_bytes = expert_weight_bytes(preset.num_experts, preset.width, preset.hidden_width)
     cases["copy"] = Copy(weight_bytes, flags.threads)
-    seconds = interleave(cases, flags.rounds, layer_report.show_progress(flags.rounds))
+    seconds = interleave(cases, flags.rounds, show_progress(flags.rounds))
     if worker:
         worker.close()
 
-    report = layer_report.Report(preset, seconds, compiled, used)
+    chip = chip_of(jax.devices()[0].device_kind)
+    report = layer_report.Report(preset, seconds, compiled, used, chip)
     print(report.tables())
     result = {
-        "machine": describe(),
+        "machine": describe("benchmarks.moe_layer"),
         "preset": flags.preset,
         "shape": dataclasses.asdict(preset),
         "used": {name: dataclasses.asdict(what) for name, what in used.items()},

@@ -5,6 +5,7 @@ every round runs each case once, and two cases are compared by what they took in
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -73,3 +74,35 @@ def ratio(over: Float[np.ndarray, "rounds"], under: Float[np.ndarray, "rounds"])
     over, under = over[both], under[both]
     low, high = np.percentile(over / under, [25, 75])
     return Ratio(float(np.median(over) / np.median(under)), float(low), float(high))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A ratio (with the spread it was measured with) against the most, or least, it may be."""
+
+    name: str
+    limit: float
+    value: Ratio
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the ratio of medians holds the limit."""
+        if self.at_least:
+            return self.value.median >= self.limit
+        return self.value.median <= self.limit
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        return (
+            f"{'met   ' if self.met else 'MISSED'}  {self.name}: {self.value} {sign} {self.limit}"
+        )
+
+
+def show_progress(rounds: int) -> Callable[[int], None]:
+    """Tells on stderr how far the rounds are."""
+
+    def show(done: int) -> None:
+        print(f"\rround {done} of {rounds}", end="\n" if done == rounds else "", file=sys.stderr)
+
+    return show

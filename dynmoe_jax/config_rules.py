@@ -47,3 +47,24 @@ def check_together(config: Any) -> None:
             )
     if config.mesh.data == 0:
         raise ConfigError("config.mesh.data=0 must be -1 (all devices) or at least 1.")
+    _check_checkpoints(config)
+
+
+def _check_checkpoints(config: Any) -> None:
+    checkpoint = config.checkpoint
+    every, keep_every = checkpoint.every_steps, checkpoint.keep_every_steps
+    if not every and not checkpoint.every_minutes:
+        raise ConfigError(
+            "config.checkpoint.every_steps=0 and config.checkpoint.every_minutes=0.0 would save "
+            "nothing before the end; set one of them."
+        )
+    if keep_every and (not every or keep_every % every):
+        raise ConfigError(
+            f"config.checkpoint.keep_every_steps={keep_every} must be a multiple of "
+            f"config.checkpoint.every_steps={every}, or nothing is there to keep."
+        )
+    if checkpoint.keep_best and not config.evaluation.every_steps:
+        raise ConfigError(
+            f"config.checkpoint.keep_best={checkpoint.keep_best} needs held-out losses to compare; "
+            "set config.evaluation.every_steps."
+        )

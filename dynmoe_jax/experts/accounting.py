@@ -1,6 +1,8 @@
 """What expert compute costs, from the rows really used: FLOPs, bytes, and the time they need.
 
-Axis legend: R rows ((token, expert) pairs), D model width, F hidden width of an expert.
+The only home of what chips can do; training metrics and benchmarks read it here.
+
+Axis legend: T tokens, R rows ((token, expert) pairs), D model width, F hidden width of an expert.
 """
 
 import dataclasses
@@ -36,22 +38,34 @@ class Chip:
     Attributes:
       flops_per_s: dense bfloat16 matrix products.
       bytes_per_s: main memory.
+      device_kind: what ``jax.Device.device_kind`` of such a chip contains.
     """
 
     flops_per_s: float
     bytes_per_s: float
+    device_kind: str = ""
 
 
 CHIPS = {
-    "a100": Chip(312e12, 2.04e12),
-    "a800": Chip(312e12, 2.04e12),
-    "h100": Chip(989e12, 3.35e12),
-    "h200": Chip(989e12, 4.8e12),
-    "v5e": Chip(197e12, 0.82e12),
-    "v5p": Chip(459e12, 2.77e12),
-    "v6e": Chip(918e12, 1.64e12),
+    "a100": Chip(312e12, 2.04e12, "A100"),
+    "a800": Chip(312e12, 2.04e12, "A800"),
+    "h100": Chip(989e12, 3.35e12, "H100"),
+    "h200": Chip(989e12, 4.8e12, "H200"),
+    "b200": Chip(2250e12, 8.0e12, "B200"),
+    "v4": Chip(275e12, 1.23e12, "TPU v4"),
+    "v5e": Chip(197e12, 0.82e12, "TPU v5 lite"),
+    "v5p": Chip(459e12, 2.77e12, "TPU v5"),
+    "v6e": Chip(918e12, 1.64e12, "TPU v6 lite"),
 }
-"""Data sheets: NVIDIA A100 80GB SXM, A800, H100 SXM, H200 SXM; Google Cloud TPU v5e, v5p, v6e."""
+"""Data sheets: NVIDIA A100 80GB SXM, A800, H100 SXM, H200 SXM, B200; Google Cloud TPU v4, v5e, v5p,
+v6e."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of ``jax.Device.device_kind``; None if it is not in the table (a CPU, say)."""
+    # The longest name first: "TPU v5 lite" is not a "TPU v5".
+    by_length = sorted(CHIPS.values(), key=lambda chip: len(chip.device_kind), reverse=True)
+    return next((chip for chip in by_length if chip.device_kind in device_kind), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,3 +117,36 @@ def layer_cost(
     if backward:
         return LayerCost(3 * flops, 3 * weights + 5 * row_bytes)
     return LayerCost(flops, weights + 2 * row_bytes)
+
+
+def layer_peak_bytes(
+    tokens: int,
+    saved_rows: int,
+    experts: int,
+    width: int,
+    hidden_width: int,
+    *,
+    backward: bool = False,
+    itemsize: int = 2,
+) -> int:
+    """Bytes that one layer holds at its peak, besides the block or tile it is working on.
+
+    All experts' weights, and the tokens in and out; with backward also the weights' gradients,
+    the tokens' gradients in and out, and gate and up activations of the rows that are saved.
+
+    Args:
+      tokens: T.
+      saved_rows: rows that keep their activations (0 without backward).
+      experts: E, all of them.
+      width: D.
+      hidden_width: F.
+      backward: forward and backward together.
+      itemsize: bytes of one number; weight gradients are added up in float32.
+    """
+    weights = expert_weight_bytes(experts, width, hidden_width, itemsize)
+    row_bytes = 2 * tokens * width * itemsize
+    if not backward:
+        return weights + row_bytes
+    gradients = expert_weight_bytes(experts, width, hidden_width, 4)
+    saved = 2 * saved_rows * hidden_width * itemsize
+    return weights + gradients + 2 * row_bytes + saved

@@ -9,7 +9,7 @@ import importlib.util
 import jax.numpy as jnp
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.accounting import CHIPS
+from dynmoe_jax.experts.accounting import chip_of
 from dynmoe_jax.experts.grouped_products import XLA, GroupedProducts
 from dynmoe_jax.experts.megablox_products import megablox_products
 from dynmoe_jax.experts.tokamax_products import tokamax_products
@@ -21,7 +21,6 @@ MODULES = {
     "tokamax": "tokamax",
 }
 PLATFORMS = {"megablox": ("tpu",), "tokamax": ("gpu", "tpu")}
-TPU_CHIPS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 OTHER_FLOPS_PER_BYTE = 240.0
 """Of a TPU that is not in the table: v5e's, in the middle of those that are."""
 
@@ -122,9 +121,5 @@ def make_products(name: str, target: Target) -> GroupedProducts:
 
 def flops_per_byte(target: Target) -> float:
     """Peak rate of a TPU over that of its memory, from the data sheets in :mod:`.accounting`."""
-    # The longest name first: "TPU v5 lite" is not a "TPU v5".
-    for kind in sorted(TPU_CHIPS, key=len, reverse=True):
-        if kind in target.kind:
-            chip = CHIPS[TPU_CHIPS[kind]]
-            return chip.flops_per_s / chip.bytes_per_s
-    return OTHER_FLOPS_PER_BYTE
+    chip = chip_of(target.kind)
+    return chip.flops_per_s / chip.bytes_per_s if chip else OTHER_FLOPS_PER_BYTE

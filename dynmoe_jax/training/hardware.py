@@ -6,31 +6,19 @@ import time
 import jax
 import jax.numpy as jnp
 
-PEAK_BFLOAT16_FLOPS = {
-    # Dense bf16 FLOP/s of one device, from the makers' data sheets.
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
+from dynmoe_jax.experts.accounting import chip_of
 
 
 def peak_flops_per_second() -> float:
     """Peak FLOP/s of all devices together.
 
-    A device that is not in the table (a CPU, say) counts with what a large float32 matrix product
+    A device that is no known chip (a CPU, say) counts with what a large float32 matrix product
     reaches on it.  The CPU devices of a process share one host, so they count as one.
     """
     devices = jax.devices()
-    kind = devices[0].device_kind
-    # The longest name first: "TPU v5 lite" is not a "TPU v5".
-    for name in sorted(PEAK_BFLOAT16_FLOPS, key=len, reverse=True):
-        if name in kind:
-            return PEAK_BFLOAT16_FLOPS[name] * len(devices)
+    chip = chip_of(devices[0].device_kind)
+    if chip:
+        return chip.flops_per_s * len(devices)
     count = 1 if devices[0].platform == "cpu" else len(devices)
     return measured_matmul_flops_per_second() * count
 

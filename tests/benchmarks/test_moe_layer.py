@@ -3,7 +3,6 @@
 import importlib.util
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,6 +41,16 @@ def test_jax_cases_fill_the_report():
     json.dumps(report.records())
 
 
+def test_paper_mark_counts_useful_flops():
+    preset = layer_cases.PRESETS["paper"]
+    used = {"top_2": layer_cases.Used(rows=2 * preset.tokens, experts=16)}
+    # 3 x 6 x 65,536 rows x 1024 x 2816 FLOPs = 3.4e12.
+    seconds = {"ours/top_2/train": np.array([0.01])}
+    (mark,) = layer_report.Report(preset, seconds, {}, used).marks()
+    assert mark.value.median == pytest.approx(340.16, rel=1e-3)
+    assert not mark.met
+
+
 def test_decode_mark_compares_with_reading_the_experts_used():
     used = {"top_2": layer_cases.Used(rows=64, experts=4)}
     seconds = {"ours/top_2/forward": np.array([3.0]), "copy": np.array([8.0])}
@@ -62,6 +71,7 @@ def test_torch_loop_computes_the_same_layer():
         loop = layer_torch.LoopOverExperts(arrays)
         loop.choice = choice
         layer = layer_jax.moe_layer(choice, layer_jax.METHODS["ours"]())
-        wanted = layer(jnp.asarray(arrays.x_TD), layer_jax.moe_parameters(arrays))
+        placed = layer_jax.on_device(arrays, "float32")
+        wanted = layer(placed.x_TD, layer_jax.moe_parameters(placed))
         actual = loop(torch.from_numpy(arrays.x_TD)).detach().numpy()
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)

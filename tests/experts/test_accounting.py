@@ -2,7 +2,14 @@
 
 import pytest
 
-from dynmoe_jax.experts.accounting import CHIPS, Chip, expert_weight_bytes, layer_cost
+from dynmoe_jax.experts.accounting import (
+    CHIPS,
+    Chip,
+    chip_of,
+    expert_weight_bytes,
+    layer_cost,
+    layer_peak_bytes,
+)
 
 
 def test_forward_costs_three_products_and_the_weights_of_the_experts_used():
@@ -32,3 +39,18 @@ def test_one_token_is_bound_by_memory_and_a_batch_by_compute():
     batch = layer_cost(rows=65536, experts=16, width=1024, hidden_width=2816)
     assert decode.roofline_s(h100) == decode.bytes / h100.bytes_per_s
     assert batch.roofline_s(h100) == batch.flops / h100.flops_per_s
+
+
+def test_chips_are_known_by_their_device_kind():
+    assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
+    assert chip_of("TPU v5 lite") is CHIPS["v5e"]
+    assert chip_of("TPU v5") is CHIPS["v5p"]
+    assert chip_of("TPU v6 lite") is CHIPS["v6e"]
+    assert chip_of("cpu") is None
+
+
+def test_peak_holds_weights_gradients_tokens_and_saved_rows():
+    # E = 2, D = 4, F = 6: 144 numbers of weights; T = 5: 20 numbers of tokens.
+    assert layer_peak_bytes(5, 0, 2, 4, 6) == 144 * 2 + 2 * 20 * 2
+    wanted = 144 * 2 + 144 * 4 + 4 * 20 * 2 + 2 * 10 * 6 * 2
+    assert layer_peak_bytes(5, 10, 2, 4, 6, backward=True) == wanted

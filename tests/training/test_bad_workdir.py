@@ -5,7 +5,8 @@ import pytest
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError
 from dynmoe_jax.training import skips
-from dynmoe_jax.training.checkpoint import FOLDER, load_run
+from dynmoe_jax.training.checkpoint import FOLDER
+from dynmoe_jax.training.load import load_run
 from dynmoe_jax.training.metrics import FILE_NAME as METRICS
 from dynmoe_jax.training.metrics import MetricsWriter, read_metrics
 from dynmoe_jax.training.summary import FILE_NAME as SUMMARY

@@ -141,7 +141,7 @@ def test_single_bad_batches_are_skipped_and_the_run_completes(cfg, change, tmp_p
 
 def _token_of_some_batches(cfg, folder):
     """A token that about half of the batches hold."""
-    prepared, tokenizer = trainer.load_text(cfg, folder / "look", begun=False)
+    prepared, tokenizer = trainer.load_text(cfg, folder / "look", position=None)
     with TrainStream(prepared, tokenizer, cfg.data, cfg.train.batch_size, cfg.seed) as stream:
         seen = [np.unique(next(stream)["tokens"]) for _ in range(8)]
     counts = np.bincount(np.concatenate(seen), minlength=tokenizer.vocab_size)
