@@ -35,8 +35,10 @@ def add_up(
         # Padding goes behind the last token: nowhere.
         place_n = jnp.where(used_n1[:, 0], token_n, tokens)
         return y_TD.at[place_n].add(y_nD.astype(jnp.float32), mode="drop")
+    # Not n: where rows were filled up to a multiple, "no row" is the number of a padding row.
+    used = jnp.sum(used_n1)
     for slot in range(row_TK.shape[1]):
         here_T = row_TK[:, slot] - start
-        inside_T1 = ((here_T >= 0) & (here_T < y_nD.shape[0]))[:, None]
+        inside_T1 = ((here_T >= 0) & (here_T < used))[:, None]
         y_TD += jnp.where(inside_T1, y_nD.at[here_T].get(mode="clip").astype(jnp.float32), 0)
     return y_TD

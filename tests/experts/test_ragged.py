@@ -93,6 +93,15 @@ def test_garbage_of_kernels_reaches_nothing(saved):
     assert np.all(np.asarray(dweights.down_EFD[1]) == 0)
 
 
+@pytest.mark.parametrize("saved", [1.0, 9.0])
+def test_garbage_in_rows_that_fill_up_a_tile_reaches_nothing(saved):
+    # R = 37 * 3 is rounded up to 112 (in the first part 37 to 48): "no row" is then a row's number.
+    case = draw()
+    products = dataclasses.replace(POISONED, row_multiple=16)
+    backend = partial(ragged_experts, products=products, saved_rows_per_token=saved)
+    assert_close(gradients(backend, *case), gradients(reference_experts, *case))
+
+
 def test_padding_rows_have_no_gradient():
     x_TD, logits_TE, weights = draw()
     rows = rows_from_routing(TopP(E, 0.6)(logits_TE, jnp.ones(37, bool)))
