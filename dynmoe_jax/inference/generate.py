@@ -14,6 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dynmoe_jax.target import current_target
+
+TILE = 128
+"""Positions that Splash takes at the least; the other kernels divide it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
@@ -52,8 +57,8 @@ def generate(
       eos_id: the token at which the continuation ends.
       vocab_size: the tokenizer's; a model may have more rows, which mean nothing.
     """
-    length = len(prompt) + new_tokens
-    tokens_L = np.zeros(length, np.int32)
+    end = len(prompt) + new_tokens
+    tokens_L = np.zeros(positions_for(end, current_target().platform), np.int32)
     tokens_L[: len(prompt)] = prompt
     key = jax.random.key(seed)
     tokens_L, experts_L = _fill(
@@ -61,20 +66,30 @@ def generate(
         params,
         jnp.asarray(tokens_L),
         len(prompt),
+        end,
         jnp.float32(temperature),
         key,
         vocab_size,
     )
-    ids = np.asarray(tokens_L)[len(prompt) :]
-    experts = np.asarray(experts_L)[len(prompt) :]
+    ids = np.asarray(tokens_L)[len(prompt) : end]
+    experts = np.asarray(experts_L)[len(prompt) : end]
     ended = np.flatnonzero(ids == eos_id)
     end = ended[0] if ended.size else len(ids)
     return Continuation(ids[:end], experts[:end] if np.all(np.isfinite(experts)) else experts[:0])
 
 
+def positions_for(end: int, platform: str) -> int:
+    """L, how many positions to compute for a text of ``end``; those behind it are padding.
+
+    Kernels of accelerators want whole tiles: an attention kernel that was asked for by name would
+    otherwise refuse the sample after it has trained the run.
+    """
+    return end if platform == "cpu" else -(-end // TILE) * TILE
+
+
 @partial(jax.jit, static_argnums=0)
-def _fill(structure, params, tokens_L, start, temperature, key, vocab_size):
-    """Fills positions ``start`` … of tokens_L; also returns the experts behind each of them."""
+def _fill(structure, params, tokens_L, start, end, temperature, key, vocab_size):
+    """Fills positions ``start`` to ``end`` of tokens_L; also returns the experts behind each."""
     decoder = nnx.merge(structure, params)
 
     def fill(position, carry):
@@ -94,4 +109,4 @@ def _fill(structure, params, tokens_L, start, temperature, key, vocab_size):
         return tokens_L.at[position].set(token), experts_L.at[position].set(experts)
 
     empty_L = jnp.zeros(tokens_L.size, jnp.float32)
-    return jax.lax.fori_loop(start, tokens_L.size, fill, (tokens_L, empty_L))
+    return jax.lax.fori_loop(start, end, fill, (tokens_L, empty_L))

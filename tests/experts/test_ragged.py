@@ -102,6 +102,22 @@ def test_garbage_in_rows_that_fill_up_a_tile_reaches_nothing(saved):
     assert_close(gradients(backend, *case), gradients(reference_experts, *case))
 
 
+def test_a_row_budget_makes_the_memory_smaller():
+    x_TD, logits_TE, weights = draw(256)
+
+    def temporary_bytes(budget):
+        def loss(x_TD, logits_TE, weights):
+            routing = TopP(E, 0.9)(logits_TE, jnp.ones(256, bool))
+            rows = rows_from_routing(routing, budget)
+            return jnp.sum(ragged_experts(x_TD, rows, weights, products=REFERENCE)[0])
+
+        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        return run.lower(x_TD, logits_TE, weights).compile().memory_analysis().temp_size_in_bytes
+
+    # K = 4: without a budget there is a second part of two rows per token.
+    assert temporary_bytes(1.0) < 0.7 * temporary_bytes(0.0)
+
+
 def test_padding_rows_have_no_gradient():
     x_TD, logits_TE, weights = draw()
     rows = rows_from_routing(TopP(E, 0.6)(logits_TE, jnp.ones(37, bool)))

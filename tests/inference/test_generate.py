@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax import config
-from dynmoe_jax.inference.generate import generate
+from dynmoe_jax.inference import generate as generate_module
+from dynmoe_jax.inference.generate import generate, positions_for
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.training.step import decoder_structure
 
@@ -52,6 +53,20 @@ def test_rows_of_the_embedding_that_the_tokenizer_lacks_are_never_drawn(model):
     ids = sample(*model, NEW, temperature=50.0, vocab_size=5).ids
     assert ids.max() < 5
     assert sample(*model, NEW, temperature=50.0).ids.max() >= 5
+
+
+def test_positions_behind_the_text_change_nothing(model, monkeypatch):
+    wanted = sample(*model, NEW, temperature=1.0)
+    monkeypatch.setattr(generate_module, "positions_for", lambda end, platform: end + 7)
+    actual = sample(*model, NEW, temperature=1.0)
+    assert actual.ids.tolist() == wanted.ids.tolist()
+    np.testing.assert_allclose(actual.experts, wanted.experts)
+
+
+def test_accelerators_compute_whole_tiles():
+    assert positions_for(69, "cpu") == 69
+    assert positions_for(69, "tpu") == 128
+    assert positions_for(256, "gpu") == 256
 
 
 @pytest.fixture(scope="module")
