@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 from benchmarks.layer_cases import PRESETS, Preset, choices, draw
 from benchmarks.machine import Copy, describe, pin_threads
@@ -49,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="auto",
         help="of the JAX peers; auto = bfloat16 on accelerators, float32 on CPU",
     )
-    parser.add_argument("--json", metavar="PATH", help="write every figure here")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure here")
     return parser.parse_args(argv)
 
 
@@ -139,8 +140,7 @@ def main(argv: list[str]) -> dict:
         "seconds": {name: list(values) for name, values in seconds.items()},
     }
     if flags.json:
-        with open(flags.json, "w") as out:
-            json.dump(result, out, indent=1)
+        flags.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, help="parts of a batch")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each model that count")
     parser.add_argument("--threads", type=int, default=2, help="cores for every model")
-    parser.add_argument("--json", metavar="PATH", help="write every figure here")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure here")
     return parser.parse_args(argv)
 
 
@@ -163,8 +164,7 @@ def main(argv: list[str]) -> dict:
         "seconds": {name: list(values) for name, values in seconds.items()},
     }
     if flags.json:
-        with open(flags.json, "w") as out:
-            json.dump(result, out, indent=1)
+        flags.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 

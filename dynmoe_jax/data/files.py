@@ -32,9 +32,11 @@ class _ZstdStream(io.RawIOBase):
         self._output = memoryview(b"")
 
     def readable(self) -> bool:
+        """Always, as :class:`io.RawIOBase` asks for."""
         return True
 
     def readinto(self, buffer) -> int:
+        """Fills the buffer as far as it goes; 0 bytes at the end."""
         while not self._output:
             compressed = self._rest or self._file.read(1 << 16)
             if not compressed:
@@ -52,6 +54,7 @@ class _ZstdStream(io.RawIOBase):
         return count
 
     def close(self) -> None:
+        """Closes the compressed file, too."""
         self._file.close()
         super().close()
 

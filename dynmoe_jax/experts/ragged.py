@@ -88,6 +88,7 @@ class _Layout:
 
     @classmethod
     def of(cls, rows: Rows) -> "_Layout":
+        """That of some rows."""
         return cls(rows.token_R, rows.group_size_E, rows.row_TK)
 
     def part(self, start: int, stop: int) -> "_Part":

@@ -73,10 +73,12 @@ class _Pace:
         self._last: tuple[int, float] | None = None
 
     def reached(self, step: int) -> None:
+        """Notes when a step was done."""
         self._last = (step, time.perf_counter())
         self._first = self._first or self._last
 
     def seconds_left(self) -> float:
+        """At the mean speed since the first step that was noted."""
         (first, started), (last, now) = self._first, self._last
         if last >= self._total:
             return 0.0
