@@ -33,13 +33,19 @@ class Attention(nnx.Module):
         positions_BL: Int[Array, "B L"],
     ) -> Float[Array, "B L D"]:
         """Each position attends to the positions of its own segment up to itself."""
+        projected = self.project(x_BLD, positions_BL)
+        return self.project_back(self.attend(*projected, segment_ids_BL))
+
+    def project(
+        self, x_BLD: Float[Array, "B L D"], positions_BL: Int[Array, "B L"]
+    ) -> tuple[Float[Array, "B L H W"], Float[Array, "B L G W"], Float[Array, "B L G W"]]:
+        """Queries and keys, rotated by their positions, and values."""
         query_BLHW = jnp.einsum("bld,dhw->blhw", x_BLD, self.query_DHW[...].astype(self.dtype))
         key_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self.key_DGW[...].astype(self.dtype))
         value_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self.value_DGW[...].astype(self.dtype))
-        mixed_BLHW = self.attend(
-            rotate(query_BLHW, positions_BL, self.theta),
-            rotate(key_BLGW, positions_BL, self.theta),
-            value_BLGW,
-            segment_ids_BL,
-        )
+        query_BLHW = rotate(query_BLHW, positions_BL, self.theta)
+        return query_BLHW, rotate(key_BLGW, positions_BL, self.theta), value_BLGW
+
+    def project_back(self, mixed_BLHW: Float[Array, "B L H W"]) -> Float[Array, "B L D"]:
+        """The heads' mixed values, back in the residual stream."""
         return jnp.einsum("blhw,hwd->bld", mixed_BLHW, self.output_HWD[...].astype(self.dtype))
