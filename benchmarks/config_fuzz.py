@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from dynmoe_jax import config
+from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.step import Batch, init_state, make_train_step
+from dynmoe_jax.training.step import init_state, make_train_step
 from dynmoe_jax.training.trainer import BAD_INPUT, check_run
 
 TINY = {

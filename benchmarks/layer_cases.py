@@ -58,7 +58,7 @@ class Arrays:
 
     x_TD: Float[np.ndarray, "T D"]
     router_DE: Float[np.ndarray, "D E"]
-    gate_up_ED2F: Float[np.ndarray, "E D 2 F"]
+    gate_up_ED2F: Float[np.ndarray, "E D 2*F"]
     down_EFD: Float[np.ndarray, "E F D"]
     dy_TD: Float[np.ndarray, "T D"]
 
@@ -72,7 +72,7 @@ def draw(preset: Preset) -> Arrays:
         return rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(fan_in))
 
     return Arrays(
-        normal((T, D), 1), normal((D, E), D), normal((E, D, 2, F), D), normal((E, F, D), F),
+        normal((T, D), 1), normal((D, E), D), normal((E, D, 2 * F), D), normal((E, F, D), F),
         normal((T, D), 1),
     )  # fmt: skip
 

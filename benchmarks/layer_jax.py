@@ -46,7 +46,7 @@ def moe_layer(choice: Choice, backend: Backend):
 def dense_layer(x_TD, parameters):
     """SwiGLU; its hidden width is what the tokens' experts have together, on average."""
     gate_up_D2F, down_FD = parameters
-    return swiglu(jnp.einsum("td,dif->tif", x_TD, gate_up_D2F)) @ down_FD
+    return swiglu(x_TD @ gate_up_D2F) @ down_FD
 
 
 def on_device(arrays: Arrays, dtype: str) -> Arrays:
@@ -65,7 +65,7 @@ def dense_parameters(arrays: Arrays, hidden_width: int):
     width = arrays.x_TD.shape[1]
     gate_up_key, down_key = jax.random.split(jax.random.key(0))
     dtype = arrays.x_TD.dtype
-    gate_up_D2F = jax.random.normal(gate_up_key, (width, 2, hidden_width), dtype) / width**0.5
+    gate_up_D2F = jax.random.normal(gate_up_key, (width, 2 * hidden_width), dtype) / width**0.5
     down_FD = jax.random.normal(down_key, (hidden_width, width), dtype) / hidden_width**0.5
     return gate_up_D2F, down_FD
 

@@ -19,8 +19,7 @@ class Expert(nn.Module):
 
     def __init__(self, gate_up_D2F, down_FD):
         super().__init__()
-        width = gate_up_D2F.shape[0]
-        self.gate_up = nn.Parameter(gate_up_D2F.reshape(width, -1).T.contiguous())
+        self.gate_up = nn.Parameter(gate_up_D2F.T.contiguous())
         self.down = nn.Parameter(down_FD.T.contiguous())
 
     def forward(self, x):
@@ -67,11 +66,11 @@ def mixtral_block(arrays: Arrays, implementation: str) -> nn.Module:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    experts, width, _, hidden = arrays.gate_up_ED2F.shape
+    experts, hidden, width = arrays.down_EFD.shape
     config = MixtralConfig(hidden_size=width, intermediate_size=hidden, num_local_experts=experts)
     config._experts_implementation = implementation
     block = MixtralSparseMoeBlock(config)
-    gate_up = torch.from_numpy(arrays.gate_up_ED2F).reshape(experts, width, -1)
+    gate_up = torch.from_numpy(arrays.gate_up_ED2F)
     with torch.no_grad():
         block.gate.weight.copy_(torch.from_numpy(arrays.router_DE.T))
         block.experts.gate_up_proj.copy_(gate_up.transpose(1, 2))

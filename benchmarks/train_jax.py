@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.train_cases import Case, Preset, draw_tokens, settings
+from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.step import decoder_structure, init_state, make_train_step
+from dynmoe_jax.training.step import init_state, make_train_step
 
 BISECTIONS = 12
 

@@ -62,6 +62,18 @@ class MoE:
     every_n_layers: int = setting(
         1, "the first of every n layers is MoE, the others dense; 0 = a dense model", low=0
     )
+    transport: str = setting(
+        "auto",
+        "how tokens reach experts on other devices (config.mesh.expert); auto = see docs/design.md",
+        choices=("auto", "ring", "all_to_all", "ragged_all_to_all"),
+    )
+    tokens_per_pair: float = setting(
+        0.0,
+        "bound on the tokens that one device sends to another by an exchange, as a share of its "
+        "own, beyond which their experts there are dropped; 0 = none, nothing is dropped",
+        low=0.0,
+        high=1.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +125,15 @@ class Loss:
     entropy_weight: float = setting(1e-4, "of the router-entropy loss (beta)", low=0.0)
     router_z_weight: float = setting(0.0, "of the router z-loss (ST-MoE uses 1e-3)", low=0.0)
     z_weight: float = setting(0.0, "of the output z-loss (PaLM uses 1e-4)", low=0.0)
-    chunk_tokens: int = setting(2048, "tokens whose logits exist at one time", unit="tokens", low=1)
+    balance_over: str = setting(
+        "batch",
+        "what the load-balance loss asks to be balanced; with config.train.microbatches > 1 the "
+        "whole batch takes one more forward pass",
+        choices=("batch", "microbatch"),
+    )
+    chunk_tokens: int = setting(
+        2048, "tokens whose logits exist at one time on one device", unit="tokens", low=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +243,15 @@ class Optimizer:
 class Mesh:
     """Devices along each mesh axis; -1 takes what the others leave."""
 
-    data: int = setting(-1, "batch", unit="devices", low=-1)
-    expert: int = setting(1, "experts; 1 in this version", unit="devices", low=-1)
-    model: int = setting(
-        1, "heads, hidden width, vocabulary; 1 in this version", unit="devices", low=-1
+    slice: int = setting(
+        1,
+        "copies of the run that share the batch over a data-centre network (TPU slices, or hosts)",
+        unit="slices",
+        low=-1,
     )
+    data: int = setting(-1, "batch, and width of parameters (FSDP)", unit="devices", low=-1)
+    expert: int = setting(1, "experts; batch for everything else", unit="devices", low=-1)
+    model: int = setting(1, "heads, hidden width, vocabulary", unit="devices", low=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,15 +39,23 @@ def check_together(config: Any) -> None:
             f"config.train.microbatches={train.microbatches} must divide "
             f"config.train.batch_size={train.batch_size}."
         )
-    for axis in ("expert", "model"):
-        if getattr(config.mesh, axis) != 1:
-            raise ConfigError(
-                f"config.mesh.{axis}={getattr(config.mesh, axis)} must be 1: only the data axis "
-                "can be sharded in this version; use config.mesh.data."
-            )
-    if config.mesh.data == 0:
-        raise ConfigError("config.mesh.data=0 must be -1 (all devices) or at least 1.")
+    _check_mesh(config.mesh)
     _check_checkpoints(config)
+
+
+def _check_mesh(mesh: Any) -> None:
+    sizes = {axis: getattr(mesh, axis) for axis in ("slice", "data", "expert", "model")}
+    for axis, size in sizes.items():
+        if size == 0:
+            raise ConfigError(
+                f"config.mesh.{axis}=0 must be at least 1, or -1 for what the other axes leave."
+            )
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise ConfigError(
+            f"config.mesh.{rest[0]}=-1 and config.mesh.{rest[1]}=-1 cannot both take what is left; "
+            "give one of them a number."
+        )
 
 
 def _check_checkpoints(config: Any) -> None:

@@ -25,7 +25,8 @@ BASE = {
 # Settings whose range is wider than what other settings leave of it.
 CONTRADICTS = {
     ("model.max_seq_len", 1),
-    ("mesh.data", 0),
+    # One axis takes what is left, and that is the data axis unless it has a number.
+    ("mesh.slice", -1),
     ("mesh.expert", -1),
     ("mesh.model", -1),
     ("checkpoint.every_steps", 0),
@@ -191,9 +192,9 @@ def test_a_group_is_not_a_value():
         ),
         ({"data.seq_len": 4096}, "seq_len=4096 must be at most config.model.max_seq_len=2048"),
         ({"train.batch_size": 10, "train.microbatches": 4}, "microbatches=4 must divide"),
-        ({"mesh.expert": 2}, "mesh.expert=2 must be 1"),
-        ({"mesh.model": 2}, "mesh.model=2 must be 1"),
-        ({"mesh.data": 0}, "mesh.data=0"),
+        ({"mesh.expert": 0}, "mesh.expert=0 must be at least 1"),
+        ({"mesh.model": -1}, "mesh.data=-1 and config.mesh.model=-1 cannot both"),
+        ({"mesh.data": 0}, "mesh.data=0 must be at least 1"),
         ({"checkpoint.every_steps": 0}, "would save nothing before the end"),
         ({"checkpoint.keep_every_steps": 1500}, "keep_every_steps=1500 must be a multiple of"),
         ({"checkpoint.keep_best": 1}, "keep_best=1 needs held-out losses to compare"),

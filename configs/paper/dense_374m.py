@@ -5,7 +5,7 @@ r"""The smaller dense model of the Top-P paper, as wide as its mixtures of exper
         --config.data.tokenizer=tokenizer.model
 
 Parameters: 373,867,520 (373.8M in matrices).
-Hardware: 6.0 GB of state per device, and activations on top (more microbatches, less of them).
+Hardware: 6.0 GB of state shared by all devices, and activations (more microbatches: fewer).
 Cost: 100B tokens, 2.35e20 FLOPs, about 170 H100 hours at 40% utilisation (arithmetic).
 """
 

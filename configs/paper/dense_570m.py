@@ -5,7 +5,7 @@ r"""The wider dense model of the Top-P paper, the match of top-2's active parame
         --config.data.tokenizer=tokenizer.model
 
 Parameters: 569,570,560 (569.5M in matrices).
-Hardware: 9.1 GB of state per device, and activations on top (more microbatches, less of them).
+Hardware: 9.1 GB of state shared by all devices, and activations (more microbatches: fewer).
 Cost: 100B tokens, 3.55e20 FLOPs, about 250 H100 hours at 40% utilisation (arithmetic).
 """
 

@@ -5,7 +5,7 @@ r"""The Top-P paper's mixture of 16 experts with top-1 routing (Switch).
         --config.data.tokenizer=tokenizer.model
 
 Parameters: 3,488,531,456 (3.488B in matrices), of which a token uses 374,260,736.
-Hardware: 55.8 GB of state per device, and activations on top (more microbatches, less of them).
+Hardware: 55.8 GB of state shared by all devices, and activations (more microbatches: fewer).
 Cost: 100B tokens, 2.35e20 FLOPs, about 170 H100 hours at 40% utilisation (arithmetic).
 """
 

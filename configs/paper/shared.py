@@ -5,12 +5,12 @@ standard deviation 0.006, the loss weights alpha = 1e-2 and beta = 1e-4 (the def
 :class:`config.Loss`).  Batch size, learning rate and schedule are this project's choice.
 
 Hardware: parameters, gradients and AdamW's two moments take 16 bytes per parameter (and up to 4
-more while the gradients of a microbatch are added to those of the ones before), on every
-device; the batch is split over the devices.  Costs in the five files are arithmetic, not
-measurements: training FLOPs are 6 x the active matrices (without the embedding, which is looked
-up) x tokens, plus 6 N L D per token for causal attention; device hours are those FLOPs at 40% of
-989 TFLOP/s, the bfloat16 peak of one H100.  Recomputing the layers in the backward pass
-(``remat="layer"``, for memory) adds a third that is not counted there.
+more while the gradients of a microbatch are added to those of the ones before), shared by the
+devices of the ``data`` and ``expert`` axes, like the batch.  Costs in the five files are
+arithmetic, not measurements: training FLOPs are 6 x the active matrices (without the embedding,
+which is looked up) x tokens, plus 6 N L D per token for causal attention; device hours are those
+FLOPs at 40% of 989 TFLOP/s, the bfloat16 peak of one H100.  Recomputing the layers in the
+backward pass (``remat="layer"``, for memory) adds a third that is not counted there.
 """
 
 import dataclasses

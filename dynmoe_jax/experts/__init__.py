@@ -6,6 +6,7 @@ Every backend has the signature of :data:`Backend` and is tested against :mod:`.
 from dynmoe_jax.experts.backend import Backend, make_backend
 from dynmoe_jax.experts.parallel import apply_experts
 from dynmoe_jax.experts.rows import Rows, row_bound, rows_from_routing
+from dynmoe_jax.experts.transport_choice import make_transport
 from dynmoe_jax.experts.weights import ExpertWeights, swiglu
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Rows",
     "apply_experts",
     "make_backend",
+    "make_transport",
     "row_bound",
     "rows_from_routing",
     "swiglu",

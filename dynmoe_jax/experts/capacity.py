@@ -41,7 +41,7 @@ def capacity_experts(
     token_EC = rows.token_R.at[row_EC].get(mode="fill", fill_value=tokens)
     weight_EC = rows.weight_R.at[row_EC].get(mode="fill", fill_value=0)
     x_ECD = x_TD.at[token_EC].get(mode="fill", fill_value=0)
-    hidden_ECF = swiglu(jnp.einsum("ecd,edif->ecif", x_ECD, weights.gate_up_ED2F))
+    hidden_ECF = swiglu(jnp.einsum("ecd,edf->ecf", x_ECD, weights.gate_up_ED2F))
     y_ECD = jnp.einsum("ecf,efd->ecd", hidden_ECF, weights.down_EFD)
     y_ECD = y_ECD.astype(jnp.float32) * weight_EC[..., None]
     y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_EC].add(y_ECD, mode="drop")

@@ -58,4 +58,7 @@ def megablox_products(flops_per_byte: float, interpret: bool = False) -> Grouped
             jnp.swapaxes(x_RI, 0, 1), dy_RO, group_size_E, x_RI.dtype, tiling, interpret=interpret
         )
 
-    return GroupedProducts("megablox", forward, input_gradient, weight_gradient, ROW_MULTIPLE)
+    # Its schedule of tiles visits every group of the weight gradient, empty ones to write zeros.
+    return GroupedProducts(
+        "megablox", forward, input_gradient, weight_gradient, ROW_MULTIPLE, zeroes_empty=True
+    )

@@ -1,14 +1,20 @@
 """Expert compute over a device mesh.
 
-Axis legend: T tokens, D model width.
+Axis legend: T tokens, S tokens that arrive at a device, K slots per token, D model width, F hidden
+width of an expert.
 """
+
+import dataclasses
 
 import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from dynmoe_jax.axes import BATCH, EXPERT, MODEL, mesh_sizes, on_one_device, parameter_spec
+from dynmoe_jax.collectives import each_device, gathered, gathered_halves, sum_over
 from dynmoe_jax.experts.backend import Backend
-from dynmoe_jax.experts.rows import rows_from_routing
+from dynmoe_jax.experts.rows import row_bound, rows_from_slots, within_budget
+from dynmoe_jax.experts.transport import Transport
 from dynmoe_jax.experts.weights import ExpertWeights
 from dynmoe_jax.routing import Routing
 
@@ -19,40 +25,64 @@ def apply_experts(
     weights: ExpertWeights,
     backend: Backend,
     rows_per_token: float = 0.0,
+    transport: Transport | None = None,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """Sends every token to its experts and combines what they return.
 
-    Under a mesh (``jax.set_mesh``) the tokens are split over its ``data`` axis; each device lays
-    out and computes the rows of its own tokens, with all experts.
+    Under a mesh (``jax.set_mesh``) all of it is one ``jax.shard_map``.  The batch axes split the
+    tokens.  A device puts its E / expert experts together from the devices of its ``data`` axis,
+    with the F / model hidden units that are its own; tokens travel along the ``expert`` axis, and
+    partial results are summed along ``model``.
 
     Args:
       x_TD: tokens.
       routing: their routing.
       weights: all experts.
       backend: expert compute.
-      rows_per_token: row budget, see :func:`rows_from_routing`; it holds per device.
+      rows_per_token: row budget, see :func:`within_budget`; it holds for the tokens of each device.
+      transport: between devices that have different experts; needed if the mesh has such.
 
     Returns:
       y_TD, and the number of rows dropped over all devices.
     """
-
-    def local(x_TD, routing, weights):
-        rows = rows_from_routing(routing, rows_per_token)
-        y_TD, dropped = backend(x_TD, rows, weights)
-        return y_TD, dropped + rows.dropped
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["data"] == 1:
-        return local(x_TD, routing, weights)
+    if on_one_device():
+        return _local(x_TD, routing, weights, backend, rows_per_token)
+    sizes = mesh_sizes()
+    specs = ExpertWeights(
+        parameter_spec("gate_up_ED2F", weights.gate_up_ED2F.shape, sizes),
+        parameter_spec("down_EFD", weights.down_EFD.shape, sizes),
+    )
 
     def on_each_device(x_TD, routing, weights):
-        y_TD, dropped = local(x_TD, routing, weights)
-        return y_TD, jax.lax.psum(dropped, "data")
+        weights = ExpertWeights(
+            gathered_halves(weights.gate_up_ED2F, specs.gate_up_ED2F),
+            # All but the first axis: each device keeps its own experts.
+            gathered(weights.down_EFD, P(None, *specs.down_EFD[1:])),
+        )
+        y_TD, dropped = _local(
+            x_TD, routing, weights, backend, rows_per_token, sizes[EXPERT], transport
+        )
+        if sizes[MODEL] > 1:
+            y_TD = sum_over(y_TD, MODEL)
+        return y_TD, jax.lax.psum(dropped, BATCH)
 
-    return jax.shard_map(
-        on_each_device,
-        in_specs=(P("data"), P("data"), P()),
-        out_specs=(P("data"), P()),
-        # The backends' loops start from plain zeros, which the varying-axes check refuses.
-        check_vma=False,
-    )(x_TD, routing, weights)
+    apply = each_device(on_each_device, (P(BATCH), P(BATCH), specs), (P(BATCH), P()))
+    return apply(x_TD, routing, weights)
+
+
+def _local(
+    x_TD, routing, weights, backend, rows_per_token, devices=1, transport=None
+) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+    """(y_TD, rows dropped) of the tokens of one device, with experts on several ``devices``."""
+    bound = row_bound(*routing.expert_TK.shape, rows_per_token)
+    slots, dropped = within_budget(routing, bound)
+
+    def compute(x_SD, slots):
+        # All tokens of all devices may choose the experts of this one.
+        most = min(slots.expert_TK.size, devices * bound)
+        rows = rows_from_slots(slots, most)
+        share = x_TD.shape[0] / x_SD.shape[0]
+        return backend(x_SD, dataclasses.replace(rows, share=share), weights)
+
+    y_TD, more = compute(x_TD, slots) if devices == 1 else transport(x_TD, slots, compute)
+    return y_TD, dropped + more

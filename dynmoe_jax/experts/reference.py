@@ -27,7 +27,7 @@ def reference_experts(
     chosen_TE = jnp.zeros(gates_TE.shape, bool).at[token_R, rows.expert_R].set(True, mode="drop")
     # A token without a row may hold anything, and 0 * NaN is NaN.
     x_TD = jnp.where(jnp.any(chosen_TE, axis=-1, keepdims=True), x_TD, 0)
-    hidden_TEF = swiglu(jnp.einsum("td,edcf->tecf", x_TD, weights.gate_up_ED2F))
+    hidden_TEF = swiglu(jnp.einsum("td,edf->tef", x_TD, weights.gate_up_ED2F))
     y_TED = jnp.einsum("tef,efd->ted", hidden_TEF, weights.down_EFD)
     y_TD = jnp.einsum("te,ted->td", gates_TE, y_TED.astype(jnp.float32))
     return y_TD.astype(x_TD.dtype), jnp.zeros((), jnp.int32)

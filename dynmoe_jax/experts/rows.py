@@ -10,7 +10,48 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dynmoe_jax.experts.permute import take
 from dynmoe_jax.routing import Routing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What expert compute needs of the routing of T tokens: the experts, and their weights.
+
+    Attributes:
+      expert_TK: expert of each slot; ``num_experts`` means "no expert".
+      weight_TK: combine weight of each slot.
+      num_experts: E.
+    """
+
+    expert_TK: Int[Array, "T K"]
+    weight_TK: Float[Array, "T K"]
+    num_experts: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def used_TK(self) -> Bool[Array, "T K"]:
+        """Whether a slot holds an expert."""
+        return self.expert_TK < self.num_experts
+
+    def among(self, first: Int[Array, ""] | int, count: int) -> "Slots":
+        """The slots of ``count`` experts from number ``first`` on, which is then number 0.
+
+        A token has at most ``count`` of them, so there are as many slots: the used ones come
+        first.
+        """
+        here_TK = self.expert_TK - first
+        # Both sides: "no expert" lies above the last one, and must not become one of these.
+        mine_TK = (here_TK >= 0) & (here_TK < count) & self.used_TK
+        if count >= self.expert_TK.shape[-1]:
+            weight_TK = jnp.where(mine_TK, self.weight_TK, 0)
+            return Slots(jnp.where(mine_TK, here_TK, count), weight_TK, count)
+        place_TK = jnp.cumsum(mine_TK, axis=-1) - 1
+        # Sums over one-hot slots, not a sort: K is small, and backward needs no scatter.
+        to_TKk = mine_TK[..., None] & (place_TK[..., None] == jnp.arange(count))
+        expert_Tk = jnp.sum(jnp.where(to_TKk, here_TK[..., None] - count, 0), axis=-2) + count
+        weight_Tk = jnp.sum(jnp.where(to_TKk, self.weight_TK[..., None], 0), axis=-2)
+        return Slots(expert_Tk, weight_Tk, count)
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +70,8 @@ class Rows:
       dropped: rows that the budget left out.
       row_TK: the rows of each token, in no order; R where there is none.  None if it is not known,
         as when experts choose tokens, and a token may have any number of rows.
+      share: of the experts that the tokens could choose, those that these rows are for; 1 unless
+        other devices have the others.  An estimate, for sizes that only have to be usual ones.
     """
 
     token_R: Int[Array, "R"]
@@ -36,6 +79,7 @@ class Rows:
     group_size_E: Int[Array, "E"]
     dropped: Int[Array, ""]
     row_TK: Int[Array, "T K"] | None = None
+    share: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     @property
     def used_R(self) -> Bool[Array, "R"]:
@@ -65,29 +109,43 @@ def rows_from_routing(routing: Routing, rows_per_token: float = 0.0) -> Rows:
 
     Args:
       routing: the routing of T tokens.
-      rows_per_token: a budget that bounds R at ``ceil(T * rows_per_token)``.  If more pairs were
-        chosen, the least probable ones are dropped and counted; whether a pair is kept then
-        depends on all T tokens, later ones included.  0 = no budget, R = T * K.
+      rows_per_token: a budget, see :func:`within_budget`; it bounds R.  0 = no budget, R = T * K.
     """
-    tokens, slots = routing.expert_TK.shape
-    bound = row_bound(tokens, slots, rows_per_token)
+    bound = row_bound(*routing.expert_TK.shape, rows_per_token)
+    slots, dropped = within_budget(routing, bound)
+    return dataclasses.replace(rows_from_slots(slots, bound), dropped=dropped)
+
+
+def within_budget(routing: Routing, bound: int) -> tuple[Slots, Int[Array, ""]]:
+    """The slots of a routing, the least probable ones left out if more are used than ``bound``.
+
+    Whether a slot is kept then depends on all T tokens, later ones included.
+
+    Returns:
+      the slots, and how many were left out.
+    """
     expert_TK = routing.expert_TK
-    if bound < tokens * slots:
+    if bound < expert_TK.size:
         expert_TK = jnp.where(_most_probable(routing, bound), expert_TK, routing.num_experts)
-    row_TK, group_size_E = _places(expert_TK, routing.num_experts, bound)
+    slots = Slots(expert_TK, routing.weight_TK, routing.num_experts)
+    dropped = jnp.sum(routing.used_TK, dtype=jnp.int32) - jnp.sum(slots.used_TK, dtype=jnp.int32)
+    return slots, dropped
+
+
+def rows_from_slots(slots: Slots, bound: int) -> Rows:
+    """Lays out the used slots of T tokens, of which there are at most ``bound``, by expert."""
+    tokens, width = slots.expert_TK.shape
+    row_TK, group_size_E = _places(slots.expert_TK, slots.num_experts, bound)
     # The slot of each row; one past the last for padding.
-    slot_R = jnp.full(bound, tokens * slots, jnp.int32)
+    slot_R = jnp.full(bound, tokens * width, jnp.int32)
     slot_R = slot_R.at[row_TK.reshape(-1)].set(
-        jnp.arange(tokens * slots, dtype=jnp.int32), mode="drop", unique_indices=True
-    )
-    weight_R = (
-        routing.weight_TK.reshape(-1).at[slot_R].get(mode="fill", fill_value=0, unique_indices=True)
+        jnp.arange(tokens * width, dtype=jnp.int32), mode="drop", unique_indices=True
     )
     return Rows(
-        token_R=jnp.where(slot_R < tokens * slots, slot_R // slots, 0),
-        weight_R=weight_R,
+        token_R=jnp.where(slot_R < tokens * width, slot_R // width, 0),
+        weight_R=take(slots.weight_TK.reshape(-1), slot_R, row_TK.reshape(-1)),
         group_size_E=group_size_E,
-        dropped=jnp.sum(routing.used_TK, dtype=jnp.int32) - jnp.sum(group_size_E),
+        dropped=jnp.zeros((), jnp.int32),
         row_TK=row_TK,
     )
 

@@ -15,7 +15,7 @@ from dynmoe_jax.interop.layouts import LINEAR, Layout, Shape
 
 Path = tuple[str | int, ...]
 GATE, UP = 0, 1
-"""Index of each half of a fused gate-up parameter [..., 2, F]."""
+"""Index of each half of a fused gate-up parameter [..., 2F]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,9 @@ def places(
             experts = range(shapes[path][len(index)]) if "{expert}" in rule.name else [None]
             for expert in experts:
                 name = rule.name.format(layer=layer, expert=expert)
-                found[name] = Place(path, _index(index, expert, rule.half), rule.layout)
+                found[name] = Place(
+                    path, _index(index, expert, rule.half, shapes[path]), rule.layout
+                )
     return found
 
 
@@ -83,9 +85,14 @@ def _locate(rule: Rule, layer: int | None, model: config.Model) -> tuple[Path, t
     return ("groups", "layers", member, *path), (group,)
 
 
-def _index(stack: tuple[int, ...], expert: int | None, half: int | None) -> tuple[Any, ...]:
+def _index(
+    stack: tuple[int, ...], expert: int | None, half: int | None, shape: Shape
+) -> tuple[Any, ...]:
     index = stack if expert is None else (*stack, expert)
-    return index if half is None else (*index, ..., half, slice(None))
+    if half is None:
+        return index
+    width = shape[-1] // 2
+    return (*index, ..., slice(half * width, (half + 1) * width))
 
 
 def to_tensors(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from dynmoe_jax import config
 from dynmoe_jax.model.attention_choice import make_attention
 from dynmoe_jax.model.layers import compute_dtype, matrix, rotate
+from dynmoe_jax.model.sharding import by_batch_and_head, whole_parameter
 from dynmoe_jax.target import current_target
 
 
@@ -34,18 +35,21 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B L D"]:
         """Each position attends to the positions of its own segment up to itself."""
         projected = self.project(x_BLD, positions_BL)
-        return self.project_back(self.attend(*projected, segment_ids_BL))
+        return self.project_back(by_batch_and_head(self.attend, *projected, segment_ids_BL))
 
     def project(
         self, x_BLD: Float[Array, "B L D"], positions_BL: Int[Array, "B L"]
     ) -> tuple[Float[Array, "B L H W"], Float[Array, "B L G W"], Float[Array, "B L G W"]]:
         """Queries and keys, rotated by their positions, and values."""
-        query_BLHW = jnp.einsum("bld,dhw->blhw", x_BLD, self.query_DHW[...].astype(self.dtype))
-        key_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self.key_DGW[...].astype(self.dtype))
-        value_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self.value_DGW[...].astype(self.dtype))
+        query_BLHW = jnp.einsum("bld,dhw->blhw", x_BLD, self._whole("query_DHW"))
+        key_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self._whole("key_DGW"))
+        value_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self._whole("value_DGW"))
         query_BLHW = rotate(query_BLHW, positions_BL, self.theta)
         return query_BLHW, rotate(key_BLGW, positions_BL, self.theta), value_BLGW
 
     def project_back(self, mixed_BLHW: Float[Array, "B L H W"]) -> Float[Array, "B L D"]:
         """The heads' mixed values, back in the residual stream."""
-        return jnp.einsum("blhw,hwd->bld", mixed_BLHW, self.output_HWD[...].astype(self.dtype))
+        return jnp.einsum("blhw,hwd->bld", mixed_BLHW, self._whole("output_HWD"))
+
+    def _whole(self, name: str) -> Array:
+        return whole_parameter(name, getattr(self, name)[...], self.dtype)

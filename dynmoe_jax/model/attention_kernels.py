@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.experts.tokamax_products import load_tokamax
@@ -72,17 +71,12 @@ def splash_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, *, interp
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
 
-    def on_each_device(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
-        def one(query_HLW, key_GLW, value_GLW, segment_ids_L):
-            segments = splash.SegmentIds(segment_ids_L, segment_ids_L)
-            return kernel(query_HLW, key_GLW, value_GLW, segment_ids=segments)
+    def one(query_HLW, key_GLW, value_GLW, segment_ids_L):
+        segments = splash.SegmentIds(segment_ids_L, segment_ids_L)
+        return kernel(query_HLW, key_GLW, value_GLW, segment_ids=segments)
 
-        heads_first = (
-            jnp.swapaxes(x, 1, 2) for x in (query_BLHW * width**-0.5, key_BLGW, value_BLGW)
-        )
-        return jnp.swapaxes(jax.vmap(one)(*heads_first, segment_ids_BL), 1, 2)
-
-    return _by_batch(on_each_device, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (query_BLHW * width**-0.5, key_BLGW, value_BLGW))
+    return jnp.swapaxes(jax.vmap(one)(*heads_first, segment_ids_BL), 1, 2)
 
 
 def splash_block(length: int) -> int | None:
@@ -92,29 +86,15 @@ def splash_block(length: int) -> int | None:
 
 def tokamax_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
     """tokamax's flash attention; the segments are a boolean mask [B, 1, L, L]."""
-    tokamax = load_tokamax()
-
-    def on_each_device(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
-        return tokamax.dot_product_attention(
-            query_BLHW,
-            key_BLGW,
-            value_BLGW,
-            mask=_same_segment(segment_ids_BL),
-            is_causal=True,
-            implementation=("mosaic", "triton"),
-        )
-
-    return _by_batch(on_each_device, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
+    return load_tokamax().dot_product_attention(
+        query_BLHW,
+        key_BLGW,
+        value_BLGW,
+        mask=_same_segment(segment_ids_BL),
+        is_causal=True,
+        implementation=("mosaic", "triton"),
+    )
 
 
 def _same_segment(segment_ids_BL: Int[Array, "B L"]) -> Bool[Array, "B 1 L L"]:
     return (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
-
-
-def _by_batch(attend, *inputs):
-    """Runs ``attend`` on the sequences of each device: the partitioner cannot split Pallas."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["data"] == 1:
-        return attend(*inputs)
-    specs = (P("data"),) * len(inputs)
-    return jax.shard_map(attend, in_specs=specs, out_specs=P("data"), check_vma=False)(*inputs)

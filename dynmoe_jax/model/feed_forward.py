@@ -9,8 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, swiglu
+from dynmoe_jax.axes import EXPERT, MODEL, mesh_sizes
+from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, make_transport, swiglu
 from dynmoe_jax.model.layers import compute_dtype, matrix
+from dynmoe_jax.model.sharding import by_token, split_columns, whole_parameter
 from dynmoe_jax.routing import Routing, make_router
 
 
@@ -19,14 +21,18 @@ class DenseFeedForward(nnx.Module):
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
         D, F = model.width, model.hidden_width
-        self.gate_up_D2F = matrix(rngs, (D, 2, F), model.init_std)
+        self.gate_up_D2F = matrix(rngs, (D, 2 * F), model.init_std)
         self.down_FD = matrix(rngs, (F, D), model.init_std)
         self.dtype = compute_dtype(model)
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """down(silu(x gate) * (x up))."""
-        gate_up_T2F = jnp.einsum("td,dif->tif", x_TD, self.gate_up_D2F[...].astype(self.dtype))
-        return swiglu(gate_up_T2F) @ self.down_FD[...].astype(self.dtype)
+        gate_up_D2F = whole_parameter("gate_up_D2F", self.gate_up_D2F[...], self.dtype)
+        down_FD = whole_parameter("down_FD", self.down_FD[...], self.dtype)
+        if mesh_sizes()[MODEL] == 1:
+            return swiglu(x_TD @ gate_up_D2F) @ down_FD
+        gate_DF, up_DF = (split_columns(half) for half in jnp.split(gate_up_D2F, 2, axis=-1))
+        return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD
 
 
 class MoEFeedForward(nnx.Module):
@@ -35,24 +41,32 @@ class MoEFeedForward(nnx.Module):
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
         D, E, F = model.width, model.moe.num_experts, model.moe.hidden_width
         self.router_DE = matrix(rngs, (D, E), model.init_std)
-        self.gate_up_ED2F = matrix(rngs, (E, D, 2, F), model.init_std)
+        self.gate_up_ED2F = matrix(rngs, (E, D, 2 * F), model.init_std)
         self.down_EFD = matrix(rngs, (E, F, D), model.init_std)
         self.dtype = compute_dtype(model)
         self.route = make_router(model.moe)
         self.backend = make_backend(model.moe)
-        self.rows_per_token = model.moe.rows_per_token
+        self.moe = model.moe
 
     def __call__(
         self, x_TD: Float[Array, "T D"], valid_T: Bool[Array, "T"]
     ) -> tuple[Float[Array, "T D"], Routing, Int[Array, ""]]:
         """Returns (y_TD, routing, rows dropped); a token that is not valid uses no expert."""
         # At full precision: accelerators multiply float32 in bfloat16 or TF32 by default.
+        router_DE = whole_parameter("router_DE", self.router_DE[...], jnp.float32)
         logits_TE = jnp.matmul(
-            x_TD.astype(jnp.float32), self.router_DE[...], precision=jax.lax.Precision.HIGHEST
+            x_TD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST
         )
-        routing = self.route(logits_TE, valid_T)
+        routing = by_token(self.route, logits_TE, valid_T)
         weights = ExpertWeights(
             self.gate_up_ED2F[...].astype(self.dtype), self.down_EFD[...].astype(self.dtype)
         )
-        y_TD, dropped = apply_experts(x_TD, routing, weights, self.backend, self.rows_per_token)
+        y_TD, dropped = apply_experts(
+            x_TD,
+            routing,
+            weights,
+            self.backend,
+            self.moe.rows_per_token,
+            make_transport(self.moe, mesh_sizes()[EXPERT]),
+        )
         return y_TD, routing, dropped

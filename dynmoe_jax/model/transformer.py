@@ -8,6 +8,7 @@ E experts, K slots per token.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,28 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
+from dynmoe_jax.axes import on_one_device
+from dynmoe_jax.collectives import keep_all_but_gathered
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
 from dynmoe_jax.model.layers import compute_dtype, matrix, rms_norm
+from dynmoe_jax.model.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.routing import Routing
 
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "layer": jax.checkpoint_policies.nothing_saveable,
-}
+
+def remat_policy(remat: str) -> Callable | None:
+    """What ``jax.checkpoint`` keeps of a layer for backward; None: nothing has to be left out.
+
+    Parameters that were put together for a layer are never kept: all layers together would be the
+    whole model on every device.
+    """
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return None if on_one_device() else keep_all_but_gathered
+    return {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "layer": policies.nothing_saveable,
+    }[remat]
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +158,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer, in the compute type."""
-        return self.embedding_VD[...].astype(compute_dtype(self.config))[tokens_BL]
+        dtype = compute_dtype(self.config)
+        return split_by_batch(embedded("embedding_VD", self.embedding_VD[...], tokens_BL, dtype))
 
     def hidden(
         self,
@@ -172,10 +186,11 @@ class Decoder(nnx.Module):
         structure, params = nnx.split(self.groups)
 
         def apply_group(x_BLD, params):
-            return nnx.merge(structure, params)(x_BLD, segment_ids_BL, positions_BL)
+            x_BLD, record = nnx.merge(structure, params)(x_BLD, segment_ids_BL, positions_BL)
+            return split_by_batch(x_BLD), record
 
-        if self.config.remat != "none":
-            policy = REMAT_POLICIES[self.config.remat]
+        policy = remat_policy(self.config.remat)
+        if policy:
             apply_group = jax.checkpoint(apply_group, policy=policy, prevent_cse=False)
         x_BLD, record = jax.lax.scan(apply_group, x_BLD, params)
         routing = record and LayerRouting(record[0], segment_ids_BL > 0, record[1])
@@ -189,9 +204,8 @@ class Decoder(nnx.Module):
     ) -> DecoderOutput:
         """Logits of the next token at every position; arguments as in :meth:`hidden`."""
         x_BLD, routing = self.hidden(tokens_BL, segment_ids_BL, positions_BL)
-        logits = jnp.einsum(
-            "bld,dv->blv", x_BLD, self.output_DV, preferred_element_type=jnp.float32
-        )
+        output_DV = whole_parameter("output_DV", self.output_DV, x_BLD.dtype)
+        logits = jnp.einsum("bld,dv->blv", x_BLD, output_DV, preferred_element_type=jnp.float32)
         return DecoderOutput(logits, routing)
 
 
@@ -213,6 +227,11 @@ def _check_causal(groups: LayerGroup, model: config.Model) -> None:
             f"config.model.moe.router={model.moe.router!r} looks at later tokens, which a decoder "
             "cannot; use a causal router such as top_p."
         )
+
+
+def decoder_structure(model: config.Model) -> nnx.GraphDef:
+    """What :func:`nnx.merge` needs to make a decoder of parameters."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
 
 
 def parameter_shapes(model: config.Model) -> nnx.State:

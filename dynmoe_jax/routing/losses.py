@@ -4,8 +4,14 @@ All are means over the valid tokens of the trailing T axis and leave axes in fro
 alone, so a stack of layers gives a vector of losses.  Padding tokens count nowhere; with no valid
 token a loss is 0.
 
+Each is a function of sums over tokens (:class:`LossSums`), which add up: over devices, where the
+partitioner adds them, and over microbatches.  So a loss is that of the whole batch, however the
+batch is cut: an expert that is busy on one device and idle on all others is not overloaded.
+
 The statistics follow one notation: ``f_e`` is the share of tokens that chose expert e (no
 gradient), ``Q_e`` the mean router probability of expert e.
+
+Axis legend: T tokens, E experts; * axes in front (layers).
 """
 
 import dataclasses
@@ -17,13 +23,81 @@ from jaxtyping import Array, Bool, Float
 from dynmoe_jax.routing.record import Routing
 
 
-def _mean_over_tokens(
-    value: Float[Array, "*N T E"], valid_T: Bool[Array, "T"]
-) -> Float[Array, "*N E"]:
-    """Mean over the valid tokens of the T axis, which is second to last."""
-    # where, not a product: a padding token may hold NaN.
-    total = jnp.sum(jnp.where(valid_T[:, None], value, 0.0), axis=-2)
-    return total / jnp.maximum(jnp.sum(valid_T), 1)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """Sums over valid tokens, of which the losses are made.
+
+    Attributes:
+      chosen_E: tokens that chose each expert, float32, without gradient.
+      first_E: tokens whose most probable choice each expert is, likewise.
+      probs_E: router probabilities.
+      entropy: entropies of the router's distributions, nats.
+      squared_z: squared logsumexp of the logits.
+      tokens: valid tokens.
+    """
+
+    chosen_E: Float[Array, "* E"]
+    first_E: Float[Array, "* E"]
+    probs_E: Float[Array, "* E"]
+    entropy: Float[Array, "*"]
+    squared_z: Float[Array, "*"]
+    tokens: Float[Array, ""]
+
+    @property
+    def divisor(self) -> Float[Array, ""]:
+        """Valid tokens, or 1 if there are none."""
+        return jnp.maximum(self.tokens, 1)
+
+
+def loss_sums(routing: Routing, valid_T: Bool[Array, "T"]) -> LossSums:
+    """The sums of T tokens; those that are not valid count nowhere."""
+
+    def over_tokens(value_TX):
+        # where, not a product: a padding token may hold NaN.
+        return jnp.sum(jnp.where(valid_T[:, None], value_TX, 0.0), axis=-2)
+
+    def chosen_E(routing):
+        return jax.lax.stop_gradient(over_tokens(routing.chosen_TE.astype(jnp.float32)))
+
+    # Slots are filled from the most probable expert down.
+    first = dataclasses.replace(routing, expert_TK=routing.expert_TK[..., :1])
+    # From logits: log p stays finite where p underflows to 0.
+    log_z_T1 = jax.nn.logsumexp(routing.logits_TE, axis=-1, keepdims=True)
+    entropy_TE = -routing.probs_TE * (routing.logits_TE - log_z_T1)
+    return LossSums(
+        chosen_E=chosen_E(routing),
+        first_E=chosen_E(first),
+        probs_E=over_tokens(routing.probs_TE),
+        entropy=jnp.sum(over_tokens(entropy_TE), axis=-1),
+        squared_z=over_tokens(jnp.square(log_z_T1))[..., 0],
+        tokens=jnp.sum(valid_T, dtype=jnp.float32),
+    )
+
+
+def balance_of(sums: LossSums, normalise: str = "sum") -> Float[Array, "*"]:
+    """:func:`balance_loss` of sums."""
+    counts_E = {
+        "sum": sums.chosen_E,
+        "per_choice": sums.chosen_E,
+        "first_choice_only": sums.first_E,
+    }.get(normalise)
+    if counts_E is None:
+        raise ValueError(f"normalise={normalise!r} must be sum, per_choice or first_choice_only.")
+    share_E = counts_E / sums.divisor
+    if normalise == "per_choice":
+        share_E = share_E / jnp.maximum(jnp.sum(share_E, axis=-1, keepdims=True), 1e-9)
+    return share_E.shape[-1] * jnp.sum(share_E * sums.probs_E / sums.divisor, axis=-1)
+
+
+def entropy_of(sums: LossSums) -> Float[Array, "*"]:
+    """:func:`entropy_loss` of sums."""
+    return sums.entropy / sums.divisor
+
+
+def router_z_of(sums: LossSums) -> Float[Array, "*"]:
+    """:func:`router_z_loss` of sums."""
+    return sums.squared_z / sums.divisor
 
 
 def balance_loss(
@@ -43,19 +117,7 @@ def balance_loss(
     Raises:
       ValueError: another ``normalise``.
     """
-    if normalise == "first_choice_only":
-        # Slots are filled from the most probable expert down.
-        first = dataclasses.replace(routing, expert_TK=routing.expert_TK[..., :1])
-        share_E = _mean_over_tokens(first.chosen_TE.astype(jnp.float32), valid_T)
-    elif normalise in ("sum", "per_choice"):
-        share_E = _mean_over_tokens(routing.chosen_TE.astype(jnp.float32), valid_T)
-    else:
-        raise ValueError(f"normalise={normalise!r} must be sum, per_choice or first_choice_only.")
-    share_E = jax.lax.stop_gradient(share_E)
-    if normalise == "per_choice":
-        share_E = share_E / jnp.maximum(jnp.sum(share_E, axis=-1, keepdims=True), 1e-9)
-    probability_E = _mean_over_tokens(routing.probs_TE, valid_T)
-    return routing.num_experts * jnp.sum(share_E * probability_E, axis=-1)
+    return balance_of(loss_sums(routing, valid_T), normalise)
 
 
 def entropy_loss(routing: Routing, valid_T: Bool[Array, "T"]) -> Float[Array, "*N"]:
@@ -63,13 +125,9 @@ def entropy_loss(routing: Routing, valid_T: Bool[Array, "T"]) -> Float[Array, "*
 
     It keeps the router from buying quality with flat distributions, which use many experts.
     """
-    # From logits: log p stays finite where p underflows to 0.
-    log_probs_TE = jax.nn.log_softmax(routing.logits_TE, axis=-1)
-    entropy_TE = -routing.probs_TE * log_probs_TE
-    return jnp.sum(_mean_over_tokens(entropy_TE, valid_T), axis=-1)
+    return entropy_of(loss_sums(routing, valid_T))
 
 
 def router_z_loss(routing: Routing, valid_T: Bool[Array, "T"]) -> Float[Array, "*N"]:
     """Mean squared logsumexp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    z_T1 = jax.nn.logsumexp(routing.logits_TE, axis=-1, keepdims=True)
-    return _mean_over_tokens(jnp.square(z_T1), valid_T)[..., 0]
+    return router_z_of(loss_sums(routing, valid_T))

@@ -31,7 +31,8 @@ FREE_TO_CHANGE = (
     "data.sources", "data.tokenizer",
     "model.dtype", "model.remat", "model.attention", "model.max_seq_len",
     "model.moe.backend", "model.moe.capacity_factor", "model.moe.rows_per_token",
-    "model.moe.saved_rows_per_token",
+    "model.moe.saved_rows_per_token", "model.moe.grouped_product", "model.moe.transport",
+    "model.moe.tokens_per_pair",
 )  # fmt: skip
 """Settings (or groups of them) that may differ between a checkpoint and the run that resumes."""
 

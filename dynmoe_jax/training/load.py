@@ -9,10 +9,9 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.model import Decoder, parameter_shapes
+from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
 from dynmoe_jax.training.checkpoint import FOLDER, Checkpoints
 from dynmoe_jax.training.recovery import damaged_sentence, newest_whole
-from dynmoe_jax.training.step import decoder_structure
 from dynmoe_jax.training.text import load_tokenizer
 
 

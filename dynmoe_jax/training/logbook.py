@@ -16,8 +16,8 @@ from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.routing import statistics
 from dynmoe_jax.training.hardware import peak_flops_per_second
 from dynmoe_jax.training.metrics import MetricsWriter
+from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.progress import TrainingProgress
-from dynmoe_jax.training.step import Batch
 from dynmoe_jax.training.summary import HeldOut
 from dynmoe_jax.training.troubles import Trouble, Troubles
 

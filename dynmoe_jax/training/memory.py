@@ -6,18 +6,19 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.stages import Compiled
 
 from dynmoe_jax import config
+from dynmoe_jax.axes import batch_devices
 from dynmoe_jax.command_line import EXIT_OUT_OF_MEMORY
 from dynmoe_jax.model.parameters import count_parameters
 from dynmoe_jax.routing import make_router
+from dynmoe_jax.training.mesh import bytes_per_device
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state
 
@@ -77,24 +78,26 @@ class Memory:
 
     Args:
       cfg: all settings.
-      data_devices: devices that share the batch.
+      sizes: devices along each mesh axis.
     """
 
-    def __init__(self, cfg: config.Config, data_devices: int):
-        self._cfg, self._devices = cfg, data_devices
+    def __init__(self, cfg: config.Config, sizes: Mapping[str, int]):
+        self._cfg, self._sizes = cfg, dict(sizes)
+        self._devices = batch_devices(self._sizes)
         self._limit = device_limit()
         self._need: Need | None = None
 
     def check_state(self) -> None:
         """Refuses a run that cannot fit, before anything is compiled or allocated.
 
-        Every device holds the whole state.  Of the activations only what is there at the least is
-        counted: the batch, and one residual stream.
+        Of the activations only what is there at the least is counted: the batch, and one residual
+        stream.
 
         Raises:
           OutOfMemory: state and gradients need more than there is.
         """
-        state, gradients = _state_bytes(self._cfg.model, self._cfg.optimizer)
+        sizes = tuple(self._sizes.items())
+        state, gradients = _state_bytes(self._cfg.model, self._cfg.optimizer, sizes)
         tokens = self._cfg.train.batch_size * self._cfg.data.seq_len // self._devices
         stream = 4 * self._cfg.model.width * tokens // self._cfg.train.microbatches
         self._check(Need(state, gradients, 16 * tokens + stream))
@@ -231,7 +234,9 @@ def _smaller_model(need: Need, limit: float, cfg: config.Config) -> str:
     # Nearly all parameters grow with the width, most of them with nothing else.
     width = max(1, int(model.width * affordable / count_parameters(model)))
     ways = ways or [f"lower config.model.width from {model.width} to about {width}"]
-    return ", or ".join(ways[:2])
+    times = math.ceil((need.state + need.gradients) / limit)
+    ways = [*ways[:2], f"cut the state over {times} times as many devices (config.mesh.data)"]
+    return ", or ".join(ways)
 
 
 def _replaced(model: config.Model, of: Callable[[int], dict], n: int) -> config.Model:
@@ -251,16 +256,14 @@ def _largest(model_of: Callable[[int], config.Model], affordable: float, now: in
 
 
 @functools.lru_cache(maxsize=16)
-def _state_bytes(model: config.Model, settings: config.Optimizer) -> tuple[int, int]:
-    """Bytes of the whole state, and of the parameters in it."""
+def _state_bytes(
+    model: config.Model, settings: config.Optimizer, sizes: tuple[tuple[str, int], ...]
+) -> tuple[int, int]:
+    """Bytes that one device has of the state, and of the parameters in it."""
     optimizer = make_optimizer(settings, make_schedule(settings, steps=1))
     init = partial(init_state, model, optimizer)
     state = jax.eval_shape(init, jax.random.key(0))
-    return _bytes_of(state), _bytes_of(state.params)
-
-
-def _bytes_of(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return bytes_per_device(state, dict(sizes)), bytes_per_device(state.params, dict(sizes))
 
 
 def _gigabytes(count: float) -> str:

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.cross_entropy import cross_entropy_sums
-from dynmoe_jax.training.step import Batch, TrainState
+from dynmoe_jax.training.objective import Batch
+from dynmoe_jax.training.step import TrainState
 
 Tally = tuple[Array, Array]
 """(how many numbers are not finite, magnitude of the largest of the others)."""

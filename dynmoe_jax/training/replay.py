@@ -22,7 +22,9 @@ from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError, Tokenizer
+from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.training.formatting import printable
+from dynmoe_jax.training.objective import Batch, batch_sums, loss_of
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.places import (
     Place,
@@ -32,7 +34,7 @@ from dynmoe_jax.training.places import (
     state_places,
 )
 from dynmoe_jax.training.rescue import ARRAYS, FOLDER, SETTINGS
-from dynmoe_jax.training.step import Batch, TrainState, decoder_structure, init_state, loss_parts
+from dynmoe_jax.training.step import TrainState, init_state
 from dynmoe_jax.training.text import TOKENIZER_FILE
 
 _LISTED = 8
@@ -108,17 +110,11 @@ def _load(folder: Path) -> tuple[config.Config, TrainState, Batch]:
 def _gradients(decoder, batch: Batch, cfg: config.Config):
     """(gradients by parameter, parts of the loss), of the whole batch at once."""
     structure, params = nnx.split(decoder, nnx.Param)
-    valid = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
 
-    @jax.jit
-    def compute(params):
-        objective = lambda params: loss_parts(  # noqa: E731
-            nnx.merge(structure, params), batch, valid, cfg.loss
-        )
-        gradients, (parts, _) = jax.grad(objective, has_aux=True)(params)
-        return gradients, parts
+    def objective(params):
+        return loss_of(batch_sums(nnx.merge(structure, params), batch, cfg.loss), cfg.loss)
 
-    return compute(params)
+    return jax.jit(jax.grad(objective, has_aux=True))(params)
 
 
 def _show(title: str, places: list[Place]) -> list[Place]:

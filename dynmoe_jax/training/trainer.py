@@ -15,7 +15,8 @@ from dynmoe_jax import config
 from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, TrainStream, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
-from dynmoe_jax.experts import make_backend
+from dynmoe_jax.experts import make_backend, make_transport
+from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.model.attention_choice import choose_attention
 from dynmoe_jax.model.layers import compute_dtype
 from dynmoe_jax.target import current_target
@@ -33,20 +34,15 @@ from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
 from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.memory import Memory, OutOfMemory
-from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
+from dynmoe_jax.training.mesh import batch_sharding, check_divides, make_mesh, state_shardings
 from dynmoe_jax.training.metrics import check_packages
+from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.recovery import recover
 from dynmoe_jax.training.rescue import BadNumbers, RolledBack, rescue, without_old_streak
 from dynmoe_jax.training.seconds import Seconds
 from dynmoe_jax.training.skips import SkippingStream, skips_of
-from dynmoe_jax.training.step import (
-    Batch,
-    TrainState,
-    decoder_structure,
-    init_state,
-    make_train_step,
-)
+from dynmoe_jax.training.step import TrainState, init_state, make_train_step
 from dynmoe_jax.training.summary import read_summary
 from dynmoe_jax.training.summary_tables import print_summary
 from dynmoe_jax.training.text import load_text
@@ -118,7 +114,9 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
         model.attention, target, compute_dtype(model), cfg.data.seq_len, model.head_width
     )
     mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
-    memory = Memory(cfg, mesh.shape["data"])
+    check_divides(model, mesh.shape)
+    make_transport(model.moe, mesh.shape["expert"])
+    memory = Memory(cfg, mesh.shape)
     memory.check_state()
     return mesh, memory
 
@@ -150,7 +148,7 @@ def _train(
         optimizer = make_optimizer(cfg.optimizer, schedule)
         with seconds.of("compile"), stage("Compiling the training step"):
             init = partial(init_state, cfg.model, optimizer)
-            shapes = _state_shapes(init, replicated(mesh))
+            shapes = _state_shapes(init, mesh)
             train_step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
             train_step = train_step.lower(shapes, _batch_shapes(cfg, on_devices)).compile()
             memory.check_step(train_step)
@@ -215,10 +213,12 @@ def _due(step: int, every: int, cfg: config.Config) -> bool:
     return step == cfg.train.steps or (every > 0 and step % every == 0)
 
 
-def _state_shapes(init: Callable, sharding: jax.sharding.Sharding) -> TrainState:
+def _state_shapes(init: Callable, mesh: Mesh) -> TrainState:
+    shapes = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(init, jax.random.key(0)),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, mesh),
     )
 
 

@@ -8,8 +8,7 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.evaluation.heldout import Sums, evaluate, make_eval_step
-from dynmoe_jax.model import parameter_shapes
-from dynmoe_jax.training.step import decoder_structure
+from dynmoe_jax.model import decoder_structure, parameter_shapes
 
 MODEL = config.Model(
     num_layers=2,

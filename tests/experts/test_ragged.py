@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from dynmoe_jax import config
 from dynmoe_jax.experts import ExpertWeights, Rows, apply_experts, rows_from_routing
 from dynmoe_jax.experts.grouped_products import REFERENCE, XLA
 from dynmoe_jax.experts.megablox_products import megablox_products
-from dynmoe_jax.experts.ragged import part_bounds, ragged_experts
+from dynmoe_jax.experts.ragged import PartBounds, part_bounds, ragged_experts
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.routing import TopK, TopP
+from dynmoe_jax.training.mesh import make_mesh
 
 E, D, F = 4, 16, 24
 
@@ -24,7 +26,7 @@ def draw(tokens=37, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 4)
     x_TD = jax.random.normal(keys[0], (tokens, D)).astype(dtype)
     logits_TE = jax.random.normal(keys[1], (tokens, E)).at[:, 1].add(-50.0)
-    gate_up_ED2F = (jax.random.normal(keys[2], (E, D, 2, F)) / 4).astype(dtype)
+    gate_up_ED2F = (jax.random.normal(keys[2], (E, D, 2 * F)) / 4).astype(dtype)
     down_EFD = (jax.random.normal(keys[3], (E, F, D)) / 5).astype(dtype)
     return x_TD, logits_TE, ExpertWeights(gate_up_ED2F, down_EFD)
 
@@ -46,7 +48,8 @@ def poisoned(products):
         # What a kernel may assume: finite numbers in every row.  A NaN that is fed comes out.
         fed = jnp.sum(x_RI) * 0 + jnp.sum(dy_RO) * 0
         dw_EIO = products.weight_gradient(x_RI, dy_RO, group_size_E) + fed.astype(x_RI.dtype)
-        return jnp.where((group_size_E > 0)[:, None, None], dw_EIO, jnp.nan)
+        kept_E = (group_size_E > 0) | products.zeroes_empty
+        return jnp.where(kept_E[:, None, None], dw_EIO, jnp.nan)
 
     return dataclasses.replace(
         products,
@@ -212,6 +215,17 @@ def test_megablox_kernels():
     assert_close(gradients(backend, *case), gradients(reference_experts, *case))
 
 
+def test_megablox_writes_zeros_for_experts_without_rows():
+    """Which is why they are not masked; what a kernel does not write is NaN in interpreted mode."""
+    rows = jnp.ones((256, 128))
+    group_size_E = jnp.array([0, 100, 0, 60, 0])
+    products = megablox_products(240.0, interpret=True)
+    dw_EIO = products.weight_gradient(rows, rows, group_size_E)
+    np.testing.assert_array_equal(dw_EIO[:, 0, 0], group_size_E)
+    nothing = products.weight_gradient(rows, rows, jnp.zeros(5, jnp.int32))
+    np.testing.assert_array_equal(nothing, 0)
+
+
 @pytest.mark.parametrize("name", ["reference", "megablox"])
 def test_bfloat16(name):
     products = {"reference": REFERENCE, "megablox": megablox_products(240.0, interpret=True)}[name]
@@ -239,22 +253,29 @@ def test_inside_shard_map_scan_and_checkpoint():
 
     wanted = gradient(reference_experts)
     assert_close(gradient(backend), wanted)
-    with jax.set_mesh(jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))):
+    with jax.set_mesh(make_mesh(config.Mesh(data=4), 4, jax.devices()[:4])):
         assert_close(gradient(backend), wanted)
 
 
 def test_parts_by_hand():
-    # R = 7 * 300 rows, S = 2 * 300, in multiples of 512: 2100 -> 2560 and 600 -> 1024.
-    assert part_bounds(2100, 300, 2.0, 512) == (1024, 2560)
-    assert part_bounds(2100, 300, 2.0, 1) == (600, 2100)
+    # R = 7 * 300 rows, S = 2 * 300, n = S / 4 = 150.  In multiples of 512: 2100 -> 2560,
+    # 600 -> 1024, 150 -> 512, and (2560 - 1024) / 512 = 3 chunks.
+    assert part_bounds(2100, 300, 2.0, 512) == PartBounds(1024, 512, 3)
+    assert part_bounds(2100, 300, 2.0, 1) == PartBounds(600, 150, 10)
     # A budget or a top-2 router leaves nothing for a second part.
-    assert part_bounds(600, 300, 2.0, 512) == (1024,)
+    assert part_bounds(600, 300, 2.0, 512).chunks == 0
     # Nothing is saved, yet the rest is still cut off.
-    assert part_bounds(2100, 300, 0.0, 1) == (600, 2100)
+    assert part_bounds(2100, 300, 0.0, 1) == PartBounds(600, 150, 10)
+    # Row 600 is the first of the first chunk, row 750 that of the second.
+    used = [
+        int(part_bounds(2100, 300, 2.0, 1).used_chunks(jnp.int32(n))) for n in (0, 600, 601, 751)
+    ]
+    assert used == [0, 0, 1, 2]
 
 
 def test_usual_loads_do_not_compute_the_rest():
-    # Top-1 of K = 4 slots: 32 of 128 rows are used, S = 64.  The kernels count their calls.
+    # Top-1 of K = 4 slots: 32 of 128 rows are used, S = 64; all 128 are four chunks of 16 more.
+    # The kernels count their calls, two for each part.
     calls = []
 
     def count(x_RI, w_EIO, group_size_E):
@@ -265,7 +286,7 @@ def test_usual_loads_do_not_compute_the_rest():
     products = dataclasses.replace(REFERENCE, forward=count)
     routing = TopK(E, 4)(logits_TE, jnp.ones(32, bool))
     first_TK = jnp.arange(4) < 1
-    for slots, wanted in ((first_TK, [64, 64]), (jnp.ones(4, bool), [64, 64, 64, 64])):
+    for slots, wanted in ((first_TK, [64] * 2), (jnp.ones(4, bool), [64] * 2 + [16] * 8)):
         kept = dataclasses.replace(routing, expert_TK=jnp.where(slots, routing.expert_TK, E))
         calls.clear()
         y_TD, _ = jax.jit(partial(ragged_experts, products=products))(

@@ -11,8 +11,7 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.inference import generate as generate_module
 from dynmoe_jax.inference.generate import generate, positions_for
-from dynmoe_jax.model import parameter_shapes
-from dynmoe_jax.training.step import decoder_structure
+from dynmoe_jax.model import decoder_structure, parameter_shapes
 
 MODEL = config.Model(
     num_layers=2,

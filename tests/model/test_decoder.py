@@ -38,9 +38,9 @@ def assert_close(actual, wanted, tolerance):
 def test_first_of_every_two_layers_is_moe(small, draw, run):
     model = small(num_layers=4, every_n_layers=2)
     shapes = shapes_of(model)
-    assert shapes["groups", "layers", 0, "feed_forward", "gate_up_ED2F"] == (2, 4, 16, 2, 12)
+    assert shapes["groups", "layers", 0, "feed_forward", "gate_up_ED2F"] == (2, 4, 16, 24)
     assert shapes["groups", "layers", 0, "feed_forward", "router_DE"] == (2, 16, 4)
-    assert shapes["groups", "layers", 1, "feed_forward", "gate_up_D2F"] == (2, 16, 2, 24)
+    assert shapes["groups", "layers", 1, "feed_forward", "gate_up_D2F"] == (2, 16, 48)
     assert ("groups", "layers", 1, "feed_forward", "router_DE") not in shapes
     output = run(draw(model), TOKENS, SEGMENTS, POSITIONS)
     assert output.routing.experts_per_token.shape == (2, B, L)

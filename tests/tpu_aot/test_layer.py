@@ -23,7 +23,7 @@ def arguments(mesh, tokens):
     def array(shape, dtype, spec=()):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
-    weights = ExpertWeights(array((E, D, 2, F), jnp.bfloat16), array((E, F, D), jnp.bfloat16))
+    weights = ExpertWeights(array((E, D, 2 * F), jnp.bfloat16), array((E, F, D), jnp.bfloat16))
     x_TD = array((tokens, D), jnp.bfloat16, ("data",))
     return x_TD, array((tokens, E), jnp.float32, ("data",)), weights
 

@@ -125,7 +125,7 @@ def test_step_that_will_not_fit_is_refused_before_its_first(
 def checked(settings, monkeypatch):
     """Memory of a run that should fit with ease."""
     monkeypatch.setattr(memory, "device_limit", lambda: 10 * GB)
-    checked = Memory(settings, 1)
+    checked = Memory(settings, {"data": 1})
     checked.check_state()
     return checked
 

@@ -99,7 +99,7 @@ def test_loss_is_the_sum_of_its_parts_from_plain_formulas(whole):
 
 
 def test_microbatches_of_uneven_token_counts_give_the_same_language_model_gradient():
-    # The balance loss is per microbatch by design, so it is switched off.
+    # Without the balance loss nothing is computed twice.
     cfg = dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, balance_weight=0.0))
     parts = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, microbatches=4))
     (one, one_metrics), (four, four_metrics) = (one_step(c, draw_batch()) for c in (cfg, parts))
@@ -109,7 +109,11 @@ def test_microbatches_of_uneven_token_counts_give_the_same_language_model_gradie
 
 
 def test_balance_loss_over_microbatches_is_weighted_by_their_tokens():
-    cfg = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, microbatches=2))
+    cfg = dataclasses.replace(
+        CONFIG,
+        train=dataclasses.replace(CONFIG.train, microbatches=2),
+        loss=dataclasses.replace(CONFIG.loss, balance_over="microbatch"),
+    )
     batch = draw_batch()
     _, metrics = one_step(cfg, batch)
     wanted = 0.0
@@ -140,7 +144,9 @@ def test_dense_model_takes_a_step():
 
 
 def test_mesh_that_does_not_fit_names_the_setting():
-    with pytest.raises(config.ConfigError, match=r"config\.mesh asks for 3 .* there are 8"):
+    with pytest.raises(
+        config.ConfigError, match=r"config\.mesh asks for slice 1 x data 3 x .* there are 8"
+    ):
         make_mesh(config.Mesh(data=3), batch_size=8)
     with pytest.raises(config.ConfigError, match=r"= 4 must be a multiple of the 8 devices"):
         make_mesh(config.Mesh(), batch_size=4)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
+from dynmoe_jax.axes import MESH_AXES
 from dynmoe_jax.command_line import EXIT_INTERRUPTED
 from dynmoe_jax.data import DataError, Tokenizer
 from dynmoe_jax.training import trainer
 from dynmoe_jax.training.checkpoint import FOLDER
 from dynmoe_jax.training.lock import locked
-from dynmoe_jax.training.mesh import AXES
 from dynmoe_jax.training.metrics import read_metrics
 from dynmoe_jax.training.summary import read_summary
 from dynmoe_jax.training.text import load_text
@@ -253,8 +253,8 @@ def only(count, monkeypatch):
 
     def mesh_of_some(mesh, batch_size):
         del mesh, batch_size
-        types = (jax.sharding.AxisType.Auto,) * 3
-        return jax.make_mesh((count, 1, 1), AXES, types, devices=jax.devices()[:count])
+        types = (jax.sharding.AxisType.Auto,) * 4
+        return jax.make_mesh((1, count, 1, 1), MESH_AXES, types, devices=jax.devices()[:count])
 
     monkeypatch.setattr(trainer, "make_mesh", mesh_of_some)
 

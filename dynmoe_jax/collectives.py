@@ -1,0 +1,115 @@
+"""What devices compute each for itself, and what they then say to each other.
+
+Where a value is whole on several devices, JAX gives each of them its share of the cotangent there:
+a sum over the devices is the cotangent of the value.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from dynmoe_jax.axes import MODEL, mesh_axes_at, mesh_sizes
+
+GATHERED = "gathered"
+"""Name, for ``jax.checkpoint``, of parameters put together for one layer: none is kept for
+backward, which would hold all layers at once."""
+
+
+def each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """``jax.shard_map`` over all axes of the mesh of the context.
+
+    Without the check of varying axes, which refuses loops that start from plain zeros, as those of
+    the expert backends do.  Axes of one device are named in every spec: those that are not named
+    would be summed over in backward, in collectives of one device that XLA keeps on CPU.
+    """
+    alone = tuple(axis for axis, size in mesh_sizes().items() if size == 1)
+
+    def name_alone(spec: P) -> P:
+        if not len(spec):
+            return spec
+        first = mesh_axes_at(spec, 0)
+        return P((*first, *(axis for axis in alone if axis not in _named(spec))), *spec[1:])
+
+    in_specs, out_specs = jax.tree.map(name_alone, (in_specs, out_specs))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _named(spec: P) -> set[str]:
+    return {axis for dimension in range(len(spec)) for axis in mesh_axes_at(spec, dimension)}
+
+
+def gathered(part: Array, spec: P) -> Array:
+    """A parameter, put together from the devices that share the batch.
+
+    What the ``model`` axis splits stays split.  Backward scatters the sum of the gradients
+    (reduce-scatter), so that no device ever holds the whole sum.
+
+    Args:
+      part: what this device keeps.
+      spec: how the whole parameter lies on the mesh.
+    """
+    for dimension in range(len(spec)):
+        axes = mesh_axes_at(spec, dimension)
+        if axes and MODEL not in axes:
+            part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
+    return checkpoint_name(part, GATHERED)
+
+
+def gathered_halves(part: Array, spec: P) -> Array:
+    """Gate and up side by side, [..., D, 2F], put together: of both the columns of this device.
+
+    They are kept cut along D over the ``model`` axis as well (:data:`~dynmoe_jax.axes.ALONG`), so
+    that its devices exchange what each needs of the columns of the others.
+    """
+    parts, along = jax.lax.axis_size(MODEL), mesh_axes_at(spec, len(spec) - 2)
+    if parts > 1:
+        *front, rows, columns = part.shape
+        part = part.reshape(*front, rows, 2, parts, columns // 2 // parts)
+        if MODEL in along:
+            part = jax.lax.all_to_all(
+                part, MODEL, split_axis=part.ndim - 2, concat_axis=len(front), tiled=True
+            )
+        else:
+            index = jax.lax.axis_index(MODEL)
+            part = jax.lax.dynamic_index_in_dim(part, index, part.ndim - 2)
+        part = part.reshape(*front, -1, columns // parts)
+    rest = tuple(axis for axis in along if axis != MODEL)
+    if rest:
+        part = jax.lax.all_gather(part, rest, axis=part.ndim - 2, tiled=True)
+    return checkpoint_name(part, GATHERED)
+
+
+def keep_all_but_gathered(primitive, *_, **settings) -> bool:
+    """A policy of ``jax.checkpoint``: backward keeps everything but parameters put together.
+
+    What puts them together is left out as well: to keep the one but not its name would be to keep
+    it.  (So tokens that travelled are kept by a name of their own.)
+    """
+    if primitive.name == "name":
+        return settings["name"] != GATHERED
+    return primitive.name not in ("all_gather", "all_to_all", "sharding_constraint")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_over(part: Array, axis: str) -> Array:
+    """Sum over a mesh axis; its cotangent is the same on all devices, so backward is silent.
+
+    (The transpose of ``psum`` is another one: it adds up equal shares of the cotangent.)
+    """
+    return jax.lax.psum(part, axis)
+
+
+def _sum_forward(part, axis):
+    return jax.lax.psum(part, axis), None
+
+
+def _sum_backward(axis, _, share):
+    return (share * jax.lax.axis_size(axis),)
+
+
+sum_over.defvjp(_sum_forward, _sum_backward)

@@ -1,0 +1,77 @@
+"""Which transport brings tokens to experts on other devices: one rule, written down."""
+
+import functools
+
+from dynmoe_jax import config
+from dynmoe_jax.experts.exchange import Exchanged, all_to_all, ragged_all_to_all
+from dynmoe_jax.experts.transport import Transport, ring
+from dynmoe_jax.target import Target, current_target
+
+SETTING = "config.model.moe.transport"
+USUAL_EXPERTS_PER_TOKEN = 1.76
+"""The mean of the paper's model (table 2), for routers that choose a number."""
+
+WORTH_IT = 0.5
+"""Of the ring's bytes, the share from which on an exchange is left alone: its small messages, and
+places that are computed from the routing, cost what a ring does not.  Not measured."""
+
+
+def device_visits(experts_per_token: float, devices: int) -> float:
+    """Devices other than its own that a token visits, if its experts lie anywhere alike.
+
+    A device is missed by all m experts of a token with probability (1 - 1/n)^m.
+    """
+    return (devices - 1) * (1 - (1 - 1 / devices) ** experts_per_token)
+
+
+def choose_transport(moe: config.MoE, target: Target, devices: int) -> str:
+    """The name of a transport.
+
+    What was asked for, if anything; otherwise:
+
+    1. ``all_to_all`` if ``tokens_per_pair`` bounds what it sends: nothing else heeds that.
+    2. CPU: ``ring``; there is no other collective that sends less.
+    3. TPU and GPU: what sends less.  With the ring a token travels to n - 1 devices, with a ragged
+       exchange to (n - 1)(1 - (1 - 1/n)^m) of them for m experts per token: at 1.76 experts to
+       0.7 of 1, 1.2 of 3, 1.5 of 7, 1.6 of 15.  ``ragged_all_to_all`` if that is less than half
+       (from n = 4 on), otherwise ``ring``.
+
+    Args:
+      moe: the settings.
+      target: what the program will run on.
+      devices: n, along the ``expert`` axis.
+
+    Raises:
+      ConfigError: what was asked for does not run on ``target``.
+    """
+    if moe.transport != "auto":
+        if moe.transport == "ragged_all_to_all" and target.platform == "cpu":
+            raise config.ConfigError(
+                f"{SETTING}='ragged_all_to_all' needs a GPU or a TPU, and this is a CPU; use "
+                f"{SETTING}='auto'."
+            )
+        return moe.transport
+    if moe.tokens_per_pair:
+        return "all_to_all"
+    if target.platform == "cpu":
+        return "ring"
+    usual = moe.top_k if moe.router == "top_k" else USUAL_EXPERTS_PER_TOKEN
+    share = device_visits(usual, devices) / max(1, devices - 1)
+    return "ragged_all_to_all" if share < WORTH_IT else "ring"
+
+
+def make_transport(moe: config.MoE, devices: int, target: Target | None = None) -> Transport:
+    """The transport that ``config.model.moe.transport`` names.
+
+    Raises:
+      ConfigError: it does not run on ``target`` (by default :func:`current_target`).
+    """
+    return _transport(choose_transport(moe, target or current_target(), devices), moe)
+
+
+@functools.cache
+def _transport(name: str, moe: config.MoE) -> Transport:
+    if name == "ring":
+        return ring
+    exchange = {"all_to_all": all_to_all, "ragged_all_to_all": ragged_all_to_all}[name]
+    return Exchanged(exchange, moe.tokens_per_pair)

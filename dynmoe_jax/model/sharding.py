@@ -1,0 +1,132 @@
+"""What a model says to the partitioner: where activations lie, and when a parameter is whole.
+
+Outside of a mesh everything here does nothing.
+
+Axis legend: B batch, L positions, D model width, V vocabulary, H query heads, G key/value heads, W
+head width, X any axes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from dynmoe_jax.axes import (
+    BATCH,
+    MODEL,
+    axes_of,
+    mesh_axes_at,
+    mesh_sizes,
+    on_one_device,
+    parameter_spec,
+)
+from dynmoe_jax.collectives import GATHERED, each_device, gathered, sum_over
+
+
+def split_by_batch(x_BX: Array) -> Array:
+    """Keeps the leading axis split over the batch axes of the mesh, and all others whole."""
+    if on_one_device():
+        return x_BX
+    return jax.lax.with_sharding_constraint(x_BX, P(BATCH))
+
+
+def split_columns(weight_DF: Float[Array, "D F"]) -> Float[Array, "D F"]:
+    """Cuts a parameter that is whole along its last axis, over the ``model`` axis."""
+    return jax.lax.with_sharding_constraint(weight_DF, P(None, MODEL))
+
+
+def whole_parameter(name: str, parameter: Array, dtype: jnp.dtype) -> Array:
+    """A parameter in the compute type, put together from the devices that share the batch.
+
+    What the ``model`` axis splits stays split, but for gate and up side by side (2F), which become
+    whole.  The cast comes first, so that bfloat16 travels.  Backward sums the gradient right into
+    the pieces that each device keeps (reduce-scatter).
+
+    Args:
+      name: of the parameter; its letters say how it lies.
+      parameter: the values.
+      dtype: the compute type.
+    """
+    values = parameter.astype(dtype)
+    if on_one_device():
+        return values
+    kept = parameter_spec(name, values.shape, mesh_sizes())
+    wanted = P()
+    if "2F" not in axes_of(name):
+        along = (mesh_axes_at(kept, dimension) for dimension in range(len(kept)))
+        wanted = P(*(MODEL if axes == (MODEL,) else None for axes in along))
+    return checkpoint_name(_gather(kept, wanted, values), GATHERED)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(kept: P, wanted: P, values: Array) -> Array:
+    return jax.lax.with_sharding_constraint(values, wanted)
+
+
+def _gather_forward(kept, wanted, values):
+    return _gather(kept, wanted, values), None
+
+
+def _gather_backward(kept, wanted, _, dvalues):
+    # A custom rule: the transpose of a constraint would ask for the whole sum on every device.
+    return (jax.lax.with_sharding_constraint(dvalues, kept),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def embedded(
+    name: str, table_VD: Float[Array, "V D"], tokens_BL: Int[Array, "B L"], dtype: jnp.dtype
+) -> Float[Array, "B L D"]:
+    """Rows of the embedding, in the compute type.
+
+    On a mesh every device looks up its own tokens among the rows that it has, and the ``model``
+    axis adds up what its devices found.  Backward adds up the rows of a device's own tokens before
+    anything travels.
+    """
+    if on_one_device():
+        return table_VD.astype(dtype)[tokens_BL]
+    spec = parameter_spec(name, table_VD.shape, mesh_sizes())
+    split_rows = spec[0] is not None
+
+    def on_each_device(table_VD, tokens_BL):
+        table_VD = gathered(table_VD, spec)
+        if not split_rows:
+            return table_VD[tokens_BL]
+        here_BL = tokens_BL - jax.lax.axis_index(MODEL) * table_VD.shape[0]
+        found_BL1 = ((here_BL >= 0) & (here_BL < table_VD.shape[0]))[..., None]
+        x_BLD = jnp.where(found_BL1, table_VD.at[here_BL].get(mode="clip"), 0)
+        return sum_over(x_BLD, MODEL)
+
+    look_up = each_device(on_each_device, (spec, P(BATCH)), P(BATCH))
+    return look_up(table_VD.astype(dtype), tokens_BL)
+
+
+def by_token(function: Callable[..., Any], *arrays: Array) -> Any:
+    """A function of tokens, [T, ...] -> [T, ...], on the tokens of each device.
+
+    The partitioner does not split a top-k on CPU: every device would route all tokens.
+    """
+    if on_one_device():
+        return function(*arrays)
+    return each_device(function, P(BATCH), P(BATCH))(*arrays)
+
+
+def by_batch_and_head(
+    attend: Callable[..., Float[Array, "B L H W"]],
+    query_BLHW: Float[Array, "B L H W"],
+    key_BLGW: Float[Array, "B L G W"],
+    value_BLGW: Float[Array, "B L G W"],
+    segment_ids_BL: Int[Array, "B L"],
+) -> Float[Array, "B L H W"]:
+    """Attention on the sequences and heads of each device: the partitioner cannot split kernels."""
+    if on_one_device():
+        return attend(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
+    heads = P(BATCH, None, MODEL)
+    attend = each_device(attend, (heads, heads, heads, P(BATCH)), heads)
+    return attend(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
