@@ -1,9 +1,8 @@
-"""A folder in Hugging Face's format as a :class:`Decoder`."""
+"""A foreign model as a :class:`Decoder`."""
 
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,20 +13,24 @@ from dynmoe_jax import config
 from dynmoe_jax.interop.architecture import Architecture
 from dynmoe_jax.interop.dynamic_moe import DYNAMIC_MOE
 from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.llama import LLAMA
 from dynmoe_jax.interop.mapping import Place, fill, places
-from dynmoe_jax.interop.tensor_files import read_json, read_tensors, tensor_files, tensor_shapes
+from dynmoe_jax.interop.source import open_source
 from dynmoe_jax.model import Decoder, parameter_shapes
 
-ARCHITECTURES: dict[str, Architecture] = {"MoEForCausalLM": DYNAMIC_MOE}
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": LLAMA,
+    "MoEForCausalLM": DYNAMIC_MOE,
+}
 """By the name that ``config.json`` gives under ``architectures``; a new one adds its line."""
 
 
 def load_hf(path: str | os.PathLike, **overrides: Any) -> Decoder:
-    """Loads a checkpoint in Hugging Face's format.
+    """Loads a model in Hugging Face's format, or from a GGUF file.
 
     Args:
       path: a folder with ``config.json`` and ``model.safetensors``, or several safetensors files
-        with ``model.safetensors.index.json``.
+        with ``model.safetensors.index.json``; or a ``.gguf`` file of a Llama.
       overrides: fields of :class:`config.Model` or of :class:`config.MoE` to set, such as
         ``backend="grouped"`` or ``dtype="bfloat16"``.
 
@@ -39,16 +42,14 @@ def load_hf(path: str | os.PathLike, **overrides: Any) -> Decoder:
         unknown, missing or of another shape than the configuration says.
       ConfigError: an override does not exist, or a setting is of the wrong type or out of range.
     """
-    folder = Path(path)
-    settings = read_json(folder / "config.json")
-    architecture = _architecture(settings)
-    model = with_overrides(architecture.model_from_hf(settings), overrides)
-    files = tensor_files(folder)
+    source = open_source(path)
+    architecture = _architecture(source.settings)
+    model = with_overrides(architecture.model_from_hf(source.settings), overrides)
     shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
     found = places(architecture.rules, model, shapes)
-    _check_tensors(found, shapes, tensor_shapes(files), architecture.ignored)
+    _check_tensors(found, shapes, source.shapes(), architecture.ignored)
     parameters = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-    fill(found, read_tensors(files, found), parameters)
+    fill(found, source.tensors(found), parameters)
     return _decoder(model, parameters)
 
 

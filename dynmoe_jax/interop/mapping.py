@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe_jax import config
+from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.layouts import LINEAR, Layout, Shape
 
 Path = tuple[str | int, ...]
@@ -59,6 +60,9 @@ def places(
       rules: the architecture's table.
       model: the settings of the model.
       shapes: shapes of our parameters, by path.
+
+    Raises:
+      CheckpointError: the architecture has no place for one of our parameters.
     """
     found = {}
     for rule in rules:
@@ -71,6 +75,8 @@ def places(
             for expert in experts:
                 name = rule.name.format(layer=layer, expert=expert)
                 found[name] = Place(path, _index(index, expert, rule.half), rule.layout)
+    for path in shapes.keys() - {place.path for place in found.values()}:
+        raise CheckpointError(f"{'.'.join(map(str, path))} has no place in this architecture.")
     return found
 
 
