@@ -1,7 +1,8 @@
 """From a table of rules to the place of every foreign tensor in our parameters, and back.
 
 Our layers are stacked and our experts are one array, so most foreign tensors are slices: layer i
-lives at index ``i // n`` of the stack of member ``i % n`` of the scanned group of n layers.
+lives at index ``i // n`` of the stack of member ``i % n`` of the scanned group of n layers.  Dense
+layers before all others are a stack of their own.
 """
 
 import dataclasses
@@ -85,7 +86,10 @@ def _locate(rule: Rule, layer: int | None, model: config.Model) -> tuple[Path, t
     path = tuple(rule.parameter.split("."))
     if layer is None:
         return path, ()
-    group, member = divmod(layer, model.moe.every_n_layers or 1)
+    first = model.moe.dense_first_layers
+    if layer < first:
+        return ("first_groups", "layers", 0, *path), (layer,)
+    group, member = divmod(layer - first, model.moe.every_n_layers or 1)
     return ("groups", "layers", member, *path), (group,)
 
 
