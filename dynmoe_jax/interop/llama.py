@@ -1,7 +1,7 @@
 """Llama (arXiv 2302.13971) and what has its shape, as ``LlamaForCausalLM`` of transformers.
 
 The other architectures are this one with other feed-forwards: they take its names of tensors and
-of settings from here.
+of settings from here, in both directions.
 """
 
 from collections.abc import Mapping
@@ -40,6 +40,15 @@ DENSE_RULES = (
     Rule(LAYER + "mlp.up_proj.weight", "feed_forward.gate_up_D2F", half=UP),
     Rule(LAYER + "mlp.down_proj.weight", "feed_forward.down_FD"),
 )
+EXPERT = LAYER + "mlp.experts.{expert}."
+EXPERT_RULES = (
+    Rule(LAYER + "mlp.gate.weight", "feed_forward.router_DE"),
+    Rule(EXPERT + "gate_proj.weight", "feed_forward.gate_up_ED2F", half=GATE),
+    Rule(EXPERT + "up_proj.weight", "feed_forward.gate_up_ED2F", half=UP),
+    Rule(EXPERT + "down_proj.weight", "feed_forward.down_EFD"),
+)
+"""Qwen2-MoE, OLMoE and DeepSeekMoE name them alike."""
+
 BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Saved by old versions of transformers; computed everywhere."""
 
@@ -74,6 +83,29 @@ def decoder_settings(hf: Mapping[str, Any], theta: float = 10000.0) -> dict[str,
     }
 
 
+def decoder_settings_to_hf(model: config.Model) -> dict[str, Any]:
+    """The inverse of :func:`decoder_settings`."""
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_width,
+        "max_position_embeddings": model.max_seq_len,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tie_embeddings,
+        "hidden_act": "silu",
+    }
+
+
+def without_head_width(hf: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an architecture whose heads share the width evenly."""
+    return {name: value for name, value in hf.items() if name != "head_dim"}
+
+
 def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     """The model settings that a ``config.json`` describes.
 
@@ -90,6 +122,19 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     )
 
 
+def model_to_hf(model: config.Model) -> dict[str, Any]:
+    """``config.json`` of a dense model."""
+    return {
+        **decoder_settings_to_hf(model),
+        "model_type": "llama",
+        "intermediate_size": model.hidden_width,
+    }
+
+
 LLAMA = Architecture(
-    model_from_hf=model_from_hf, rules=DECODER_RULES + DENSE_RULES, ignored=BUFFERS
+    name="LlamaForCausalLM",
+    model_from_hf=model_from_hf,
+    model_to_hf=model_to_hf,
+    rules=DECODER_RULES + DENSE_RULES,
+    ignored=BUFFERS,
 )

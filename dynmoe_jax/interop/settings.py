@@ -40,8 +40,8 @@ def read_settings(
         value = default if settings.get(name) is None else settings[name]
         if isinstance(default, float) and type(value) is int:
             value = float(value)
-        elif type(default) is int and default > 0:
-            _check_count(name, value)
+        elif type(default) is int:
+            _check_count(name, value, least=min(default, 1))
         found[name] = value
     return found
 
@@ -62,6 +62,6 @@ def rope_theta(settings: Mapping[str, Any], default: float = 10000.0) -> float:
     return float(default if theta is None else theta)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
+def _check_count(name: str, value: Any, least: int = 1) -> None:
+    if type(value) is not int or value < least:
         raise CheckpointError(f"config.json has {name}={value!r}, not a count.")

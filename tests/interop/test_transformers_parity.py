@@ -3,6 +3,8 @@
 Needs the extra ``parity`` (PyTorch and transformers); models are random and small.
 """
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,8 +18,8 @@ transformers = pytest.importorskip(
 )
 
 TOKENS_BL = np.random.default_rng(5).integers(0, 40, size=(2, 11))
-# Every width another one, so that no mix-up goes unseen; parameters of order one, so that every
-# part of the model is seen in the logits.
+# Every width another one, so that no mix-up goes unseen.  All multiples of 4: PyTorch's grouped
+# products want rows of 16 bytes.
 SHAPE = {
     "vocab_size": 40,
     "hidden_size": 24,
@@ -26,39 +28,69 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
     "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,
+    "initializer_range": 0.3,
+    "intermediate_size": 20,
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3}
+QWEN = EXPERTS | {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 16}
+DEEPSEEK = {
+    "architectures": ["DeepseekForCausalLM"],
+    "model_type": "deepseek",
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 5,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "rope_theta": 10000.0,
 }
 CASES = {
-    "llama": ("Llama", {"intermediate_size": 20, "rope_parameters": {"rope_theta": 500.0}}),
-    "llama, tied": ("Llama", {"intermediate_size": 20, "tie_word_embeddings": True}),
-    "llama, wide heads": ("Llama", {"intermediate_size": 20, "head_dim": 10}),
+    "llama": ("Llama", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
+    "llama, tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama, wide heads": ("Llama", {"head_dim": 8}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5}),
+    "olmoe": ("Olmoe", EXPERTS),
+    "olmoe, renormalised": ("Olmoe", EXPERTS | {"norm_topk_prob": True}),
+    "qwen2-moe": ("Qwen2Moe", QWEN),
+    "qwen2-moe, every second": ("Qwen2Moe", QWEN | {"decoder_sparse_step": 2}),
+    "qwen2-moe, dense first": ("Qwen2Moe", QWEN | {"mlp_only_layers": [0]}),
+    "qwen2-moe, renormalised": ("Qwen2Moe", QWEN | {"norm_topk_prob": True, "qkv_bias": False}),
+    "deepseek": ("Deepseek", DEEPSEEK),
+    "deepseek, renormalised": ("Deepseek", DEEPSEEK | {"norm_topk_prob": True}),
 }
 
 
-def their_model(kind, settings):
-    """A random model of transformers; norms and biases too are drawn."""
+def save_theirs(kind, settings, folder):
+    """Writes a random model, norms and biases drawn too; returns its logits."""
     torch.manual_seed(1)
-    cfg = getattr(transformers, f"{kind}Config")(**SHAPE | settings)
-    model = getattr(transformers, f"{kind}ForCausalLM")(cfg).eval()
+    if kind == "Deepseek":
+        import deepseek_torch
+
+        model = deepseek_torch.make(SHAPE | settings)
+    else:
+        cfg = getattr(transformers, f"{kind}Config")(**SHAPE | settings)
+        model = getattr(transformers, f"{kind}ForCausalLM")(cfg)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.rand_like(parameter) - 0.5)
-    return model
+    model.save_pretrained(folder)
+    if kind == "Deepseek":
+        (folder / "config.json").write_text(json.dumps(SHAPE | settings))
+    return logits_of(model)
 
 
-def their_logits(model):
+def logits_of(model):
     with torch.no_grad():
-        return model(torch.tensor(TOKENS_BL)).logits.numpy()
+        return model.eval()(torch.tensor(TOKENS_BL)).logits.numpy()
 
 
 @pytest.fixture(scope="module", params=list(CASES))
 def theirs(request, tmp_path_factory):
     """(folder in their format, logits)."""
-    model = their_model(*CASES[request.param])
     folder = tmp_path_factory.mktemp("theirs")
-    model.save_pretrained(folder)
-    return folder, their_logits(model)
+    return folder, save_theirs(*CASES[request.param], folder)
 
 
 def test_logits(theirs):
