@@ -171,7 +171,10 @@ class Data:
     max_broken_fraction: float = setting(
         0.01, "preparation fails if more than this share of records is broken", low=0.0, high=1.0
     )
-    tokenizer: str = setting("", "path of a SentencePiece .model; empty = train one here")
+    tokenizer: str = setting(
+        "",
+        "a SentencePiece .model, or a folder with a tokenizer.json; empty = train one here",
+    )
     tokenizer_megabytes: float = setting(
         8.0, "text a new tokenizer is trained on", unit="MB", above=0.0
     )

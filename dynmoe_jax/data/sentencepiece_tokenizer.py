@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import sentencepiece
@@ -18,18 +19,10 @@ _TRAINING_BYTES = 4000
 _SPACE = "▁"
 
 
-class Tokenizer:
-    """Text to token ids and back.
+class SentencePieceTokenizer:
+    """Text to token ids and back, see :class:`dynmoe_jax.data.Tokenizer`."""
 
-    Attributes:
-      vocab_size: number of tokens.
-      bos_id: token that begins a document.
-      eos_id: token that ends a document.
-      token_bytes_V: int32, UTF-8 bytes of text that each token stands for; 0 for control tokens.
-        Over the tokens of ``encode(text)`` they sum up to ``len(text.encode())`` (plus one for
-        tokenizers that put a space before every text, like Llama-2's).
-      fingerprint: hex SHA-256 of the model file.
-    """
+    place: ClassVar[str] = "tokenizer.model"
 
     def __init__(self, model: bytes):
         self._model = model
@@ -44,14 +37,17 @@ class Tokenizer:
         self._space_literal = self._ids_of_space_literal()
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike) -> "SentencePieceTokenizer":
         """Reads a ``.model`` file.
 
         Raises:
           DataError: there is no such file, it is no SentencePiece model, or it lacks the tokens
             that begin and end a document.
         """
-        remedy = "give the path of a SentencePiece .model, or leave it empty to train one"
+        remedy = (
+            "give the path of a SentencePiece .model or of a folder with a tokenizer.json, or "
+            "leave it empty to train one"
+        )
         try:
             model = Path(path).expanduser().read_bytes()
         except OSError as error:
@@ -112,7 +108,7 @@ class Tokenizer:
         return ids if all(map(sp.is_byte, ids)) and not prefixed else None
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:
     """Trains a byte-pair tokenizer and writes it to ``path``.
 
     Every text can be written with it and read back exactly: characters without a token fall back
@@ -153,7 +149,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
         )
     except RuntimeError as error:
         raise _untrainable(vocab_size, error) from error
-    tokenizer = Tokenizer(model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
     tokenizer.save(path)
     return tokenizer
 

@@ -1,0 +1,68 @@
+"""What a tokenizer is, and which kind of it lies at a path."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from dynmoe_jax.data.hf_tokenizer import HfTokenizer
+from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    Attributes:
+      place: where it lies in a run's folder.
+      vocab_size: number of tokens.
+      bos_id: token that begins a document.
+      eos_id: token that ends a document.
+      token_bytes_V: int32, UTF-8 bytes of text that each token stands for; 0 for control tokens.
+        Over the tokens of ``encode(text)`` they sum up to ``len(text.encode())`` (plus one for
+        tokenizers that put a space before every text, like Llama-2's).
+      fingerprint: hex SHA-256 of what it was made of.
+    """
+
+    place: ClassVar[str]
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    token_bytes_V: np.ndarray
+    fingerprint: str
+
+    def save(self, path: Path) -> None:
+        """Writes it, whole or not at all: a run may be killed here."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, int32, without BOS and EOS."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids; control tokens give nothing."""
+
+
+KINDS = (SentencePieceTokenizer, HfTokenizer)
+
+
+def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer at a path: a folder in Hugging Face's format, or a SentencePiece ``.model``.
+
+    Raises:
+      DataError: there is none, or it lacks the tokens that begin and end a document.
+    """
+    path = Path(path).expanduser()
+    return HfTokenizer.load(path) if path.is_dir() else SentencePieceTokenizer.load(path)
+
+
+def find_tokenizer(workdir: Path) -> Path | None:
+    """Where the tokenizer of a run's folder lies; None if it has none."""
+    places = (workdir / kind.place for kind in KINDS)
+    return next((place for place in places if place.exists()), None)
+
+
+def remove_tokenizer(workdir: Path) -> None:
+    """Makes room for another one, which may be of another kind."""
+    while (path := find_tokenizer(workdir)) is not None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
