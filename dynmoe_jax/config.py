@@ -33,6 +33,15 @@ class MoE:
     renormalize: bool = setting(
         False, "divide the combine weights by their sum (the paper does not)"
     )
+    routed_scale: float = setting(
+        1.0, "the routed experts' output is multiplied by this (DeepSeek-V2)", above=0.0
+    )
+    shared_hidden_width: int = setting(
+        0, "hidden width of the expert that every token uses besides; 0 = none", unit="units", low=0
+    )
+    shared_gate: bool = setting(
+        False, "weigh the shared expert by a sigmoid of the token (Qwen2-MoE)"
+    )
     backend: str = setting(
         "auto", "expert compute", choices=("auto", "reference", "capacity", "grouped")
     )
@@ -60,7 +69,11 @@ class MoE:
         low=0.0,
     )
     every_n_layers: int = setting(
-        1, "the first of every n layers is MoE, the others dense; 0 = a dense model", low=0
+        1, "one of every n layers is MoE, the others dense; 0 = a dense model", low=0
+    )
+    layer_offset: int = setting(0, "which of every n layers is MoE, counted from 0", low=0)
+    dense_first_layers: int = setting(
+        0, "dense layers before all others (DeepSeekMoE has 1)", unit="layers", low=0
     )
     transport: str = setting(
         "auto",
@@ -91,6 +104,10 @@ class Model:
         2048, "longest sequence the model is meant for", unit="tokens", low=1
     )
     tie_embeddings: bool = setting(False, "the output projection is the embedding's transpose")
+    attention_bias: bool = setting(False, "biases of queries, keys and values (Qwen2)")
+    qk_norm: bool = setting(
+        False, "RMSNorm over all queries of a token, and over all its keys (OLMoE)"
+    )
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0.0)
     norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", above=0.0)
     init_std: float = setting(0.006, "standard deviation of every initial matrix", above=0.0)
@@ -110,6 +127,16 @@ class Model:
         choices=("auto", "xla", "tiled", "cudnn", "splash", "tokamax"),
     )
     moe: MoE = dataclasses.field(default_factory=MoE)
+
+    @property
+    def num_groups(self) -> int:
+        """Scanned groups of layers, each with one MoE layer unless the model is dense."""
+        return (self.num_layers - self.moe.dense_first_layers) // (self.moe.every_n_layers or 1)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """N, layers with experts."""
+        return self.num_groups if self.moe.every_n_layers else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +191,10 @@ class Data:
     max_broken_fraction: float = setting(
         0.01, "preparation fails if more than this share of records is broken", low=0.0, high=1.0
     )
-    tokenizer: str = setting("", "path of a SentencePiece .model; empty = train one here")
+    tokenizer: str = setting(
+        "",
+        "a SentencePiece .model, or a folder with a tokenizer.json; empty = train one here",
+    )
     tokenizer_megabytes: float = setting(
         8.0, "text a new tokenizer is trained on", unit="MB", above=0.0
     )

@@ -11,7 +11,7 @@ def check_together(config: Any) -> None:
     Args:
       config: a whole :class:`dynmoe_jax.config.Config`.
     """
-    model, moe, train = config.model, config.model.moe, config.train
+    model, train = config.model, config.train
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(
             f"config.model.num_kv_heads={model.num_kv_heads} must divide "
@@ -19,16 +19,7 @@ def check_together(config: Any) -> None:
         )
     if model.head_width % 2:
         raise ConfigError(f"config.model.head_width={model.head_width} must be even, for RoPE.")
-    if moe.every_n_layers and model.num_layers % moe.every_n_layers:
-        raise ConfigError(
-            f"config.model.moe.every_n_layers={moe.every_n_layers} must divide "
-            f"config.model.num_layers={model.num_layers}."
-        )
-    if moe.router == "top_k" and moe.top_k > moe.num_experts:
-        raise ConfigError(
-            f"config.model.moe.top_k={moe.top_k} must be at most "
-            f"config.model.moe.num_experts={moe.num_experts}."
-        )
+    _check_moe(model)
     if config.data.seq_len > model.max_seq_len:
         raise ConfigError(
             f"config.data.seq_len={config.data.seq_len} must be at most "
@@ -55,6 +46,37 @@ def _check_mesh(mesh: Any) -> None:
         raise ConfigError(
             f"config.mesh.{rest[0]}=-1 and config.mesh.{rest[1]}=-1 cannot both take what is left; "
             "give one of them a number."
+        )
+
+
+def _check_moe(model: Any) -> None:
+    moe, first = model.moe, model.moe.dense_first_layers
+    if first >= model.num_layers or (first and not moe.every_n_layers):
+        raise ConfigError(
+            f"config.model.moe.dense_first_layers={first} leaves no MoE layer of "
+            f"config.model.num_layers={model.num_layers} with "
+            f"config.model.moe.every_n_layers={moe.every_n_layers}; set it to 0."
+        )
+    if moe.every_n_layers and (model.num_layers - first) % moe.every_n_layers:
+        less = f" less config.model.moe.dense_first_layers={first}" if first else ""
+        raise ConfigError(
+            f"config.model.moe.every_n_layers={moe.every_n_layers} must divide "
+            f"config.model.num_layers={model.num_layers}{less}."
+        )
+    if moe.layer_offset and moe.layer_offset >= moe.every_n_layers:
+        raise ConfigError(
+            f"config.model.moe.layer_offset={moe.layer_offset} must be less than "
+            f"config.model.moe.every_n_layers={moe.every_n_layers}."
+        )
+    if moe.router == "top_k" and moe.top_k > moe.num_experts:
+        raise ConfigError(
+            f"config.model.moe.top_k={moe.top_k} must be at most "
+            f"config.model.moe.num_experts={moe.num_experts}."
+        )
+    if moe.shared_gate and not moe.shared_hidden_width:
+        raise ConfigError(
+            "config.model.moe.shared_gate=True has no shared expert to weigh; set "
+            "config.model.moe.shared_hidden_width."
         )
 
 

@@ -1,184 +1,68 @@
-"""SentencePiece: a tokenizer trained here, or any ``.model`` file (Llama-2's works unchanged)."""
+"""What a tokenizer is, and which kind of it lies at a path."""
 
-import hashlib
-import io
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import numpy as np
-import sentencepiece
 
-from dynmoe_jax.data.errors import DataError
-
-# Stretches of text that the trainer sees as one "sentence"; no piece crosses their borders.
-_TRAINING_BYTES = 4000
-# SentencePiece writes a space as this character, and reads this character as a space.
-_SPACE = "▁"
+from dynmoe_jax.data.hf_tokenizer import HfTokenizer
+from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
-class Tokenizer:
+class Tokenizer(Protocol):
     """Text to token ids and back.
 
     Attributes:
+      place: where it lies in a run's folder.
       vocab_size: number of tokens.
       bos_id: token that begins a document.
       eos_id: token that ends a document.
       token_bytes_V: int32, UTF-8 bytes of text that each token stands for; 0 for control tokens.
         Over the tokens of ``encode(text)`` they sum up to ``len(text.encode())`` (plus one for
         tokenizers that put a space before every text, like Llama-2's).
-      fingerprint: hex SHA-256 of the model file.
+      fingerprint: hex SHA-256 of what it was made of.
     """
 
-    def __init__(self, model: bytes):
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.token_bytes_V = np.array(
-            [self._bytes_of(token) for token in range(self.vocab_size)], dtype=np.int32
-        )
-        self._space_literal = self._ids_of_space_literal()
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Reads a ``.model`` file.
-
-        Raises:
-          DataError: there is no such file, it is no SentencePiece model, or it lacks the tokens
-            that begin and end a document.
-        """
-        remedy = "give the path of a SentencePiece .model, or leave it empty to train one"
-        try:
-            model = Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"config.data.tokenizer={str(path)!r} cannot be read ({error.strerror}); {remedy}."
-            ) from error
-        try:
-            tokenizer = cls(model) if model else None  # SentencePiece would take an empty file
-        except (RuntimeError, ValueError, IndexError, OSError):
-            # The last three: a damaged model may load, and fail when it is asked for a piece.
-            tokenizer = None
-        if tokenizer is None:
-            raise DataError(f"config.data.tokenizer={str(path)!r} is no tokenizer; {remedy}.")
-        if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-            raise DataError(
-                f"config.data.tokenizer={str(path)!r} has no BOS or no EOS token, which "
-                "separate documents; use a model that was trained with both."
-            )
-        return tokenizer
+    place: ClassVar[str]
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    token_bytes_V: np.ndarray
+    fingerprint: str
 
     def save(self, path: Path) -> None:
-        """Writes the ``.model`` file, whole or not at all: a run may be killed here."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_bytes(self._model)
-        unfinished.replace(path)
+        """Writes it, whole or not at all: a run may be killed here."""
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32, without BOS and EOS."""
-        if self._space_literal is None or _SPACE not in text:
-            return np.array(self._processor.encode(text), dtype=np.int32)
-        ids: list[int] = []
-        for i, part in enumerate(text.split(_SPACE)):
-            ids += self._space_literal if i else []
-            ids += self._processor.encode(part)
-        return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; control tokens give nothing."""
-        return self._processor.decode([int(token) for token in ids])
-
-    def _bytes_of(self, token: int) -> int:
-        sp = self._processor
-        if sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token):
-            return 0
-        if sp.is_byte(token):
-            return 1
-        return len(sp.id_to_piece(token).replace(_SPACE, " ").encode())
-
-    def _ids_of_space_literal(self) -> list[int] | None:
-        """Byte tokens for the one character that SentencePiece would turn into a space.
-
-        None where that cannot be mended: no byte tokens, or a space put before every text.
-        """
-        sp = self._processor
-        ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        prefixed = sp.id_to_piece(sp.encode("a")[0]).startswith(_SPACE)
-        return ids if all(map(sp.is_byte, ids)) and not prefixed else None
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
-    """Trains a byte-pair tokenizer and writes it to ``path``.
+KINDS = (SentencePieceTokenizer, HfTokenizer)
 
-    Every text can be written with it and read back exactly: characters without a token fall back
-    to bytes, white space is kept as it is, nothing is normalised.  Pieces may hold several words
-    and line ends: 3.16 bytes per token against 3.08 with pieces of one word, in the same time
-    (Python installation, 4 MB, vocabulary 4096).  BPE because it trains in 2 s where unigram
-    needs 21 s and gives 3.04 bytes per token.
 
-    Args:
-      texts: what to train on; the same texts give the same tokenizer.
-      vocab_size: exact number of tokens.
-      path: the ``.model`` file to write.
+def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer at a path: a folder in Hugging Face's format, or a SentencePiece ``.model``.
 
     Raises:
-      DataError: the texts are too small for the vocabulary, or it is too small for the texts.
+      DataError: there is none, or it lacks the tokens that begin and end a document.
     """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_stretches(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_by_whitespace=False,
-            split_digits=True,
-            max_sentence_length=2 * _TRAINING_BYTES,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=os.cpu_count() or 1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise _untrainable(vocab_size, error) from error
-    tokenizer = Tokenizer(model.getvalue())
-    tokenizer.save(path)
-    return tokenizer
+    path = Path(path).expanduser()
+    return HfTokenizer.load(path) if path.is_dir() else SentencePieceTokenizer.load(path)
 
 
-def _stretches(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in stretches of whole lines; a line that is too long for the trainer is cut."""
-    for text in texts:
-        stretch = ""
-        for line in text.splitlines(keepends=True):
-            if len((stretch + line).encode()) > _TRAINING_BYTES:
-                if stretch:
-                    yield stretch
-                stretch = ""
-            # At most 4 bytes a character.
-            stretch += line[: _TRAINING_BYTES // 4] if len(line) > _TRAINING_BYTES // 4 else line
-        if stretch:
-            yield stretch
+def find_tokenizer(workdir: Path) -> Path | None:
+    """Where the tokenizer of a run's folder lies; None if it has none."""
+    places = (workdir / kind.place for kind in KINDS)
+    return next((place for place in places if place.exists()), None)
 
 
-def _untrainable(vocab_size: int, error: RuntimeError) -> DataError:
-    setting = f"config.model.vocab_size={vocab_size}"
-    limit = re.search(r"set it to a value <= (\d+)", str(error))
-    if limit:
-        return DataError(
-            f"{setting} is more than the {limit[1]} tokens that the text for the tokenizer "
-            "gives; lower it, raise config.data.tokenizer_megabytes, or add text."
-        )
-    return DataError(f"{setting} does not fit the text for the tokenizer ({error}); raise it.")
+def remove_tokenizer(workdir: Path) -> None:
+    """Makes room for another one, which may be of another kind."""
+    while (path := find_tokenizer(workdir)) is not None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -43,6 +43,23 @@ class Same:
 
 
 @dataclasses.dataclass(frozen=True)
+class Folded:
+    """A vector there, with heads unfolded here: biases, and scales of queries and keys."""
+
+    def foreign_shape(self, ours: Shape) -> Shape:
+        """One axis."""
+        return (math.prod(ours),)
+
+    def to_ours(self, tensor: np.ndarray, ours: Shape) -> np.ndarray:
+        """The vector, unfolded."""
+        return tensor.reshape(ours)
+
+    def to_foreign(self, values: np.ndarray) -> np.ndarray:
+        """Our axes folded to one."""
+        return values.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Linear:
     """``torch.nn.Linear`` keeps [outputs, inputs]; we keep inputs first, with heads unfolded.
 

@@ -1,9 +1,8 @@
-"""A folder in Hugging Face's format as a :class:`Decoder`."""
+"""A foreign model as a :class:`Decoder`."""
 
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,22 +11,20 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.dynamic_moe import DYNAMIC_MOE
 from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.layouts import Shape
 from dynmoe_jax.interop.mapping import Place, fill, places
-from dynmoe_jax.interop.tensor_files import read_json, read_tensors, tensor_files, tensor_shapes
+from dynmoe_jax.interop.registry import architecture_of
+from dynmoe_jax.interop.source import open_source
 from dynmoe_jax.model import Decoder, parameter_shapes
-
-ARCHITECTURES: dict[str, Architecture] = {"MoEForCausalLM": DYNAMIC_MOE}
-"""By the name that ``config.json`` gives under ``architectures``; a new one adds its line."""
 
 
 def load_hf(path: str | os.PathLike, **overrides: Any) -> Decoder:
-    """Loads a checkpoint in Hugging Face's format.
+    """Loads a model in Hugging Face's format, or from a GGUF file.
 
     Args:
       path: a folder with ``config.json`` and ``model.safetensors``, or several safetensors files
-        with ``model.safetensors.index.json``.
+        with ``model.safetensors.index.json``; or a ``.gguf`` file of a Llama.
       overrides: fields of :class:`config.Model` or of :class:`config.MoE` to set, such as
         ``backend="grouped"`` or ``dtype="bfloat16"``.
 
@@ -39,16 +36,14 @@ def load_hf(path: str | os.PathLike, **overrides: Any) -> Decoder:
         unknown, missing or of another shape than the configuration says.
       ConfigError: an override does not exist, or a setting is of the wrong type or out of range.
     """
-    folder = Path(path)
-    settings = read_json(folder / "config.json")
-    architecture = _architecture(settings)
-    model = with_overrides(architecture.model_from_hf(settings), overrides)
-    files = tensor_files(folder)
+    source = open_source(path)
+    architecture = architecture_of(source.settings)
+    model = with_overrides(architecture.model_from_hf(source.settings), overrides)
     shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
     found = places(architecture.rules, model, shapes)
-    _check_tensors(found, shapes, tensor_shapes(files), architecture.ignored)
+    check_tensors(found, shapes, source.shapes(), architecture, model)
     parameters = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-    fill(found, read_tensors(files, found), parameters)
+    fill(found, source.tensors(found), parameters)
     return _decoder(model, parameters)
 
 
@@ -68,33 +63,39 @@ def with_overrides(model: config.Model, overrides: Mapping[str, Any]) -> config.
     return config.from_config_dict({"model": settings, "data": {"seq_len": seq_len}}).model
 
 
-def _architecture(settings: Mapping[str, Any]) -> Architecture:
-    names = settings.get("architectures") or ["none"]
-    if names[0] not in ARCHITECTURES:
-        raise CheckpointError(
-            f"config.json names the architecture {names[0]!r}; known are: "
-            f"{', '.join(ARCHITECTURES)}."
-        )
-    return ARCHITECTURES[names[0]]
-
-
-def _check_tensors(
+def check_tensors(
     found: Mapping[str, Place],
-    shapes: Mapping[tuple, tuple[int, ...]],
-    given: Mapping[str, tuple[int, ...]],
-    ignored: tuple[str, ...],
+    shapes: Mapping[tuple, Shape],
+    given: Mapping[str, Shape],
+    architecture: Architecture,
+    model: config.Model,
 ) -> None:
-    for name in sorted(given.keys() - found.keys()):
-        if not any(re.fullmatch(pattern, name) for pattern in ignored):
+    """Compares the tensors that are there with those that the model asks for.
+
+    Args:
+      found: the places of the model's tensors.
+      shapes: shapes of our parameters, by path.
+      given: shapes of the foreign tensors, by name.
+      architecture: of the foreign model.
+      model: its settings.
+
+    Raises:
+      CheckpointError: a tensor is unknown, missing or of another shape.
+    """
+    wanted = {
+        name: place.layout.foreign_shape(place.shape(shapes)) for name, place in found.items()
+    }
+    idle = architecture.idle_tensors(model)
+    for name in sorted(given.keys() - wanted.keys() - idle.keys()):
+        if not any(re.fullmatch(pattern, name) for pattern in architecture.ignored):
             raise CheckpointError(f"tensor {name} has no place in the model of config.json.")
-    for name, place in found.items():
+    for name, shape in wanted.items():
         if name not in given:
             raise CheckpointError(f"tensor {name} is missing.")
-        wanted = place.layout.foreign_shape(place.shape(shapes))
-        if given[name] != wanted:
+        if given[name] != shape:
             raise CheckpointError(
                 f"tensor {name} has shape {list(given[name])}, but config.json asks for "
-                f"{list(wanted)}."
+                f"{list(shape)}."
             )
 
 

@@ -1,7 +1,8 @@
 """From a table of rules to the place of every foreign tensor in our parameters, and back.
 
 Our layers are stacked and our experts are one array, so most foreign tensors are slices: layer i
-lives at index ``i // n`` of the stack of member ``i % n`` of the scanned group of n layers.
+lives at index ``i // n`` of the stack of member ``i % n`` of the scanned group of n layers.  Dense
+layers before all others are a stack of their own.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe_jax import config
+from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.layouts import LINEAR, Layout, Shape
 
 Path = tuple[str | int, ...]
@@ -59,6 +61,9 @@ def places(
       rules: the architecture's table.
       model: the settings of the model.
       shapes: shapes of our parameters, by path.
+
+    Raises:
+      CheckpointError: the architecture has no place for one of our parameters.
     """
     found = {}
     for rule in rules:
@@ -73,6 +78,8 @@ def places(
                 found[name] = Place(
                     path, _index(index, expert, rule.half, shapes[path]), rule.layout
                 )
+    for path in shapes.keys() - {place.path for place in found.values()}:
+        raise CheckpointError(f"{'.'.join(map(str, path))} has no place in this architecture.")
     return found
 
 
@@ -81,7 +88,10 @@ def _locate(rule: Rule, layer: int | None, model: config.Model) -> tuple[Path, t
     path = tuple(rule.parameter.split("."))
     if layer is None:
         return path, ()
-    group, member = divmod(layer, model.moe.every_n_layers or 1)
+    first = model.moe.dense_first_layers
+    if layer < first:
+        return ("first_groups", "layers", 0, *path), (layer,)
+    group, member = divmod(layer - first, model.moe.every_n_layers or 1)
     return ("groups", "layers", member, *path), (group,)
 
 

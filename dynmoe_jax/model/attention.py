@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.model.attention_choice import make_attention
-from dynmoe_jax.model.layers import compute_dtype, matrix, rotate
+from dynmoe_jax.model.layers import compute_dtype, matrix, normalize_heads, rotate
 from dynmoe_jax.model.sharding import by_batch_and_head, whole_parameter
 from dynmoe_jax.target import current_target
 
@@ -23,6 +23,15 @@ class Attention(nnx.Module):
         self.key_DGW = matrix(rngs, (D, G, W), model.init_std)
         self.value_DGW = matrix(rngs, (D, G, W), model.init_std)
         self.output_HWD = matrix(rngs, (H, W, D), model.init_std)
+        if model.attention_bias:
+            self.query_bias_HW = nnx.Param(jnp.zeros((H, W), jnp.float32))
+            self.key_bias_GW = nnx.Param(jnp.zeros((G, W), jnp.float32))
+            self.value_bias_GW = nnx.Param(jnp.zeros((G, W), jnp.float32))
+        if model.qk_norm:
+            self.query_scale_HW = nnx.Param(jnp.ones((H, W), jnp.float32))
+            self.key_scale_GW = nnx.Param(jnp.ones((G, W), jnp.float32))
+        self.bias, self.norm = model.attention_bias, model.qk_norm
+        self.epsilon = model.norm_epsilon
         self.theta = model.rope_theta
         self.dtype = compute_dtype(model)
         self.attend = make_attention(model.attention, current_target())
@@ -44,6 +53,13 @@ class Attention(nnx.Module):
         query_BLHW = jnp.einsum("bld,dhw->blhw", x_BLD, self._whole("query_DHW"))
         key_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self._whole("key_DGW"))
         value_BLGW = jnp.einsum("bld,dgw->blgw", x_BLD, self._whole("value_DGW"))
+        if self.bias:
+            query_BLHW += self.query_bias_HW[...].astype(self.dtype)
+            key_BLGW += self.key_bias_GW[...].astype(self.dtype)
+            value_BLGW += self.value_bias_GW[...].astype(self.dtype)
+        if self.norm:
+            query_BLHW = normalize_heads(query_BLHW, self.query_scale_HW[...], self.epsilon)
+            key_BLGW = normalize_heads(key_BLGW, self.key_scale_GW[...], self.epsilon)
         query_BLHW = rotate(query_BLHW, positions_BL, self.theta)
         return query_BLHW, rotate(key_BLGW, positions_BL, self.theta), value_BLGW
 

@@ -3,6 +3,8 @@
 Axis legend: T tokens, D model width, E experts, F hidden width.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,26 +29,31 @@ class DenseFeedForward(nnx.Module):
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """down(silu(x gate) * (x up))."""
-        gate_up_D2F = whole_parameter("gate_up_D2F", self.gate_up_D2F[...], self.dtype)
-        down_FD = whole_parameter("down_FD", self.down_FD[...], self.dtype)
-        if mesh_sizes()[MODEL] == 1:
-            return swiglu(x_TD @ gate_up_D2F) @ down_FD
-        gate_DF, up_DF = (split_columns(half) for half in jnp.split(gate_up_D2F, 2, axis=-1))
-        return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD
+        return _swiglu_of_all(x_TD, self.gate_up_D2F, self.down_FD, self.dtype)
 
 
 class MoEFeedForward(nnx.Module):
-    """A router, and the experts it chooses from."""
+    """A router, the experts it chooses from, and an expert that all tokens share if asked for.
+
+    The shared expert is DeepSeekMoE's (arXiv 2401.06066; several of them are one wide one), with
+    a gate Qwen2-MoE's (arXiv 2407.10671).
+    """
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
         D, E, F = model.width, model.moe.num_experts, model.moe.hidden_width
         self.router_DE = matrix(rngs, (D, E), model.init_std)
         self.gate_up_ED2F = matrix(rngs, (E, D, 2 * F), model.init_std)
         self.down_EFD = matrix(rngs, (E, F, D), model.init_std)
+        if model.moe.shared_hidden_width:
+            shared = model.moe.shared_hidden_width
+            self.shared_gate_up_D2F = matrix(rngs, (D, 2 * shared), model.init_std)
+            self.shared_down_FD = matrix(rngs, (shared, D), model.init_std)
+        if model.moe.shared_gate:
+            self.shared_router_D1 = matrix(rngs, (D, 1), model.init_std)
+        self.moe = model.moe
         self.dtype = compute_dtype(model)
         self.route = make_router(model.moe)
         self.backend = make_backend(model.moe)
-        self.moe = model.moe
 
     def __call__(
         self, x_TD: Float[Array, "T D"], valid_T: Bool[Array, "T"]
@@ -58,6 +65,9 @@ class MoEFeedForward(nnx.Module):
             x_TD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST
         )
         routing = by_token(self.route, logits_TE, valid_T)
+        if self.moe.routed_scale != 1.0:
+            scaled_TK = self.moe.routed_scale * routing.weight_TK
+            routing = dataclasses.replace(routing, weight_TK=scaled_TK)
         weights = ExpertWeights(
             self.gate_up_ED2F[...].astype(self.dtype), self.down_EFD[...].astype(self.dtype)
         )
@@ -69,4 +79,26 @@ class MoEFeedForward(nnx.Module):
             self.moe.rows_per_token,
             make_transport(self.moe, mesh_sizes()[EXPERT]),
         )
+        if self.moe.shared_hidden_width:
+            y_TD += self.shared(x_TD)
         return y_TD, routing, dropped
+
+    def shared(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What the shared expert adds to every token."""
+        y_TD = _swiglu_of_all(x_TD, self.shared_gate_up_D2F, self.shared_down_FD, self.dtype)
+        if not self.moe.shared_gate:
+            return y_TD
+        router_D1 = whole_parameter("shared_router_D1", self.shared_router_D1[...], self.dtype)
+        return y_TD * jax.nn.sigmoid(x_TD @ router_D1)
+
+
+def _swiglu_of_all(
+    x_TD: Float[Array, "T D"], gate_up_D2F: nnx.Param, down_FD: nnx.Param, dtype: jnp.dtype
+) -> Float[Array, "T D"]:
+    """down(silu(x gate) * (x up)) of all tokens."""
+    gate_up_D2F = whole_parameter("gate_up_D2F", gate_up_D2F[...], dtype)
+    down_FD = whole_parameter("down_FD", down_FD[...], dtype)
+    if mesh_sizes()[MODEL] == 1:
+        return swiglu(x_TD @ gate_up_D2F) @ down_FD
+    gate_DF, up_DF = (split_columns(half) for half in jnp.split(gate_up_D2F, 2, axis=-1))
+    return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD

@@ -20,14 +20,14 @@ def forward_flops(model: config.Model, tokens: float, length: int, rows: float) 
         2 * model.width * model.head_width * (2 * model.num_heads + 2 * model.num_kv_heads)
     )
     scores = 2 * 2 * (length / 2) * model.num_heads * model.head_width
-    every = model.moe.every_n_layers
-    moe_layers = model.num_layers // every if every else 0
-    router = 2 * model.width * model.moe.num_experts
+    moe_layers = model.num_moe_layers
+    router = 2 * model.width * (model.moe.num_experts + model.moe.shared_gate)
+    shared = expert_flops(1, model.width, model.moe.shared_hidden_width)
     dense = expert_flops(1, model.width, model.hidden_width)
     head = 2 * model.width * model.vocab_size
     per_token = (
         model.num_layers * (projections + scores)
-        + moe_layers * router
+        + moe_layers * (router + shared)
         + (model.num_layers - moe_layers) * dense
         + head
     )

@@ -31,6 +31,15 @@ def rms_norm(model: config.Model, rngs: nnx.Rngs) -> nnx.RMSNorm:
     )
 
 
+def normalize_heads(
+    x_BLHW: Float[Array, "B L H W"], scale_HW: Float[Array, "H W"], epsilon: float
+) -> Float[Array, "B L H W"]:
+    """RMSNorm over all heads of a position together (OLMoE, arXiv 2409.02060), in float32."""
+    wide_BLHW = x_BLHW.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide_BLHW), axis=(-2, -1), keepdims=True)
+    return (wide_BLHW * jax.lax.rsqrt(mean_square + epsilon) * scale_HW).astype(x_BLHW.dtype)
+
+
 def rotate(
     x_BLHW: Float[Array, "B L H W"], positions_BL: Int[Array, "B L"], theta: float
 ) -> Float[Array, "B L H W"]:

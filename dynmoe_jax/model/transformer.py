@@ -1,14 +1,15 @@
 """The decoder: embed, N layers of attention and feed-forward, norm, logits.
 
 Layers are stacked and scanned, so compile time does not grow with depth.  Where every n-th layer
-is MoE, the scanned unit is a group of n layers, the first of which is MoE.
+is MoE, the scanned unit is a group of n layers.  Dense layers before all others are a stack of
+their own.
 
 Axis legend: B batch, L positions, T = B L tokens, D model width, V vocabulary, N MoE layers,
 E experts, K slots per token.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,14 +115,10 @@ class Layer(nnx.Module):
 
 
 class LayerGroup(nnx.Module):
-    """The scanned unit: one MoE layer and the dense layers up to the next one."""
+    """The scanned unit: one MoE layer and the dense layers around it, or dense layers alone."""
 
-    def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
-        # The first of a group, as in the released code of the Top-P paper.
-        every = model.moe.every_n_layers
-        self.layers = nnx.List(
-            Layer(model, bool(every) and i == 0, rngs=rngs) for i in range(every or 1)
-        )
+    def __init__(self, model: config.Model, is_moe: Sequence[bool], *, rngs: nnx.Rngs):
+        self.layers = nnx.List(Layer(model, moe, rngs=rngs) for moe in is_moe)
 
     def __call__(self, x_BLD, segment_ids_BL, positions_BL):
         """Returns (x_BLD, what the group's MoE layer recorded)."""
@@ -143,8 +140,11 @@ class Decoder(nnx.Module):
         """
         self.config = model
         self.embedding_VD = matrix(rngs, (model.vocab_size, model.width), model.init_std)
-        groups = model.num_layers // (model.moe.every_n_layers or 1)
-        self.groups = _stacked(model, groups, rngs)
+        moe = model.moe
+        if moe.dense_first_layers:
+            self.first_groups = _stacked(model, [False], moe.dense_first_layers, rngs)
+        is_moe = [i == moe.layer_offset for i in range(moe.every_n_layers)] or [False]
+        self.groups = _stacked(model, is_moe, model.num_groups, rngs)
         self.norm = rms_norm(model, rngs)
         if not model.tie_embeddings:
             self.head_DV = matrix(rngs, (model.width, model.vocab_size), model.init_std)
@@ -155,6 +155,12 @@ class Decoder(nnx.Module):
         """The output projection, in the compute type."""
         head = self.embedding_VD[...].T if self.config.tie_embeddings else self.head_DV[...]
         return head.astype(compute_dtype(self.config))
+
+    @property
+    def stacks(self) -> list[LayerGroup]:
+        """All layers in the order of computation: stacks of groups, the last one with the MoE."""
+        first = [self.first_groups] if self.config.moe.dense_first_layers else []
+        return [*first, self.groups]
 
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer, in the compute type."""
@@ -181,9 +187,15 @@ class Decoder(nnx.Module):
             segment_ids_BL = jnp.ones_like(tokens_BL)
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-        x_BLD = self.embed(tokens_BL)
+        x_BLD, record = self.embed(tokens_BL), None
+        for stack in self.stacks:
+            x_BLD, record = self._scan(stack, x_BLD, segment_ids_BL, positions_BL)
+        routing = record and LayerRouting(record[0], segment_ids_BL > 0, record[1])
+        return self.norm(x_BLD), routing
 
-        structure, params = nnx.split(self.groups)
+    def _scan(self, stack: LayerGroup, x_BLD, segment_ids_BL, positions_BL):
+        """(x_BLD behind all groups of a stack, what their MoE layers recorded)."""
+        structure, params = nnx.split(stack)
 
         def apply_group(x_BLD, params):
             x_BLD, record = nnx.merge(structure, params)(x_BLD, segment_ids_BL, positions_BL)
@@ -192,9 +204,7 @@ class Decoder(nnx.Module):
         policy = remat_policy(self.config.remat)
         if policy:
             apply_group = jax.checkpoint(apply_group, policy=policy, prevent_cse=False)
-        x_BLD, record = jax.lax.scan(apply_group, x_BLD, params)
-        routing = record and LayerRouting(record[0], segment_ids_BL > 0, record[1])
-        return self.norm(x_BLD), routing
+        return jax.lax.scan(apply_group, x_BLD, params)
 
     def __call__(
         self,
@@ -209,20 +219,21 @@ class Decoder(nnx.Module):
         return DecoderOutput(logits, routing)
 
 
-def _stacked(model: config.Model, groups: int, rngs: nnx.Rngs) -> LayerGroup:
+def _stacked(
+    model: config.Model, is_moe: Sequence[bool], groups: int, rngs: nnx.Rngs
+) -> LayerGroup:
     """One LayerGroup whose parameters carry a leading axis over the groups."""
 
     @nnx.split_rngs(splits=groups)
     @nnx.vmap(in_axes=0, out_axes=0, axis_size=groups)
     def make(rngs):
-        return LayerGroup(model, rngs=rngs)
+        return LayerGroup(model, is_moe, rngs=rngs)
 
     return make(rngs)
 
 
 def _check_causal(groups: LayerGroup, model: config.Model) -> None:
-    first = groups.layers[0].feed_forward
-    if isinstance(first, MoEFeedForward) and not first.route.causal:
+    if any(layer.is_moe and not layer.feed_forward.route.causal for layer in groups.layers):
         raise config.ConfigError(
             f"config.model.moe.router={model.moe.router!r} looks at later tokens, which a decoder "
             "cannot; use a causal router such as top_p."

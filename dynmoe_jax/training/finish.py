@@ -21,7 +21,6 @@ from dynmoe_jax.training.seconds import Seconds
 from dynmoe_jax.training.summary import FILE_NAME as SUMMARY
 from dynmoe_jax.training.summary import HeldOut, Sample, Summary, write_summary
 from dynmoe_jax.training.summary_tables import print_summary
-from dynmoe_jax.training.text import TOKENIZER_FILE
 
 
 def evaluate_heldout(
@@ -104,7 +103,7 @@ def finish_run(
     metrics = read_metrics(workdir)
     paths = {
         "checkpoints": CHECKPOINTS,
-        "tokenizer": TOKENIZER_FILE,
+        "tokenizer": tokenizer.place,
         "metrics": METRICS,
         "summary": SUMMARY,
         "report": "report.html",

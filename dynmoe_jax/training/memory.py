@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -204,7 +205,7 @@ def _smaller_model(need: Need, limit: float, cfg: config.Config) -> str:
     """The largest models that fit with their state and gradients: one setting changed in each."""
     model = cfg.model
     affordable = count_parameters(model) * limit / (need.state + need.gradients)
-    every = model.moe.every_n_layers or 1
+    every, first = model.moe.every_n_layers or 1, model.moe.dense_first_layers
 
     def experts(n: int) -> config.Model:
         moe = dataclasses.replace(model.moe, num_experts=n, top_k=min(n, model.moe.top_k))
@@ -214,23 +215,24 @@ def _smaller_model(need: Need, limit: float, cfg: config.Config) -> str:
         return dataclasses.replace(model, moe=dataclasses.replace(model.moe, hidden_width=n))
 
     knobs = [
-        ("num_layers", model.num_layers, every, lambda n: {"num_layers": n * every}),
-        ("hidden_width", model.hidden_width, 1, lambda n: {"hidden_width": n}),
-        ("vocab_size", model.vocab_size, 1, lambda n: {"vocab_size": n + 1}),
+        ("num_layers", first, every, lambda n: {"num_layers": first + n * every}),
+        ("hidden_width", 0, 1, lambda n: {"hidden_width": n}),
+        ("vocab_size", 0, 1, lambda n: {"vocab_size": n + 1}),
     ]
-    knobs = [(name, now, unit, partial(_replaced, model, of)) for name, now, unit, of in knobs]
+    knobs = [(name, base, unit, partial(_replaced, model, of)) for name, base, unit, of in knobs]
     if model.moe.every_n_layers:
         knobs = [
-            ("moe.num_experts", model.moe.num_experts, 1, experts),
+            ("moe.num_experts", 0, 1, experts),
             knobs[0],
-            ("moe.hidden_width", model.moe.hidden_width, 1, expert_width),
+            ("moe.hidden_width", 0, 1, expert_width),
             *knobs[1:],
         ]
     ways = []
-    for name, now, unit, model_of in knobs:
-        most = _largest(model_of, affordable, now // unit)
+    for name, base, unit, model_of in knobs:
+        now = operator.attrgetter(name)(model)
+        most = _largest(model_of, affordable, (now - base) // unit)
         if most:
-            ways.append(f"lower config.model.{name} from {now} to {most * unit}")
+            ways.append(f"lower config.model.{name} from {now} to {base + most * unit}")
     # Nearly all parameters grow with the width, most of them with nothing else.
     width = max(1, int(model.width * affordable / count_parameters(model)))
     ways = ways or [f"lower config.model.width from {model.width} to about {width}"]

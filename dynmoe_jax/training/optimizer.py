@@ -44,8 +44,13 @@ def make_optimizer(
 
 
 def is_matrix(params):
-    """True for every parameter but the scales of norms.
+    """True for every parameter but the scales of norms and biases.
 
-    By name: a norm's scale is stacked over layers, so its rank does not tell it from a matrix.
+    By name: they are stacked over layers, so their rank does not tell them from matrices.
     """
-    return jax.tree.map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), params)
+
+    def of(path, _):
+        name = jax.tree_util.keystr(path)
+        return "scale" not in name and "bias" not in name
+
+    return jax.tree.map_with_path(of, params)

@@ -6,6 +6,8 @@ Axis legend: B batch, L positions, T = B L tokens, N groups of layers.
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +20,8 @@ from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.cross_entropy import cross_entropy_sums
 from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.step import TrainState
+
+_UNNAMED = ("first_groups", "groups", "layers", "value")
 
 Tally = tuple[Array, Array]
 """(how many numbers are not finite, magnitude of the largest of the others)."""
@@ -63,14 +67,13 @@ def forward_places(
     The groups of layers are walked through one after another, not scanned, so that what lies
     between their parts can be looked at.  Padding is left out: it may hold anything.
     """
-    structure, params = nnx.split(decoder.groups)
     valid_BL = batch["segment_ids"] > 0
     names = [
         f"layer {{}}: {part}" for part in ("after attention", "router logits", "after feed-forward")
     ]
 
-    @jax.jit
-    def visit(x_BLD, group_params):
+    @partial(jax.jit, static_argnums=0)
+    def visit(structure, x_BLD, group_params):
         tallies = []
         for layer in nnx.merge(structure, group_params).layers:
             x_BLD = layer.attend(x_BLD, batch["segment_ids"], batch["positions"])
@@ -83,8 +86,8 @@ def forward_places(
     x_BLD = decoder.embed(batch["tokens"])
     places = [Place("embedding", *_plain(_tally(x_BLD, valid_BL)))]
     number = 0
-    for group in range(jax.tree.leaves(params)[0].shape[0]):
-        x_BLD, tallies = visit(x_BLD, jax.tree.map(lambda x, g=group: x[g], params))
+    for structure, group_params in _groups(decoder):
+        x_BLD, tallies = visit(structure, x_BLD, group_params)
         for layer in tallies:
             named = zip(names, layer, strict=True)
             places += [Place(name.format(number), *_plain(t)) for name, t in named if t is not None]
@@ -96,6 +99,14 @@ def forward_places(
     )
     places.append(Place("loss of each token", *_plain(_tally(nll_BL, valid_BL))))
     return places, nll_BL
+
+
+def _groups(decoder: Decoder) -> Iterator[tuple[nnx.GraphDef, nnx.State]]:
+    """(structure, parameters) of every group of layers, in the order of computation."""
+    for stack in decoder.stacks:
+        structure, params = nnx.split(stack)
+        for group in range(jax.tree.leaves(params)[0].shape[0]):
+            yield structure, jax.tree.map(lambda x, g=group: x[g], params)
 
 
 def _tally(array: Array, mask: Bool[Array, "..."] | None = None, axes: Any = None) -> Tally:
@@ -121,6 +132,7 @@ def _places(tree: Any, kind: str) -> list[Place]:
     ]
     in_group = [_place_in_group(path) for path, _ in leaves]
     stride = 1 + max((place for place in in_group if place is not None), default=0)
+    before = max((len(array) for path, array in leaves if _is_first(path)), default=0)
 
     @jax.jit
     def tally(arrays: list[Array]) -> list[Tally]:
@@ -137,7 +149,7 @@ def _places(tree: Any, kind: str) -> list[Place]:
             places.append(Place(name, int(bad), float(largest)))
             continue
         for group, values in enumerate(zip(bad, largest, strict=True)):
-            layer = group * stride + place
+            layer = group if _is_first(path) else before + group * stride + place
             places.append(Place(f"layer {layer}: {name}", int(values[0]), float(values[1])))
     return places
 
@@ -148,10 +160,15 @@ def _place_in_group(path: Any) -> int | None:
     return int(found[1]) if found else None
 
 
+def _is_first(path: Any) -> bool:
+    """Whether a leaf belongs to the dense layers before all others."""
+    return "'first_groups'" in jax.tree_util.keystr(path)
+
+
 def _name(path: Any) -> str:
     """``.mu['groups']['layers'][0]['attention']['query_DHW']`` as ``mu attention query_DHW``."""
     parts = re.findall(r"[A-Za-z_][A-Za-z_0-9]*", jax.tree_util.keystr(path))
-    return " ".join(part for part in parts if part not in ("groups", "layers", "value"))
+    return " ".join(part for part in parts if part not in _UNNAMED)
 
 
 def _distance(name: str) -> float:

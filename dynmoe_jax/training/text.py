@@ -11,11 +11,16 @@ from dynmoe_jax.data import (
     Prepared,
     Tokenizer,
     check_unchanged,
+    find_tokenizer,
+    open_tokenizer,
     prepare,
+    remove_tokenizer,
     train_tokenizer,
 )
+from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-TOKENIZER_FILE = "tokenizer.model"
+TRAINED = SentencePieceTokenizer.place
+"""The file of a tokenizer that was trained here."""
 
 
 def load_text(
@@ -23,8 +28,8 @@ def load_text(
 ) -> tuple[Prepared, Tokenizer]:
     """Prepares the sources (or finds them prepared) and loads or trains the tokenizer.
 
-    The tokenizer lies in the run's folder as ``tokenizer.model``: a copy of the file that
-    ``config.data.tokenizer`` names, or one trained on the run's own training text.
+    The tokenizer lies in the run's folder, as ``tokenizer.model`` or in ``tokenizer/``: a copy of
+    what ``config.data.tokenizer`` names, or one trained on the run's own training text.
 
     Args:
       cfg: all settings.
@@ -55,15 +60,16 @@ def load_text(
         )
     if position is not None:
         return prepared, load_tokenizer(workdir, position)
-    path = workdir / TOKENIZER_FILE
     if cfg.data.tokenizer:
-        tokenizer = Tokenizer.load(Path(cfg.data.tokenizer).expanduser())
+        tokenizer = open_tokenizer(cfg.data.tokenizer)
         _check_vocabulary(tokenizer, cfg)
-        tokenizer.save(path)
+        remove_tokenizer(workdir)
+        tokenizer.save(workdir / tokenizer.place)
     else:
+        remove_tokenizer(workdir)
         with stage("Training a tokenizer", unit="tokens") as shown:
             texts = prepared.sample_texts(cfg.data.tokenizer_megabytes)
-            tokenizer = train_tokenizer(texts, cfg.model.vocab_size, path)
+            tokenizer = train_tokenizer(texts, cfg.model.vocab_size, workdir / TRAINED)
             shown.advance(tokenizer.vocab_size)
     return prepared, tokenizer
 
@@ -78,11 +84,11 @@ def load_tokenizer(workdir: Path, position: Mapping[str, Any]) -> Tokenizer:
     Raises:
       DataError: the file is missing, or another one.
     """
-    path = workdir / TOKENIZER_FILE
+    path = find_tokenizer(workdir)
     lost = "bring back the file that the run was trained with, or start in another --workdir"
-    if not path.is_file():
-        raise DataError(f"{path} is missing; {lost}.")
-    tokenizer = Tokenizer.load(path)
+    if path is None:
+        raise DataError(f"{workdir / TRAINED} is missing; {lost}.")
+    tokenizer = open_tokenizer(path)
     if tokenizer.fingerprint != position["tokenizer"]:
         raise DataError(
             f"{path} has changed since the checkpoint was written (SHA-256 "

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dynmoe_jax import config
-from dynmoe_jax.data import DataError, Tokenizer, prepare
+from dynmoe_jax.data import DataError, open_tokenizer, prepare
 from dynmoe_jax.data.document import Broken, Document
 from dynmoe_jax.data.sources import read_documents
 
@@ -129,7 +129,7 @@ def test_damaged_tokenizers_are_refused_or_work(sound, tmp_path):
     for _ in range(60):
         path.write_bytes(damaged((sound / "model").read_bytes(), draw))
         with contextlib.suppress(DataError):
-            assert Tokenizer.load(path).encode("some words").dtype == np.int32
+            assert open_tokenizer(path).encode("some words").dtype == np.int32
             loaded += 1
     assert 0 < loaded < 60
 
@@ -140,7 +140,7 @@ def test_bytes_are_no_tokenizer(tmp_path, content):
     path = tmp_path / "t.model"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"config\.data\.tokenizer="):
-        Tokenizer.load(path)
+        open_tokenizer(path)
 
 
 def test_damaged_array_record_is_reported_example_by_example(prepared, tmp_path):

@@ -4,8 +4,8 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dynmoe_jax.data import DataError, Tokenizer, train_tokenizer
-from dynmoe_jax.data.tokenizer import _TRAINING_BYTES, _stretches
+from dynmoe_jax.data import DataError, open_tokenizer, train_tokenizer
+from dynmoe_jax.data.sentencepiece_tokenizer import _TRAINING_BYTES, _stretches
 
 TEXTS = st.one_of(
     st.text(),
@@ -41,7 +41,7 @@ def test_training_twice_gives_the_same_tokenizer(prepared, tokenizer, tmp_path):
 
 def test_what_is_written_is_what_was_returned(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "copy.model")
-    loaded = Tokenizer.load(tmp_path / "copy.model")
+    loaded = open_tokenizer(tmp_path / "copy.model")
     assert loaded.fingerprint == tokenizer.fingerprint
     assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (384, 1, 2)
 
@@ -79,7 +79,7 @@ def test_what_is_no_model_is_refused_by_name(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=r"config.data.tokenizer=.*t.model"):
-        Tokenizer.load(path)
+        open_tokenizer(path)
 
 
 def train_plain(path, **options):
@@ -96,13 +96,13 @@ def train_plain(path, **options):
 def test_a_model_without_bos_is_refused(tmp_path):
     path = train_plain(tmp_path / "t.model", vocab_size=40, bos_id=-1)
     with pytest.raises(DataError, match="no BOS"):
-        Tokenizer.load(path)
+        open_tokenizer(path)
 
 
 def test_a_model_with_llamas_properties_works_unchanged(tmp_path):
     options = {"byte_fallback": True, "add_dummy_prefix": True, "remove_extra_whitespaces": False}
     normal = {"normalization_rule_name": "identity", "vocab_size": 310}
-    tokenizer = Tokenizer.load(train_plain(tmp_path / "t.model", **options, **normal))
+    tokenizer = open_tokenizer(train_plain(tmp_path / "t.model", **options, **normal))
     text = "some  words\n\tagain é▁"
     ids = tokenizer.encode(text)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)

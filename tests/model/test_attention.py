@@ -33,10 +33,22 @@ def test_rope(theta):
     np.testing.assert_allclose(actual, near, rtol=0, atol=1e-5)
 
 
+def rms(x_BLHW):
+    """Of all heads of a position together."""
+    return np.sqrt(np.mean(np.square(x_BLHW), axis=(2, 3), keepdims=True))
+
+
 def attention_by_hand(attention, x_BLD, segment_BL, positions_BL):
     """Loops over batch and heads; key/value heads repeated by hand for their query heads."""
     weights = {name: np.asarray(getattr(attention, name)[...], np.float64) for name in NAMES}
     q, k, v = (np.einsum("bld,dhw->blhw", x_BLD, weights[name]) for name in NAMES[:3])
+    if attention.bias:
+        q = q + np.asarray(attention.query_bias_HW)
+        k = k + np.asarray(attention.key_bias_GW)
+        v = v + np.asarray(attention.value_bias_GW)
+    if attention.norm:
+        q = np.asarray(attention.query_scale_HW) * q / rms(q)
+        k = np.asarray(attention.key_scale_GW) * k / rms(k)
     q = rotate_by_complex_numbers(q, positions_BL, attention.theta)
     k = rotate_by_complex_numbers(k, positions_BL, attention.theta)
     shared = q.shape[2] // k.shape[2]
@@ -56,9 +68,20 @@ def attention_by_hand(attention, x_BLD, segment_BL, positions_BL):
 NAMES = ["query_DHW", "key_DGW", "value_DGW", "output_HWD"]
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_grouped_query_attention(small, draw, kv_heads):
-    decoder = draw(small(num_kv_heads=kv_heads))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_kv_heads": 1},
+        {"num_kv_heads": 2},
+        {"num_kv_heads": 4},
+        {"attention_bias": True},
+        {"qk_norm": True},
+        {"attention_bias": True, "qk_norm": True},
+    ],
+    ids=str,
+)
+def test_grouped_query_attention(small, draw, changes):
+    decoder = draw(small(**changes))
     layers = nnx.state(decoder.groups.layers[0].attention)
     structure = nnx.graphdef(nnx.eval_shape(lambda: Attention(decoder.config, rngs=nnx.Rngs(0))))
     attention = nnx.merge(structure, jax.tree.map(lambda leaf: leaf[0], layers))

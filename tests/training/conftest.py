@@ -16,7 +16,7 @@ from dynmoe_jax.data import train_tokenizer
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.training import checkpoint
 from dynmoe_jax.training.step import TrainState
-from dynmoe_jax.training.text import TOKENIZER_FILE
+from dynmoe_jax.training.text import TRAINED
 
 _TEXT = "the a token chooses its experts router mass passes while self return 数据 é"
 
@@ -118,14 +118,14 @@ def state(settings):
 @pytest.fixture(scope="session")
 def tokenizer(settings, corpus, tmp_path_factory):
     texts = (Path(path).read_text(encoding="utf-8") for path in sorted(glob.glob(corpus)))
-    path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER_FILE
+    path = tmp_path_factory.mktemp("tokenizer") / TRAINED
     return train_tokenizer(texts, settings.model.vocab_size, path)
 
 
 @pytest.fixture
 def workdir(settings, state, tokenizer, tmp_path):
     """With checkpoints of steps 3 and 4, of which 4 is the state, and 3 the state plus one."""
-    tokenizer.save(tmp_path / TOKENIZER_FILE)
+    tokenizer.save(tmp_path / TRAINED)
     checkpoints = checkpoint.Checkpoints(tmp_path, config.Checkpoint(keep=2))
     for step in (2, 3, 4):
         params = jax.tree.map(lambda x: x + (step != 4), state.params)  # noqa: B023

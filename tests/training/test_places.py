@@ -98,6 +98,21 @@ def test_parameters_and_moments_are_named_by_layer(decoder):
     ]
 
 
+def test_dense_layers_before_all_others_come_first():
+    moe = dataclasses.replace(MODEL.moe, dense_first_layers=2, layer_offset=1)
+    decoder = Decoder(dataclasses.replace(MODEL, moe=moe), rngs=nnx.Rngs(0))
+    names = [place.name for place in forward(decoder)[0]]
+    assert [name for name in names if "router" in name] == ["layer 3: router logits"]
+    spoil(decoder.first_groups.layers[0].feed_forward.down_FD, 1, 0, 0)
+    spoil(decoder.groups.layers[1].feed_forward.router_DE, 0, 0, 0)
+    params = nnx.state(decoder, nnx.Param)
+    places = state_places(TrainState(jnp.int32(0), params, {}))
+    assert [place.name for place in places if place.bad] == [
+        "layer 1: parameter feed_forward down_FD",
+        "layer 3: parameter feed_forward router_DE",
+    ]
+
+
 def test_gradients_come_in_the_order_of_backward(decoder):
     gradients = jax.tree.map(jnp.zeros_like, nnx.state(decoder, nnx.Param))
     names = [place.name for place in backward_places(gradients)]

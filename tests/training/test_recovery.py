@@ -27,7 +27,7 @@ from dynmoe_jax.training.checkpoint import (
 from dynmoe_jax.training.disk import DiskError, disk_errors
 from dynmoe_jax.training.load import load_run
 from dynmoe_jax.training.recovery import DAMAGED_FOLDER, recover
-from dynmoe_jax.training.text import TOKENIZER_FILE
+from dynmoe_jax.training.text import TRAINED
 
 
 @pytest.fixture
@@ -170,10 +170,10 @@ def test_loading_a_run_passes_over_a_damaged_checkpoint_and_moves_nothing(
 
 
 def test_other_tokenizer_than_the_models_is_refused(workdir):
-    train_tokenizer(["some other words of a text"] * 50, 275, workdir / TOKENIZER_FILE)
+    train_tokenizer(["some other words of a text"] * 50, 275, workdir / TRAINED)
     with pytest.raises(DataError, match=r"tokenizer.model has changed since the checkpoint"):
         load_run(workdir)
-    (workdir / TOKENIZER_FILE).unlink()
+    (workdir / TRAINED).unlink()
     with pytest.raises(DataError, match=r"tokenizer.model is missing; bring back"):
         load_run(workdir)
 

@@ -178,13 +178,13 @@ def test_schedules_by_hand():
     np.testing.assert_allclose([short(5), short(10)], [1, 0.1], rtol=1e-6)
 
 
-def test_weight_decay_leaves_norms_alone():
-    params = parameter_shapes(MODEL)
+def test_weight_decay_leaves_norms_and_biases_alone():
+    params = parameter_shapes(dataclasses.replace(MODEL, attention_bias=True, qk_norm=True))
     decayed = {
         jax.tree_util.keystr(path): bool(value)
         for path, value in jax.tree.leaves_with_path(is_matrix(params))
     }
     assert {name for name, value in decayed.items() if not value} == {
-        name for name in decayed if "norm" in name
+        name for name in decayed if any(part in name for part in ("norm", "scale", "bias"))
     }
     assert not all(decayed.values())

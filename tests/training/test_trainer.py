@@ -13,7 +13,7 @@ import pytest
 from dynmoe_jax import config
 from dynmoe_jax.axes import MESH_AXES
 from dynmoe_jax.command_line import EXIT_INTERRUPTED
-from dynmoe_jax.data import DataError, Tokenizer
+from dynmoe_jax.data import DataError, open_tokenizer
 from dynmoe_jax.training import trainer
 from dynmoe_jax.training.checkpoint import FOLDER
 from dynmoe_jax.training.lock import locked
@@ -87,7 +87,7 @@ def test_run_leaves_everything_it_names(whole):
     assert set(summary.heldout.domains) == {"text"}
     assert {"data preparation", "compile", "step", "evaluation", "total"} <= set(summary.seconds)
     assert "<svg" in (workdir / "report.html").read_text(encoding="utf-8")
-    assert Tokenizer.load(workdir / "tokenizer.model").vocab_size == cfg.model.vocab_size
+    assert open_tokenizer(workdir / "tokenizer.model").vocab_size == cfg.model.vocab_size
     assert list((workdir / "tensorboard").glob("events*"))
 
 
@@ -326,7 +326,7 @@ def test_tokenizer_of_a_run_that_never_began_is_made_anew(settings, change, tmp_
     """A refused or aborted start with other settings leaves its tokenizer behind."""
     for size in (290, 300):
         load_text(change(settings, model__vocab_size=size), tmp_path, None)
-        assert Tokenizer.load(tmp_path / "tokenizer.model").vocab_size == size
+        assert open_tokenizer(tmp_path / "tokenizer.model").vocab_size == size
     own, other = str(tmp_path / "tokenizer.model"), tmp_path / "other"
     cfg = change(settings, model__vocab_size=280, data__tokenizer=own)
     with pytest.raises(config.ConfigError, match="vocab_size=280 is smaller than the 300 tokens"):

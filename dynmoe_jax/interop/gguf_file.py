@@ -1,0 +1,138 @@
+"""GGUF, llama.cpp's format: one file with settings, tokenizer and (mostly quantised) tensors.
+
+Tensors come out as float32, under the names and in the layouts of Hugging Face, so that the rules
+of an architecture hold for both formats.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.layouts import Shape
+
+_LAYER = "model.layers.{layer}."
+_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "attn_norm.weight": _LAYER + "input_layernorm.weight",
+    "attn_q.weight": _LAYER + "self_attn.q_proj.weight",
+    "attn_k.weight": _LAYER + "self_attn.k_proj.weight",
+    "attn_v.weight": _LAYER + "self_attn.v_proj.weight",
+    "attn_output.weight": _LAYER + "self_attn.o_proj.weight",
+    "ffn_norm.weight": _LAYER + "post_attention_layernorm.weight",
+    "ffn_gate.weight": _LAYER + "mlp.gate_proj.weight",
+    "ffn_up.weight": _LAYER + "mlp.up_proj.weight",
+    "ffn_down.weight": _LAYER + "mlp.down_proj.weight",
+}
+_SETTINGS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+
+
+class GgufFile:
+    """A model of llama.cpp's architecture ``llama``.
+
+    Attributes:
+      settings: as ``config.json`` of ``LlamaForCausalLM`` would have them.
+
+    Raises:
+      CheckpointError: there is no such file, it is no GGUF, or holds another architecture.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            # Maps the file: what is not asked for is not read.
+            self._reader = gguf.GGUFReader(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist.") from None
+        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{path} cannot be read as GGUF: {reason}.") from error
+        self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+        self.settings = self._hf_settings(path)
+
+    def metadata(self, name: str) -> Any:
+        """The value of a metadata key; None where the file lacks it."""
+        field = self._reader.get_field(name)
+        return None if field is None else field.contents()
+
+    def shapes(self) -> dict[str, Shape]:
+        """From the file's header alone."""
+        # GGUF counts axes from the innermost.
+        return {
+            name: tuple(int(length) for length in reversed(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+
+    def tensors(self, wanted: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Dequantised to float32, one at a time.
+
+        Raises:
+          CheckpointError: a tensor is quantised in a way that ``gguf`` cannot undo.
+        """
+        for name in wanted:
+            tensor = self._tensors[name]
+            try:
+                values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError:
+                raise CheckpointError(
+                    f"tensor {tensor.name} is quantised as {tensor.tensor_type.name}, which "
+                    "cannot be read; convert the file to another type."
+                ) from None
+            yield name, self._in_hf_order(name, values.astype(np.float32, copy=False))
+
+    def _in_hf_order(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Rows of queries and keys as Hugging Face has them: all first halves, all second ones.
+
+        llama.cpp rotates neighbours, so its converter interleaves the two halves of a head.
+        """
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        kind = name.split(".")[-2]
+        if kind not in heads:
+            return values
+        paired = values.reshape(self.settings[heads[kind]], -1, 2, values.shape[-1])
+        return paired.swapaxes(1, 2).reshape(values.shape)
+
+    def _hf_settings(self, path: Path) -> dict[str, Any]:
+        kind = self.metadata("general.architecture")
+        if kind != "llama" or self.metadata("llama.expert_count"):
+            raise CheckpointError(
+                f"{path} holds the architecture {kind!r}"
+                f"{' with experts' if kind == 'llama' else ''}; of GGUF files, dense ones of "
+                "'llama' can be read."
+            )
+        found = {name: self.metadata(f"llama.{key}") for key, name in _SETTINGS.items()}
+        if found["num_key_value_heads"] is None:
+            found["num_key_value_heads"] = found["num_attention_heads"]
+        scaling = self.metadata("llama.rope.scaling.type")
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        return {
+            **{name: value for name, value in found.items() if value is not None},
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": int(embedding.shape[-1]) if embedding else 0,
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "rope_scaling": {"type": scaling} if scaling not in (None, "none") else None,
+        }
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name; an unknown one stays as it is, to be named in the error."""
+    found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    if not found:
+        return _NAMES.get(name, name)
+    layer, part = found.groups()
+    return _NAMES[part].format(layer=layer) if part in _NAMES else name

@@ -1,0 +1,68 @@
+"""Mixtral (arXiv 2401.04088), as ``MixtralForCausalLM`` of transformers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dynmoe_jax import config
+from dynmoe_jax.interop.architecture import Architecture
+from dynmoe_jax.interop.llama import (
+    DECODER_RULES,
+    DEFAULTS,
+    LAYER,
+    REQUIRED,
+    decoder_settings,
+    decoder_settings_to_hf,
+)
+from dynmoe_jax.interop.mapping import GATE, UP, Rule
+from dynmoe_jax.interop.settings import read_settings
+
+_DEFAULTS = DEFAULTS | {"num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+_FIXED = {"hidden_act": "silu", "sliding_window": None}
+
+
+def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
+    """The model settings that a ``config.json`` describes.
+
+    Raises:
+      CheckpointError: a setting is missing, or asks for what our model does not compute.
+    """
+    required = (*REQUIRED, "intermediate_size", "num_local_experts")
+    hf = read_settings(settings, required=required, defaults=_DEFAULTS, fixed=_FIXED)
+    return config.Model(
+        **decoder_settings(hf, theta=1e6),
+        moe=config.MoE(
+            router="top_k",
+            num_experts=hf["num_local_experts"],
+            hidden_width=hf["intermediate_size"],
+            top_k=hf["num_experts_per_tok"],
+            renormalize=True,
+        ),
+    )
+
+
+def model_to_hf(model: config.Model) -> dict[str, Any]:
+    """``config.json`` of a renormalised top-k model with experts in every layer."""
+    return {
+        **decoder_settings_to_hf(model),
+        "model_type": "mixtral",
+        "intermediate_size": model.moe.hidden_width,
+        "num_local_experts": model.moe.num_experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "sliding_window": None,
+    }
+
+
+_EXPERT = LAYER + "block_sparse_moe.experts.{expert}."
+
+MIXTRAL = Architecture(
+    name="MixtralForCausalLM",
+    model_from_hf=model_from_hf,
+    model_to_hf=model_to_hf,
+    rules=(
+        *DECODER_RULES,
+        Rule(LAYER + "block_sparse_moe.gate.weight", "feed_forward.router_DE"),
+        Rule(_EXPERT + "w1.weight", "feed_forward.gate_up_ED2F", half=GATE),
+        Rule(_EXPERT + "w3.weight", "feed_forward.gate_up_ED2F", half=UP),
+        Rule(_EXPERT + "w2.weight", "feed_forward.down_EFD"),
+    ),
+)

@@ -1,0 +1,70 @@
+"""OLMoE (arXiv 2409.02060), as ``OlmoeForCausalLM`` of transformers: norms of queries and keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dynmoe_jax import config
+from dynmoe_jax.interop.architecture import Architecture
+from dynmoe_jax.interop.layouts import Folded
+from dynmoe_jax.interop.llama import (
+    DECODER_RULES,
+    DEFAULTS,
+    EXPERT_RULES,
+    LAYER,
+    REQUIRED,
+    decoder_settings,
+    decoder_settings_to_hf,
+    without_head_width,
+)
+from dynmoe_jax.interop.mapping import Rule
+from dynmoe_jax.interop.settings import read_settings
+
+_DEFAULTS = DEFAULTS | {"num_experts_per_tok": 8, "rms_norm_eps": 1e-5, "norm_topk_prob": False}
+_FIXED = {"hidden_act": "silu", "attention_bias": False, "clip_qkv": None}
+
+
+def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
+    """The model settings that a ``config.json`` describes.
+
+    Raises:
+      CheckpointError: a setting is missing, or asks for what our model does not compute.
+    """
+    required = (*REQUIRED, "intermediate_size", "num_experts")
+    hf = read_settings(settings, required=required, defaults=_DEFAULTS, fixed=_FIXED)
+    return config.Model(
+        **decoder_settings(without_head_width(hf)),
+        qk_norm=True,
+        moe=config.MoE(
+            router="top_k",
+            num_experts=hf["num_experts"],
+            hidden_width=hf["intermediate_size"],
+            top_k=hf["num_experts_per_tok"],
+            renormalize=hf["norm_topk_prob"],
+        ),
+    )
+
+
+def model_to_hf(model: config.Model) -> dict[str, Any]:
+    """``config.json`` of a top-k model with norms of queries and keys, experts in every layer."""
+    return {
+        **without_head_width(decoder_settings_to_hf(model)),
+        "model_type": "olmoe",
+        "intermediate_size": model.moe.hidden_width,
+        "num_experts": model.moe.num_experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "norm_topk_prob": model.moe.renormalize,
+        "clip_qkv": None,
+    }
+
+
+OLMOE = Architecture(
+    name="OlmoeForCausalLM",
+    model_from_hf=model_from_hf,
+    model_to_hf=model_to_hf,
+    rules=(
+        *DECODER_RULES,
+        Rule(LAYER + "self_attn.q_norm.weight", "attention.query_scale_HW", Folded()),
+        Rule(LAYER + "self_attn.k_norm.weight", "attention.key_scale_GW", Folded()),
+        *EXPERT_RULES,
+    ),
+)

@@ -1,0 +1,78 @@
+"""Which foreign architecture a model has."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dynmoe_jax import config
+from dynmoe_jax.interop.architecture import Architecture
+from dynmoe_jax.interop.deepseek import DEEPSEEK
+from dynmoe_jax.interop.dynamic_moe import DYNAMIC_MOE
+from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.llama import LLAMA
+from dynmoe_jax.interop.mixtral import MIXTRAL
+from dynmoe_jax.interop.moe_layers import moe_layers
+from dynmoe_jax.interop.olmoe import OLMOE
+from dynmoe_jax.interop.qwen2_moe import QWEN2_MOE
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (LLAMA, MIXTRAL, OLMOE, QWEN2_MOE, DEEPSEEK, DYNAMIC_MOE)
+}
+"""By the name that ``config.json`` gives; a model is exported as the first one that fits."""
+
+
+def architecture_of(settings: Mapping[str, Any]) -> Architecture:
+    """The architecture that a ``config.json`` names.
+
+    Raises:
+      CheckpointError: it is not known.
+    """
+    names = settings.get("architectures") or ["none"]
+    if names[0] not in ARCHITECTURES:
+        raise CheckpointError(
+            f"config.json names the architecture {names[0]!r}; known are: "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[names[0]]
+
+
+def architecture_for(model: config.Model) -> Architecture:
+    """The first architecture whose ``config.json`` says all that a model computes.
+
+    Raises:
+      CheckpointError: none does.
+    """
+    differing: dict[str, list[str]] = {}
+    for name, architecture in ARCHITECTURES.items():
+        try:
+            back = what_is_computed(architecture.model_from_hf(architecture.model_to_hf(model)))
+        except CheckpointError:
+            continue
+        wanted = what_is_computed(model)
+        differing[name] = [key for key, value in wanted.items() if back.get(key) != value]
+        if not differing[name]:
+            return architecture
+    nearest, settings = min(differing.items(), key=lambda item: len(item[1]))
+    raise CheckpointError(
+        f"no format of Hugging Face's has such a model; {nearest} comes nearest, without "
+        f"{', '.join(f'config.model.{setting}' for setting in settings)}."
+    )
+
+
+def what_is_computed(model: config.Model) -> dict[str, Any]:
+    """The settings that decide what a model computes, by name; not how, nor what is never used."""
+    moe = model.moe
+    found = dataclasses.asdict(model)
+    for name in ("moe", "dtype", "remat", "attention"):
+        del found[name]
+    layers = moe_layers(model)
+    found["moe.every_n_layers"] = layers
+    if len(layers) == model.num_layers:
+        del found["hidden_width"]
+    if layers:
+        bound = moe.router if moe.router in ("top_p", "top_k") else "router"
+        names = ("router", bound, "num_experts", "hidden_width", "renormalize", "routed_scale")
+        names += ("shared_hidden_width", "shared_gate")
+        found |= {f"moe.{name}": getattr(moe, name) for name in names}
+    return {name: found[name] for name in sorted(found)}
