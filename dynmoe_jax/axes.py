@@ -6,10 +6,10 @@ a new parameter is sharded by being named.
 Four mesh axes, from the slowest links to the fastest:
 
 - ``slice``: copies of everything, joined by a data-centre network.  It splits the batch alone.
-- ``data``: splits the batch; parameters are cut along D over it, and gathered layer by layer
-  (FSDP, ZeRO-3).
+- ``data``: splits the batch; its devices share the parameters, each keeps a piece, and the pieces
+  are put together layer by layer (FSDP, ZeRO-3).
 - ``expert``: splits the batch too; every device keeps E / expert of the experts, and tokens travel.
-  Parameters without experts are cut over it like over ``data``.
+  Parameters without experts are shared along it like along ``data``.
 - ``model``: splits heads, hidden width and vocabulary.
 """
 
@@ -25,19 +25,13 @@ SLICE, DATA, EXPERT, MODEL = MESH_AXES = ("slice", "data", "expert", "model")
 BATCH = (SLICE, DATA, EXPERT)
 """The axes that split the batch."""
 
-ALONG: dict[str, tuple[str, ...]] = {
-    "E": (EXPERT,),
-    "H": (MODEL,),
-    "G": (MODEL,),
-    "F": (MODEL,),
-    "V": (MODEL,),
-    "D": (DATA, EXPERT),
-}
-"""Mesh axes of each axis of a parameter, less those that one further up has taken.
+ALONG = {"E": EXPERT, "H": MODEL, "G": MODEL, "F": MODEL, "V": MODEL}
+"""The mesh axis of an axis of a parameter."""
 
-``2F``, gate and up side by side, is not cut: a device needs the same columns of both.  So what the
-``model`` axis would take of F it takes of D, until the parameter is put together for its layer.
-"""
+SHARED = (DATA, EXPERT)
+"""The mesh axes whose devices share a parameter beyond that (FSDP): each keeps a piece of it, and
+they put it together when its layer is computed.  Along ``expert`` experts are not shared: they
+differ."""
 
 _AXES_OF_NAME = re.compile(r"_((?:\d?[A-Z]|1)+)$")
 
@@ -62,14 +56,36 @@ def parameter_spec(name: str, shape: Sequence[int], sizes: Mapping[str, int]) ->
     axes = axes_of(name)
     front = len(shape) - len(axes)
     lengths = dict(zip(axes, shape[front:], strict=True))
-    along = ALONG | ({"D": (DATA, EXPERT, MODEL)} if "2F" in axes else {})
-    taken: dict[str, tuple[str, ...]] = {}
-    for axis in along:
-        free = set(MESH_AXES) - {mesh_axis for others in taken.values() for mesh_axis in others}
-        mine = tuple(a for a in along[axis] if sizes.get(a, 1) > 1 and a in free)
-        if axis in lengths and mine and lengths[axis] % math.prod(sizes[a] for a in mine) == 0:
-            taken[axis] = mine
+
+    def fits(axis, mesh_axes):
+        return lengths[axis] % math.prod(sizes.get(a, 1) for a in mesh_axes) == 0
+
+    taken = {
+        a: (ALONG[a],) for a in axes if sizes.get(ALONG.get(a), 1) > 1 and fits(a, (ALONG[a],))
+    }
+    used = {mesh_axis for mesh_axes in taken.values() for mesh_axis in mesh_axes}
+    shared = SHARED if "2F" not in axes else (*SHARED, MODEL)
+    shared = tuple(a for a in shared if sizes.get(a, 1) > 1 and a not in used)
+    for axis in _pieces_of(axes) if shared else ():
+        if fits(axis, (*taken.get(axis, ()), *shared)):
+            taken[axis] = (*taken.get(axis, ()), *shared)
+            break
     return P(*(None for _ in range(front)), *(taken.get(axis) for axis in axes))
+
+
+def _pieces_of(axes: list[str]) -> list[str]:
+    """The axes that a parameter may be cut in pieces along, the best one first.
+
+    D, unless it is the last: pieces of the last axis would be narrower than the tiles of a TPU,
+    which then puts them together by adding up zeros (compiled for v5p).  Never experts, and never
+    2F, gate and up side by side, of which a device needs the same columns twice: what ``model``
+    would take of F it takes of D, until the parameter is put together.
+    """
+    if "D" not in axes:
+        return []
+    if axes[-1] != "D":
+        return ["D"]
+    return [axis for axis in axes if axis != "E"]
 
 
 def mesh_axes_at(spec: P, dimension: int) -> tuple[str, ...]:

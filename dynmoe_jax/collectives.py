@@ -54,8 +54,8 @@ def gathered(part: Array, spec: P) -> Array:
       spec: how the whole parameter lies on the mesh.
     """
     for dimension in range(len(spec)):
-        axes = mesh_axes_at(spec, dimension)
-        if axes and MODEL not in axes:
+        axes = tuple(axis for axis in mesh_axes_at(spec, dimension) if axis != MODEL)
+        if axes:
             part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
     return checkpoint_name(part, GATHERED)
 
@@ -63,8 +63,8 @@ def gathered(part: Array, spec: P) -> Array:
 def gathered_halves(part: Array, spec: P) -> Array:
     """Gate and up side by side, [..., D, 2F], put together: of both the columns of this device.
 
-    They are kept cut along D over the ``model`` axis as well (:data:`~dynmoe_jax.axes.ALONG`), so
-    that its devices exchange what each needs of the columns of the others.
+    The devices of the ``model`` axis keep pieces along D (:func:`~dynmoe_jax.axes.parameter_spec`),
+    and exchange what each needs of the columns of the others.
     """
     parts, along = jax.lax.axis_size(MODEL), mesh_axes_at(spec, len(spec) - 2)
     if parts > 1:

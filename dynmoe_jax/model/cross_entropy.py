@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from dynmoe_jax.axes import BATCH, MODEL, mesh_sizes, on_one_device, parameter_spec
+from dynmoe_jax.axes import BATCH, MODEL, mesh_axes_at, mesh_sizes, on_one_device, parameter_spec
 from dynmoe_jax.collectives import each_device, gathered
 
 
@@ -51,7 +51,8 @@ def cross_entropy_sums(
         options = _Options(z_weight, chunk_tokens)
         return _local_sums(options, x_BLD, output_DV, targets_BL, valid_BL)
     spec = parameter_spec("output_DV", output_DV.shape, mesh_sizes())
-    options = _Options(z_weight, chunk_tokens, vocabulary_axis=MODEL if spec[1] else None)
+    split = MODEL in mesh_axes_at(spec, 1)
+    options = _Options(z_weight, chunk_tokens, vocabulary_axis=MODEL if split else None)
 
     def on_each_device(x_BLD, output_DV, targets_BL, valid_BL):
         output_DV = gathered(output_DV, spec)

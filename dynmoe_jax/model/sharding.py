@@ -59,7 +59,7 @@ def whole_parameter(name: str, parameter: Array, dtype: jnp.dtype) -> Array:
     wanted = P()
     if "2F" not in axes_of(name):
         along = (mesh_axes_at(kept, dimension) for dimension in range(len(kept)))
-        wanted = P(*(MODEL if axes == (MODEL,) else None for axes in along))
+        wanted = P(*(MODEL if MODEL in axes else None for axes in along))
     return checkpoint_name(_gather(kept, wanted, values), GATHERED)
 
 
@@ -92,7 +92,7 @@ def embedded(
     if on_one_device():
         return table_VD.astype(dtype)[tokens_BL]
     spec = parameter_spec(name, table_VD.shape, mesh_sizes())
-    split_rows = spec[0] is not None
+    split_rows = MODEL in mesh_axes_at(spec, 0)
 
     def on_each_device(table_VD, tokens_BL):
         table_VD = gathered(table_VD, spec)

@@ -27,7 +27,7 @@ from dynmoe_jax.training.checkpoint import (
     make_folder,
     saved_config,
 )
-from dynmoe_jax.training.compilation import compiled_programs_kept
+from dynmoe_jax.training.compilation import compiled_programs_kept, compiler_options
 from dynmoe_jax.training.disk import DiskError, disk_errors
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
 from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
@@ -149,7 +149,11 @@ def _train(
         with seconds.of("compile"), stage("Compiling the training step"):
             init = partial(init_state, cfg.model, optimizer)
             shapes = _state_shapes(init, mesh)
-            train_step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
+            train_step = jax.jit(
+                make_train_step(cfg, optimizer, schedule),
+                donate_argnums=0,
+                compiler_options=compiler_options(current_target()),
+            )
             train_step = train_step.lower(shapes, _batch_shapes(cfg, on_devices)).compile()
             memory.check_step(train_step)
             state = _start(cfg, init, checkpoints, done, shapes)
