@@ -14,7 +14,13 @@
 """
 
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.pipeline import Batch, TrainStream, heldout_batches, merge_states, shards_of
+from dynmoe_jax.data.pipeline import (
+    Batch,
+    TrainStream,
+    heldout_batches,
+    merge_states,
+    shards_of_rows,
+)
 from dynmoe_jax.data.preparation import Prepared, prepare
 from dynmoe_jax.data.sources import check_sources
 from dynmoe_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -31,6 +37,6 @@ __all__ = [
     "heldout_batches",
     "merge_states",
     "prepare",
-    "shards_of",
+    "shards_of_rows",
     "train_tokenizer",
 ]
