@@ -37,7 +37,13 @@ from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
 from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.memory import Memory, OutOfMemory
-from dynmoe_jax.training.mesh import batch_sharding, check_divides, make_mesh, state_shardings
+from dynmoe_jax.training.mesh import (
+    batch_sharding,
+    check_divides,
+    make_mesh,
+    replicated,
+    state_shardings,
+)
 from dynmoe_jax.training.metrics import check_packages
 from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
