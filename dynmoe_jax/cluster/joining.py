@@ -58,8 +58,6 @@ def _join(place: Place) -> watch.Watch | None:
     if place.is_alone:
         return None
     explicit = place.coordinator is not None
-    # Off accelerators, processes reach each other through gloo.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     looking = watch.Watch(_too_late(place), place.connect_timeout)
     try:
         with warnings.catch_warnings():
@@ -74,6 +72,7 @@ def _join(place: Place) -> watch.Watch | None:
                 heartbeat_timeout_seconds=place.heartbeat_timeout,
             )
         if has_peers():
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
             jax.devices()  # in all processes at once: they tell each other what they have
     except Exception as error:
         looking.end()

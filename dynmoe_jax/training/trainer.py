@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
+from dynmoe_jax.cluster.same_settings import check_same_settings
 from dynmoe_jax.cluster.watch import losses_told
 from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, check_sources
@@ -85,6 +86,7 @@ def train(cfg: config.Config, workdir: Path) -> int:
     seconds = Seconds()
 
     # ── Settings: everything that can be refused is refused before anything is computed ──────────
+    check_same_settings(cfg)
     if agreement.on_first(lambda: _is_complete(cfg, workdir)):
         return 0
     mesh, memory = check_run(cfg)
@@ -209,13 +211,15 @@ def _train(
                     rescue(logbook.trouble, cfg, workdir, state, checkpoints)
                 if checkpoints.reached_preemption(step):
                     stop.preempt()
-                heldout = None
+                heldout, together = None, not agreement.has_peers()
                 try:
                     if _due(step, cfg.evaluation.every_steps, cfg):
                         heldout = logbook.with_heldout(evaluate)
+                    together = True
                 finally:
-                    # Whatever happens to the evaluation, the step is not lost.
-                    if step == cfg.train.steps or checkpoints.due(step):
+                    # Whatever happens to the evaluation, the step is not lost; but a process whose
+                    # evaluation fails must not wait for others to save with it.
+                    if together and (step == cfg.train.steps or checkpoints.due(step)):
                         with seconds.of("saving"):
                             logbook.flush()
                             loss = heldout.loss if heldout else None

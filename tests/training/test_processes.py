@@ -87,7 +87,7 @@ def free_port():
 class Processes:
     """Some processes of one run, of one device each."""
 
-    def __init__(self, count, corpus, workdir, batches, changes=()):
+    def __init__(self, count, corpus, workdir, batches, changes, own):
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -102,7 +102,8 @@ class Processes:
         self.each = [
             subprocess.Popen(
                 [sys.executable, "-c", DRIVER, str(batches), *arguments(corpus, workdir), *changes]
-                + [*place, f"--process_id={number}"] * (count > 1),
+                + [*place, f"--process_id={number}"] * (count > 1)
+                + [*own] * number,
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -127,8 +128,9 @@ class Processes:
 
 
 @contextlib.contextmanager
-def running(count, corpus, workdir, batches, *changes):
-    processes = Processes(count, corpus, workdir, batches, changes)
+def running(count, corpus, workdir, batches, *changes, own=()):
+    """``changes`` of settings are those of all processes, ``own`` those of the second."""
+    processes = Processes(count, corpus, workdir, batches, changes, own)
     try:
         yield processes
     finally:
@@ -223,6 +225,16 @@ def test_killed_process_stops_the_other_and_both_resume(one, corpus, tmp_path):
     assert_same_run(workdir, one[0])
     for step, batch in batches_in(batches).items():
         np.testing.assert_array_equal(batch, one[1][step], err_msg=f"step {step}")
+
+
+def test_processes_with_other_settings_than_the_first_are_refused(corpus, tmp_path):
+    workdir, batches = tmp_path / "run", tmp_path / "batches"
+    with running(2, corpus, workdir, batches, own=["--config.seed=1"]) as processes:
+        codes = processes.end()
+    assert codes == [EXIT_PEER_LOST, EXIT_BAD_INPUT], processes.printed
+    refused = "config.seed=1 is 0 in process 0; start all processes with the same settings."
+    assert f"error: {refused}" in processes.printed[1]
+    assert re.search(rf"Process 1 on \S+ has stopped: {re.escape(refused)}", processes.printed[0])
 
 
 def test_error_in_one_process_stops_both_with_its_sentence(one, corpus, tmp_path):
