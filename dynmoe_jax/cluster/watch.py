@@ -1,14 +1,14 @@
 """A process that dies, or stops for an error of its own, stops the others with a sentence.
 
 JAX notices the death of a process by its missing heartbeats, and ends the others by ``abort``, with
-a stack trace and the exit code of a crash.  A thread here says in plain words what happened,
-and leaves with a code of its own:
+a stack trace and the exit code of a crash.  Threads here say in plain words what happened,
+and leave with a code of their own:
 
 - A process that stops for an error leaves its sentence in the coordinator's key-value store, where
   the threads of the others look for it.
 - A collective that loses its peer raises in the main thread: :func:`losses_told`.
 - Where nothing raises, JAX aborts after ``heartbeat_timeout``.  The abort is held up for some
-  seconds, in which the thread finds it and speaks.
+  seconds, in which a thread finds it and speaks.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from dynmoe_jax.cluster.place import EXIT_PEER_LOST
 
 _FAILED = "dynmoe_jax/failed"
 _THREADS = Path("/proc/self/task")
-_POLL_S = 1.0
+_POLL_S = 0.5
 _ABORT_DELAY_S = int(signal.SIGABRT)
 _GRACE_S = 1.0
 """For an error that all processes have: each may say it by itself."""
@@ -46,7 +46,7 @@ _LOST_CONNECTION = re.compile(
 
 
 class Watch:
-    """The thread of one process that looks after the others.
+    """The threads of one process that look after the others.
 
     Args:
       too_late: what to say if joining takes longer than ``connect_timeout``.
@@ -56,13 +56,15 @@ class Watch:
     def __init__(self, too_late: str, connect_timeout: float):
         self._too_late, self._deadline = too_late, time.monotonic() + connect_timeout
         self._connected, self._ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cluster watch", daemon=True)
+        self._thread = threading.Thread(target=self._look, name="cluster watch", daemon=True)
         self._thread.start()
 
     def connected(self) -> None:
         """From now on the other processes are there."""
         _hold_up_aborts()
         self._connected.set()
+        # Of its own, and never waited for: JAX's client hangs once it has lost the coordinator.
+        threading.Thread(target=self._listen, name="cluster ear", daemon=True).start()
 
     def end(self) -> None:
         """Stops looking: the others may leave."""
@@ -70,36 +72,39 @@ class Watch:
         self._connected.set()
         self._thread.join()
 
-    def _run(self) -> None:
+    def _look(self) -> None:
+        """Waits for the start, then for an abort."""
         if not self._connected.wait(self._deadline - time.monotonic()):
             _leave(self._too_late)
+        while not self._ended.wait(_POLL_S):
+            if not _aborting():
+                continue
+            if not _answers():
+                _leave(_lost("JAX's reason stands above"))
+            # A crash of this process alone, which JAX explains itself.
+            publish("it crashed; its own output says why.")
+            return
+
+    def _listen(self) -> None:
+        """Waits for what another process leaves behind."""
         client = distributed.global_state.client
         # Not by a call that blocks until the key is there: the coordinator would remember each.
         while not self._ended.wait(_POLL_S):
             try:
-                self._told(json.loads(client.key_value_try_get(_FAILED)))
+                failure = json.loads(client.key_value_try_get(_FAILED))
             except jax.errors.JaxRuntimeError as error:
                 if "NOT_FOUND" in str(error):
-                    self._look_for_abort(client)
-                elif not self._ended.is_set():
+                    continue
+                if not self._ended.is_set():
                     _leave(_lost("the coordinator in process 0 does not answer"))
-
-    def _told(self, failure: dict) -> None:
-        own = failure["process"] == distributed.global_state.process_id
-        if not self._ended.wait(None if own else _GRACE_S):
-            _leave(
-                f"Process {failure['process']} on {failure['host']} has stopped: "
-                f"{failure['sentence']}"
-            )
-
-    def _look_for_abort(self, client) -> None:
-        if not _aborting():
+                return
+            own = failure["process"] == distributed.global_state.process_id
+            if not own and not self._ended.wait(_GRACE_S):
+                _leave(
+                    f"Process {failure['process']} on {failure['host']} has stopped: "
+                    f"{failure['sentence']}"
+                )
             return
-        if _answers(client):  # a crash of this process alone, which JAX explains itself
-            publish("it crashed; its own output says why.")
-            self._ended.wait()
-        else:
-            _leave(_lost("JAX's reason stands above"))
 
 
 @contextlib.contextmanager
@@ -168,13 +173,13 @@ def _lost(reason: str) -> str:
     )
 
 
-def _answers(client) -> bool:
+def _answers() -> bool:
     """Whether JAX's client still works; it hangs once it has noticed that another is gone."""
     answered = threading.Event()
 
     def ask():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.get_live_nodes([distributed.global_state.process_id])
+            distributed.global_state.client.get_live_nodes([distributed.global_state.process_id])
             answered.set()
 
     threading.Thread(target=ask, daemon=True).start()
