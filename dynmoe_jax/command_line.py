@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dynmoe_jax import config
+from dynmoe_jax.cluster.place import Place
 from dynmoe_jax.console import console
 
 EXIT_BAD_INPUT = 2
@@ -23,6 +24,20 @@ EXIT_PREEMPTED = 143
 """As of any process that Ctrl-C or SIGTERM ends (128 + the signal's number): whoever starts runs
 again need not know whether the run was still preparing, or was training and has saved."""
 DEFAULT_CONFIG = "configs/quickstart.py"
+CLUSTER_FLAGS = {
+    "coordinator": (str, "host and port of process 0, where several processes train one run"),
+    "num_processes": (int, "how many they are; 1 alone: look for no others"),
+    "process_id": (int, "which of them this is, from 0"),
+    "connect_timeout": (
+        int,
+        f"seconds to wait for the others at the start, {Place.connect_timeout}",
+    ),
+    "heartbeat_timeout": (
+        int,
+        f"seconds of silence after which one counts as dead, {Place.heartbeat_timeout}",
+    ),
+}
+"""Where JAX finds the cluster by itself (TPU, SLURM, Open MPI), none is needed."""
 
 
 def run(
@@ -43,9 +58,25 @@ def run(
         if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in sys.argv[1:]):
             _print_help(about)
             return 0
-        return main(*parse(sys.argv))
+        place, argv = parse_place(sys.argv)
+        cfg, workdir = parse(argv)
+        # Not before: loading JAX takes a second, in which mistakes are found.
+        from dynmoe_jax.cluster.joining import joined
 
-    return exit_code(program, bad_input)
+        with joined(place, exits):
+            return main(cfg, workdir)
+
+    exits: list[Callable[[int], None]] = []
+    try:
+        code = exit_code(program, bad_input)
+    except BaseException:
+        if not exits:
+            raise
+        traceback.print_exc()
+        code = 1
+    for leave in exits:
+        leave(code)
+    return code
 
 
 def exit_code(program: Callable[[], int], bad_input: tuple[type[Exception], ...] = ()) -> int:
@@ -63,6 +94,28 @@ def exit_code(program: Callable[[], int], bad_input: tuple[type[Exception], ...]
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on from what is on disk.")
         return EXIT_INTERRUPTED
+
+
+def parse_place(argv: Sequence[str]) -> tuple[Place, list[str]]:
+    """This process among others, as flags say, and the other arguments.
+
+    Raises:
+      ConfigError: a number is none, or the flags contradict each other.
+    """
+    found, rest, unread = {}, [argv[0]], iter(argv[1:])
+    for argument in unread:
+        name, equals, value = argument.partition("=")
+        name = name.removeprefix("--")
+        if not argument.startswith("--") or name not in CLUSTER_FLAGS:
+            rest.append(argument)
+            continue
+        value = value if equals else next(unread, "")
+        kind, about = CLUSTER_FLAGS[name]
+        try:
+            found[name] = kind(value)
+        except ValueError:
+            raise config.ConfigError(f"--{name}={value} must be a whole number: {about}.") from None
+    return Place(**found), rest
 
 
 def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:
@@ -140,7 +193,8 @@ def _failed_file(path: Path, error: Exception) -> config.ConfigError:
 
 
 def _unknown_flag(name: str) -> config.ConfigError:
-    near = difflib.get_close_matches(name, ("config", "workdir", "help"), n=1, cutoff=0.6)
+    known = ("config", "workdir", "help", *CLUSTER_FLAGS)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     near = near[0] if near else f"config.{config.nearest_name(name)}"
     return config.ConfigError(f"--{name} is not a flag; did you mean --{near}?")
 
@@ -180,6 +234,11 @@ def _check_override(name: str, text: str | None) -> None:
 
 def _print_help(about: str) -> None:
     console.print(f"{about}\n\n  --config=FILE.py  --workdir=DIR  --config.NAME=VALUE …\n")
+    table = Table(title="Several processes (docs/clusters.md)", title_justify="left", box=None)
+    table.show_header = False
+    for name, (_, about_it) in CLUSTER_FLAGS.items():
+        table.add_row(f"--{name}", about_it)
+    console.print(table, "")
     table = Table(title="Settings and their defaults", title_justify="left", box=None)
     for column in ("--config.", "default", "unit", ""):
         table.add_column(column, overflow="fold")

@@ -2,12 +2,15 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from dynmoe_jax import config
+from dynmoe_jax import command_line, config
+from dynmoe_jax.axes import batch_devices
 from dynmoe_jax.training.logbook import COUNTS, SCALARS
+from dynmoe_jax.training.mesh import check_divides, mesh_shape
 from dynmoe_jax.training.summary import DomainResult, HeldOut, Sample, Summary
 
 ROOT = Path(__file__).parents[1]
@@ -43,3 +46,18 @@ def test_every_metric_is_explained():
     assert not [
         name for name in (*SCALARS, *COUNTS, *fields) if not re.search(rf"[`.]{name}[`.]", text)
     ]
+
+
+def test_commands_for_clusters_fit_the_devices_that_they_are_for(monkeypatch):
+    """One box, SLURM, a TPU slice, two slices, and two machines of eight."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python train\.py ([^\"\n]+)", text)
+    for command, devices in zip(commands, (8, 32, 64, 128, 16, 16), strict=True):
+        place, rest = command_line.parse_place(["train.py", *shlex.split(command)])
+        cfg, workdir = command_line.parse(rest)
+        sizes = mesh_shape(cfg.mesh, devices)
+        check_divides(cfg.model, sizes)
+        if place.coordinator is None:  # the others train the quickstart, of whatever size
+            assert cfg.train.batch_size // cfg.train.microbatches % batch_devices(sizes) == 0
+        assert str(workdir) != "runs/quickstart"

@@ -15,7 +15,13 @@
 """
 
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.pipeline import Batch, TrainStream, heldout_batches, merge_states, shards_of
+from dynmoe_jax.data.pipeline import (
+    Batch,
+    TrainStream,
+    heldout_batches,
+    merge_states,
+    shards_of_rows,
+)
 from dynmoe_jax.data.preparation import Prepared, prepare
 from dynmoe_jax.data.sentencepiece_tokenizer import train_tokenizer
 from dynmoe_jax.data.sources import check_sources
@@ -36,6 +42,6 @@ __all__ = [
     "open_tokenizer",
     "prepare",
     "remove_tokenizer",
-    "shards_of",
+    "shards_of_rows",
     "train_tokenizer",
 ]

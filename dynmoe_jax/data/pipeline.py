@@ -31,7 +31,7 @@ class TrainStream:
     The rows and their order depend on the data, the tokenizer, the seed, ``seq_len``,
     ``domain_weights``, ``shuffle_tokens`` and ``virtual_shards``, and on nothing else: not on the
     batch size, not on who reads which shards.  Within a batch that all shards have the same share
-    of, the rows are sorted by shard, so that a reader of neighbouring shards (:func:`shards_of`)
+    of, the rows are sorted by shard, so that a reader of neighbouring shards (:func:`shards_of_rows`)
     holds a block of the batch, as the devices of a process do.
 
     Args:
@@ -133,40 +133,43 @@ class TrainStream:
         self._iterator().set_state(state["position"])
 
 
-def shards_of(reader: int, readers: int, virtual_shards: int) -> range:
-    """The virtual shards of one of several readers, e.g. of a process by its index.
+def shards_of_rows(rows: Collection[int], batch_size: int, virtual_shards: int) -> list[int]:
+    """The virtual shards that some rows of every batch come from.
 
-    Raises:
-      DataError: the shards cannot be divided among so many.
+    Args:
+      rows: numbers of rows in a batch, e.g. of those that the devices of a process hold.
+      batch_size: rows of a whole batch.
+      virtual_shards: their number.
+
+    Returns:
+      the shards, rising; all of them where a batch has not the same number of rows of each.
     """
-    if virtual_shards % readers:
-        raise DataError(
-            f"config.data.virtual_shards={virtual_shards} must be a multiple of the {readers} "
-            "processes that read the data."
-        )
-    share = virtual_shards // readers
-    return range(reader * share, (reader + 1) * share)
+    if batch_size % virtual_shards:
+        return list(range(virtual_shards))
+    return sorted({int(row) // (batch_size // virtual_shards) for row in rows})
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One position of the states that several readers have after the same number of batches.
 
     It is what a reader of all shards would have there, so that any number of readers can go on.
+    A shard that several of them read stands alike in all their states.
 
     Raises:
-      ValueError: a shard is missing or comes twice, or the states are not of one stream.
+      ValueError: a shard is missing, or the states are not of one stream or one moment.
     """
     positions = [state["position"] for state in states]
-    shards = [number for position in positions for number in position["shards"]]
     count = states[0]["virtual_shards"]
-    if sorted(map(int, shards)) != list(range(count)):
-        raise ValueError(f"The states hold the shards {shards}, not each of {count} once.")
+    merged: dict[str, Any] = {}
+    for position in positions:
+        for number, shard in position["shards"].items():
+            if merged.setdefault(number, shard) != shard:
+                raise ValueError(f"The states hold shard {number} at different places.")
+    if sorted(map(int, merged)) != list(range(count)):
+        raise ValueError(f"The states hold the shards {sorted(merged)}, not all of {count}.")
     identities = [{k: v for k, v in state.items() if k != "position"} for state in states]
     if any(identity != identities[0] for identity in identities):
         raise ValueError("The states are not of one stream.")
-    merged = {}
-    for position in positions:
-        merged |= position["shards"]
     # Whoever reads the last shard has read to the end of the batch.
     row = max(position["row"] for position in positions)
     return {**identities[0], "position": {"row": row, "shards": merged}}

@@ -2,6 +2,8 @@
 
 A checkpoint is written beside its place and renamed when all of it, the list of checksums
 (:mod:`.integrity`) included, is there: whoever is killed while saving leaves no half of one.
+
+Of several processes each writes its arrays; process 0 writes the rest, renames, and deletes.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from dynmoe_jax import config
+from dynmoe_jax.cluster import agreement
 from dynmoe_jax.training.disk import not_writable
 from dynmoe_jax.training.integrity import find_damage, write_checksums
 from dynmoe_jax.training.retention import METRIC, heldout_loss, keep_policy, save_policy
@@ -37,6 +40,10 @@ FREE_TO_CHANGE = (
 """Settings (or groups of them) that may differ between a checkpoint and the run that resumes."""
 
 
+_CLOCK_STEPS = 10
+"""Several processes agree every so many steps on what the clock of process 0 says."""
+
+
 class CheckpointError(Exception):
     """A checkpoint cannot be written or read; the message is one sentence for the user."""
 
@@ -46,20 +53,23 @@ class Checkpoints:
 
     Args:
       workdir: the run's folder.
-      checkpoint: the settings; None to read only, which leaves alone what a run may be writing.
+      checkpoint: the settings; None to read only, which leaves alone what a run may be writing, and
+        which one of several processes may do by itself.
 
     Raises (saving, closing and whatever waits for them):
       CheckpointError: a checkpoint could not be written, e.g. because the disk is full.
     """
 
     def __init__(self, workdir: Path, checkpoint: config.Checkpoint | None):
-        self._workdir = workdir
+        self._workdir, self._settings = workdir, checkpoint
         self._saving: int | None = None
         # Of what fails, Orbax logs the traceback; the sentence that we make of it is enough.
         logging.getLogger("absl").addFilter(_without_traceback)
         best = {"best_fn": heldout_loss, "best_mode": "min"}
         if checkpoint is None:
-            options = ocp.CheckpointManagerOptions(create=False, **best)
+            options = ocp.CheckpointManagerOptions(
+                create=False, multiprocessing_options=_alone(), **best
+            )
         else:
             options = ocp.CheckpointManagerOptions(
                 save_decision_policy=save_policy(checkpoint),
@@ -107,8 +117,16 @@ class Checkpoints:
         return best if best is not None and METRIC in (self._manager.metrics(best) or {}) else None
 
     def due(self, step: int) -> bool:
-        """Whether the settings ask for a checkpoint after this step."""
-        return self._manager.should_save(step)
+        """Whether the settings ask for a checkpoint after this step.
+
+        Every process has to ask at every step: where clocks have a say, process 0 decides.
+        """
+        every = self._settings.every_steps
+        if not agreement.has_peers() or not self._settings.every_minutes:
+            return self._manager.should_save(step)
+        if (every and step % every == 0) or step % _CLOCK_STEPS:
+            return bool(every) and step % every == 0
+        return agreement.on_first(lambda: self._manager.should_save(step))
 
     def reached_preemption(self, step: int) -> bool:
         """Whether the machines of a distributed run will be taken away: all hosts say yes at the
@@ -224,6 +242,14 @@ class Checkpoints:
                 f"The checkpoint {folder} cannot be read ({_shortly(error)}); move it away to go "
                 "on from the one before."
             ) from error
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For reading without the other processes of the run."""
+    if not agreement.has_peers():
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
 
 
 def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:

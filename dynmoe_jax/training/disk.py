@@ -2,13 +2,16 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dynmoe_jax import config
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+_SEEN_WITHIN_S = 60
 
 
 class DiskError(Exception):
@@ -20,6 +23,24 @@ def not_writable(workdir: Path, error: OSError) -> config.ConfigError:
     return config.ConfigError(
         f"--workdir={workdir} cannot be written ({error.strerror}); name another folder."
     )
+
+
+def is_seen(look: Callable[[], bool]) -> bool:
+    """Whether what another process has written shows here, too.
+
+    A network file system may take its time, up to a minute, to show it.
+
+    Args:
+      look: whether it does; an OSError means that it does not.
+    """
+    until = time.monotonic() + _SEEN_WITHIN_S
+    while True:
+        with contextlib.suppress(OSError):
+            if look():
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

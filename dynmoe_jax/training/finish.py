@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from dynmoe_jax import config
+from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import console, stage
 from dynmoe_jax.data import Batch, Prepared, Tokenizer, heldout_batches
 from dynmoe_jax.evaluation.heldout import evaluate
@@ -96,10 +97,15 @@ def finish_run(
     heldout: HeldOut,
     tokenizer: Tokenizer,
     seconds: Seconds,
-) -> Summary:
-    """Samples, writes ``summary.json`` and ``report.html``, and prints the closing table."""
+) -> None:
+    """Samples, writes ``summary.json`` and ``report.html``, and prints the closing table.
+
+    All processes sample, process 0 does the rest.
+    """
     with seconds.of("evaluation"):
         written = sample(cfg, params, tokenizer)
+    if not agreement.is_first():
+        return
     metrics = read_metrics(workdir)
     paths = {
         "checkpoints": CHECKPOINTS,
@@ -127,4 +133,3 @@ def finish_run(
     write_summary(workdir, summary)
     console.print()
     print_summary(summary, workdir)
-    return summary

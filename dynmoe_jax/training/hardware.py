@@ -13,13 +13,14 @@ def peak_flops_per_second() -> float:
     """Peak FLOP/s of all devices together.
 
     A device that is no known chip (a CPU, say) counts with what a large float32 matrix product
-    reaches on it.  The CPU devices of a process share one host, so they count as one.
+    reaches on it.  The CPU devices of a process share one host, so they count as one.  Processes
+    count as if each had a host of its own.
     """
     devices = jax.devices()
     chip = chip_of(devices[0].device_kind)
     if chip:
         return chip.flops_per_s * len(devices)
-    count = 1 if devices[0].platform == "cpu" else len(devices)
+    count = jax.process_count() if devices[0].platform == "cpu" else len(devices)
     return measured_matmul_flops_per_second() * count
 
 

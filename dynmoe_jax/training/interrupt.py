@@ -1,6 +1,10 @@
 """Ctrl-C, SIGTERM and the notice that the machine will be taken away: save, and leave.
 
 Only while there is something to save: before the first step a signal does what it always does.
+
+Of several processes, all have to stop after the same step.  JAX sees to that: it catches SIGTERM in
+any of them, agrees with the others on a step that none has reached, and says so at that step
+(``Checkpoints.reached_preemption``).
 """
 
 import contextlib
@@ -24,10 +28,15 @@ class StopRequest:
 
     Attributes:
       exit_code: of the process; None as long as nobody has asked.
+
+    Args:
+      distributed: whether JAX has all processes of the run agree before one of them stops.
     """
 
-    def __init__(self):
+    def __init__(self, distributed: bool = False):
         self.exit_code: int | None = None
+        self._distributed = distributed
+        self._preempted_code = EXIT_PREEMPTED
 
     @property
     def requested(self) -> bool:
@@ -36,7 +45,7 @@ class StopRequest:
 
     def preempt(self) -> None:
         """Asks in the name of whoever takes the machine away."""
-        self.exit_code = self.exit_code or EXIT_PREEMPTED
+        self.exit_code = self.exit_code or self._preempted_code
 
     def check(self) -> None:
         """Raises Stopped if the run was asked to stop."""
@@ -49,7 +58,11 @@ class StopRequest:
         # The next one is the kernel's: Python would answer only after the step or the save that
         # is under way.  A second SIGTERM changes nothing: some schedulers send several.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if not self.requested:
+        if self._distributed:
+            self._preempted_code = _EXIT_CODES[signal.Signals(number)]
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.write(2, b"\nStopping after the next steps; Ctrl-C to leave at once.\n")
+        elif not self.requested:
             self.exit_code = _EXIT_CODES[signal.Signals(number)]
             # Not by print: the signal may have come in the middle of another one.
             os.write(2, b"\nStopping after this step; Ctrl-C to leave at once.\n")
@@ -59,10 +72,9 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turns SIGINT and SIGTERM into a request that the loop reads between steps.
 
-    In a distributed run SIGTERM is left to JAX, which has all hosts stop at the same step (see
-    ``Checkpoints.reached_preemption``).
+    In a distributed run SIGTERM is left to JAX, and a Ctrl-C is handed on as one.
     """
-    request = StopRequest()
+    request = StopRequest(jax.distributed.is_initialized())
     numbers = [signal.SIGINT]
     if not jax.distributed.is_initialized():
         numbers.append(signal.SIGTERM)

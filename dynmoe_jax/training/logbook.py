@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from dynmoe_jax import config
+from dynmoe_jax.cluster import agreement
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.routing import statistics
 from dynmoe_jax.training.hardware import peak_flops_per_second
-from dynmoe_jax.training.metrics import MetricsWriter
+from dynmoe_jax.training.metrics import MetricsWriter, NoWriter
 from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.progress import TrainingProgress
 from dynmoe_jax.training.summary import HeldOut
@@ -91,7 +92,8 @@ class Logbook:
 
     ``add`` keeps the metrics of step s on the device and reads those of step s-1, which by then
     have been computed: the device works on step s meanwhile, and the host is never more than one
-    step ahead of it.
+    step ahead of it.  Of several processes, all read what steps say and act on it alike; process 0
+    writes it.
 
     Attributes:
       trouble: what the newest step that was read makes necessary; None as a rule.
@@ -103,7 +105,9 @@ class Logbook:
     """
 
     def __init__(self, cfg: config.Config, workdir: Path, done: int):
-        self._writer = MetricsWriter(workdir, cfg.logging, done)
+        self._writer = NoWriter()
+        if agreement.is_first():
+            self._writer = MetricsWriter(workdir, cfg.logging, done)
         self._progress = TrainingProgress(done, cfg.train.steps)
         self._speed = StepRecorder(cfg, done)
         self._every, self._first, self._last = cfg.train.log_every_steps, done + 1, cfg.train.steps
@@ -152,8 +156,9 @@ class Logbook:
 
     def owes_heldout(self, step: int) -> bool:
         """Whether the step has a line without the result of an evaluation."""
-        return any(
-            line["step"] == step and "heldout_loss" not in line for line in self._writer.read()
+        lines = self._writer.read()
+        return agreement.broadcast(
+            any(line["step"] == step and "heldout_loss" not in line for line in lines)
         )
 
     def complete(self, step: int, evaluate: Callable[[], HeldOut]) -> HeldOut:

@@ -95,6 +95,26 @@ class MetricsWriter:
         self.close()
 
 
+class NoWriter:
+    """Takes the place of a :class:`MetricsWriter` in a process whose metrics another one writes."""
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Does nothing."""
+
+    def read(self) -> list[dict[str, Any]]:
+        """No lines."""
+        return []
+
+    def add_to(self, step: int, metrics: Metrics) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` in order, NaN where a number was not finite."""
     return [record for _, record in _whole_lines(workdir / FILE_NAME)]

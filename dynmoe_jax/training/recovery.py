@@ -1,5 +1,6 @@
 """From which checkpoint a run goes on: the newest one that is whole."""
 
+from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import warn
 from dynmoe_jax.training.checkpoint import ITEMS, CheckpointError, Checkpoints
 from dynmoe_jax.training.integrity import find_damage
@@ -31,14 +32,27 @@ def newest_whole(checkpoints: Checkpoints) -> tuple[int | None, dict[int, str]]:
     return None, {}
 
 
-def recover(checkpoints: Checkpoints) -> int | None:
-    """Step that a run goes on after.  Newer checkpoints, damaged, are moved out of the way.
+def recover(checkpoints: Checkpoints, verify: bool = True) -> int | None:
+    """Step that a run goes on after: of several processes, process 0 decides.
 
-    They are not deleted: what is wrong with them may be of interest.
+    Args:
+      checkpoints: of the run.
+      verify: leave out damaged checkpoints.  They are moved out of the way, not deleted: what is
+        wrong with them may be of interest.
 
     Raises:
       CheckpointError: there are checkpoints, and all are damaged.
     """
+    if not verify:
+        return agreement.on_first(checkpoints.latest_step)
+    step, moved = agreement.on_first(lambda: _move_damaged(checkpoints))
+    if moved:
+        checkpoints.reload()
+    return step
+
+
+def _move_damaged(checkpoints: Checkpoints) -> tuple[int | None, bool]:
+    """(step of the newest whole checkpoint, whether newer ones were moved away)."""
     step, damaged = newest_whole(checkpoints)
     for bad, damage in damaged.items():
         folder = checkpoints.folder(bad)
@@ -48,9 +62,7 @@ def recover(checkpoints: Checkpoints) -> int | None:
         moved.parent.mkdir(exist_ok=True)
         folder.rename(moved)
         warn(damaged_sentence(bad, f"{damage}; moved to {moved}", step))
-    if damaged:
-        checkpoints.reload()
-    return step
+    return step, bool(damaged)
 
 
 def damaged_sentence(damaged: int, what: str, step: int) -> str:

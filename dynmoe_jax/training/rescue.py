@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from dynmoe_jax import config
+from dynmoe_jax.cluster import agreement
 from dynmoe_jax.command_line import EXIT_BAD_NUMBERS
 from dynmoe_jax.console import warn
 from dynmoe_jax.training.checkpoint import Checkpoints
@@ -60,7 +60,7 @@ def _stop(trouble: TooManySkips, cfg: config.Config, workdir: Path, state: Train
     with ocp.StandardCheckpointer() as writer:
         arrays = {"state": state, "batch": trouble.batch}
         writer.save((folder / ARRAYS).absolute(), arrays, force=True)
-    if jax.process_index() == 0:
+    if agreement.is_first():
         text = json.dumps(config.to_dict(cfg), indent=2)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
     raise BadNumbers(
@@ -75,7 +75,9 @@ def _roll_back(spike: Spike, workdir: Path, checkpoints: Checkpoints) -> None:
     # The first high loss was computed after the update of the step before: that one goes too.
     culprit = spike.first - 1
     checkpoints.wait()
-    target = max((step for step in checkpoints.steps() if step < culprit), default=None)
+    target = agreement.on_first(
+        lambda: max((step for step in checkpoints.steps() if step < culprit), default=None)
+    )
     if target is None:
         warn(
             f"no checkpoint is older than the spike at step {spike.first:,}, so training goes on; "
@@ -97,10 +99,7 @@ def _roll_back(spike: Spike, workdir: Path, checkpoints: Checkpoints) -> None:
     )
     # In this order: killed in between, the run meets the spike again and comes here again.
     checkpoints.delete_after(target)
-    if jax.process_index() == 0:
-        write_skips(workdir, [*skips, skip])
-    if jax.process_count() > 1:  # the others read what the first has written
-        multihost_utils.sync_global_devices(f"skips of step {spike.first}")
+    agreement.on_first(lambda: write_skips(workdir, [*skips, skip]))
     raise RolledBack(
         f"back to step {target:,}; the batches {skip.first:,} to {skip.last:,} are left out."
     )

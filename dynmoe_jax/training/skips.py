@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dynmoe_jax import config
+from dynmoe_jax.cluster import agreement
 from dynmoe_jax.data import Batch, TrainStream
 from dynmoe_jax.training.records import from_json, to_json, write_atomically
 
@@ -35,14 +36,17 @@ class Skip:
 def read_skips(workdir: Path) -> list[Skip]:
     """The ranges of a run in the order in which they were added; none in a new run.
 
+    Of several processes, process 0 reads them.
+
     Raises:
       ConfigError: the file is damaged.
     """
     path = workdir / FILE_NAME
-    if not path.exists():
-        return []
     try:
-        return [Skip(**skip) for skip in from_json(path.read_text(encoding="utf-8"))]
+        lines = agreement.on_first(
+            lambda: from_json(path.read_text(encoding="utf-8")) if path.exists() else []
+        )
+        return [Skip(**line) for line in lines]
     except (OSError, ValueError, TypeError) as error:
         raise config.ConfigError(
             f"{path} cannot be read, so the batches that this run leaves out are not known; "
@@ -52,7 +56,7 @@ def read_skips(workdir: Path) -> list[Skip]:
 
 def skips_of(workdir: Path, done: int) -> list[Skip]:
     """The ranges of the run that continues after step ``done``; a new run forgets those there."""
-    if not done:
+    if not done and agreement.is_first():
         (workdir / FILE_NAME).unlink(missing_ok=True)
     return read_skips(workdir)
 

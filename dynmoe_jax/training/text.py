@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_jax import config
+from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import stage
 from dynmoe_jax.data import (
     DataError,
@@ -18,6 +19,7 @@ from dynmoe_jax.data import (
     train_tokenizer,
 )
 from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from dynmoe_jax.training.disk import is_seen
 
 TRAINED = SentencePieceTokenizer.place
 """The file of a tokenizer that was trained here."""
@@ -27,6 +29,8 @@ def load_text(
     cfg: config.Config, workdir: Path, position: Mapping[str, Any] | None
 ) -> tuple[Prepared, Tokenizer]:
     """Prepares the sources (or finds them prepared) and loads or trains the tokenizer.
+
+    Of several processes, process 0 does all of it; the others open what it has made.
 
     The tokenizer lies in the run's folder, as ``tokenizer.model`` or in ``tokenizer/``: a copy of
     what ``config.data.tokenizer`` names, or one trained on the run's own training text.
@@ -42,6 +46,36 @@ def load_text(
       DataError: the sources or the tokenizer cannot be used, or are not those that the run began
         with, or nothing can be held out.
     """
+    if not agreement.is_first():
+        directory, digest = agreement.broadcast(None)
+        return _open_text(Path(directory), workdir, digest)
+    prepared, tokenizer = _make_text(cfg, workdir, position)
+    agreement.broadcast([str(prepared.directory.absolute()), tokenizer.fingerprint])
+    return prepared, tokenizer
+
+
+def _open_text(directory: Path, workdir: Path, digest: str) -> tuple[Prepared, Tokenizer]:
+    """What process 0 has made."""
+    if not is_seen(directory.is_dir):
+        raise DataError(
+            f"{directory}, where process 0 has prepared the data, is not there; have "
+            "config.data.directory name a folder on a file system that all processes share."
+        )
+
+    def is_the_same() -> bool:
+        path = find_tokenizer(workdir)
+        return path is not None and open_tokenizer(path).fingerprint == digest
+
+    if not is_seen(is_the_same):
+        raise DataError(
+            f"The tokenizer in {workdir} is not the one that process 0 uses; share the --workdir."
+        )
+    return Prepared(directory), open_tokenizer(find_tokenizer(workdir))
+
+
+def _make_text(
+    cfg: config.Config, workdir: Path, position: Mapping[str, Any] | None
+) -> tuple[Prepared, Tokenizer]:
     directory = Path(cfg.data.directory or workdir / "data").expanduser()
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from dynmoe_jax import config
+from dynmoe_jax.cluster import agreement
+from dynmoe_jax.cluster.same_settings import check_same_settings
+from dynmoe_jax.cluster.watch import losses_told
 from dynmoe_jax.console import console, stage, warn
-from dynmoe_jax.data import DataError, TrainStream, check_sources
+from dynmoe_jax.data import DataError, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
 from dynmoe_jax.experts import make_backend, make_transport
 from dynmoe_jax.model import decoder_structure
@@ -29,12 +32,19 @@ from dynmoe_jax.training.checkpoint import (
 )
 from dynmoe_jax.training.compilation import compiled_programs_kept, compiler_options
 from dynmoe_jax.training.disk import DiskError, disk_errors
+from dynmoe_jax.training.feed import Feed, place_whole
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
 from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
 from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.memory import Memory, OutOfMemory
-from dynmoe_jax.training.mesh import batch_sharding, check_divides, make_mesh, state_shardings
+from dynmoe_jax.training.mesh import (
+    batch_sharding,
+    check_divides,
+    make_mesh,
+    replicated,
+    state_shardings,
+)
 from dynmoe_jax.training.metrics import check_packages
 from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
@@ -76,16 +86,11 @@ def train(cfg: config.Config, workdir: Path) -> int:
     seconds = Seconds()
 
     # ── Settings: everything that can be refused is refused before anything is computed ──────────
-    saved = saved_config(workdir)
-    if saved:
-        check_compatible(saved, cfg, workdir)
-    summary = read_summary(workdir)
-    if summary and summary.complete and summary.step >= cfg.train.steps:
-        console.print(f"The run in {workdir} is complete: {summary.step:,} steps.", **PLAIN)
-        print_summary(summary, workdir)
+    check_same_settings(cfg)
+    if agreement.on_first(lambda: _is_complete(cfg, workdir)):
         return 0
     mesh, memory = check_run(cfg)
-    make_folder(workdir)
+    agreement.on_first(lambda: make_folder(workdir))
     with (
         disk_errors(workdir),
         locked(workdir),
@@ -95,9 +100,27 @@ def train(cfg: config.Config, workdir: Path) -> int:
     ):
         while True:
             try:
-                return _train(cfg, workdir, mesh, memory, checkpoints, seconds)
+                with losses_told():
+                    return _train(cfg, workdir, mesh, memory, checkpoints, seconds)
             except RolledBack as back:
                 warn(str(back))
+
+
+def _is_complete(cfg: config.Config, workdir: Path) -> bool:
+    """Whether nothing is left to do, which is then shown.
+
+    Raises:
+      ConfigError: the run that was begun there cannot go on with these settings.
+    """
+    saved = saved_config(workdir)
+    if saved:
+        check_compatible(saved, cfg, workdir)
+    summary = read_summary(workdir)
+    if not (summary and summary.complete and summary.step >= cfg.train.steps):
+        return False
+    console.print(f"The run in {workdir} is complete: {summary.step:,} steps.", **PLAIN)
+    print_summary(summary, workdir)
+    return True
 
 
 def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
@@ -106,8 +129,9 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
     Raises:
       ConfigError, DataError, OutOfMemory: they do not.
     """
-    check_sources(cfg.data)
-    check_packages(cfg.logging)
+    if agreement.is_first():  # the others need neither
+        check_sources(cfg.data)
+        check_packages(cfg.logging)
     target, model = current_target(), cfg.model
     make_backend(model.moe, target)
     choose_attention(
@@ -130,17 +154,17 @@ def _train(
     seconds: Seconds,
 ) -> int:
     """The run itself, on a mesh, with its checkpoints open."""
-    done = (recover(checkpoints) if cfg.checkpoint.verify else checkpoints.latest_step()) or 0
+    done = recover(checkpoints, cfg.checkpoint.verify) or 0
     _print_settings(cfg, workdir, done)
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────
     with seconds.of("data preparation"):
         position = checkpoints.position(done) if done else None
         prepared, tokenizer = load_text(cfg, workdir, position)
-        stream = TrainStream(prepared, tokenizer, cfg.data, cfg.train.batch_size, cfg.seed)
+        on_devices = batch_sharding(mesh)
+        feed = Feed(cfg, prepared, tokenizer, on_devices)
         if position is not None:
-            stream.set_state(position)
-    on_devices = batch_sharding(mesh)
+            feed.stream.set_state(position)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as at_end:
         # ── State and step ───────────────────────────────────────────────────────────────────────
@@ -149,21 +173,25 @@ def _train(
         with seconds.of("compile"), stage("Compiling the training step"):
             init = partial(init_state, cfg.model, optimizer)
             shapes = _state_shapes(init, mesh)
+            # What the host reads must be whole in every process.
+            placed = jax.tree.map(lambda x: x.sharding, shapes)
             train_step = jax.jit(
                 make_train_step(cfg, optimizer, schedule),
                 donate_argnums=0,
+                out_shardings=(placed, replicated(mesh)),
                 compiler_options=compiler_options(current_target()),
             )
             train_step = train_step.lower(shapes, _batch_shapes(cfg, on_devices)).compile()
             memory.check_step(train_step)
             state = _start(cfg, init, checkpoints, done, shapes)
             eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
-        batches = SkippingStream(stream, skips_of(workdir, done), done)
+            eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
+        batches = SkippingStream(feed.stream, skips_of(workdir, done), done)
         stop = at_end.enter_context(stop_on_signal())
 
         def place(batch):
             stop.check()
-            return jax.device_put(batch, on_devices)
+            return place_whole(batch, on_devices)
 
         def evaluate():
             with seconds.of("evaluation"):
@@ -176,7 +204,7 @@ def _train(
                 heldout = logbook.complete(done, evaluate)
             for step in range(done + 1, cfg.train.steps + 1):
                 with seconds.of("data waiting"):
-                    batch = jax.device_put(next(batches), on_devices)
+                    batch = feed.place(next(batches))
                 with seconds.of("step"):
                     state, metrics = train_step(state, batch)
                     logbook.add(step, metrics, batch)
@@ -184,24 +212,26 @@ def _train(
                     rescue(logbook.trouble, cfg, workdir, state, checkpoints)
                 if checkpoints.reached_preemption(step):
                     stop.preempt()
-                heldout = None
+                heldout, together = None, not agreement.has_peers()
                 try:
                     if _due(step, cfg.evaluation.every_steps, cfg):
                         heldout = logbook.with_heldout(evaluate)
+                    together = True
                 finally:
-                    # Whatever happens to the evaluation, the step is not lost.
-                    if step == cfg.train.steps or checkpoints.due(step):
+                    # Whatever happens to the evaluation, the step is not lost; but a process whose
+                    # evaluation fails must not wait for others to save with it.
+                    if together and (step == cfg.train.steps or checkpoints.due(step)):
                         with seconds.of("saving"):
                             logbook.flush()
                             loss = heldout.loss if heldout else None
-                            checkpoints.save(step, state, stream.get_state(), cfg, loss)
+                            checkpoints.save(step, state, feed.position(), cfg, loss)
                 checkpoints.check()
                 stop.check()
             heldout = heldout or evaluate()
         if logbook.trouble and not stop.requested:
             rescue(logbook.trouble, cfg, workdir, state, checkpoints)
         if stop.requested:
-            checkpoints.save(step, state, stream.get_state(), cfg)
+            checkpoints.save(step, state, feed.position(), cfg)
             checkpoints.wait()
             console.print(f"Stopped after step {step:,} and saved; the same command continues.")
             return stop.exit_code
@@ -246,6 +276,7 @@ def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:
     """What this run is: the settings that differ from the defaults."""
     verb = f"Continuing {workdir} after step {done:,}" if done else f"New run in {workdir}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    devices += f" in {jax.process_count()} processes" if agreement.has_peers() else ""
     console.print(f"{verb}, on {devices}", **PLAIN)
     table = Table("setting", "value", "default", box=None, pad_edge=False)
     for path, value, default in config.differences(cfg):

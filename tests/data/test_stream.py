@@ -15,7 +15,7 @@ from dynmoe_jax.data import (
     TrainStream,
     heldout_batches,
     merge_states,
-    shards_of,
+    shards_of_rows,
 )
 
 MIXED = "alpha=1,beta=2,gamma=1.5"
@@ -122,7 +122,8 @@ def test_other_number_of_processes_goes_on_with_exactly_the_same_batches(
     """Packed, shuffled in windows, mixed: each process holds its block of the same batches."""
 
     def readers(count):
-        own = [shards_of(reader, count, 4) for reader in range(count)]
+        rows = np.split(np.arange(8), count)
+        own = [shards_of_rows(part, 8, 4) for part in rows]
         return [make(batch_size=8, domain_weights=weights, shard_ids=shards) for shards in own]
 
     def blocks(streams, batches):
@@ -146,19 +147,39 @@ def test_other_number_of_processes_goes_on_with_exactly_the_same_batches(
 
 
 def test_states_that_do_not_make_a_whole_are_refused(make):
-    left, right = make(batch_size=8, shard_ids=[0, 1]), make(batch_size=8, shard_ids=[2, 3])
+    left = make(batch_size=8, shard_ids=[0, 1])
     other = make(batch_size=8, shard_ids=[2, 3], seed=1)
-    for states in ([left], [left, left], [left, right, right]):
-        with pytest.raises(ValueError, match="not each of 4 once"):
+    for states in ([left], [left, left]):
+        with pytest.raises(ValueError, match="not all of 4"):
             merge_states([stream.get_state() for stream in states])
     with pytest.raises(ValueError, match="not of one stream"):
         merge_states([left.get_state(), other.get_state()])
+    later = make(batch_size=8, shard_ids=[1, 2, 3])
+    next(later)
+    with pytest.raises(ValueError, match="shard 1 at different places"):
+        merge_states([left.get_state(), later.get_state()])
 
 
-def test_shards_that_processes_cannot_share_are_refused():
-    assert [list(shards_of(reader, 2, 6)) for reader in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
-    with pytest.raises(DataError, match=r"virtual_shards=4 must be a multiple of the 3 processes"):
-        shards_of(0, 3, 4)
+def test_readers_of_the_same_shard_make_one_position(make):
+    whole, left, right = make(8), make(8, shard_ids=[0, 1]), make(8, shard_ids=[1, 2, 3])
+    for stream in (whole, left, right):
+        next(stream)
+    assert merge_states([left.get_state(), right.get_state()]) == whole.get_state()
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "shards"),
+    [
+        ([0, 1, 2, 3], 8, [0, 1]),  # two rows of each shard
+        ([4, 5], 8, [2]),
+        ([3, 4], 8, [1, 2]),  # one of each
+        ([0, 7], 8, [0, 3]),  # devices that are no neighbours
+        ([2], 4, [2]),
+        ([0, 1, 2], 6, [0, 1, 2, 3]),  # six rows are no multiple of four shards
+    ],
+)
+def test_shards_follow_from_the_rows_that_devices_hold(rows, batch_size, shards):
+    assert shards_of_rows(rows, batch_size, 4) == shards
 
 
 def test_a_batch_that_readers_cannot_share_is_refused(make):

@@ -19,19 +19,12 @@ from dynmoe_jax.training.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
-DISTRIBUTED = """
-import runpy, sys
-import jax
-jax.distributed.initialize(sys.argv.pop(1), 1, 0)
-runpy.run_path("train.py", run_name="__main__")
-"""
-
 
 @contextlib.contextmanager
-def running(corpus, workdir, *python):
+def running(corpus, workdir, *flags):
     """A run without end, past its third step."""
     command = [
-        *(sys.executable, *python),
+        *(sys.executable, "train.py", *flags),
         "--config=benchmarks/kill_config.py",
         f"--config.data.sources=text:{corpus}",
         f"--workdir={workdir}",
@@ -72,8 +65,8 @@ def test_sigterm_saves_the_step_it_came_in_and_exits_with_its_own_code(
     corpus, compile_once, tmp_path, distributed
 ):
     """In a distributed run the signal is JAX's, and Orbax's hook tells at which step to stop."""
-    python = ("-c", DISTRIBUTED, f"localhost:{free_port()}") if distributed else ("train.py",)
-    with running(corpus, tmp_path, *python) as process:
+    place = (f"--coordinator=localhost:{free_port()}", "--num_processes=1", "--process_id=0")
+    with running(corpus, tmp_path, *place * distributed) as process:
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_PREEMPTED, printed

@@ -11,8 +11,8 @@ import pytest
 
 from dynmoe_jax import command_line, config
 from dynmoe_jax.data import TrainStream
+from dynmoe_jax.training import feed, rescue, step, trainer
 from dynmoe_jax.training import replay as replay_command
-from dynmoe_jax.training import rescue, step, trainer
 from dynmoe_jax.training.checkpoint import FOLDER
 from dynmoe_jax.training.metrics import read_metrics
 from dynmoe_jax.training.replay import replay
@@ -175,7 +175,7 @@ def rolled_back(cfg, change, tmp_path_factory):
     cfg = change(cfg, train__steps=50, train__spike_action="rollback", checkpoint__keep=100)
     with pytest.MonkeyPatch.context() as monkeypatch:
         said = []
-        monkeypatch.setattr(trainer, "TrainStream", JumpingStream)
+        monkeypatch.setattr(feed, "TrainStream", JumpingStream)
         monkeypatch.setattr(trainer, "warn", said.append)
         assert train(cfg, workdir) == 0
     return cfg, workdir, said
@@ -201,7 +201,7 @@ def test_run_after_a_rollback_is_reproduced_by_a_resume(rolled_back, tmp_path, m
     for number in (44, 48, 50):
         shutil.rmtree(copy / FOLDER / str(number))
     (copy / "summary.json").unlink()
-    monkeypatch.setattr(trainer, "TrainStream", JumpingStream)
+    monkeypatch.setattr(feed, "TrainStream", JumpingStream)
     assert train(cfg, copy) == 0
     assert losses(copy) == losses(workdir)
 

@@ -97,3 +97,32 @@ def test_the_best_can_be_loaded(workdir, state, settings, tokenizer):
         load_run(workdir)
         load_run(workdir, best=True)
     assert loaded == [6, 5]
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "every_minutes", "clock", "due"),
+    [
+        (6, 0.0, True, [6, 12, 18, 24]),
+        (0, 5.0, True, [10, 20]),  # only every tenth step do processes compare clocks
+        (6, 5.0, True, [6, 10, 12, 18, 20, 24]),
+        (6, 5.0, False, [6, 12, 18, 24]),
+    ],
+)
+def test_several_processes_go_by_the_clock_of_the_first(
+    tmp_path, monkeypatch, every_steps, every_minutes, clock, due
+):
+    """Whatever this process's own clock says: it would save alone, and wait for the others."""
+    asked = []
+
+    def on_first(work):
+        asked.append(work)
+        return clock
+
+    settings = config.Checkpoint(every_steps=every_steps, every_minutes=every_minutes)
+    checkpoints = Checkpoints(tmp_path, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module.agreement, "has_peers", lambda: True)
+        patch.setattr(checkpoint_module.agreement, "on_first", on_first)
+        assert [step for step in range(1, 25) if checkpoints.due(step)] == due
+    checkpoints.close()
+    assert len(asked) == (2 if every_minutes else 0)

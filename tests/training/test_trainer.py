@@ -13,7 +13,7 @@ import pytest
 from dynmoe_jax import config
 from dynmoe_jax.axes import MESH_AXES
 from dynmoe_jax.command_line import EXIT_INTERRUPTED
-from dynmoe_jax.data import DataError, open_tokenizer
+from dynmoe_jax.data import DataError, TrainStream, open_tokenizer
 from dynmoe_jax.training import trainer
 from dynmoe_jax.training.checkpoint import FOLDER
 from dynmoe_jax.training.lock import locked
@@ -265,13 +265,13 @@ def test_run_moves_to_fewer_devices_and_back(copy, whole, monkeypatch):
     for step in (3, 4, 5, 6):
         shutil.rmtree(workdir / FOLDER / str(step))
     (workdir / "summary.json").unlink()
-    batches, following = [], trainer.TrainStream.__next__
+    batches, following = [], TrainStream.__next__
 
     def take(stream):
         batches.append(following(stream))
         return batches[-1]
 
-    monkeypatch.setattr(trainer.TrainStream, "__next__", take)
+    monkeypatch.setattr(TrainStream, "__next__", take)
     for step, devices in ((3, 4), (4, 2), (5, 1)):
         with monkeypatch.context() as patch:
             only(devices, patch)
@@ -281,7 +281,7 @@ def test_run_moves_to_fewer_devices_and_back(copy, whole, monkeypatch):
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(losses(workdir), losses(whole[1]), rtol=1e-5)
     prepared, tokenizer = load_text(cfg, whole[1], None)
-    with trainer.TrainStream(prepared, tokenizer, cfg.data, 8, cfg.seed) as stream:
+    with TrainStream(prepared, tokenizer, cfg.data, 8, cfg.seed) as stream:
         wanted = [following(stream) for _ in range(6)][2:]
     for batch, want in zip(batches, wanted, strict=True):
         assert_identical(batch, want)

@@ -1,0 +1,112 @@
+"""How a process finds the others: JAX's detection of the cluster, or explicit flags."""
+
+import contextlib
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+
+import jax
+from jax._src import distributed
+
+from dynmoe_jax.cluster import watch
+from dynmoe_jax.cluster.agreement import has_peers, is_first
+from dynmoe_jax.cluster.place import Place
+from dynmoe_jax.config_fields import ConfigError
+from dynmoe_jax.console import console
+
+_LATER_S = 60
+"""JAX aborts when its time is up; ours is up first."""
+
+_TOO_LATE_TO_JOIN = "jax.distributed.initialize() must be called before"
+
+
+@contextlib.contextmanager
+def joined(place: Place, exits: list[Callable[[int], None]]) -> Iterator[None]:
+    """Inside, JAX knows the devices of all processes; only process 0 prints.
+
+    An error in one process ends all of them, each with a sentence.  Outside of any cluster nothing
+    happens.
+
+    Args:
+      place: of this process.
+      exits: after an error, gets what ends the process with an exit code; the ordinary end of a
+        program would wait for the others, which wait for this one.
+
+    Raises:
+      ConfigError: there seems to be a cluster, but what JAX finds of it is not enough.
+    """
+    looking = _join(place)
+    if looking is None:
+        yield
+        return
+    console.quiet = not is_first()
+    try:
+        yield
+    except BaseException as error:
+        exits.append(watch.leave)
+        if watch.publish(_sentence(error)) and not is_first():
+            console.quiet = False
+            number, host = distributed.global_state.process_id, socket.gethostname()
+            console.print(f"Process {number} on {host}:", markup=False)
+        raise
+    finally:
+        looking.end()
+
+
+def _join(place: Place) -> watch.Watch | None:
+    """Initialises ``jax.distributed``; None where there are no others."""
+    if place.is_alone:
+        return None
+    explicit = place.coordinator is not None
+    looking = watch.Watch(_too_late(place), place.connect_timeout)
+    try:
+        with warnings.catch_warnings():
+            # In a container, JAX asks for a package that only a Kubernetes job would need.
+            warnings.filterwarnings("ignore", message="Kubernetes environment detected")
+            jax.distributed.initialize(
+                place.coordinator,
+                place.num_processes,
+                place.process_id,
+                cluster_detection_method="deactivate" if explicit else None,
+                initialization_timeout=place.connect_timeout + _LATER_S,
+                heartbeat_timeout_seconds=place.heartbeat_timeout,
+            )
+        if has_peers():
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            jax.devices()  # in all processes at once: they tell each other what they have
+    except Exception as error:
+        looking.end()
+        # No cluster; or whoever calls has computed before, which in a cluster would be too soon.
+        if not explicit and str(error).startswith(("coordinator_address", _TOO_LATE_TO_JOIN)):
+            return None
+        raise ConfigError(
+            f"The other processes cannot be found ({' '.join(str(error).split())}); give "
+            "--coordinator, --num_processes and --process_id, or --num_processes=1 for a process "
+            "by itself."
+        ) from error
+    if not has_peers():
+        looking.end()
+        return None
+    looking.connected()
+    return looking
+
+
+def _too_late(place: Place) -> str:
+    within = f"within --connect_timeout={place.connect_timeout} seconds"
+    if place.process_id == 0:
+        return (
+            f"Not all of the {place.num_processes} processes have come {within}; check that each "
+            f"was started with --coordinator={place.coordinator} and a --process_id of its own."
+        )
+    where = f"--coordinator={place.coordinator}" if place.coordinator else "the coordinator"
+    return (
+        f"Process 0 and the others were not reached at {where} {within}; check that all were "
+        "started, that the address is that of process 0, that its port is open between the "
+        "machines, and that no two have the same number."
+    )
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted."
+    return " ".join(str(error).split()) or type(error).__name__
