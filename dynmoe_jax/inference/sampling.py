@@ -1,0 +1,148 @@
+"""How the next token is drawn from logits.
+
+Filters look for a threshold bit by bit instead of sorting: non-negative floats are ordered like
+their bits, so thirty-one counts find the exact one.
+
+Axis legend: B sequences, V vocabulary, Z stop tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
+
+from dynmoe_jax.config_fields import setting
+
+_STOPS_PADDED_TO = 4
+NO_TOKEN = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.  The only home of these defaults."""
+
+    max_tokens: int = setting(256, "tokens to write at most", unit="tokens", low=1)
+    temperature: float = setting(0.8, "logits are divided by it; 0 = greedy", low=0.0)
+    top_k: int = setting(0, "draw from so many most probable tokens; 0 = all", low=0)
+    nucleus: float = setting(
+        1.0,
+        "draw from the fewest most probable tokens that hold this share; 1 = all (elsewhere top-p, "
+        "here the name of a router)",
+        above=0.0,
+        high=1.0,
+    )
+    seed: int = setting(0, "of the draws", low=0, high=2**31 - 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """What a compiled program needs to know of drawing; all of it data, so that one fits all.
+
+    Attributes:
+      temperature, top_k, nucleus: as in :class:`Sampling`.
+      vocab_size: of the tokenizer; a model may have more rows, which mean nothing.
+      stop_Z: tokens that end a sequence, filled up with ``NO_TOKEN``.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    nucleus: Float[Array, ""]
+    vocab_size: Int[Array, ""]
+    stop_Z: Int[Array, "Z"]
+
+    @classmethod
+    def of(cls, sampling: Sampling, vocab_size: int, stop_ids: Sequence[int]) -> "Draw":
+        """From settings."""
+        stops = np.full(-(-max(1, len(stop_ids)) // _STOPS_PADDED_TO) * _STOPS_PADDED_TO, NO_TOKEN)
+        stops[: len(stop_ids)] = stop_ids
+        return cls(
+            jnp.float32(sampling.temperature),
+            jnp.int32(sampling.top_k),
+            jnp.float32(sampling.nucleus),
+            jnp.int32(vocab_size),
+            jnp.asarray(stops, jnp.int32),
+        )
+
+    def stops(self, token_B: Int[Array, "B"]) -> Bool[Array, "B"]:
+        """Whether a token ends its sequence."""
+        return jnp.any(token_B[:, None] == self.stop_Z, axis=1)
+
+
+def sequence_keys(seed: int, sample_B: Sequence[int]) -> PRNGKeyArray:
+    """A key for each sequence, by which of the samples of its prompt it is.
+
+    Nothing else goes in: a prompt gets the same text in any company.
+    """
+    return jax.vmap(lambda sample: jax.random.fold_in(jax.random.key(seed), sample))(
+        jnp.asarray(sample_B, jnp.int32)
+    )
+
+
+def draw_tokens(
+    logits_BV: Float[Array, "B V"], draw: Draw, key_B: PRNGKeyArray, step: Int[Array, ""]
+) -> Int[Array, "B"]:
+    """The next token of each sequence: temperature, then top-k, then nucleus, then the draw.
+
+    Args:
+      logits_BV: of the next token.
+      draw: how.
+      key_B: of each sequence, see :func:`sequence_keys`.
+      step: which token of its sequence this is.
+    """
+    known_V = jnp.arange(logits_BV.shape[1]) < draw.vocab_size
+    logits_BV = jnp.where(known_V, logits_BV, -jnp.inf)
+
+    def drawn():
+        kept_BV = logits_BV / draw.temperature
+        kept_BV = _if(draw.top_k > 0, kept_BV, lambda x_BV: keep_top_k(x_BV, draw.top_k))
+        kept_BV = _if(draw.nucleus < 1, kept_BV, lambda x_BV: keep_nucleus(x_BV, draw.nucleus))
+        step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, step)
+        gumbel_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(step_key_B)
+        return jnp.argmax(kept_BV + gumbel_BV, axis=-1)
+
+    greedy = lambda: jnp.argmax(logits_BV, axis=-1)  # noqa: E731
+    return jax.lax.cond(draw.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def _if(wanted: Bool[Array, ""], x_BV: Array, change: Callable[[Array], Array]) -> Array:
+    return jax.lax.cond(wanted, change, lambda x_BV: x_BV, x_BV)
+
+
+def keep_top_k(logits_BV: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
+    """-inf for all but the k largest of a row; equals of the last one stay too."""
+    score_BV = _order(logits_BV)
+    enough = lambda over_BV: jnp.sum(over_BV, axis=-1) >= k  # noqa: E731
+    return _keep(logits_BV, score_BV, enough)
+
+
+def keep_nucleus(logits_BV: Float[Array, "B V"], share: Float[Array, ""]) -> Float[Array, "B V"]:
+    """-inf for all but the fewest most probable tokens that hold ``share`` (arXiv 1904.09751).
+
+    The token that crosses the share is kept, and equals of the last one are too.
+    """
+    probs_BV = jax.nn.softmax(logits_BV, axis=-1)
+    enough = lambda over_BV: jnp.sum(jnp.where(over_BV, probs_BV, 0.0), axis=-1) >= share  # noqa: E731
+    return _keep(logits_BV, _order(logits_BV), enough)
+
+
+def _order(x_BV: Float[Array, "B V"]) -> UInt[Array, "B V"]:
+    """Unsigned integers in the order of the floats."""
+    bits_BV = jax.lax.bitcast_convert_type(x_BV, jnp.uint32)
+    negative_BV = bits_BV >> 31 == 1
+    return jnp.where(negative_BV, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
+
+
+def _keep(logits_BV, score_BV, enough: Callable[[Array], Array]):
+    """-inf where the score is below the highest threshold at which there is enough."""
+
+    def try_bit(i, threshold_B1):
+        higher_B1 = threshold_B1 | (jnp.uint32(1 << 31) >> i)
+        return jnp.where(enough(score_BV >= higher_B1)[:, None], higher_B1, threshold_B1)
+
+    lowest_B1 = jnp.zeros((logits_BV.shape[0], 1), jnp.uint32)
+    threshold_B1 = jax.lax.fori_loop(0, 32, try_bit, lowest_B1)
+    return jnp.where(score_BV >= threshold_B1, logits_BV, -jnp.inf)
