@@ -14,17 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
-from dynmoe_jax.config_fields import setting
+from dynmoe_jax.config_fields import check_value, setting, walk
 
 _STOPS_PADDED_TO = 4
 NO_TOKEN = -1
+MOST_BY_DEFAULT = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.  The only home of these defaults."""
 
-    max_tokens: int = setting(256, "tokens to write at most", unit="tokens", low=1)
+    max_tokens: int = setting(
+        0,
+        f"tokens to write at most; 0 = as many as the model has room for, up to {MOST_BY_DEFAULT}",
+        unit="tokens",
+        low=0,
+    )
     temperature: float = setting(0.8, "logits are divided by it; 0 = greedy", low=0.0)
     top_k: int = setting(0, "draw from so many most probable tokens; 0 = all", low=0)
     nucleus: float = setting(
@@ -35,6 +41,10 @@ class Sampling:
         high=1.0,
     )
     seed: int = setting(0, "of the draws", low=0, high=2**31 - 1)
+
+    def __post_init__(self):
+        for path, field, value in walk(self):
+            check_value(path, field, value, prefix="--")
 
 
 @jax.tree_util.register_dataclass
