@@ -137,7 +137,8 @@ class Generator:
             tokens_BP[row, start_B[row] :] = prompt
         limit_S = np.ones(rows * samples, np.int32)
         limit_S[: len(limits)] = limits
-        key_S = sequence_keys(seed, np.tile(np.arange(samples), rows))
+        nobody = [np.zeros(0, np.int32)] * (rows - len(prompts))
+        key_S = sequence_keys(seed, [*prompts, *nobody], samples)
         arguments = self._params, tokens_BP, start_B, limit_S, key_S, draw
         compiled, _ = self._program(
             begin,

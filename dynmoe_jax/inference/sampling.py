@@ -7,6 +7,7 @@ Axis legend: B sequences, V vocabulary, Z stop tokens.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -82,14 +83,17 @@ class Draw:
         return jnp.any(token_B[:, None] == self.stop_Z, axis=1)
 
 
-def sequence_keys(seed: int, sample_B: Sequence[int]) -> PRNGKeyArray:
-    """A key for each sequence, by which of the samples of its prompt it is.
+def sequence_keys(seed: int, prompts: Sequence[Int[np.ndarray, "_"]], samples: int) -> PRNGKeyArray:
+    """A key for each sequence, those of a prompt side by side.
 
-    Nothing else goes in: a prompt gets the same text in any company.
+    Into a key go the seed, the prompt's tokens, and which of its samples a sequence is.  So a
+    prompt gets the same text in any company, and different prompts are drawn independently.
     """
-    return jax.vmap(lambda sample: jax.random.fold_in(jax.random.key(seed), sample))(
-        jnp.asarray(sample_B, jnp.int32)
-    )
+    checksums = [zlib.crc32(np.asarray(prompt, np.int32).tobytes()) for prompt in prompts]
+    checksum_B = jnp.asarray(np.repeat(np.array(checksums, np.uint32), samples))
+    sample_B = jnp.asarray(np.tile(np.arange(samples, dtype=np.uint32), len(prompts)))
+    of_prompt_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), checksum_B)
+    return jax.vmap(jax.random.fold_in)(of_prompt_B, sample_B)
 
 
 def draw_tokens(
