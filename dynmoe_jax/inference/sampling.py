@@ -7,6 +7,7 @@ Axis legend: B sequences, V vocabulary, Z stop tokens.
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -115,11 +116,37 @@ def draw_tokens(
         kept_BV = _if(draw.top_k > 0, kept_BV, lambda x_BV: keep_top_k(x_BV, draw.top_k))
         kept_BV = _if(draw.nucleus < 1, kept_BV, lambda x_BV: keep_nucleus(x_BV, draw.nucleus))
         step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, step)
-        gumbel_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(step_key_B)
-        return jnp.argmax(kept_BV + gumbel_BV, axis=-1)
+        return pick(jax.nn.softmax(kept_BV, axis=-1), jax.vmap(jax.random.uniform)(step_key_B))
 
     greedy = lambda: jnp.argmax(logits_BV, axis=-1)  # noqa: E731
     return jax.lax.cond(draw.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def pick(probs_BV: Float[Array, "B V"], uniform_B: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The token at which the cumulative probability passes a number from [0, 1).
+
+    One random number a sequence: noise for every logit (the Gumbel trick) took 5 ms a token at a
+    vocabulary of 49152, a fifth of the whole step.  In two steps, blocks and then tokens, so that
+    the sums that are accumulated are short.
+    """
+    batch, vocab = probs_BV.shape
+    width = math.isqrt(vocab - 1) + 1
+    probs_Bnw = jnp.pad(probs_BV, ((0, 0), (0, width * width - vocab)))
+    probs_Bnw = probs_Bnw.reshape(batch, width, width)
+    block_Bn = jnp.sum(probs_Bnw, axis=2)
+    block_B, rest_B = _passed(block_Bn, uniform_B * jnp.sum(block_Bn, axis=1))
+    chosen_Bw = jnp.take_along_axis(probs_Bnw, block_B[:, None, None], axis=1)[:, 0]
+    return block_B * width + _passed(chosen_Bw, rest_B)[0]
+
+
+def _passed(mass_Bn: Float[Array, "B n"], target_B: Float[Array, "B"]):
+    """(where the cumulative mass passes the target, what of the target lies in there)."""
+    until_Bn = jnp.cumsum(mass_Bn, axis=1)
+    # Rounding may have put the target on the very end, behind the last mass that is not zero.
+    target_B = jnp.minimum(target_B, jnp.nextafter(until_Bn[:, -1], 0.0))
+    place_B1 = jnp.sum(until_Bn <= target_B[:, None], axis=1, keepdims=True)
+    before_B1 = jnp.take_along_axis(until_Bn - mass_Bn, place_B1, axis=1)
+    return place_B1[:, 0], jnp.maximum(target_B - before_B1[:, 0], 0.0)
 
 
 def _if(wanted: Bool[Array, ""], x_BV: Array, change: Callable[[Array], Array]) -> Array:
