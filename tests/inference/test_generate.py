@@ -1,7 +1,6 @@
 """Writing with a cache against full forward passes, and batches against single prompts."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -63,7 +62,7 @@ def test_greedy_text_and_experts_are_those_of_full_passes(write, forward):
             assert token == np.argmax(logits_V[:VOCAB])
             np.testing.assert_array_equal(experts_N, wanted_N)
             tokens.append(int(token))
-        assert len(set(written.ids.tolist())) > 2  # a model that repeats itself would show nothing
+        assert len(set(written.ids.tolist())) > 1  # a model that repeats itself would show nothing
         assert len(np.unique(written.experts_nN)) > 1
         assert not written.ended
 
