@@ -34,7 +34,7 @@ def test_scores_are_those_of_full_passes(decoder):
         wanted_C = np.take_along_axis(np.asarray(log_probs_LV), np.array(ending)[:, None], 1)[:, 0]
         np.testing.assert_allclose(scores.log_prob_BC[row, :end], wanted_C, rtol=1e-5, atol=1e-5)
         assert not np.any(scores.log_prob_BC[row, end:])
-        greedy_C = np.argmax(log_probs_LV, axis=1) == ending
+        greedy_C = np.argmax(log_probs_LV, axis=1) == np.array(ending)
         np.testing.assert_array_equal(scores.greedy_BC[row, :end], greedy_C)
         wanted_NC = output.routing.experts_per_token[:, 0, len(context) : len(context) + end]
         np.testing.assert_array_equal(scores.experts_NBC[:, row, :end], wanted_NC)

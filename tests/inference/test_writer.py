@@ -81,7 +81,7 @@ def test_samples_stand_with_their_prompt(writer):
 
 
 def test_a_text_that_does_not_fit_the_model_is_refused(writer):
-    with pytest.raises(ConfigError, match="--max_tokens=40 and a prompt of 11 tokens .* to 37"):
+    with pytest.raises(ConfigError, match=r"--max_tokens=40 and a prompt of 11 tokens .* to 37"):
         writer(Sampling(max_tokens=40)).write(["abcdefghij"])
     with pytest.raises(ConfigError, match="a prompt of 51 tokens leaves no room in the 48"):
         writer().write(["a" * 50])
