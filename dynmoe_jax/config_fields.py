@@ -84,9 +84,18 @@ def unknown_setting(kind: type, name: str) -> ConfigError:
     return ConfigError(f"config.{name} does not exist; did you mean config.{near}?")
 
 
-def check_value(path: str, field: dataclasses.Field, value: Any) -> None:
-    """Raises ConfigError unless ``value`` has the field's type and lies in its range."""
-    rule, where = field.metadata, f"config.{path}={value!r}"
+def check_value(
+    path: str, field: dataclasses.Field, value: Any, *, prefix: str = "config."
+) -> None:
+    """Raises ConfigError unless ``value`` has the field's type and lies in its range.
+
+    Args:
+      path: the setting's name.
+      field: its declaration.
+      value: its value.
+      prefix: what stands before the name where people write it.
+    """
+    rule, where = field.metadata, f"{prefix}{path}={value!r}"
     wanted = field.type
     good = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
     if not good:

@@ -31,8 +31,8 @@ class TrainStream:
     The rows and their order depend on the data, the tokenizer, the seed, ``seq_len``,
     ``domain_weights``, ``shuffle_tokens`` and ``virtual_shards``, and on nothing else: not on the
     batch size, not on who reads which shards.  Within a batch that all shards have the same share
-    of, the rows are sorted by shard, so that a reader of neighbouring shards (:func:`shards_of_rows`)
-    holds a block of the batch, as the devices of a process do.
+    of, the rows are sorted by shard, so that a reader of neighbouring shards
+    (:func:`shards_of_rows`) holds a block of the batch, as the devices of a process do.
 
     Args:
       prepared: the data.

@@ -1,112 +1,214 @@
-"""Sampling a continuation.
+"""Token ids in, token ids out.
 
-The whole prefix is computed anew for every token, at one static length: right for the short sample
-that closes a run, and the reference for a decoder with a key/value cache.
-
-Axis legend: L positions (prompt and continuation), N MoE layers.
+Axis legend: B sequences, P slots of the prompts, M tokens to write at most, n tokens written, N MoE
+layers.
 """
 
 import dataclasses
-from functools import partial
+import time
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
+from dynmoe_jax.inference.decoding import Writing, begin, split_layers, write
+from dynmoe_jax.inference.sampling import Draw, Sampling, sequence_keys
+from dynmoe_jax.model import Decoder
 from dynmoe_jax.target import current_target
 
-TILE = 128
-"""Positions that Splash takes at the least; the other kernels divide it."""
+CHUNK = 4
+"""Tokens between two looks at what is being written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What was sampled after a prompt.
+    """What was written after a prompt.
 
     Attributes:
-      ids: token ids, the end-of-text token (if it came) not included.
-      experts: mean number of experts, over the MoE layers, that the model used at the position
-        from which each token was predicted; empty in a dense model.
+      ids: token ids, the token that ended it (if one did) not included.
+      experts_nN: experts that each MoE layer used at the position from which each token was
+        predicted; N = 0 in a dense model.
+      ended: a stop token came, or whoever watched said so; otherwise the limit was reached.
     """
 
-    ids: np.ndarray
-    experts: np.ndarray
+    ids: Int[np.ndarray, "n"]
+    experts_nN: Int[np.ndarray, "n N"]
+    ended: bool
 
 
-def generate(
-    structure: nnx.GraphDef,
-    params: nnx.State,
-    prompt: np.ndarray,
-    new_tokens: int,
-    *,
-    temperature: float,
-    seed: int,
-    eos_id: int,
-    vocab_size: int,
-) -> Continuation:
-    """Continues ``prompt`` by up to ``new_tokens`` tokens.
+@dataclasses.dataclass
+class Speed:
+    """What a generator has done so far.  Seconds of computing do not count those of compiling."""
 
-    Args:
-      structure: of a decoder (:func:`flax.nnx.graphdef`).
-      params: its parameters.
-      prompt: token ids, at least one.
-      new_tokens: tokens to sample.
-      temperature: logits are divided by it; 0 is greedy.
-      seed: of the draws.
-      eos_id: the token at which the continuation ends.
-      vocab_size: the tokenizer's; a model may have more rows, which mean nothing.
+    prompt_tokens: int = 0
+    prompt_s: float = 0.0
+    written_tokens: int = 0
+    writing_s: float = 0.0
+    compile_s: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens written a second; NaN if there are none."""
+        return self.written_tokens / self.writing_s if self.writing_s else np.nan
+
+
+Watch = Callable[[list[Continuation]], Collection[int]]
+"""Sees all sequences as they are so far; returns the numbers of those that are to end now."""
+
+
+class Generator:
+    """Continues prompts with one decoder.
+
+    Programs are compiled once for each size of a batch, whose prompts and limits are rounded up.
+
+    Attributes:
+      speed: adds up over all calls.
     """
-    end = len(prompt) + new_tokens
-    tokens_L = np.zeros(positions_for(end, current_target().platform), np.int32)
-    tokens_L[: len(prompt)] = prompt
-    key = jax.random.key(seed)
-    tokens_L, experts_L = _fill(
-        structure,
-        params,
-        jnp.asarray(tokens_L),
-        len(prompt),
-        end,
-        jnp.float32(temperature),
-        key,
-        vocab_size,
-    )
-    ids = np.asarray(tokens_L)[len(prompt) : end]
-    experts = np.asarray(experts_L)[len(prompt) : end]
-    ended = np.flatnonzero(ids == eos_id)
-    end = ended[0] if ended.size else len(ids)
-    return Continuation(ids[:end], experts[:end] if np.all(np.isfinite(experts)) else experts[:0])
 
+    def __init__(self, decoder: Decoder, *, copy_layers: bool = True):
+        """Prepares a decoder.
 
-def positions_for(end: int, platform: str) -> int:
-    """L, how many positions to compute for a text of ``end``; those behind it are padding.
+        Args:
+          decoder: the model.
+          copy_layers: hold the layers' parameters a second time, in the form that decodes fastest
+            (see :mod:`dynmoe_jax.model.cache`).  Without, programs compile sooner and run slower.
+        """
+        self._structure, self._params = nnx.split(decoder)
+        self._layers = split_layers(self._structure, self._params) if copy_layers else None
+        self._compiled: dict = {}
+        self.speed = Speed()
 
-    Kernels of accelerators want whole tiles: an attention kernel that was asked for by name would
-    otherwise refuse the sample after it has trained the run.
-    """
-    return end if platform == "cpu" else -(-end // TILE) * TILE
+    def write(
+        self,
+        prompts: Sequence[Sequence[int] | Int[np.ndarray, "_"]],
+        limits: Sequence[int],
+        sampling: Sampling,
+        *,
+        vocab_size: int,
+        stop_ids: Sequence[int],
+        samples: int = 1,
+        watch: Watch | None = None,
+    ) -> list[Continuation]:
+        """Continues prompts together; each gets the text that it would get alone.
 
+        Args:
+          prompts: token ids of each, at least one.
+          limits: tokens that each prompt's sequences may have, at least one.
+          sampling: how tokens are drawn; ``max_tokens`` is not looked at.
+          vocab_size: the tokenizer's; a model may have more rows, which mean nothing.
+          stop_ids: tokens that end a sequence.
+          samples: sequences for each prompt.
+          watch: called after the first token and every ``CHUNK`` more.  Without it the host is not
+            asked until all sequences have ended.
 
-@partial(jax.jit, static_argnums=0)
-def _fill(structure, params, tokens_L, start, end, temperature, key, vocab_size):
-    """Fills positions ``start`` to ``end`` of tokens_L; also returns the experts behind each."""
-    decoder = nnx.merge(structure, params)
+        Returns:
+          the sequences, those of a prompt side by side.
+        """
+        draw = Draw.of(sampling, vocab_size, stop_ids)
+        watched = _Watched(np.repeat(limits, samples), stop_ids, watch)
+        writing = self._begin(prompts, watched.limits, sampling.seed, draw, samples)
+        begun = time.perf_counter()
+        end, until = int(max(limits)), 1
+        while until < end and watched.look(writing):
+            until = end if watch is None else min(end, until + CHUNK)
+            writing = watched.without_ended(writing)
+            arguments = self._params, self._layers, writing, draw, jnp.int32(until)
+            compiled, compile_s = self._program(write, *arguments)
+            begun += compile_s
+            writing = jax.block_until_ready(compiled(*arguments))
+        watched.look(writing)
+        self.speed.writing_s += time.perf_counter() - begun
+        # The first token of each sequence came with the prompt.
+        self.speed.written_tokens += sum(max(0, len(c.ids) - 1) for c in watched.written)
+        return watched.written
 
-    def fill(position, carry):
-        tokens_L, experts_L = carry
-        # What is not yet written is padding: it uses no experts, and causality hides it.
-        segments_1L = (jnp.arange(tokens_L.size) < position).astype(jnp.int32)[None]
-        output = decoder(tokens_L[None], segments_1L)
-        logits_V = output.logits[0, position - 1]
-        logits_V = jnp.where(jnp.arange(logits_V.size) < vocab_size, logits_V, -jnp.inf)
-        drawn = jax.random.categorical(
-            jax.random.fold_in(key, position), logits_V / jnp.maximum(temperature, 1e-6)
+    def _begin(self, prompts, limits, seed: int, draw: Draw, samples: int) -> Writing:
+        """The prompts read, one token of each sequence drawn."""
+        lengths = [len(prompt) for prompt in prompts]
+        rows = 2 ** (len(prompts) - 1).bit_length()
+        width = rounded_up(max(lengths), current_target().platform)
+        tokens_BP = np.zeros((rows, width), np.int32)
+        start_B = np.full(rows, width, np.int32)
+        for row, prompt in enumerate(prompts):
+            start_B[row] = width - len(prompt)
+            tokens_BP[row, start_B[row] :] = prompt
+        limit_S = np.ones(rows * samples, np.int32)
+        limit_S[: len(limits)] = limits
+        nobody = [np.zeros(0, np.int32)] * (rows - len(prompts))
+        key_S = sequence_keys(seed, [*prompts, *nobody], samples)
+        arguments = self._params, tokens_BP, start_B, limit_S, key_S, draw
+        compiled, _ = self._program(
+            begin,
+            *arguments,
+            room=rounded_up(int(max(limits)), "cpu"),
+            samples=samples,
+            in_scan=self._layers is None,
         )
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
-        experts = jnp.nan
-        if output.routing is not None:
-            experts = jnp.mean(output.routing.experts_per_token[:, 0, position - 1])
-        return tokens_L.at[position].set(token), experts_L.at[position].set(experts)
+        begun = time.perf_counter()
+        writing = jax.block_until_ready(compiled(*arguments))
+        self.speed.prompt_s += time.perf_counter() - begun
+        self.speed.prompt_tokens += sum(lengths)
+        return writing
 
-    empty_L = jnp.zeros(tokens_L.size, jnp.float32)
-    return jax.lax.fori_loop(start, end, fill, (tokens_L, empty_L))
+    def _program(self, function, *arguments, **static):
+        """(the compiled program for arguments like these, seconds that compiling it took now)."""
+        begun = time.perf_counter()
+        shapes = [(a.shape, a.dtype) for a in jax.tree.leaves(arguments[1:])]
+        key = function, tuple(shapes), tuple(static.items())
+        if key in self._compiled:
+            return self._compiled[key], 0.0
+        compiled = function.lower(self._structure, *arguments, **static).compile()
+        self._compiled[key] = compiled
+        seconds = time.perf_counter() - begun
+        self.speed.compile_s += seconds
+        return compiled, seconds
+
+
+class _Watched:
+    """The sequences as the host sees them."""
+
+    def __init__(self, limits: Int[np.ndarray, "B"], stop_ids: Sequence[int], watch: Watch | None):
+        self.limits, self.stop_ids, self.watch = limits, np.asarray(stop_ids), watch
+        self.ends: dict[int, int] = {}
+        """Tokens of the sequences that ended before their limits."""
+        self.written: list[Continuation] = []
+
+    def look(self, writing: Writing) -> bool:
+        """Reads what there is; returns whether anything is left to write."""
+        drawn = int(writing.drawn)
+        tokens_BM, experts_BMN = jax.device_get((writing.tokens_BM, writing.experts_BMN))
+        self.written = []
+        for row, limit in enumerate(self.limits):
+            end = self.ends.get(row, min(drawn, int(limit)))
+            stops = np.flatnonzero(np.isin(tokens_BM[row, :end], self.stop_ids))
+            if stops.size:
+                end = self.ends[row] = int(stops[0])
+            ids, experts_nN = tokens_BM[row, :end], experts_BMN[row, :end]
+            self.written.append(Continuation(ids, experts_nN, row in self.ends))
+        if self.watch is not None:
+            for row in self.watch(self.written):
+                self.ends.setdefault(row, len(self.written[row].ids))
+                self.written[row] = dataclasses.replace(self.written[row], ended=True)
+        return any(row not in self.ends and drawn < n for row, n in enumerate(self.limits))
+
+    def without_ended(self, writing: Writing) -> Writing:
+        """What was ended from here is ended there."""
+        if self.watch is None or not self.ends:
+            return writing
+        ended_B = np.isin(np.arange(writing.active_B.shape[0]), list(self.ends))
+        return dataclasses.replace(writing, active_B=writing.active_B & ~ended_B)
+
+
+def rounded_up(length: int, platform: str) -> int:
+    """A power of two, or one and a half of one, so that few sizes are compiled.
+
+    At least 32; on accelerators a multiple of 128, the least that Splash attention takes.
+    """
+    least = 32 if platform == "cpu" else 128
+    size = least
+    while size < length:
+        size = size // 2 * 3 if size & (size - 1) == 0 else size // 3 * 4
+    return -(-size // least) * least if platform != "cpu" else size

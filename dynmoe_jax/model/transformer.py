@@ -214,9 +214,12 @@ class Decoder(nnx.Module):
     ) -> DecoderOutput:
         """Logits of the next token at every position; arguments as in :meth:`hidden`."""
         x_BLD, routing = self.hidden(tokens_BL, segment_ids_BL, positions_BL)
+        return DecoderOutput(self.logits(x_BLD), routing)
+
+    def logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Logits, float32, of what :meth:`hidden` returns."""
         output_DV = whole_parameter("output_DV", self.output_DV, x_BLD.dtype)
-        logits = jnp.einsum("bld,dv->blv", x_BLD, output_DV, preferred_element_type=jnp.float32)
-        return DecoderOutput(logits, routing)
+        return jnp.einsum("bld,dv->blv", x_BLD, output_DV, preferred_element_type=jnp.float32)
 
 
 def _stacked(

@@ -12,7 +12,8 @@ from dynmoe_jax.console import console, stage
 from dynmoe_jax.data import Batch, Prepared, Tokenizer, heldout_batches
 from dynmoe_jax.evaluation.heldout import evaluate
 from dynmoe_jax.evaluation.report import write_report
-from dynmoe_jax.inference.generate import generate
+from dynmoe_jax.inference.sampling import Sampling
+from dynmoe_jax.inference.writer import Writer
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
 from dynmoe_jax.training.checkpoint import FOLDER as CHECKPOINTS
@@ -59,34 +60,21 @@ def evaluate_heldout(
 
 def sample(cfg: config.Config, params: nnx.State, tokenizer: Tokenizer) -> Sample:
     """Continues ``evaluation.prompt``."""
-    prompt = np.array([tokenizer.bos_id, *tokenizer.encode(cfg.evaluation.prompt)], np.int32)
-    room = cfg.model.max_seq_len - len(prompt)
-    continuation = generate(
-        decoder_structure(cfg.model),
-        params,
-        prompt,
-        max(1, min(cfg.evaluation.sample_tokens, room)),
-        temperature=cfg.evaluation.temperature,
+    settings = cfg.evaluation
+    length = 1 + len(tokenizer.encode(settings.prompt))
+    # One token at least: a long prompt is no reason to lose what the run has to say.
+    room = max(cfg.model.max_seq_len, length + 1)
+    sampling = Sampling(
+        max_tokens=min(settings.sample_tokens, room - length),
+        temperature=settings.temperature,
         seed=cfg.seed,
-        eos_id=tokenizer.eos_id,
-        vocab_size=tokenizer.vocab_size,
     )
-    # Decoded, the prompt may be shorter than it was: some tokenizers drop white space.
-    start = len(tokenizer.decode(prompt))
-    text = tokenizer.decode([*prompt, *continuation.ids])[start:]
-    pieces = _pieces(tokenizer, prompt, continuation.ids, continuation.experts)
-    return Sample(cfg.evaluation.prompt, text, pieces)
-
-
-def _pieces(tokenizer, prompt, ids, experts) -> list[tuple[str, float]]:
-    """(text, experts) of each token; a character of several byte tokens goes to its last one."""
-    pieces, before = [], tokenizer.decode(prompt.tolist())
-    for i, count in enumerate(experts):
-        now = tokenizer.decode([*prompt.tolist(), *ids[: i + 1].tolist()])
-        whole = now.rstrip("\N{REPLACEMENT CHARACTER}")
-        pieces.append((whole[len(before) :], float(count)))
-        before = max(before, whole, key=len)
-    return pieces
+    decoder = nnx.merge(decoder_structure(cfg.model), params)
+    # A run that only just fits must not end for want of memory for another copy of its layers.
+    writer = Writer(decoder, tokenizer, sampling, room=room, copy_layers=False)
+    written = writer.write([settings.prompt])[0][0]
+    pieces = list(zip(written.pieces, written.experts_n, strict=False))
+    return Sample(settings.prompt, written.text, pieces)
 
 
 def finish_run(

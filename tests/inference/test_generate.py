@@ -1,135 +1,155 @@
-"""Sampling against the decoder itself."""
-
-import dataclasses
+"""Writing with a cache against full forward passes, and batches against single prompts."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dynmoe_jax import config
-from dynmoe_jax.inference import generate as generate_module
-from dynmoe_jax.inference.generate import generate, positions_for
-from dynmoe_jax.model import decoder_structure, parameter_shapes
+from dynmoe_jax.inference.generate import Generator, rounded_up
+from dynmoe_jax.inference.sampling import Sampling
 
-MODEL = config.Model(
-    num_layers=2,
-    width=8,
-    num_heads=2,
-    num_kv_heads=1,
-    head_width=4,
-    hidden_width=8,
-    vocab_size=20,
-    max_seq_len=16,
-    moe=config.MoE(num_experts=4, hidden_width=8, top_p=0.6),
-)
-PROMPT = np.array([1, 7, 3], np.int32)
+PROMPTS = [np.array(ids, np.int32) for ids in ([0, 7, 3], [0, 11, 9, 4, 6, 2, 30], [0])]
 NEW = 9
-NEVER = -1
-
-
-def draw(model):
-    rng = np.random.default_rng(3)
-    fill = lambda x: jnp.asarray(rng.normal(scale=0.8, size=x.shape), jnp.float32)  # noqa: E731
-    return decoder_structure(model), jax.tree.map(fill, parameter_shapes(model))
-
-
-def sample(structure, params, new, temperature=0.0, seed=0, eos_id=NEVER, vocab_size=None):
-    return generate(
-        structure,
-        params,
-        PROMPT,
-        new,
-        temperature=temperature,
-        seed=seed,
-        eos_id=eos_id,
-        vocab_size=vocab_size or MODEL.vocab_size,
-    )
-
-
-def test_rows_of_the_embedding_that_the_tokenizer_lacks_are_never_drawn(model):
-    ids = sample(*model, NEW, temperature=50.0, vocab_size=5).ids
-    assert ids.max() < 5
-    assert sample(*model, NEW, temperature=50.0).ids.max() >= 5
-
-
-def test_positions_behind_the_text_change_nothing(model, monkeypatch):
-    wanted = sample(*model, NEW, temperature=1.0)
-    monkeypatch.setattr(generate_module, "positions_for", lambda end, platform: end + 7)
-    actual = sample(*model, NEW, temperature=1.0)
-    assert actual.ids.tolist() == wanted.ids.tolist()
-    np.testing.assert_allclose(actual.experts, wanted.experts)
-
-
-def test_accelerators_compute_whole_tiles():
-    assert positions_for(69, "cpu") == 69
-    assert positions_for(69, "tpu") == 128
-    assert positions_for(256, "gpu") == 256
+VOCAB = 33
 
 
 @pytest.fixture(scope="module")
-def model():
-    return draw(MODEL)
+def forward(decoder):
+    structure, params = nnx.split(decoder)
+
+    @jax.jit
+    def compute(params, tokens_L):
+        segment_ids_1L = (tokens_L >= 0)[None].astype(jnp.int32)
+        output = nnx.merge(structure, params)(jnp.maximum(tokens_L, 0)[None], segment_ids_1L)
+        return output.logits[0], output.routing.experts_per_token[:, 0]
+
+    def padded(tokens):
+        """Logits and experts of the last position; what follows it is hidden by causality."""
+        tokens_L = np.full(20, -1, np.int32)
+        tokens_L[: len(tokens)] = tokens
+        logits_LV, experts_NL = compute(params, tokens_L)
+        return logits_LV[len(tokens) - 1], experts_NL[:, len(tokens) - 1]
+
+    return padded
 
 
 @pytest.fixture(scope="module")
-def continued(model):
-    def run(temperature=0.0, seed=0, eos_id=NEVER):
-        return sample(*model, NEW, temperature=temperature, seed=seed, eos_id=eos_id)
+def write(generator):
+    def run(prompts, limits=NEW, stop_ids=(), samples=1, watch=None, vocab_size=VOCAB, **sampling):
+        limits = [limits] * len(prompts) if isinstance(limits, int) else limits
+        return generator.write(
+            prompts,
+            limits,
+            Sampling(**{"temperature": 0.0} | sampling),
+            vocab_size=vocab_size,
+            stop_ids=list(stop_ids),
+            samples=samples,
+            watch=watch,
+        )
 
     return run
 
 
-@pytest.fixture(scope="module")
-def forward(model):
-    """One pass over prompt and continuation, nothing padded."""
-    decoder = nnx.merge(*model)
-    return jax.jit(lambda tokens_L: decoder(tokens_L[None]))
+def ids_of(written):
+    return [continuation.ids.tolist() for continuation in written]
 
 
-def test_greedy_takes_the_most_probable_token_at_every_step(continued, forward):
-    ids = continued().ids
-    assert len(set(ids.tolist())) > 2  # a model that repeats itself would show nothing
-    logits_LV = forward(np.concatenate([PROMPT, ids])).logits[0]
-    np.testing.assert_array_equal(np.argmax(logits_LV, axis=-1)[2:-1], ids)
+def test_greedy_text_and_experts_are_those_of_full_passes(write, forward):
+    texts = write(PROMPTS)
+    for prompt, written in zip(PROMPTS, texts, strict=True):
+        tokens = prompt.tolist()
+        for token, experts_N in zip(written.ids, written.experts_nN, strict=True):
+            logits_V, wanted_N = forward(tokens)
+            assert token == np.argmax(logits_V[:VOCAB])
+            np.testing.assert_array_equal(experts_N, wanted_N)
+            tokens.append(int(token))
+        assert len(np.unique(written.experts_nN)) > 1
+        assert not written.ended
+    # A model that repeats itself would show nothing.
+    assert len({token for ids in ids_of(texts) for token in ids}) > 3
 
 
-def test_experts_are_those_of_the_position_that_predicted(continued, forward):
-    made = continued()
-    output = forward(np.concatenate([PROMPT, made.ids]))
-    wanted = np.asarray(output.routing.experts_per_token)[:, 0].mean(axis=0)[2:-1]
-    np.testing.assert_allclose(made.experts, wanted)
-    assert len(set(wanted.tolist())) > 1
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_each_prompt_gets_the_text_that_it_gets_alone(write, temperature):
+    together = write(PROMPTS, temperature=temperature, samples=2)
+    alone = [c for prompt in PROMPTS for c in write([prompt], temperature=temperature, samples=2)]
+    assert ids_of(together) == ids_of(alone)
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(one.experts_nN, other.experts_nN)
+    if temperature:
+        assert ids_of(together)[0] != ids_of(together)[1]
 
 
-def test_seed_decides_the_draw_and_greedy_has_none(continued):
-    np.testing.assert_array_equal(continued(1.0, seed=1).ids, continued(1.0, seed=1).ids)
-    assert not np.array_equal(continued(1.0, seed=1).ids, continued(1.0, seed=2).ids)
-    np.testing.assert_array_equal(continued(0.0, seed=1).ids, continued(0.0, seed=2).ids)
-    np.testing.assert_array_equal(continued(1e-4, seed=1).ids, continued(0.0).ids)
+def test_seed_decides_the_draw_and_greedy_has_none(write):
+    drawn = {seed: ids_of(write(PROMPTS, temperature=1.5, seed=seed)) for seed in (1, 2)}
+    assert drawn[1] != drawn[2]
+    assert drawn[1] == ids_of(write(PROMPTS, temperature=1.5, seed=1))
+    assert ids_of(write(PROMPTS, seed=1)) == ids_of(write(PROMPTS, seed=2))
 
 
-def test_first_token_is_drawn_from_the_tempered_distribution(continued, forward):
-    draws = 400
-    ids = [continued(2.0, seed=seed).ids[0] for seed in range(draws)]
-    share_V = np.bincount(ids, minlength=20) / draws
-    tokens_L = np.concatenate([PROMPT, continued().ids])
-    wanted_V = np.asarray(jax.nn.softmax(forward(tokens_L).logits[0, 2] / 2.0))
-    error_V = np.sqrt(wanted_V * (1 - wanted_V) / draws)
-    assert np.all(np.abs(share_V - wanted_V) < 4 * error_V + 1 / draws)
+def test_rows_of_the_embedding_that_the_tokenizer_lacks_are_never_drawn(write):
+    tokens = [
+        t
+        for seed in range(3)
+        for ids in ids_of(write(PROMPTS, temperature=50.0, seed=seed, vocab_size=5))
+        for t in ids
+    ]
+    assert set(tokens) == {0, 1, 2, 3, 4}
 
 
-def test_ends_before_the_token_that_ends_a_text(continued):
-    whole = continued()
-    end = int(whole.ids[4])
-    first = int(np.argmax(whole.ids == end))
-    ended = continued(eos_id=end)
-    np.testing.assert_array_equal(ended.ids, whole.ids[:first])
-    np.testing.assert_array_equal(ended.experts, whole.experts[:first])
+def test_a_stop_token_ends_its_sequence_alone_and_is_left_out(write):
+    whole = write(PROMPTS)
+    stop = int(whole[0].ids[4])
+    ended = write(PROMPTS, stop_ids=[stop, 39])
+    for before, after in zip(whole, ended, strict=True):
+        stops = np.flatnonzero(before.ids == stop)
+        end = stops[0] if stops.size else NEW
+        assert after.ids.tolist() == before.ids[:end].tolist()
+        np.testing.assert_array_equal(after.experts_nN, before.experts_nN[:end])
+        assert after.ended == bool(stops.size)
+    assert {continuation.ended for continuation in ended} == {True, False}
 
 
-def test_dense_model_writes_without_experts():
-    dense = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, every_n_layers=0))
-    made = sample(*draw(dense), 2)
-    assert (len(made.ids), len(made.experts)) == (2, 0)
+def test_limits_are_of_each_prompt(write):
+    whole = ids_of(write(PROMPTS))
+    assert ids_of(write(PROMPTS, limits=[1, 9, 4])) == [whole[0][:1], whole[1], whole[2][:4]]
+
+
+def test_whoever_watches_sees_the_text_grow_and_may_end_it(write):
+    seen = []
+
+    def watch(written):
+        seen.append([len(continuation.ids) for continuation in written])
+        return [1] if len(written[1].ids) >= 5 else []
+
+    whole, watched = write(PROMPTS), write(PROMPTS, watch=watch)
+    assert seen == [[1, 1, 1], [5, 5, 5], [9, 5, 9]]
+    assert ids_of(watched) == [
+        whole[0].ids.tolist(),
+        whole[1].ids[:5].tolist(),
+        whole[2].ids.tolist(),
+    ]
+    assert [continuation.ended for continuation in watched] == [False, True, False]
+
+
+def test_layers_in_a_scan_write_the_same(write, decoder):
+    in_scan = Generator(decoder, copy_layers=False)
+    written = in_scan.write(
+        PROMPTS[:1], [NEW], Sampling(temperature=0.0), vocab_size=VOCAB, stop_ids=[]
+    )
+    assert ids_of(written) == ids_of(write(PROMPTS[:1]))
+
+
+def test_speed_counts_what_was_read_and_written(write, generator):
+    before = generator.speed.prompt_tokens, generator.speed.written_tokens
+    write(PROMPTS)
+    assert generator.speed.prompt_tokens - before[0] == 3 + 7 + 1
+    # The first token of a sequence comes with its prompt.
+    assert generator.speed.written_tokens - before[1] == 3 * (NEW - 1)
+
+
+def test_sizes_are_rounded_up_so_that_few_are_compiled():
+    assert [rounded_up(n, "cpu") for n in (1, 32, 33, 49, 65, 100, 129)] == [
+        32, 32, 48, 64, 96, 128, 192,
+    ]  # fmt: skip
+    assert [rounded_up(n, "tpu") for n in (1, 128, 129, 300, 700)] == [128, 128, 256, 384, 768]

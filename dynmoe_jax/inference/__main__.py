@@ -1,0 +1,136 @@
+"""Continues texts with a trained model.
+
+    python -m dynmoe_jax.inference --workdir=runs/quickstart --prompt="def main("
+    python -m dynmoe_jax.inference --workdir=runs/quickstart --prompts_file=FILE --json=FILE
+    python -m dynmoe_jax.inference --workdir=runs/quickstart --show-experts
+
+Without a prompt, on a terminal, it asks for one after another; Ctrl-D ends it.
+"""
+
+import sys
+
+from dynmoe_jax.command_line import exit_code
+from dynmoe_jax.config import ConfigError
+from dynmoe_jax.console import console, stage, warn
+from dynmoe_jax.data import DataError
+from dynmoe_jax.inference.arguments import Arguments, parse
+from dynmoe_jax.inference.effort import Scale, legend, print_effort
+from dynmoe_jax.inference.records import as_record
+from dynmoe_jax.inference.writer import Writer, Written
+from dynmoe_jax.training.checkpoint import CheckpointError
+from dynmoe_jax.training.compilation import compiled_programs_kept
+from dynmoe_jax.training.formatting import printable
+from dynmoe_jax.training.load import load_run
+from dynmoe_jax.training.records import to_json, write_atomically
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+
+    def program() -> int:
+        asked = parse(sys.argv[1:], interactive=sys.stdin.isatty())
+        with stage("Loading the model"):
+            cfg, decoder, tokenizer = load_run(asked.workdir, best=asked.best)
+        writer = Writer(decoder, tokenizer, asked.sampling, asked.stops)
+        if asked.show_experts and not cfg.model.moe.every_n_layers:
+            warn("--show-experts has nothing to show: the model is dense.")
+        with compiled_programs_kept(cfg.train, asked.workdir):
+            if asked.prompts is None:
+                _converse(writer, asked)
+            else:
+                _write_all(writer, asked)
+        return 0
+
+    return exit_code(program, (DataError, CheckpointError))
+
+
+def _write_all(writer: Writer, asked: Arguments) -> None:
+    """Continues all prompts, shows them, and writes the records asked for."""
+    if asked.stream:
+        texts = [_streamed(writer, prompt, asked) for prompt in asked.prompts]
+    else:
+        texts = _in_batches(writer, asked)
+        _show(texts, asked)
+    _print_speed(writer)
+    if asked.json is not None:
+        records = [as_record(written) for written in texts]
+        write_atomically(asked.json, to_json(records, indent=2) + "\n")
+        console.print(f"Wrote {asked.json}", markup=False, soft_wrap=True)
+
+
+def _in_batches(writer: Writer, asked: Arguments) -> list[list[Written]]:
+    """The texts of all prompts, computed in batches of prompts of like length."""
+    for prompt in asked.prompts:
+        writer.check(prompt)  # before any is computed
+    order = sorted(range(len(asked.prompts)), key=lambda i: len(asked.prompts[i]))
+    texts: dict[int, list[Written]] = {}
+    with stage("Writing", total=len(order), unit="prompts") as shown:
+        for first in range(0, len(order), asked.batch_size):
+            batch = order[first : first + asked.batch_size]
+            written = writer.write([asked.prompts[i] for i in batch], asked.num_samples)
+            texts.update(zip(batch, written, strict=True))
+            shown.advance(len(batch))
+    return [texts[i] for i in range(len(order))]
+
+
+def _show(texts: list[list[Written]], asked: Arguments) -> None:
+    scale = Scale.of([written for samples in texts for written in samples])
+    in_shades = asked.show_experts and scale is not None
+    if in_shades:
+        console.print(legend(console, scale))
+    for written in (written for samples in texts for written in samples):
+        console.print()
+        if in_shades:
+            print_effort(console, written, scale)
+        else:
+            console.print(printable(written.prompt), style="bold", end="", markup=False)
+            console.print(printable(written.text), markup=False, soft_wrap=True)
+    console.print()
+
+
+def _streamed(writer: Writer, prompt: str, asked: Arguments) -> list[Written]:
+    """Continues one prompt, which is shown as it grows."""
+
+    def show(text: str) -> None:
+        console.print(printable(text), end="", markup=False, soft_wrap=True)
+
+    console.print(printable(prompt), style="bold", end="", markup=False, soft_wrap=True)
+    texts = writer.write([prompt], on_text=show)[0]
+    console.print("\n")
+    scale = Scale.of(texts)
+    if asked.show_experts and scale is not None:
+        console.print(legend(console, scale))
+        print_effort(console, texts[0], scale)
+        console.print()
+    return texts
+
+
+def _converse(writer: Writer, asked: Arguments) -> None:
+    """Continues what is typed, until there is no more."""
+    console.print("Type the beginning of a text. Ctrl-D ends.")
+    while True:
+        try:
+            prompt = console.input("[bold cyan]> [/]")
+        except EOFError:
+            console.print()
+            return
+        try:
+            _streamed(writer, prompt, asked)
+            _print_speed(writer)
+        except KeyboardInterrupt:  # ends this text, not the conversation
+            console.print("\n")
+        except ConfigError as error:
+            warn(str(error))
+
+
+def _print_speed(writer: Writer) -> None:
+    speed = writer.generator.speed
+    console.print(
+        f"{speed.prompt_tokens:,} tokens of prompts read in {speed.prompt_s:.1f} s, "
+        f"{speed.written_tokens:,} more written in {speed.writing_s:.1f} s: "
+        f"{speed.tokens_per_second:,.1f} tokens/s (and {speed.compile_s:.1f} s of compiling)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

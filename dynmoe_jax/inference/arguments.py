@@ -1,0 +1,181 @@
+"""The command line of generation; every mistake is one sentence."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dynmoe_jax.config import ConfigError
+from dynmoe_jax.config_fields import walk
+from dynmoe_jax.inference.sampling import Sampling
+
+_ABOUT = """Continues texts with a trained model.
+
+  python -m dynmoe_jax.inference --workdir=runs/quickstart --prompt="def main("
+
+Without a prompt, on a terminal, it asks for one after another; Ctrl-D ends it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What was asked for.
+
+    Attributes:
+      workdir: folder of the run.
+      best: take the checkpoint with the lowest held-out loss.
+      prompts: texts to continue; None to ask for them.
+      sampling: how tokens are drawn.
+      stops: strings that end a text.
+      num_samples: texts for each prompt.
+      batch_size: prompts computed together.
+      stream: show a text as it grows.
+      show_experts: show how many experts each token used.
+      json: where to write everything.
+    """
+
+    workdir: Path
+    best: bool
+    prompts: list[str] | None
+    sampling: Sampling
+    stops: tuple[str, ...]
+    num_samples: int
+    batch_size: int
+    stream: bool
+    show_experts: bool
+    json: Path | None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(f"{message}; see --help.")
+
+
+def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
+    """Reads a command line.
+
+    Args:
+      argv: without the program's name.
+      interactive: somebody can be asked for prompts.
+
+    Raises:
+      ConfigError: a flag is unknown, its value cannot be, or there is nothing to continue.
+    """
+    parser = _parser()
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise _unknown(parser, unknown[0])
+    names = [path for path, _, _ in walk(Sampling())]
+    sampling = Sampling(**{name: getattr(flags, name) for name in names})
+    for name in ("num_samples", "batch_size"):
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1.")
+    if "" in flags.stop:
+        raise ConfigError("--stop='' would end every text at once; give a string.")
+    prompts = list(flags.prompt)
+    if flags.prompts_file:
+        prompts += read_prompts(Path(flags.prompts_file).expanduser())
+    if not prompts and not interactive:
+        raise ConfigError(
+            "there is nothing to continue: give --prompt=TEXT or --prompts_file=FILE, or start in "
+            "a terminal to be asked."
+        )
+    if not prompts and flags.json:
+        raise ConfigError(f"--json={flags.json} needs --prompt or --prompts_file.")
+    if (flags.stream or not prompts) and flags.num_samples > 1:
+        raise ConfigError(
+            f"--num_samples={flags.num_samples} does not go with a text that is shown as it grows; "
+            "leave out --stream and give a --prompt."
+        )
+    return Arguments(
+        workdir=Path(flags.workdir).expanduser(),
+        best=flags.best,
+        prompts=prompts or None,
+        sampling=sampling,
+        stops=tuple(flags.stop),
+        num_samples=flags.num_samples,
+        batch_size=flags.batch_size,
+        stream=flags.stream,
+        show_experts=flags.show_experts,
+        json=Path(flags.json).expanduser() if flags.json else None,
+    )
+
+
+def read_prompts(path: Path) -> list[str]:
+    r"""Prompts of a file: a line each, or in ``.jsonl`` a string, or a record with ``prompt``.
+
+    ``\n`` in a line of plain text is two characters; prompts of several lines need ``.jsonl``.
+
+    Raises:
+      ConfigError: it cannot be read, a line is no prompt, or there is none.
+    """
+    flag = f"--prompts_file={path}"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"{flag} cannot be read ({reason}); give a text file.") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        prompts = [_prompt_of(line, f"{flag}, line {number},") for number, line in numbered]
+    else:
+        prompts = [line for _, line in numbered]
+    if not prompts:
+        raise ConfigError(f"{flag} holds no prompt; write one on each line.")
+    return prompts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is no JSON ({error.msg}).") from error
+    prompt = record.get("prompt") if isinstance(record, dict) else record
+    if not isinstance(prompt, str):
+        raise ConfigError(f"{where} must be a string, or a record with a string 'prompt'.")
+    return prompt
+
+
+def _unknown(parser: argparse.ArgumentParser, argument: str) -> ConfigError:
+    name = argument.split("=")[0]
+    if not name.startswith("-"):
+        return ConfigError(f"{argument!r} is no flag; a text to continue is --prompt={argument!r}.")
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    near = difflib.get_close_matches(re.sub("^-+", "--", name), flags, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "see --help."
+    return ConfigError(f"{name} is not a flag; {hint}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m dynmoe_jax.inference",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="DIR", help="folder of the run")
+    add("--best", action="store_true", help="the checkpoint with the lowest held-out loss")
+    text = parser.add_argument_group("what to continue").add_argument
+    text("--prompt", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
+    text("--prompts_file", metavar="FILE", help="a prompt on each line; or .jsonl")
+    text("--num_samples", type=int, default=1, metavar="N", help="texts for each prompt (1)")
+    text("--batch_size", type=int, default=8, metavar="N", help="prompts computed together (8)")
+    draw = parser.add_argument_group("how").add_argument
+    for name, field, default in walk(Sampling()):
+        shown = f"{field.metadata['help']} ({default})".replace("%", "%%")
+        draw(f"--{name}", type=field.type, default=default, metavar="N", help=shown)
+    draw("--stop", action="append", default=[], metavar="TEXT", help="ends a text; repeatable")
+    out = parser.add_argument_group("what to show").add_argument
+    out("--stream", action="store_true", help="show a text as it grows")
+    shown = "how many experts each token used: by colour, or by numbers where there are no colours"
+    out("--show-experts", "--show_experts", action="store_true", help=shown)
+    shown = "write texts, tokens, and experts by token and layer here"
+    out("--json", metavar="FILE", help=shown)
+    return parser

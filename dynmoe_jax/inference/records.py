@@ -1,0 +1,28 @@
+"""What was written, as JSON."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dynmoe_jax.inference.writer import Written
+
+
+def as_record(samples: Sequence[Written]) -> dict[str, Any]:
+    """The texts of one prompt.
+
+    ``experts`` has a row for each token and in it a number for each MoE layer; it is empty in a
+    dense model.  ``finish_reason`` is ``"stop"`` or ``"length"``.
+    """
+    return {
+        "prompt": samples[0].prompt,
+        "prompt_tokens": samples[0].prompt_tokens,
+        "samples": [
+            {
+                "text": written.text,
+                "tokens": written.ids,
+                "pieces": written.pieces,
+                "experts": written.experts_nN if written.experts_nN.shape[1] else [],
+                "finish_reason": "stop" if written.ended else "length",
+            }
+            for written in samples
+        ],
+    }

@@ -1,0 +1,176 @@
+"""Prompts in, texts out.
+
+Axis legend: n tokens written, N MoE layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from dynmoe_jax import config
+from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.inference.generate import Continuation, Generator
+from dynmoe_jax.inference.pieces import Pieces, end_of_text, pieces_up_to, undecided
+from dynmoe_jax.inference.sampling import MOST_BY_DEFAULT, Sampling
+from dynmoe_jax.model import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What the model wrote after a prompt.
+
+    Attributes:
+      prompt: the prompt.
+      prompt_tokens: of the prompt, the one that begins a document included.
+      text: the continuation.
+      ids: its tokens, the one that ended it not included.
+      pieces: the text that each token added.
+      experts_nN: experts that each MoE layer used at the position from which each token was
+        predicted; N = 0 in a dense model.
+      ended: a stop token or a stop string came; otherwise it was cut at its length.
+    """
+
+    prompt: str
+    prompt_tokens: int
+    text: str
+    ids: Int[np.ndarray, "n"]
+    pieces: list[str]
+    experts_nN: Int[np.ndarray, "n N"]
+    ended: bool
+
+    @property
+    def experts_n(self) -> list[float]:
+        """Mean over the MoE layers of each token's experts; empty in a dense model."""
+        return self.experts_nN.mean(axis=1).tolist() if self.experts_nN.shape[1] else []
+
+
+class Writer:
+    """Continues texts with one model.
+
+    Attributes:
+      generator: which counts tokens and seconds.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        stops: Sequence[str] = (),
+        *,
+        room: int = 0,
+        copy_layers: bool = True,
+    ):
+        """Prepares a model.
+
+        Args:
+          decoder: the model.
+          tokenizer: its tokenizer.
+          sampling: how tokens are drawn.
+          stops: strings that end a text; they are cut off it.
+          room: positions of a prompt and its text; 0 = ``config.model.max_seq_len``.
+          copy_layers: see :class:`Generator`.
+        """
+        self.generator = Generator(decoder, copy_layers=copy_layers)
+        self._room = room or decoder.config.max_seq_len
+        self._tokenizer, self._sampling, self._stops = tokenizer, sampling, stops
+
+    def write(
+        self,
+        prompts: Sequence[str],
+        samples: int = 1,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[list[Written]]:
+        """Continues prompts together, with the text that each would get alone.
+
+        Args:
+          prompts: at least one.
+          samples: texts for each prompt.
+          on_text: told what the first text has grown by, every few tokens.
+
+        Returns:
+          the texts of each prompt.
+
+        Raises:
+          ConfigError: a prompt, or a prompt and ``max_tokens``, is longer than the model allows.
+        """
+        ids = [self.encode(prompt) for prompt in prompts]
+        limits = [self._limit(prompt) for prompt in ids]
+        texts = [Pieces(self._tokenizer, prompt) for prompt in ids for _ in range(samples)]
+        watch = _Reader(texts, self._stops, on_text) if self._stops or on_text else None
+        continuations = self.generator.write(
+            ids,
+            limits,
+            self._sampling,
+            vocab_size=self._tokenizer.vocab_size,
+            stop_ids=[self._tokenizer.eos_id],
+            samples=samples,
+            watch=watch,
+        )
+        written = [
+            self._written(prompts[i // samples], ids[i // samples], texts[i], continuation)
+            for i, continuation in enumerate(continuations)
+        ]
+        if on_text is not None:
+            on_text(written[0].text[watch.told :])
+        return [written[i : i + samples] for i in range(0, len(written), samples)]
+
+    def check(self, prompt: str) -> None:
+        """Raises ConfigError if the model has no room for the prompt and ``max_tokens``."""
+        self._limit(self.encode(prompt))
+
+    def encode(self, prompt: str) -> Int[np.ndarray, "_"]:
+        """Token ids, behind the one that begins a document."""
+        return np.array([self._tokenizer.bos_id, *self._tokenizer.encode(prompt)], np.int32)
+
+    def _limit(self, prompt: Int[np.ndarray, "_"]) -> int:
+        wanted = self._sampling.max_tokens
+        left = self._room - len(prompt)
+        if left < 1:
+            raise config.ConfigError(
+                f"a prompt of {len(prompt)} tokens leaves no room in the {self._room} positions of "
+                f"the model (config.model.max_seq_len); shorten it by {1 - left} or more."
+            )
+        if wanted > left:
+            raise config.ConfigError(
+                f"--max_tokens={wanted} and a prompt of {len(prompt)} tokens are more than the "
+                f"{self._room} positions of the model (config.model.max_seq_len); "
+                f"lower it to {left}."
+            )
+        return wanted or min(left, MOST_BY_DEFAULT)
+
+    def _written(self, prompt: str, ids, pieces: Pieces, continuation: Continuation) -> Written:
+        pieces.add(continuation.ids[len(pieces.pieces) :])
+        text, parts, ended = pieces.text, pieces.pieces, continuation.ended
+        # The stop string may have come with the last tokens, which nobody has watched.
+        end = end_of_text(text, self._stops)
+        if end is not None:
+            text, parts, ended = text[:end], pieces_up_to(parts, end), True
+        n = len(parts)
+        written, experts_nN = continuation.ids[:n], continuation.experts_nN[:n]
+        return Written(prompt, len(ids), text, written, parts, experts_nN, ended)
+
+
+class _Reader:
+    """Reads along: ends texts at stop strings, and tells of the first one's growth."""
+
+    def __init__(self, texts: list[Pieces], stops: Sequence[str], on_text):
+        self.texts, self.stops, self.on_text = texts, stops, on_text
+        self.told = 0
+        """Characters of the first text that were told."""
+
+    def __call__(self, written: list[Continuation]) -> list[int]:
+        ended = []
+        for i, (pieces, continuation) in enumerate(zip(self.texts, written, strict=True)):
+            pieces.add(continuation.ids[len(pieces.pieces) :])
+            text = "".join(pieces.pieces)
+            end = end_of_text(text, self.stops)
+            if end is not None:
+                ended.append(i)
+            if i == 0 and self.on_text is not None:
+                sure = len(text) - undecided(text, self.stops) if end is None else end
+                self.on_text(text[self.told : sure])
+                self.told = max(self.told, sure)
+        return ended
