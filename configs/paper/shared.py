@@ -43,8 +43,9 @@ def paper_run(model: config.Model) -> ml_collections.ConfigDict:
         train=config.Train(
             steps=STEPS,
             batch_size=BATCH_SIZE,
-            # 16 sequences at a time over all devices; fewer parts if yours hold more.
-            microbatches=64,
+            # Enough devices for 1024 sequences at a time, such as 64 v5p; fewer need more parts:
+            # a run that does not fit says how many.
+            microbatches=1,
         ),
         optimizer=config.Optimizer(learning_rate=3e-4, warmup_steps=2000),
         checkpoint=config.Checkpoint(every_steps=1000),

@@ -189,7 +189,7 @@ def advice(need: Need, limit: int, cfg: config.Config, data_devices: int) -> str
     layers, width = cfg.model.num_layers, cfg.model.width
     if cfg.model.remat != "layer" and of_tokens / layers + 4 * layers * tokens * width <= room:
         ways.append(f"set config.model.remat='layer' (now {cfg.model.remat!r})")
-    devices = data_devices * math.ceil(of_tokens / max(room, 1))
+    devices = data_devices * max(1, math.ceil(of_tokens / max(room, 1)))
     if sequences > 1 and cfg.train.batch_size % (devices * cfg.train.microbatches) == 0:
         ways.append(f"share the batch among {devices} devices (config.mesh.data)")
     slots = make_router(cfg.model.moe).slots if cfg.model.moe.every_n_layers else 1
