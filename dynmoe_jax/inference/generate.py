@@ -77,6 +77,7 @@ class Generator:
             (see :mod:`dynmoe_jax.model.cache`).  Without, programs compile sooner and run slower.
         """
         self._structure, self._params = nnx.split(decoder)
+        self._whole = _on_every_device(self._params)
         self._layers = split_layers(self._structure, self._params) if copy_layers else None
         self._compiled: dict = {}
         self.speed = Speed()
@@ -160,6 +161,11 @@ class Generator:
         key = function, tuple(shapes), tuple(static.items())
         if key in self._compiled:
             return self._compiled[key], 0.0
+        if self._whole is not None:
+            # Over a mesh the compiler would choose how results are split, and a host that sees a
+            # part of the mesh could not read them.
+            names = ("structure", *static)
+            function = jax.jit(function, static_argnames=names, out_shardings=self._whole)
         compiled = function.lower(self._structure, *arguments, **static).compile()
         self._compiled[key] = compiled
         seconds = time.perf_counter() - begun
@@ -200,6 +206,14 @@ class _Watched:
             return writing
         ended_B = np.isin(np.arange(writing.active_B.shape[0]), list(self.ends))
         return dataclasses.replace(writing, active_B=writing.active_B & ~ended_B)
+
+
+def _on_every_device(params: nnx.State) -> jax.sharding.NamedSharding | None:
+    """The sharding of what lies whole on every device of the parameters' mesh, if they have one."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size == 1:
+        return None
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
 
 def rounded_up(length: int, platform: str) -> int:

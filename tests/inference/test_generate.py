@@ -153,3 +153,25 @@ def test_sizes_are_rounded_up_so_that_few_are_compiled():
         32, 32, 48, 64, 96, 128, 192,
     ]  # fmt: skip
     assert [rounded_up(n, "tpu") for n in (1, 128, 129, 300, 700)] == [128, 128, 256, 384, 768]
+
+
+def test_parameters_over_a_mesh_write_the_same(write, decoder):
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+
+    def spread(leaf):
+        axes = ["data" if size % 4 == 0 else None for size in leaf.shape]
+        first = axes.index("data") if "data" in axes else len(axes)
+        spec = jax.sharding.PartitionSpec(*(axes[: first + 1]))
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+    structure, params = nnx.split(decoder)
+    over_mesh = Generator(nnx.merge(structure, jax.tree.map(spread, params)), copy_layers=False)
+    written = over_mesh.write(
+        PROMPTS[:1],
+        [NEW],
+        Sampling(temperature=0.0),
+        vocab_size=VOCAB,
+        stop_ids=[],
+        watch=lambda written: [],
+    )
+    assert ids_of(written) == ids_of(write(PROMPTS[:1]))
