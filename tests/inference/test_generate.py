@@ -1,6 +1,7 @@
 """Writing with a cache against full forward passes, and batches against single prompts."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -156,7 +157,8 @@ def test_sizes_are_rounded_up_so_that_few_are_compiled():
 
 
 def test_parameters_over_a_mesh_write_the_same(write, decoder):
-    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    automatic = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("data",), automatic, devices=jax.devices()[:4])
 
     def spread(leaf):
         axes = ["data" if size % 4 == 0 else None for size in leaf.shape]
