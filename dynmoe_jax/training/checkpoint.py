@@ -145,7 +145,7 @@ class Checkpoints:
 
         Args:
           step: steps done.
-          state: a tree of arrays.
+          state: a tree of arrays, or of :class:`.streamed.StreamedArray`.
           data: position in the data, JSON-able.
           cfg: all settings.
           loss: held-out loss of this state, if it was evaluated.
@@ -153,7 +153,7 @@ class Checkpoints:
         if step == self.latest_step():
             return
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
+            state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(config.to_dict(cfg)),
         )
@@ -250,6 +250,11 @@ def _alone() -> ocp.options.MultiprocessingOptions:
         return ocp.options.MultiprocessingOptions()
     own = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+
+
+def _save_args(leaf: Any) -> ocp.SaveArgs:
+    """How a leaf is cut into chunks, where it has an opinion."""
+    return getattr(leaf, "save_args", None) or ocp.SaveArgs()
 
 
 def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
