@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.console import stage
@@ -81,8 +80,7 @@ def _write_tensors(
     run: OpenedRun, architecture: Architecture, folder: Path, dtype: str, shard_bytes: int
 ) -> None:
     model = run.config.model
-    like = dict(parameter_shapes(model).flat_state())
-    shapes = {path: leaf.shape for path, leaf in like.items()}
+    shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
     found = places(architecture.rules, model, shapes)
     foreign = {
         name: place.layout.foreign_shape(place.shape(shapes)) for name, place in found.items()
@@ -96,14 +94,15 @@ def _write_tensors(
         writer.write(name, np.zeros(shape, np.float32))
     megabytes = sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
     with stage(f"Exporting {architecture.name}", megabytes, "MB") as shown:
-        for path, leaf in like.items():
-            part = run.params(nnx.from_flat_state([(path, leaf)]))
-            values = np.asarray(dict(part.flat_state())[path][...])
-            for name in names[path]:
-                place = found[name]
-                tensor = place.layout.to_foreign(values[place.index])
-                writer.write(name, tensor)
-                shown.advance(tensor.nbytes / 1e6)
+        for path in shapes:
+            for index, values in run.slices(path):
+                for name in names[path]:
+                    place = found[name]
+                    if index is not None and place.index[0] != index:
+                        continue
+                    inside = place.index if index is None else place.index[1:]
+                    writer.write(name, place.layout.to_foreign(values[inside]))
+                shown.advance(values.nbytes / 1e6)
     writer.check_complete()
 
 

@@ -20,7 +20,7 @@ from dynmoe_jax.interop.mapping import Place, fill, is_stacked, places
 from dynmoe_jax.interop.registry import architecture_of
 from dynmoe_jax.interop.source import Source, open_source
 from dynmoe_jax.model import parameter_shapes
-from dynmoe_jax.training.checkpoint import FOLDER, Checkpoints, make_folder
+from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints, make_folder
 from dynmoe_jax.training.streamed import StreamedArray
 
 STEP = 0
@@ -61,7 +61,7 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
         warn(f"{source} holds no tokenizer; put one into {workdir} before the model meets text.")
     else:
         tokenizer.save(workdir / tokenizer.place)
-    position = {"tokenizer": tokenizer.fingerprint if tokenizer else "", "imported": str(source)}
+    position = {"tokenizer": tokenizer.fingerprint if tokenizer else "", IMPORTED: str(source)}
     megabytes = sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
     with (
         stage(f"Importing {architecture.name}", megabytes, "MB") as shown,

@@ -25,6 +25,9 @@ from dynmoe_jax.training.retention import METRIC, heldout_loss, keep_policy, sav
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
 
+IMPORTED = "imported"
+"""Of a position in the data that is none: what the model was imported from."""
+
 FREE_TO_CHANGE = (
     "checkpoint.", "evaluation.", "logging.", "loss.", "mesh.", "optimizer.",
     "train.steps", "train.log_every_steps", "train.microbatches", "train.max_skipped_in_a_row",
@@ -296,6 +299,18 @@ def saved_config(workdir: Path) -> config.Config | None:
                 with contextlib.suppress(CheckpointError):
                     return checkpoints.config(step)
     return None
+
+
+def check_not_imported(workdir: Path) -> None:
+    """Raises ConfigError where training would begin anew on top of an imported model."""
+    if not (workdir / FOLDER / "0").is_dir():
+        return
+    with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
+        if IMPORTED in checkpoints.position(0):
+            raise config.ConfigError(
+                f"--workdir={workdir} holds an imported model, which training cannot start from "
+                "yet; train in another --workdir."
+            )
 
 
 def check_compatible(saved: config.Config, current: config.Config, workdir: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from dynmoe_jax import config
@@ -14,6 +15,7 @@ from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
 from dynmoe_jax.training.checkpoint import FOLDER, Checkpoints
 from dynmoe_jax.training.recovery import damaged_sentence, newest_whole
+from dynmoe_jax.training.streamed import read_slices
 from dynmoe_jax.training.text import load_tokenizer
 
 
@@ -61,12 +63,12 @@ class OpenedRun:
         """The tokenizer; raises DataError if it is not the one that the model was trained with."""
         return load_tokenizer(self.workdir, self.checkpoints.position(self.step))
 
-    def params(self, shapes: nnx.State) -> nnx.State:
-        """The parameters, or some of them, on the first device.
+    def slices(self, path: tuple) -> Iterator[tuple[int | None, np.ndarray]]:
+        """A parameter in parts, see :func:`.streamed.read_slices`."""
+        return read_slices(self.checkpoints.folder(self.step) / "state", path)
 
-        Args:
-          shapes: :func:`parameter_shapes` of the model, or a part of it.
-        """
+    def params(self, shapes: nnx.State) -> nnx.State:
+        """All parameters, on the first device; ``shapes`` as :func:`parameter_shapes` gives."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
         return self.checkpoints.params(self.step, jax.tree.map(place, shapes))

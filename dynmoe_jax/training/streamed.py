@@ -1,8 +1,9 @@
-"""Arrays that are written to a checkpoint slice by slice, and never exist as a whole."""
+"""Arrays that a checkpoint takes and gives slice by slice: they never exist as a whole."""
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -73,6 +74,26 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             async with self._turn:
                 where = array if index is None else array[index]
                 await where.write(value.make(index), can_reference_source_data_indefinitely=True)
+
+
+def read_slices(state: Path, path: tuple) -> Iterator[tuple[int | None, np.ndarray]]:
+    """Yields (index of the first axis, slice) of a parameter in a checkpoint, or (None, all of it).
+
+    Slice by slice where that is how it lies on disk; of others each slice would read all.
+
+    Args:
+      state: the folder of the checkpoint's state.
+      path: of the parameter.
+    """
+    # One parameter restored by Orbax takes twice its size (0.12): 1.9 of a checkpoint of 1 GB.
+    name = ".".join(map(str, ("params", *path, "value")))
+    store = {"driver": "ocdbt", "base": f"file://{state.absolute()}/", "path": f"{name}/"}
+    array = ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
+    if array.rank and array.chunk_layout.read_chunk.shape[0] == 1 < array.shape[0]:
+        for index in range(array.shape[0]):
+            yield index, array[index].read().result()
+    else:
+        yield None, array.read().result()
 
 
 ocp.type_handlers.register_type_handler(StreamedArray, _Handler(), override=True)

@@ -21,7 +21,7 @@ def write(folder, settings=None):
         show_progress=False,
     )
     made.train_from_iterator(["the cat and the other cat"] * 9, trainer)
-    made.add_tokens([AddedToken("«é»", special=False, normalized=False)])
+    made.add_tokens([AddedToken("[X]", special=False, normalized=False)])
     folder.mkdir(exist_ok=True)
     made.save(str(folder / "tokenizer.json"))
     default = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
@@ -31,7 +31,7 @@ def write(folder, settings=None):
     return folder
 
 
-@pytest.mark.parametrize("text", ["", "the cat", " é\n\t▁ 漢字 \0", "a «é» b", "<s>x</s>"])
+@pytest.mark.parametrize("text", ["", "the cat", " é\n\t▁ 漢字 \0", "a [X] b", "<s>x</s>"])
 def test_every_text_comes_back_and_the_bytes_add_up(tmp_path, text):
     tokenizer = open_tokenizer(write(tmp_path))
     ids = tokenizer.encode(text)

@@ -19,7 +19,7 @@ from dynmoe_jax.interop.mapping import places
 from dynmoe_jax.interop.registry import ARCHITECTURES, architecture_for
 from dynmoe_jax.interop.tensor_writer import TensorWriter
 from dynmoe_jax.model import parameter_shapes
-from dynmoe_jax.training.checkpoint import Checkpoints
+from dynmoe_jax.training.checkpoint import Checkpoints, check_not_imported
 from dynmoe_jax.training.load import load_run
 
 SHAPE = {
@@ -144,6 +144,11 @@ def test_nothing_is_overwritten(travelled, tmp_path):
         export_model(run, back)
     with pytest.raises(config.ConfigError, match="holds no run"):
         export_model(tmp_path, tmp_path / "hf")
+
+
+def test_training_does_not_begin_anew_on_top_of_it(travelled):
+    with pytest.raises(config.ConfigError, match="holds an imported model"):
+        check_not_imported(travelled[1])
 
 
 def run_of(model, folder):
