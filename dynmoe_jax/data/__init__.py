@@ -23,7 +23,7 @@ from dynmoe_jax.data.pipeline import (
     shards_of_rows,
 )
 from dynmoe_jax.data.preparation import Prepared, prepare
-from dynmoe_jax.data.sentencepiece_tokenizer import train_tokenizer
+from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from dynmoe_jax.data.sources import check_sources
 from dynmoe_jax.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer, remove_tokenizer
 from dynmoe_jax.data.unchanged import check_unchanged
@@ -32,6 +32,7 @@ __all__ = [
     "Batch",
     "DataError",
     "Prepared",
+    "SentencePieceTokenizer",
     "Tokenizer",
     "TrainStream",
     "check_sources",

@@ -28,6 +28,9 @@ class HfTokenizer:
     Special tokens that stand in a text, such as ``<|im_end|>``, are read as those tokens.  A
     tokenizer without a token that begins a document (Qwen's, OLMoE's) begins it with the one that
     ends it.
+
+    Attributes:
+      files: contents of its files, by name.
     """
 
     place: ClassVar[str] = "tokenizer"
@@ -38,7 +41,7 @@ class HfTokenizer:
         Raises:
           DataError: they are no tokenizer, or lack the token that ends a document.
         """
-        self._files = files
+        self.files = files
         try:
             # The library raises Exception itself.
             self._tokenizer = tokenizers.Tokenizer.from_str(files[MAIN].decode())
@@ -83,7 +86,7 @@ class HfTokenizer:
         unfinished = path.with_name(path.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        for name, content in self._files.items():
+        for name, content in self.files.items():
             (unfinished / name).write_bytes(content)
         shutil.rmtree(path, ignore_errors=True)
         unfinished.replace(path)

@@ -12,7 +12,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.gguf_tokenizer import tokenizer_of
 from dynmoe_jax.interop.layouts import Shape
 
 _LAYER = "model.layers.{layer}."
@@ -69,6 +71,14 @@ class GgufFile:
         """The value of a metadata key; None where the file lacks it."""
         field = self._reader.get_field(name)
         return None if field is None else field.contents()
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The byte-pair vocabulary of the file.
+
+        Raises:
+          CheckpointError: it is of another kind.
+        """
+        return tokenizer_of(self.metadata)
 
     def shapes(self) -> dict[str, Shape]:
         """From the file's header alone."""

@@ -59,8 +59,23 @@ def with_overrides(model: config.Model, overrides: Mapping[str, Any]) -> config.
         if name not in group:
             raise config.unknown_setting(f"model.{name}")
         group[name] = value
-    seq_len = min(config.Data.seq_len, model.max_seq_len)
-    return config.from_config_dict({"model": settings, "data": {"seq_len": seq_len}}).model
+    return _config_of(settings).model
+
+
+def checked_config(model: config.Model) -> config.Config:
+    """A run of the model; everything else is as by default, if the model allows it.
+
+    Raises:
+      ConfigError: a setting has the wrong type, is out of range, or contradicts another.
+    """
+    return _config_of(config.to_dict(model))
+
+
+def _config_of(model: Mapping[str, Any]) -> config.Config:
+    length = model["max_seq_len"]
+    # What is no number is refused with the other settings.
+    length = min(config.Data.seq_len, length) if type(length) is int else length
+    return config.from_config_dict({"model": model, "data": {"seq_len": length}})
 
 
 def check_tensors(

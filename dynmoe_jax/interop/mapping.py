@@ -95,6 +95,11 @@ def _locate(rule: Rule, layer: int | None, model: config.Model) -> tuple[Path, t
     return ("groups", "layers", member, *path), (group,)
 
 
+def is_stacked(path: Path) -> bool:
+    """Whether the first axis of a parameter counts groups of layers."""
+    return path[0] in ("groups", "first_groups")
+
+
 def _index(
     stack: tuple[int, ...], expert: int | None, half: int | None, shape: Shape
 ) -> tuple[Any, ...]:

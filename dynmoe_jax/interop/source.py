@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dynmoe_jax.data import Tokenizer, open_tokenizer
+from dynmoe_jax.data.hf_tokenizer import MAIN
 from dynmoe_jax.interop.gguf_file import GgufFile
 from dynmoe_jax.interop.layouts import Shape
 from dynmoe_jax.interop.tensor_files import read_json, read_tensors, tensor_files, tensor_shapes
@@ -21,6 +23,13 @@ class Source(Protocol):
 
     settings: Mapping[str, Any]
 
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None if there is none.
+
+        Raises:
+          DataError, CheckpointError: it cannot be read.
+        """
+
     def shapes(self) -> dict[str, Shape]:
         """Shapes of all tensors by name; reads no tensor."""
 
@@ -33,15 +42,33 @@ class HfFolder:
 
     def __init__(self, folder: Path):
         self.settings = read_json(folder / "config.json")
+        self._folder = folder
         self._files = tensor_files(folder)
+        self._file_of: dict[str, Path] = {}
+
+    def tokenizer(self) -> Tokenizer | None:
+        """``tokenizer.json``, or else a SentencePiece ``tokenizer.model``."""
+        if (self._folder / MAIN).is_file():
+            return open_tokenizer(self._folder)
+        model = self._folder / "tokenizer.model"
+        return open_tokenizer(model) if model.is_file() else None
 
     def shapes(self) -> dict[str, Shape]:
         """From the files' headers alone."""
-        return tensor_shapes(self._files)
+        shapes = {}
+        for file in self._files:
+            found = tensor_shapes([file])
+            shapes |= found
+            self._file_of |= dict.fromkeys(found, file)
+        return shapes
 
     def tensors(self, wanted: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """In the order of the files."""
-        return read_tensors(self._files, wanted)
+        """In the order of the files; a file is open while its tensors are read."""
+        wanted = list(wanted)
+        if not self._file_of:
+            self.shapes()
+        files = dict.fromkeys(self._file_of[name] for name in wanted)
+        return read_tensors(files, wanted)
 
 
 def open_source(path: str | os.PathLike) -> Source:

@@ -34,6 +34,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object, as transformers lays it out."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def tensor_files(folder: Path) -> list[Path]:
     """The files that hold the tensors of a checkpoint.
 

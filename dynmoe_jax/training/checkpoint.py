@@ -25,6 +25,9 @@ from dynmoe_jax.training.retention import METRIC, heldout_loss, keep_policy, sav
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
 
+IMPORTED = "imported"
+"""Of a position in the data that is none: what the model was imported from."""
+
 FREE_TO_CHANGE = (
     "checkpoint.", "evaluation.", "logging.", "loss.", "mesh.", "optimizer.",
     "train.steps", "train.log_every_steps", "train.microbatches", "train.max_skipped_in_a_row",
@@ -145,7 +148,7 @@ class Checkpoints:
 
         Args:
           step: steps done.
-          state: a tree of arrays.
+          state: a tree of arrays, or of :class:`.streamed.StreamedArray`.
           data: position in the data, JSON-able.
           cfg: all settings.
           loss: held-out loss of this state, if it was evaluated.
@@ -153,7 +156,7 @@ class Checkpoints:
         if step == self.latest_step():
             return
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
+            state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(config.to_dict(cfg)),
         )
@@ -252,6 +255,11 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
 
 
+def _save_args(leaf: Any) -> ocp.SaveArgs:
+    """How a leaf is cut into chunks, where it has an opinion."""
+    return getattr(leaf, "save_args", None) or ocp.SaveArgs()
+
+
 def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
     """How a tree is read: shapes, types and places as in ``like``."""
     placed = ocp.checkpoint_utils.construct_restore_args(like)
@@ -291,6 +299,18 @@ def saved_config(workdir: Path) -> config.Config | None:
                 with contextlib.suppress(CheckpointError):
                     return checkpoints.config(step)
     return None
+
+
+def check_not_imported(workdir: Path) -> None:
+    """Raises ConfigError where training would begin anew on top of an imported model."""
+    if not (workdir / FOLDER / "0").is_dir():
+        return
+    with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
+        if IMPORTED in checkpoints.position(0):
+            raise config.ConfigError(
+                f"--workdir={workdir} holds an imported model, which training cannot start from "
+                "yet; train in another --workdir."
+            )
 
 
 def check_compatible(saved: config.Config, current: config.Config, workdir: Path) -> None:

@@ -1,9 +1,12 @@
 """A trained run, ready to use."""
 
 import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from dynmoe_jax import config
@@ -12,6 +15,7 @@ from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
 from dynmoe_jax.training.checkpoint import FOLDER, Checkpoints
 from dynmoe_jax.training.recovery import damaged_sentence, newest_whole
+from dynmoe_jax.training.streamed import read_slices
 from dynmoe_jax.training.text import load_tokenizer
 
 
@@ -33,6 +37,46 @@ def load_run(
       CheckpointError: none of its checkpoints can be read.
       DataError: the tokenizer is not the one that the model was trained with.
     """
+    with opened_run(workdir, best=best) as run:
+        tokenizer = run.tokenizer()
+        params = run.params(parameter_shapes(run.config.model))
+    return run.config, nnx.merge(decoder_structure(run.config.model), params), tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRun:
+    """One checkpoint of a run, of which what is asked for is read.
+
+    Attributes:
+      workdir: the run's folder.
+      config: the run's settings.
+      step: of the checkpoint.
+      checkpoints: all of the run.
+    """
+
+    workdir: Path
+    config: config.Config
+    step: int
+    checkpoints: Checkpoints
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises DataError if it is not the one that the model was trained with."""
+        return load_tokenizer(self.workdir, self.checkpoints.position(self.step))
+
+    def slices(self, path: tuple) -> Iterator[tuple[int | None, np.ndarray]]:
+        """A parameter in parts, see :func:`.streamed.read_slices`."""
+        return read_slices(self.checkpoints.folder(self.step) / "state", path)
+
+    def params(self, shapes: nnx.State) -> nnx.State:
+        """All parameters, on the first device; ``shapes`` as :func:`parameter_shapes` gives."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+        return self.checkpoints.params(self.step, jax.tree.map(place, shapes))
+
+
+@contextlib.contextmanager
+def opened_run(workdir: Path | str, *, best: bool = False) -> Iterator[OpenedRun]:
+    """Opens the checkpoint that :func:`load_run` reads; arguments and errors as there."""
     workdir = Path(workdir)
     if not (workdir / FOLDER).is_dir():
         raise config.ConfigError(f"{str(workdir)!r} holds no run; give the --workdir of one.")
@@ -44,9 +88,4 @@ def load_run(
             warn(damaged_sentence(bad, damage, step))
         if best:
             step = checkpoints.best_step() or step
-        cfg = checkpoints.config(step)
-        tokenizer = load_tokenizer(workdir, checkpoints.position(step))
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
-        params = checkpoints.params(step, jax.tree.map(place, parameter_shapes(cfg.model)))
-    return cfg, nnx.merge(decoder_structure(cfg.model), params), tokenizer
+        yield OpenedRun(workdir, checkpoints.config(step), step, checkpoints)

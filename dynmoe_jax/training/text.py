@@ -10,6 +10,7 @@ from dynmoe_jax.console import stage
 from dynmoe_jax.data import (
     DataError,
     Prepared,
+    SentencePieceTokenizer,
     Tokenizer,
     check_unchanged,
     find_tokenizer,
@@ -18,7 +19,6 @@ from dynmoe_jax.data import (
     remove_tokenizer,
     train_tokenizer,
 )
-from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from dynmoe_jax.training.disk import is_seen
 
 TRAINED = SentencePieceTokenizer.place

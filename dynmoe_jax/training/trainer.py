@@ -27,6 +27,7 @@ from dynmoe_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     check_compatible,
+    check_not_imported,
     make_folder,
     saved_config,
 )
@@ -86,6 +87,7 @@ def train(cfg: config.Config, workdir: Path) -> int:
     seconds = Seconds()
 
     # ── Settings: everything that can be refused is refused before anything is computed ──────────
+    check_not_imported(workdir)
     check_same_settings(cfg)
     if agreement.on_first(lambda: _is_complete(cfg, workdir)):
         return 0

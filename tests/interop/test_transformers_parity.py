@@ -3,14 +3,21 @@
 Needs the extra ``parity`` (PyTorch and transformers); models are random and small.
 """
 
+import contextlib
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
+from dynmoe_jax import config
 from dynmoe_jax.interop import load_hf
+from dynmoe_jax.interop.export_model import export_model
+from dynmoe_jax.interop.import_model import import_model
+from dynmoe_jax.model import Decoder
+from dynmoe_jax.training.checkpoint import Checkpoints
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'dynmoe_jax[parity]'")
 transformers = pytest.importorskip(
@@ -81,6 +88,10 @@ def save_theirs(kind, settings, folder):
     return logits_of(model)
 
 
+def config_with(model):
+    return config.Config(model=model, data=config.Data(seq_len=8))
+
+
 def logits_of(model):
     with torch.no_grad():
         return model.eval()(torch.tensor(TOKENS_BL)).logits.numpy()
@@ -100,3 +111,121 @@ def test_logits(theirs):
     )
     assert np.std(wanted) > 0.1
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def returned(theirs, tmp_path_factory):
+    """Their model, imported and exported again."""
+    folder, _ = theirs
+    places = tmp_path_factory.mktemp("ours")
+    import_model(folder, places / "run")
+    export_model(places / "run", places / "hf")
+    return places / "hf"
+
+
+def test_round_trip_is_exact(theirs, returned):
+    before, after = (load_file(path / "model.safetensors") for path in (theirs[0], returned))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype == np.float32
+        np.testing.assert_array_equal(tensor, after[name])
+
+
+def test_export_loads_in_their_class(theirs, returned):
+    _, wanted = theirs
+    settings = json.loads((returned / "config.json").read_text())
+    if settings["model_type"] == "deepseek":
+        pytest.skip("transformers has no class for DeepSeekMoE version 1; its code is on the hub")
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        returned, output_loading_info=True
+    )
+    assert type(model).__name__ == settings["architectures"][0]
+    assert not any(report.values())
+    np.testing.assert_allclose(logits_of(model), wanted, rtol=0, atol=1e-5)
+
+
+OURS = {
+    "top_k, as the paper's": (
+        "Qwen2MoeForCausalLM",
+        {"moe": {"router": "top_k", "top_k": 2}},
+    ),
+    "top_k, first of two": (
+        "Qwen2MoeForCausalLM",
+        {"moe": {"router": "top_k", "top_k": 2, "every_n_layers": 2, "renormalize": True}},
+    ),
+    "top_k, renormalised": (
+        "MixtralForCausalLM",
+        {"moe": {"router": "top_k", "top_k": 2, "renormalize": True}},
+    ),
+    "top_p": ("MoEForCausalLM", {"moe": {"top_p": 0.5}}),
+    "top_p, of two, tied, grouped": (
+        "MoEForCausalLM",
+        {
+            "moe": {"top_p": 0.5, "every_n_layers": 2, "renormalize": True},
+            "tie_embeddings": True,
+            "num_kv_heads": 2,
+            "rope_theta": 500.0,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(OURS))
+def ours(request, tmp_path_factory):
+    """(class, model of theirs, decoder) of a model of ours that was exported."""
+    name, changes = OURS[request.param]
+    moe = config.MoE(num_experts=5, hidden_width=12, **changes["moe"])
+    shape = {"width": 24, "num_heads": 6, "num_kv_heads": 6, "head_width": 4, "vocab_size": 40}
+    shape |= {"hidden_width": 20, "num_layers": 4, "max_seq_len": 32, "init_std": 0.3}
+    model = config.Model(dtype="float32", **shape | changes | {"moe": moe})
+    decoder = Decoder(model, rngs=nnx.Rngs(3))
+    folder = tmp_path_factory.mktemp("ours")
+    with contextlib.closing(Checkpoints(folder / "run", config.Checkpoint())) as checkpoints:
+        state = {"params": nnx.state(decoder, nnx.Param)}
+        checkpoints.save(7, state, {"tokenizer": ""}, config_with(model))
+    export_model(folder / "run", folder / "hf")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "hf", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(report.values())
+    return name, theirs.eval(), decoder
+
+
+def test_our_model_in_their_class(ours):
+    name, theirs, decoder = ours
+    assert type(theirs).__name__ == name
+    logits = nnx.jit(lambda decoder, tokens_BL: decoder(tokens_BL).logits)(
+        decoder, jnp.asarray(TOKENS_BL)
+    )
+    assert np.std(logits) > 0.1
+    np.testing.assert_allclose(logits_of(theirs), logits, rtol=0, atol=1e-4)
+
+
+def test_their_generation_with_our_code(ours):
+    """Greedy, with a cache and left padding, as without either."""
+    _, theirs, _ = ours
+    settings = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
+    prompts = torch.tensor(TOKENS_BL[:, :7])
+    mask = torch.ones_like(prompts)
+    mask[1, :3] = 0
+    batch = theirs.generate(prompts, attention_mask=mask, **settings)
+    for row, start in ((0, 0), (1, 3)):
+        tokens = prompts[row, start:]
+        for _ in range(6):
+            with torch.no_grad():
+                following = theirs(tokens[None]).logits[0, -1].argmax()
+            tokens = torch.cat([tokens, following[None]])
+        assert batch[row, 7:].tolist() == tokens[-6:].tolist()
+
+
+def test_their_loss_is_of_the_next_token(ours):
+    name, theirs, _ = ours
+    if name != "MoEForCausalLM":
+        pytest.skip("a class of transformers itself")
+    tokens = torch.tensor(TOKENS_BL)
+    with torch.no_grad():
+        output = theirs(tokens, labels=tokens)
+    wanted = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    )
+    np.testing.assert_allclose(output.loss, wanted, rtol=1e-6)

@@ -1,0 +1,111 @@
+"""A foreign model as the checkpoint of a run's folder, without ever holding it as a whole."""
+
+import contextlib
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from dynmoe_jax import config
+from dynmoe_jax.console import Stage, stage, warn
+from dynmoe_jax.interop.layouts import Shape
+from dynmoe_jax.interop.load import check_tensors, checked_config
+from dynmoe_jax.interop.mapping import Path as ParameterPath
+from dynmoe_jax.interop.mapping import Place, fill, is_stacked, places
+from dynmoe_jax.interop.registry import architecture_of
+from dynmoe_jax.interop.source import Source, open_source
+from dynmoe_jax.model import parameter_shapes
+from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints, make_folder
+from dynmoe_jax.training.streamed import StreamedArray
+
+STEP = 0
+"""An imported model has done no step of ours."""
+
+
+def import_model(source: Path | str, workdir: Path | str) -> config.Config:
+    """Writes a folder that :func:`dynmoe_jax.training.load.load_run` reads.
+
+    Tensors are read, and the checkpoint is written, slice by slice: one layer of one parameter is
+    in memory at a time.
+
+    Args:
+      source: a folder in Hugging Face's format, or a ``.gguf`` file.
+      workdir: the run's folder, which must hold no run.
+
+    Returns:
+      the settings that the run now has.
+
+    Raises:
+      CheckpointError: the foreign model cannot be read, or is not what its configuration says.
+      ConfigError: ``workdir`` holds a run, or cannot be written.
+      DataError: the tokenizer cannot be read.
+    """
+    workdir = Path(workdir).expanduser()
+    if (workdir / FOLDER).is_dir() and any((workdir / FOLDER).iterdir()):
+        raise config.ConfigError(f"--to={workdir} holds checkpoints of a run; name another folder.")
+    foreign = open_source(source)
+    architecture = architecture_of(foreign.settings)
+    cfg = checked_config(architecture.model_from_hf(foreign.settings))
+    like = parameter_shapes(cfg.model)
+    shapes = {path: leaf.shape for path, leaf in like.flat_state()}
+    found = places(architecture.rules, cfg.model, shapes)
+    check_tensors(found, shapes, foreign.shapes(), architecture, cfg.model)
+    tokenizer = foreign.tokenizer()
+    make_folder(workdir)
+    if tokenizer is None:
+        warn(f"{source} holds no tokenizer; put one into {workdir} before the model meets text.")
+    else:
+        tokenizer.save(workdir / tokenizer.place)
+    position = {"tokenizer": tokenizer.fingerprint if tokenizer else "", IMPORTED: str(source)}
+    megabytes = sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
+    with (
+        stage(f"Importing {architecture.name}", megabytes, "MB") as shown,
+        contextlib.closing(Checkpoints(workdir, cfg.checkpoint)) as checkpoints,
+    ):
+        slices = _Slices(foreign, found, shapes, shown)
+        leaves = [(path, leaf.replace(slices.array(path))) for path, leaf in like.flat_state()]
+        params = nnx.from_flat_state(leaves)
+        checkpoints.save(STEP, {"params": params}, position, cfg)
+    return cfg
+
+
+class _Slices:
+    """Reads the tensors of one slice of one parameter at a time.
+
+    Args:
+      source: the foreign model.
+      found: the place of each of its tensors.
+      shapes: shapes of our parameters, by path.
+      shown: where progress is shown, in megabytes.
+    """
+
+    def __init__(
+        self, source: Source, found: Mapping[str, Place], shapes: Mapping[Path, Shape], shown: Stage
+    ):
+        self._source, self._shapes, self._shown = source, shapes, shown
+        self._places: dict[ParameterPath, dict[str, Place]] = defaultdict(dict)
+        for name, place in found.items():
+            self._places[place.path][name] = place
+
+    def array(self, path: ParameterPath) -> StreamedArray:
+        """The parameter at a path, to be read when it is written."""
+        return StreamedArray(self._shapes[path], partial(self._read, path), is_stacked(path))
+
+    def _read(self, path: ParameterPath, index: int | None) -> np.ndarray:
+        inside, shape = self._places[path], self._shapes[path]
+        if index is not None:
+            shape = shape[1:]
+            inside = {
+                name: dataclasses.replace(place, index=place.index[1:])
+                for name, place in inside.items()
+                if place.index[0] == index
+            }
+        values = np.empty(shape, np.float32)
+        fill(inside, self._source.tensors(inside), {path: values})
+        self._shown.advance(values.nbytes / 1e6)
+        return values

@@ -1,0 +1,1 @@
+"""PyTorch files that travel with exported models; nothing here imports them."""

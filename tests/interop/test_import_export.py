@@ -1,0 +1,228 @@
+"""Into a run's folder and out again: every architecture, exactly; what is refused; what is left."""
+
+import contextlib
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, decoders, models
+
+from dynmoe_jax import config
+from dynmoe_jax.interop import CheckpointError, load_hf
+from dynmoe_jax.interop.__main__ import main, parse
+from dynmoe_jax.interop.export_model import export_model
+from dynmoe_jax.interop.import_model import import_model
+from dynmoe_jax.interop.mapping import places
+from dynmoe_jax.interop.registry import ARCHITECTURES, architecture_for
+from dynmoe_jax.interop.tensor_writer import TensorWriter
+from dynmoe_jax.model import parameter_shapes
+from dynmoe_jax.training.checkpoint import Checkpoints, check_not_imported
+from dynmoe_jax.training.load import load_run
+
+SHAPE = {
+    "vocab_size": 20,
+    "hidden_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "intermediate_size": 10,
+}
+QWEN = {"moe_intermediate_size": 6, "num_experts": 4, "shared_expert_intermediate_size": 8}
+SETTINGS = {
+    "LlamaForCausalLM": {"tie_word_embeddings": True},
+    "MixtralForCausalLM": {"num_local_experts": 4},
+    "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2MoeForCausalLM": QWEN | {"mlp_only_layers": [0, 1]},
+    "DeepseekForCausalLM": {
+        "moe_intermediate_size": 6,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
+    "MoEForCausalLM": {"model_type": "dynamic_moe", "num_experts": 4, "expert_frequency": 3},
+}
+
+
+def write_hf(folder, name):
+    """A folder with random tensors and a tokenizer of five tokens."""
+    folder.mkdir()
+    settings = {"architectures": [name], **SHAPE, **SETTINGS[name]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    architecture = ARCHITECTURES[name]
+    model = architecture.model_from_hf(settings)
+    shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
+    found = places(architecture.rules, model, shapes)
+    foreign = {n: place.layout.foreign_shape(place.shape(shapes)) for n, place in found.items()}
+    writer = TensorWriter(folder, foreign, "float32", 4000)
+    random = np.random.default_rng(1)
+    for tensor, shape in foreign.items():
+        writer.write(tensor, random.normal(size=shape))
+    vocabulary = {"</s>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    made.decoder = decoders.Fuse()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return folder
+
+
+def tensors_in(folder):
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+@pytest.fixture(scope="module", params=list(SETTINGS))
+def travelled(request, tmp_path_factory):
+    """(folder, folder of the run, folder exported from it) of one architecture."""
+    scratch = tmp_path_factory.mktemp("travelled")
+    source = write_hf(scratch / "hf", request.param)
+    import_model(source, scratch / "run")
+    export_model(scratch / "run", scratch / "back")
+    return source, scratch / "run", scratch / "back"
+
+
+def test_round_trip_is_exact(travelled):
+    source, _, back = travelled
+    before, after = tensors_in(source), tensors_in(back)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor)
+    names = [json.loads((f / "config.json").read_text())["architectures"] for f in (source, back)]
+    assert names[0] == names[1]
+
+
+def test_imported_run_is_what_load_hf_gives(travelled):
+    source, run, _ = travelled
+    cfg, decoder, tokenizer = load_run(run)
+    wanted = load_hf(source)
+    assert cfg.model == wanted.config
+    for (path, actual), (_, leaf) in zip(
+        nnx.state(decoder).flat_state(), nnx.state(wanted).flat_state(), strict=True
+    ):
+        np.testing.assert_array_equal(actual[...], leaf[...], err_msg=str(path))
+    assert tokenizer.encode("abc").tolist() == [4, 3]
+
+
+def test_tokenizer_travels_along(travelled):
+    source, _, back = travelled
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (back / name).read_bytes() == (source / name).read_bytes()
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == 0
+
+
+def test_large_models_are_split_over_files(travelled, tmp_path):
+    source, run, _ = travelled
+    export_model(run, tmp_path / "hf", shard_bytes=4000)
+    files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 1
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert all((tmp_path / "hf" / name).stat().st_size < 4000 + 4096 for name in files)
+    before, after = load_hf(source), load_hf(tmp_path / "hf")
+    for (_, a), (_, b) in zip(
+        nnx.state(before).flat_state(), nnx.state(after).flat_state(), strict=True
+    ):
+        np.testing.assert_array_equal(a[...], b[...])
+
+
+def test_bfloat16(travelled, tmp_path):
+    source, run, _ = travelled
+    main(parse(["export", "--from", str(run), "--to", str(tmp_path / "hf"), "--dtype=bfloat16"]))
+    wanted = tensors_in(source)
+    for name, tensor in tensors_in(tmp_path / "hf").items():
+        assert tensor.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(tensor, wanted[name].astype(ml_dtypes.bfloat16))
+
+
+def test_nothing_is_overwritten(travelled, tmp_path):
+    source, run, back = travelled
+    with pytest.raises(config.ConfigError, match="holds checkpoints of a run"):
+        import_model(source, run)
+    with pytest.raises(config.ConfigError, match="is not empty"):
+        export_model(run, back)
+    with pytest.raises(config.ConfigError, match="holds no run"):
+        export_model(tmp_path, tmp_path / "hf")
+
+
+def test_training_does_not_begin_anew_on_top_of_it(travelled):
+    with pytest.raises(config.ConfigError, match="holds an imported model"):
+        check_not_imported(travelled[1])
+
+
+def run_of(model, folder):
+    """A run's folder with a random model."""
+    params = nnx.map_state(lambda _, x: np.zeros(x.shape, np.float32), parameter_shapes(model))
+    cfg = config.Config(model=model, data=config.Data(seq_len=8))
+    with contextlib.closing(Checkpoints(folder, config.Checkpoint())) as checkpoints:
+        checkpoints.save(3, {"params": params}, {"tokenizer": ""}, cfg)
+    return folder
+
+
+SMALL = {"num_layers": 2, "width": 8, "num_heads": 2, "num_kv_heads": 2, "head_width": 4}
+SMALL |= {"hidden_width": 8, "vocab_size": 8, "max_seq_len": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "moe", "setting"),
+    [
+        ({"qk_norm": True}, {"router": "top_p"}, "config.model.qk_norm"),
+        ({}, {"router": "top_p", "shared_hidden_width": 8}, "moe.shared_hidden_width"),
+        ({}, {"router": "top_k", "routed_scale": 2.0}, "config.model.moe.routed_scale"),
+        ({}, {"every_n_layers": 2, "layer_offset": 1}, "config.model.moe.every_n_layers"),
+    ],
+)
+def test_model_that_no_format_has_is_refused(tmp_path, changes, moe, setting):
+    moe = config.MoE(num_experts=4, hidden_width=8, **moe)
+    run = run_of(config.Model(**SMALL, **changes, moe=moe), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"no format of Hugging Face's.*without") as caught:
+        export_model(run, tmp_path / "hf")
+    assert setting in str(caught.value)
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("moe", "name"),
+    [
+        ({"every_n_layers": 0}, "LlamaForCausalLM"),
+        ({"router": "top_k", "renormalize": True}, "MixtralForCausalLM"),
+        ({"router": "top_k", "top_k": 1}, "Qwen2MoeForCausalLM"),
+        ({"router": "top_k", "shared_hidden_width": 16}, "DeepseekForCausalLM"),
+        ({"router": "top_p"}, "MoEForCausalLM"),
+    ],
+)
+def test_first_format_that_fits(moe, name):
+    moe = config.MoE(num_experts=4, hidden_width=8, **moe)
+    assert architecture_for(config.Model(**SMALL, moe=moe)).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "llama3"}}, "scaled rotary"),
+        ("LlamaForCausalLM", {"attention_bias": True}, "attention_bias=True"),
+        ("MixtralForCausalLM", {"sliding_window": 8}, "sliding_window=8"),
+        ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("Qwen2MoeForCausalLM", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("Qwen2MoeForCausalLM", {"mlp_only_layers": [1]}, r"layers \[0, 2\] of 3"),
+        ("DeepseekForCausalLM", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+        ("DeepseekForCausalLM", {"first_k_dense_replace": -1}, "first_k_dense_replace=-1"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, name, change, message):
+    folder = write_hf(tmp_path / "hf", name)
+    settings = {"architectures": [name], **SHAPE, **SETTINGS[name], **change}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=message):
+        import_model(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensor_of_another_shape_is_named_before_anything_is_written(tmp_path):
+    folder = write_hf(tmp_path / "hf", "MixtralForCausalLM")
+    settings = json.loads((folder / "config.json").read_text()) | {"num_local_experts": 5}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.0\.block_sparse_moe\."):
+        import_model(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
