@@ -195,14 +195,18 @@ class _Step:
         hidden = model.hidden_width
         if self.moe_layers:
             rows = model.moe.saved_rows_per_token or self.experts
-            hidden = max(hidden * (self.moe_layers < model.num_layers), rows * model.moe.hidden_width)
+            hidden = max(
+                hidden * (self.moe_layers < model.num_layers), rows * model.moe.hidden_width
+            )
         # Norms' inputs and outputs, the stream between the halves; queries to mixed values; gate
         # and up.
         layer = _BYTES * T * (5 * model.width + heads + 2 * hidden / tensor)
         stream = _BYTES * T * model.width
         kept = {"layer": stream, "dots": layer, "none": layer}[self.cfg.model.remat]
         experts = model.moe.num_experts // self.sizes["expert"]
-        weights = expert_weight_bytes(experts, model.width, model.moe.hidden_width // tensor, _BYTES)
+        weights = expert_weight_bytes(
+            experts, model.width, model.moe.hidden_width // tensor, _BYTES
+        )
         logits = 3 * 4 * model.vocab_size / tensor * min(self.cfg.loss.chunk_tokens, T)
         # Gradients, the parameters of a layer and their gradients, and one layer at work.
         work = parameters + 2 * weights + logits + layer

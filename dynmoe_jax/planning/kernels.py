@@ -127,4 +127,4 @@ def _block(instruction: Instruction, name: str, length: int) -> int:
 
 
 def _fused(instruction: Instruction) -> bool:
-    return r'\"use_fused_bwd_kernel\": true' in instruction.text
+    return r"\"use_fused_bwd_kernel\": true" in instruction.text

@@ -96,7 +96,5 @@ def with_mesh(cfg: config.Config, sizes: dict[str, int]) -> config.Config:
     """
     batch, parts = cfg.train.batch_size, sizes["slice"] * sizes["data"] * sizes["expert"]
     fitting = (m for m in range(cfg.train.microbatches, 0, -1) if batch % (m * parts) == 0)
-    train = dataclasses.replace(
-        cfg.train, microbatches=next(fitting, cfg.train.microbatches)
-    )
+    train = dataclasses.replace(cfg.train, microbatches=next(fitting, cfg.train.microbatches))
     return dataclasses.replace(cfg, mesh=config.Mesh(**sizes), train=train)

@@ -159,7 +159,9 @@ class Schedule:
             return kernel_cost(instruction, operands, self._rows, self._chip).seconds(self._chip)
         if instruction.opcode == "custom-call":
             return 0.0
-        if instruction.opcode in _UNKNOWN and math.prod(instruction.shapes[0]) > 1:
+        if instruction.cycles is None and math.prod(instruction.shapes[0]) <= 1:
+            return 0.0  # counters of loops, and their comparisons
+        if instruction.opcode in _UNKNOWN:
             return None
         seconds = (instruction.cycles or 0) / self._chip.clock_hz
         if instruction.cycles is None or self._gathers(instruction):
