@@ -20,8 +20,8 @@ KINDS = (
     "collective-permute",
 )
 HOP_SECONDS = 1e-6
-"""Of a message from one chip to the next, whatever its size: "about 1 us per hop" (How to Scale Your
-Model, chapter on TPUs)."""
+"""Of a message from one chip to the next, whatever its size: about a microsecond, says the chapter on
+TPUs of "How to Scale Your Model"."""
 
 _EXPLICIT = re.compile(r"replica_groups=\{(\{[\d,{}]*\})?\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -79,7 +79,7 @@ class Transfer:
 
     Attributes:
       kind: one of ``KINDS``.
-      axes: mesh axes that it runs along, joined by ``+``; ``"?"`` if they are not those of the mesh.
+      axes: mesh axes that it runs along, joined by ``+``; ``"?"`` if it runs along none.
       bytes: that the device sends.
       seconds: until the slowest link has carried its share.
     """

@@ -63,7 +63,7 @@ def plan_on_gpu(
         sizes,
         experts,
         memory=step.memory(),
-        flops=FlopsPlan(analytic, analytic, recomputed),
+        flops=FlopsPlan(analytic, None, recomputed),
         time=TimePlan(compute, hidden + waited, exposed),
         traffic=traffic_of(transfers),
         operations=tuple(sorted(dear, key=lambda o: -o.total)[:_DEAREST]),

@@ -28,7 +28,8 @@ class FlopsPlan:
 
     Attributes:
       analytic: of the model, forward and backward, recomputation not counted.
-      compiled: of the products in the compiled step that compute something for the first time.
+      compiled: of the products in the compiled step that compute something for the first time; None
+        where nothing is compiled.
       recomputed: of those that the backward pass runs again (``config.model.remat``).
       rest: of one more chunk of rows in every expert layer, which runs only where tokens use more
         experts than ``config.model.moe.saved_rows_per_token``; not in ``compiled``.
@@ -36,15 +37,15 @@ class FlopsPlan:
     """
 
     analytic: float
-    compiled: float
+    compiled: float | None
     recomputed: float
     rest: float = 0.0
     dense_over_experts: tuple[str, ...] = ()
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """Compiled over analytic, recomputation in neither."""
-        return self.compiled / self.analytic
+        return None if self.compiled is None else self.compiled / self.analytic
 
 
 @dataclasses.dataclass(frozen=True)

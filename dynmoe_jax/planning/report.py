@@ -103,11 +103,14 @@ def _flops(plan: Plan) -> Table:
     table = _table("FLOPs of one device in one step", "", "FLOPs", "of analytic")
     rows = {
         "analytic: the model, forward and backward": flops.analytic,
-        "compiled, recomputation left out": flops.compiled,
         "recomputed by backward": flops.recomputed,
-        "compiled, all": flops.compiled + flops.recomputed,
-        "only if tokens use more experts: one more chunk of rows": flops.rest,
     }
+    if flops.compiled is not None:
+        rows |= {
+            "compiled, without what is recomputed": flops.compiled,
+            "compiled, all": flops.compiled + flops.recomputed,
+            "only if tokens use more experts: one more chunk of rows": flops.rest,
+        }
     for name, value in rows.items():
         table.add_row(name, f"{compact(value)}FLOP", f"{value / flops.analytic:.2f}")
     return table
@@ -158,7 +161,7 @@ def _operations(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[Text]:
     notes = []
-    if plan.flops:
+    if plan.flops and plan.flops.ratio:
         ratio = plan.flops.ratio
         good = ratio <= MOST_FLOPS
         text = f"Compiled FLOPs are {ratio:.2f} times the analytic ones, at most {MOST_FLOPS}: "

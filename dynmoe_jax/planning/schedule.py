@@ -1,12 +1,12 @@
 """Plays the schedule that the compiler wrote, and takes the time.
 
-The rule.  A TPU runs the instructions of a computation in their order.  What the compiler estimates
-in cycles takes them; a Pallas kernel takes the roofline of its shapes (:mod:`.kernels`); a gather of
-rows, which the compiler estimates at next to nothing, and what it does not estimate at all, take at
-least the time of their bytes through main memory.  An asynchronous collective runs beside what
-stands between its start and its end, one at a time along each set of mesh axes; where it is not
-done by then, or where a collective is synchronous, the device waits.  Copies between a chip's two
-memories that are asynchronous cost nothing.  So
+The rule.  A TPU runs the instructions of a computation in their order.  Where the compiler
+estimates cycles, that is their time; a Pallas kernel takes the roofline of its shapes (:mod:`.kernels`); a
+gather of rows, which the compiler estimates at next to nothing, and what it does not estimate at
+all, take at least the time of their bytes through main memory.  An asynchronous collective runs
+beside what stands between its start and its end, one at a time along each set of mesh axes; where
+it is not done by then, or where a collective is synchronous, the device waits.  Copies between a
+chip's two memories that are asynchronous cost nothing.  So
 
     step time = compute time + collective time that nothing hides.
 """
@@ -23,9 +23,9 @@ from dynmoe_jax.planning.instruction import Instruction
 from dynmoe_jax.planning.kernels import kernel_cost
 
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota "
-    "copy-start copy-done slice-start slice-done async-start async-update async-done call-start "
-    "call-done opt-barrier".split()
+    {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "opt-barrier"}
+    | {"after-all", "partition-id", "replica-id"}
+    | {f"{name}-{end}" for name in ("copy", "slice", "call", "async") for end in ("start", "done")}
 )
 _UNKNOWN = ("sort", "scatter")
 _STEPS = 8
