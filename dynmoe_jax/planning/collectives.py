@@ -20,8 +20,8 @@ KINDS = (
     "collective-permute",
 )
 HOP_SECONDS = 1e-6
-"""Of a message from one chip to the next, whatever its size: about a microsecond, says the chapter on
-TPUs of "How to Scale Your Model"."""
+"""Of a message from one chip to the next, whatever its size: about a microsecond ("How to Scale
+Your Model", the chapter on TPUs)."""
 
 _EXPLICIT = re.compile(r"replica_groups=\{(\{[\d,{}]*\})?\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")

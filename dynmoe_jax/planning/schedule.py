@@ -1,12 +1,12 @@
 """Plays the schedule that the compiler wrote, and takes the time.
 
 The rule.  A TPU runs the instructions of a computation in their order.  Where the compiler
-estimates cycles, that is their time; a Pallas kernel takes the roofline of its shapes (:mod:`.kernels`); a
-gather of rows, which the compiler estimates at next to nothing, and what it does not estimate at
-all, take at least the time of their bytes through main memory.  An asynchronous collective runs
-beside what stands between its start and its end, one at a time along each set of mesh axes; where
-it is not done by then, or where a collective is synchronous, the device waits.  Copies between a
-chip's two memories that are asynchronous cost nothing.  So
+estimates cycles, that is their time; a Pallas kernel takes the roofline of its shapes
+(:mod:`.kernels`); a gather of rows, which the compiler estimates at next to nothing, and what it
+does not estimate at all, take at least the time of their bytes through main memory.  An
+asynchronous collective runs beside what stands between its start and its end, one at a time along
+each set of mesh axes; where it is not done by then, or where a collective is synchronous, the
+device waits.  Copies between a chip's two memories that are asynchronous cost nothing.  So
 
     step time = compute time + collective time that nothing hides.
 """
