@@ -12,7 +12,8 @@ from jax.stages import Compiled
 
 from dynmoe_jax import config
 from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.target import Target, compile_for
+from dynmoe_jax.target import Target, compile_for, current_target
+from dynmoe_jax.training.compiler_options import compiler_options
 from dynmoe_jax.training.mesh import batch_sharding, state_shardings
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
@@ -78,16 +79,17 @@ def compile_step(cfg: config.Config, mesh: Mesh) -> CompiledStep:
         )
         batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), rows)
         step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
-        compiled = _compile(step.lower(state, batch))
+        compiled = _compile(step.lower(state, batch), compiler_options(current_target()))
     module = Module(compiled.as_text())
     return CompiledStep(module, compiled.memory_analysis(), time.perf_counter() - started)
 
 
-def _compile(lowered: jax.stages.Lowered) -> Compiled:
+def _compile(lowered: jax.stages.Lowered, options: dict[str, str]) -> Compiled:
     try:
-        return lowered.compile()
+        return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        # Not the fast memory of a kernel, whose tiles no setting changes.
+        if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error).lower():
             raise
         raise TooLarge(str(error)) from error
 

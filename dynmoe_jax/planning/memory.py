@@ -100,6 +100,8 @@ def remedy(cfg: config.Config, plan: MemoryPlan, batch_devices: int) -> str:
             f"parameters, gradients and optimizer need {times} times as many devices along "
             "config.mesh.data, config.mesh.expert or config.mesh.model"
         )
+    if not need.activations:  # the compiler refused, and did not say how much was missing
+        return f"raise config.train.microbatches from {cfg.train.microbatches}"
     return advice(need, plan.limit, cfg, batch_devices)
 
 

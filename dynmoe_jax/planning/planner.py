@@ -74,7 +74,7 @@ def _planner(topology: Topology) -> Callable[[Request, dict[str, int]], Plan]:
         def on_gpu(request, sizes):
             cfg = with_mesh(request.cfg, sizes)
             experts = expected_experts(cfg.model.moe, request.experts_per_token)
-            return plan_on_gpu(cfg, topology, sizes, experts)
+            return _noted(plan_on_gpu(cfg, topology, sizes, experts), request)
 
         return on_gpu
     devices = describe_devices(topology)
@@ -83,9 +83,21 @@ def _planner(topology: Topology) -> Callable[[Request, dict[str, int]], Plan]:
         cfg = with_mesh(request.cfg, sizes)
         experts = expected_experts(cfg.model.moe, request.experts_per_token)
         mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches, devices)
-        return plan_on_tpu(cfg, topology, mesh, experts)
+        return _noted(plan_on_tpu(cfg, topology, mesh, experts), request)
 
     return on_tpu
+
+
+def _noted(plan: Plan, request: Request) -> Plan:
+    """The plan, and what it changed of the settings."""
+    asked = request.cfg.train.microbatches
+    if plan.microbatches == asked:
+        return plan
+    note = (
+        f"config.train.microbatches={asked} leaves devices without a sequence; these are the "
+        f"figures of --config.train.microbatches={plan.microbatches}."
+    )
+    return dataclasses.replace(plan, assumptions=(note, *plan.assumptions))
 
 
 def with_mesh(cfg: config.Config, sizes: dict[str, int]) -> config.Config:

@@ -116,6 +116,8 @@ def test_microbatches_are_no_more_than_leave_each_device_a_sequence():
     sizes = {"slice": 1, "data": 8, "expert": 1, "model": 1}
     assert with_mesh(change(train={"microbatches": 16}), sizes).train.microbatches == 2
     assert with_mesh(change(train={"microbatches": 1}), sizes).train.microbatches == 1
+    plan = plan_run(Request(change(train={"microbatches": 16}), "h100:8"))
+    assert "--config.train.microbatches=2" in plan.assumptions[0]
 
 
 def test_a_run_that_does_not_fit_says_what_would():
