@@ -12,9 +12,9 @@ from jax.stages import Compiled
 
 from dynmoe_jax import config
 from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.target import Target, compile_for, current_target
-from dynmoe_jax.training.compiler_options import compiler_options
-from dynmoe_jax.training.mesh import batch_sharding, state_shardings
+from dynmoe_jax.target import Target, compile_for
+from dynmoe_jax.training.compilation import TPU_OPTIONS
+from dynmoe_jax.training.mesh import batch_sharding, replicated, state_shardings
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
 
@@ -60,7 +60,7 @@ def state_shapes(cfg: config.Config, mesh: Mesh) -> TrainState:
 
 
 def compile_step(cfg: config.Config, mesh: Mesh) -> CompiledStep:
-    """Lowers and compiles the step that training runs.
+    """Lowers and compiles the step that training runs on TPUs.
 
     Args:
       cfg: all settings.
@@ -78,15 +78,21 @@ def compile_step(cfg: config.Config, mesh: Mesh) -> CompiledStep:
             (cfg.train.batch_size, cfg.data.seq_len), jnp.int32, sharding=batch_sharding(mesh)
         )
         batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), rows)
-        step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
-        compiled = _compile(step.lower(state, batch), compiler_options(current_target()))
+        # As in the trainer.
+        step = jax.jit(
+            make_train_step(cfg, optimizer, schedule),
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
+            compiler_options=TPU_OPTIONS,
+        )
+        compiled = _compile(step.lower(state, batch))
     module = Module(compiled.as_text())
     return CompiledStep(module, compiled.memory_analysis(), time.perf_counter() - started)
 
 
-def _compile(lowered: jax.stages.Lowered, options: dict[str, str]) -> Compiled:
+def _compile(lowered: jax.stages.Lowered) -> Compiled:
     try:
-        return lowered.compile(options)
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         # Not the fast memory of a kernel, whose tiles no setting changes.
         if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error).lower():
