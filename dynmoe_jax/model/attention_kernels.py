@@ -65,10 +65,8 @@ def splash_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, *, interp
         block_kv=block,
         block_q_dkv=block,
         block_kv_dkv=block,
-        # One kernel instead of two: five products in place of seven, because scores and their
-        # gradient are not computed twice.  The parts of dq that L / block keys give are kept, and
-        # added up behind it.
-        use_fused_bwd_kernel=True,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)

@@ -28,6 +28,8 @@ _FREE = frozenset(
     | {f"{name}-{end}" for name in ("copy", "slice", "call", "async") for end in ("start", "done")}
 )
 _UNKNOWN = ("sort", "scatter")
+_FUSED_START = 'custom_call_target="AsyncCollectiveStart"'
+_FUSED_END = 'custom_call_target="AsyncCollectiveDone"'
 _STEPS = 8
 """How many instructions back the start of an asynchronous collective is looked for."""
 
@@ -114,7 +116,7 @@ class Schedule:
                     ends[instruction.name] = end
                     continue
                 wait = end - now
-            elif self._ends(instruction):
+            elif self._ends(instruction, ends):
                 start = self._start_of(instruction, computation, ends)
                 wait = max(0.0, ends.pop(start) - now) if start else 0.0
             else:
@@ -213,27 +215,33 @@ class Schedule:
         """The collective that an instruction is, or starts; None if it is something else."""
         if kind_of(instruction):
             return instruction
-        if instruction.opcode not in ("fusion", "async-start"):
-            return None
+        # A call of another core of the chip (sparse cores), or a part of a fusion with products.
+        calls = instruction.opcode in ("call-start", "async-start")
+        fuses = instruction.opcode == "fusion" and self._contains(instruction, _FUSED_START)
+        return self._collective_in(instruction) if calls or fuses else None
+
+    def _collective_in(self, instruction: Instruction) -> Instruction | None:
         for called in instruction.called:
-            inside = self._module.computations[called].values()
-            starts = instruction.opcode == "async-start" or any(
-                'custom_call_target="AsyncCollectiveStart"' in i.text for i in inside
-            )
-            if starts:
-                return next((i for i in inside if kind_of(i)), None)
+            for inner in self._module.computations[called].values():
+                if found := inner if kind_of(inner) else self._collective_in(inner):
+                    return found
         return None
+
+    def _contains(self, instruction: Instruction, text: str) -> bool:
+        inside = (self._module.computations[c].values() for c in instruction.called)
+        return any(text in i.text for c in inside for i in c)
 
     def _is_asynchronous(self, instruction: Instruction) -> bool:
         return instruction.opcode.endswith("-start") or instruction.opcode == "fusion"
 
-    def _ends(self, instruction: Instruction) -> bool:
+    def _ends(self, instruction: Instruction, ends: dict[str, float]) -> bool:
+        """Whether an instruction is the end of a collective that was started."""
         if instruction.opcode == "fusion":
-            inside = (self._module.computations[c].values() for c in instruction.called)
-            done = 'custom_call_target="AsyncCollectiveDone"'
-            return any(done in i.text for c in inside for i in c)
-        name = instruction.opcode.removesuffix("-done")
-        return name != instruction.opcode and name not in ("copy", "slice", "call")
+            return self._contains(instruction, _FUSED_END)
+        # Copies end in the same way, and calls that are no collectives.
+        return instruction.opcode.endswith("-done") and not ends.keys().isdisjoint(
+            instruction.operands
+        )
 
     def _start_of(self, instruction, computation: str, ends: dict[str, float]) -> str | None:
         """The name of the collective that ends here: the nearest one before it in its operands."""

@@ -114,3 +114,19 @@ def test_what_nobody_estimates_is_listed():
     schedule = played(f"{PARAMETER}\n  %s.1 = f32[1000]{{0}} sort(%p), dimensions={{0}}")
     assert microseconds(schedule) == (0, 0)
     assert [o.what for o in schedule.unknown] == ["s"]
+
+
+def test_collectives_of_other_cores_are_asynchronous_calls():
+    others = FUSED + "%inner (x: f32[500]) -> f32[1000] {\n  %x = f32[500]{0} parameter(0)\n"
+    others += f"  ROOT %g = f32[1000]{{0}} all-gather(%x), {GROUPS}\n}}\n"
+    others += "%outer (y: f32[500]) -> f32[1000] {\n  %y = f32[500]{0} parameter(0)\n"
+    others += "  ROOT %h = f32[1000]{0} fusion(%y), kind=kCustom, calls=%inner\n}\n"
+    entry = [
+        PARAMETER,
+        "  %s = ((f32[500]{0}), f32[1000]{0}) call-start(%p), to_apply=%outer",
+        work("between", 1),
+        "  %d = f32[1000]{0} call-done(%s)",
+    ]
+    schedule = played("\n".join(entry), others)
+    assert microseconds(schedule) == pytest.approx((1, GATHER_US - 1))
+    assert len(schedule.transfers) == 1
