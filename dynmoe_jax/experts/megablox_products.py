@@ -28,9 +28,9 @@ def megablox_products(flops_per_byte: float, interpret: bool = False) -> Grouped
     # Not at the top: a CPU has no use for the TPU half of Pallas, which takes a second to import.
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-    def tiles(rows_RI, experts, inner, outer, of=product_tiling):
+    def tiles(rows_RI, experts, inner, outer, of=product_tiling, **options):
         rows, itemsize = rows_RI.shape[0], rows_RI.dtype.itemsize
-        return of(rows, experts, inner, outer, itemsize, flops_per_byte)
+        return of(rows, experts, inner, outer, itemsize, flops_per_byte, **options)
 
     def forward(x_RI, w_EIO, group_size_E):
         experts, inner, outer = w_EIO.shape
@@ -40,7 +40,7 @@ def megablox_products(flops_per_byte: float, interpret: bool = False) -> Grouped
     def input_gradient(dy_RO, w_EIO, group_size_E):
         experts, inner, outer = w_EIO.shape
         # The widths change places: here O is what is summed over.
-        tiling = tiles(dy_RO, experts, outer, inner)
+        tiling = tiles(dy_RO, experts, outer, inner, transposed=True)
         return gmm(
             dy_RO,
             w_EIO,

@@ -1,86 +1,42 @@
-"""Reads an optimised HLO module: its matrix products, how often they run, what they cost.
+"""Reads an optimised HLO module: what runs, how often, and where it comes from.
 
-The text is what ``jax.jit(f).lower(...).compile().as_text()`` returns.  XLA for TPU writes matrix
-products as convolutions, and Pallas kernels as custom calls that hide what they compute; both are
-counted here.
+The text is what ``jax.jit(f).lower(...).compile().as_text()`` returns.
+
+Loops are multiplied out.  XLA for CPU writes a loop's trip count down; for TPU it is the constant
+that the loop's condition compares its counter with.
+
+Two things are decided by data: how often a loop runs whose bound is no constant, and which branch a
+conditional takes.  Either everything is counted once ("at most" would be more for such a loop), or
+what is *usual*: the shortest branch, and no round of such a loop.  That is how this project's
+experts treat rows beyond the usual number (``experts/ragged.py``).
 """
 
-import dataclasses
+import collections
 import math
 import re
 from collections.abc import Iterator
 
-Shape = tuple[int, ...]
+from dynmoe_jax.planning.instruction import Instruction, Shape, parse_instruction
+from dynmoe_jax.planning.products import Product, product_of
+from dynmoe_jax.planning.sources import Sources
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
-_OPCODE = re.compile(r"\s([a-z][a-z0-9-]*)\(")
-_ARRAY = re.compile(r"\b[a-z]+[0-9]*[a-z0-9]*\[([0-9,]*)\]")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%([^\s,)]+)"
-)
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_UNKNOWN_CYCLES = 2**63 - 1
-_GROUPED_KERNEL = re.compile(r"(?<![a-z])t?gmm(?![a-z])|ragged-dot|ragged_dot")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation.
-
-    Attributes:
-      name: without the percent sign.
-      opcode: e.g. ``"dot"``, ``"fusion"``, ``"custom-call"``.
-      shapes: of the result; several if it is a tuple.
-      operands: names.
-      text: everything after the equals sign.
-    """
-
-    name: str
-    opcode: str
-    shapes: tuple[Shape, ...]
-    operands: tuple[str, ...]
-    text: str
-
-    @property
-    def called(self) -> tuple[str, ...]:
-        """The computations that it runs."""
-        branches = _BRANCHES.search(self.text)
-        listed = re.findall(r"%([^\s,]+)", branches[1]) if branches else []
-        return (*_CALLED.findall(self.text), *listed)
-
-    @property
-    def cycles(self) -> int | None:
-        """The compiler's estimate; None where there is none, as of Pallas kernels."""
-        found = _CYCLES.search(self.text)
-        return int(found[1]) if found and int(found[1]) != _UNKNOWN_CYCLES else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A matrix product of the module.
-
-    Attributes:
-      name: of the instruction.
-      kind: ``"dot"``, ``"convolution"`` or ``"kernel"``.
-      operands: shapes of the two sides.
-      result: shape of the result.
-      times: how often it runs at most; every branch of a conditional counts.
-      flops: of one run, a multiply-add is two.
-    """
-
-    name: str
-    kind: str
-    operands: tuple[Shape, Shape]
-    result: Shape
-    times: int
-    flops: float
+_CONSTANT = re.compile(r"^[su](?:8|16|32|64)\[\]\S* constant\((\d+)\)")
+_SCHEDULED = ("while", "conditional", "call")
+"""What runs computations whose instructions are scheduled one by one, not fused or applied."""
 
 
 class Module:
-    """A parsed module."""
+    """A parsed module.
+
+    Attributes:
+      computations: instructions by computation and name, in the order of the schedule.
+      roots: name of the instruction that each computation returns.
+      entry: name of the computation that runs first.
+      sources: which function of the program an instruction comes from.
+    """
 
     def __init__(self, text: str):
         """Parses ``text``.
@@ -89,57 +45,128 @@ class Module:
           ValueError: it has no entry computation.
         """
         self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry = None
-        current: dict[str, Instruction] = {}
+        self.roots: dict[str, str] = {}
+        self.entry = ""
+        self._read(text)
+        if not self.entry:
+            raise ValueError("The text is not an HLO module: it has no ENTRY computation.")
+        self.sources = Sources(text)
+        self._times = {usual: self._count(usual) for usual in (False, True)}
+
+    def _read(self, text: str) -> None:
+        name, lines = "", {}
         for line in text.splitlines():
             if header := _COMPUTATION.match(line):
-                current = self.computations.setdefault(header[2], {})
-                self.entry = header[2] if header[1] else self.entry
+                name = header[2]
+                lines[name] = {}
+                self.entry = name if header[1] else self.entry
             elif found := _INSTRUCTION.match(line):
-                current[found[1]] = _instruction(found[1], found[2])
-        if self.entry is None:
-            raise ValueError("The text is not an HLO module: it has no ENTRY computation.")
-        self._times = dict.fromkeys(self.computations, 0)
-        self._count(self.entry, 1)
+                lines[name][found[2]] = found[3]
+                if found[1]:
+                    self.roots[name] = found[2]
+            elif line and line != "}" and name and lines[name]:
+                # Metadata of kernels hold line breaks.
+                lines[name][next(reversed(lines[name]))] += line
+        for name, found in lines.items():
+            self.computations[name] = {n: parse_instruction(n, text) for n, text in found.items()}
 
-    def _count(self, computation: str, times: int) -> None:
-        self._times[computation] += times
-        for instruction in self.computations[computation].values():
-            trips = _TRIPS.search(instruction.text) if instruction.opcode == "while" else None
-            for called in instruction.called:
-                self._count(called, times * (int(trips[1]) if trips else 1))
+    def _count(self, usual: bool) -> dict[str, int]:
+        times = collections.Counter()
 
-    def instructions(self) -> Iterator[tuple[int, str, Instruction]]:
+        def visit(computation: str, count: int) -> None:
+            times[computation] += count
+            for instruction in self.computations[computation].values():
+                trips = self.rounds(instruction, usual)
+                for called in self.branches(instruction, usual):
+                    visit(called, count * trips)
+
+        visit(self.entry, 1)
+        return times
+
+    def branches(self, instruction: Instruction, usual: bool) -> tuple[str, ...]:
+        """The computations that it runs; of a conditional's only the shortest if ``usual``."""
+        if usual and instruction.opcode == "conditional":
+            return (min(instruction.called, key=self._length),)
+        return instruction.called
+
+    def _length(self, computation: str) -> int:
+        """Instructions of a computation and of all that it runs."""
+        instructions = self.computations[computation].values()
+        return len(instructions) + sum(self._length(c) for i in instructions for c in i.called)
+
+    def rounds(self, instruction: Instruction, usual: bool) -> int:
+        """How often what an instruction calls runs for one run of it."""
+        trips = self.trip_count(instruction)
+        if instruction.opcode != "while" or trips is not None:
+            return 1 if trips is None else trips
+        return 0 if usual else 1
+
+    def trip_count(self, instruction: Instruction) -> int | None:
+        """How often a loop runs its body; None if it is no loop, or data decide."""
+        if instruction.opcode != "while":
+            return None
+        if known := _TRIPS.search(instruction.text):
+            return int(known[1])
+        condition = re.search(r"\bcondition=%([^\s,)]+)", instruction.text)
+        return self._bound(condition[1]) if condition else None
+
+    def _bound(self, condition: str) -> int | None:
+        """The one integer that a condition compares with."""
+        inside = [condition]
+        inside += [c for i in self.computations[condition].values() for c in i.called]
+        found = {
+            int(constant[1])
+            for computation in inside
+            for instruction in self.computations[computation].values()
+            if (constant := _CONSTANT.match(instruction.text))
+        }
+        return found.pop() if len(found) == 1 else None
+
+    def loops_bounded_by_data(self) -> list[str]:
+        """Names of the loops of which a usual run makes no round."""
+        return [
+            i.name
+            for _, _, i in self.instructions()
+            if i.opcode == "while" and self.trip_count(i) is None
+        ]
+
+    def instructions(self, usual: bool = False) -> Iterator[tuple[int, str, Instruction]]:
         """(times it runs, computation, instruction) of all that runs.
 
-        A loop whose trip count is not known counts once.
+        Args:
+          usual: count what is usual, see above; otherwise everything.
         """
+        times = self._times[usual]
         for computation, instructions in self.computations.items():
             for instruction in instructions.values():
-                if self._times[computation]:
-                    yield self._times[computation], computation, instruction
+                if times[computation]:
+                    yield times[computation], computation, instruction
 
-    def products(self) -> list[Product]:
-        """Dots, convolutions and kernels of grouped products."""
-        found = []
-        for times, computation, instruction in self.instructions():
-            kind = _product_kind(instruction)
-            if kind:
-                found.append(self._product(kind, times, computation, instruction))
-        return found
+    def scheduled(self, computation: str = "", usual: bool = True) -> Iterator[str]:
+        """Computations whose instructions are scheduled one by one: entry, loops, branches."""
+        computation = computation or self.entry
+        yield computation
+        for instruction in self.computations[computation].values():
+            if instruction.opcode in _SCHEDULED:
+                for called in self.branches(instruction, usual):
+                    yield from self.scheduled(called, usual)
 
-    def _product(self, kind, times, computation, instruction) -> Product:
+    def operand_shapes(self, computation: str, instruction: Instruction) -> list[Shape]:
+        """First shapes of the operands."""
         known = self.computations[computation]
-        shapes = [known[name].shapes[0] for name in instruction.operands if name in known]
-        # A kernel's metadata come first: groups, tiles, offsets.
-        sides = (shapes[-2], shapes[-1]) if kind == "kernel" else (shapes[0], shapes[1])
-        result = instruction.shapes[0]
-        flops = _FLOPS[kind](sides, result, instruction.text)
-        return Product(instruction.name, kind, sides, result, times, flops)
+        return [known[name].shapes[0] for name in instruction.operands if name in known]
 
-    def flops(self) -> float:
+    def products(self, usual: bool = False) -> list[Product]:
+        """Dots, convolutions and kernels of grouped products."""
+        found = (
+            product_of(i, self.operand_shapes(computation, i), times)
+            for times, computation, i in self.instructions(usual)
+        )
+        return [product for product in found if product]
+
+    def flops(self, usual: bool = False) -> float:
         """Of all products, as often as they run."""
-        return sum(product.times * product.flops for product in self.products())
+        return sum(product.times * product.flops for product in self.products(usual))
 
     def largest_array(self) -> int:
         """Elements of the largest array that an instruction makes, within fusions too."""
@@ -153,82 +180,5 @@ class Module:
         total, missing = 0, 0
         for times, _, instruction in self.instructions():
             total += times * (instruction.cycles or 0)
-            missing += is_kernel(instruction)
+            missing += instruction.is_kernel
         return total, missing
-
-
-def is_kernel(instruction: Instruction) -> bool:
-    """Whether it is a Pallas kernel on TPU."""
-    return 'custom_call_target="tpu_custom_call"' in instruction.text
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    opcode = _OPCODE.search(text)
-    head, tail = text[: opcode.start()], text[opcode.end() :]
-    # Layouts in braces nest parentheses, operands do not: they end at the first one that closes.
-    operands = re.findall(r"%([^\s,)]+)", tail[: tail.index(")")])
-    shapes = tuple(_shape(dims) for dims in _ARRAY.findall(head))
-    return Instruction(name, opcode[1], shapes or ((),), tuple(operands), text)
-
-
-def _shape(dimensions: str) -> Shape:
-    return tuple(int(d) for d in dimensions.split(",") if d)
-
-
-def _product_kind(instruction: Instruction) -> str | None:
-    if instruction.opcode in ("dot", "convolution"):
-        return instruction.opcode
-    # A kernel that only prepares metadata makes no matrix.
-    if not is_kernel(instruction) or len(instruction.shapes[0]) < 2:
-        return None
-    source = re.search(r'op_name="([^"]*)"', instruction.text)
-    names = f"{instruction.name} {source[1] if source else ''}"
-    return "kernel" if _GROUPED_KERNEL.search(names) else None
-
-
-def _dot_flops(sides, result, text) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", text)
-    dimensions = _shape(contracted[1]) if contracted else ()
-    return 2.0 * math.prod(result) * math.prod(sides[0][d] for d in dimensions)
-
-
-def _kernel_flops(sides, result, text) -> float:
-    """[R, I] x [E, I, O] (or [E, O, I]) -> [R, O], or [R, I], [R, O] -> [E, I, O]."""
-    left, _ = sides
-    if len(result) == 3:
-        return 2.0 * left[0] * result[1] * result[2]
-    return 2.0 * left[0] * left[1] * result[1]
-
-
-def _convolution_flops(sides, result, text) -> float:
-    """2 * results * inputs that each has: features, and the window's places inside the input."""
-    left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text).groups()
-    window = _window(text)
-    pairs = 1
-    for d in range(len(out) - 2):
-        size, kernel = sides[0][left.index(str(d))], sides[1][right.index(str(d))]
-        pairs *= _places(size, kernel, result[out.index(str(d))], window, d)
-    # The kernel's input features are those of one feature group already.
-    features = sides[1][right.index("i")]
-    return 2.0 * result[out.index("b")] * result[out.index("f")] * pairs * features
-
-
-def _window(text: str) -> dict[str, list[str]]:
-    found = re.search(r"window=\{([^}]*)\}", text)
-    fields = dict(field.split("=") for field in found[1].split()) if found else {}
-    return {name: value.split("x") for name, value in fields.items()}
-
-
-def _places(size: int, kernel: int, out: int, window: dict[str, list[str]], d: int) -> int:
-    """Pairs (place in the result, place in the kernel) that meet an input along one dimension."""
-
-    def field(name, default):
-        return window[name][d] if name in window else default
-
-    stride, dilate = int(field("stride", 1)), int(field("rhs_dilate", 1))
-    spread, low = int(field("lhs_dilate", 1)), int(str(field("pad", "0_0")).split("_")[0])
-    at = (o * stride + k * dilate - low for o in range(out) for k in range(kernel))
-    return sum(a >= 0 and a % spread == 0 and a // spread < size for a in at)
-
-
-_FLOPS = {"dot": _dot_flops, "convolution": _convolution_flops, "kernel": _kernel_flops}

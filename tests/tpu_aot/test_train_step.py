@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax import config
-from dynmoe_jax.planning.hlo import Module, is_kernel
+from dynmoe_jax.planning.hlo import Module
 from dynmoe_jax.target import Target, compile_for
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
@@ -83,7 +83,7 @@ def test_logits_add_up_in_float32(module):
 
 
 def test_attention_never_holds_all_scores(module):
-    names = [f"{i.name} {i.text}" for _, _, i in module.instructions() if is_kernel(i)]
+    names = [f"{i.name} {i.text}" for _, _, i in module.instructions() if i.is_kernel]
     assert any("splash" in name for name in names)
     shapes = {shape for _, _, i in module.instructions() for shape in i.shapes}
     # Heads times pairs of positions.

@@ -1,0 +1,233 @@
+"""A plan by arithmetic alone, for GPUs: a roofline of every part of the model.
+
+Nothing is compiled, so nothing is known of what a compiler would add.  A part of the model takes
+the time of its products at the peak rate or of its bytes through main memory, whichever is longer.
+
+Axis legend: T tokens, L positions, R rows, E experts, D model width, F hidden width, H heads, G
+key/value heads, W head width, N layers, V vocabulary.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from dynmoe_jax import config
+from dynmoe_jax.experts.accounting import expert_weight_bytes, layer_cost
+from dynmoe_jax.planning.collectives import Transfer
+from dynmoe_jax.planning.compile import with_shardings
+from dynmoe_jax.planning.memory import MemoryPlan, remedy, shard_bytes
+from dynmoe_jax.planning.plan import FlopsPlan, Plan, TimePlan, analytic_flops, new_plan, traffic_of
+from dynmoe_jax.planning.schedule import Operation
+from dynmoe_jax.planning.topology import Topology
+from dynmoe_jax.training.mesh import state_shardings
+from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dynmoe_jax.training.step import TrainState, init_state
+
+_BYTES = 2
+"""Of a number in the compute type."""
+_DEAREST = 10
+_ASSUMPTIONS = (
+    "Arithmetic, nothing is compiled: every part of the model takes its products at the peak rate "
+    "or its bytes through main memory, so a real step takes longer.",
+    "Gathers of parameters and sums of gradients run beside compute, as far as it lasts; exchanges "
+    "of tokens and sums over config.mesh.model are waited for.",
+    "Utilisation = analytic FLOPs (forward and backward, no recomputation) over peak x step time.",
+)
+
+
+def plan_on_gpu(
+    cfg: config.Config, topology: Topology, sizes: dict[str, int], experts: float
+) -> Plan:
+    """The figures of a step on boxes of GPUs that NVLink joins, and a network between them.
+
+    Args:
+      cfg: all settings.
+      topology: boxes of GPUs.
+      sizes: devices along each mesh axis, outer ones first.
+      experts: mean experts of a token.
+    """
+    step = _Step(cfg, topology, sizes, experts)
+    operations, transfers = step.operations(), step.transfers()
+    compute = sum(operation.total for operation in operations)
+    hidden = sum(n * t.seconds for n, t, _ in transfers if t.axes in ("data", "slice"))
+    waited = sum(n * t.seconds for n, t, _ in transfers if t.axes not in ("data", "slice"))
+    exposed = waited + max(0.0, hidden - compute)
+    dear = [*operations, *(operation for _, _, operation in transfers)]
+    analytic = analytic_flops(cfg, experts, topology.devices)
+    recomputed = analytic / 3 if cfg.model.remat == "layer" else 0.0
+    return new_plan(
+        cfg,
+        topology,
+        sizes,
+        experts,
+        memory=step.memory(),
+        flops=FlopsPlan(analytic, None, recomputed),
+        time=TimePlan(compute, hidden + waited, exposed),
+        traffic=traffic_of(transfers),
+        operations=tuple(sorted(dear, key=lambda o: -o.total)[:_DEAREST]),
+        assumptions=_ASSUMPTIONS,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One step on one device."""
+
+    cfg: config.Config
+    topology: Topology
+    sizes: dict[str, int]
+    experts: float
+
+    @property
+    def batch_devices(self) -> int:
+        """Devices that share the batch."""
+        return self.sizes["slice"] * self.sizes["data"] * self.sizes["expert"]
+
+    @property
+    def tokens(self) -> float:
+        """T of one device in one microbatch."""
+        train = self.cfg.train
+        return train.batch_size * self.cfg.data.seq_len / train.microbatches / self.batch_devices
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with experts."""
+        every = self.cfg.model.moe.every_n_layers
+        return self.cfg.model.num_layers // every if every else 0
+
+    @property
+    def passes(self) -> float:
+        """Forward passes that forward and backward of a layer cost: recomputing adds one."""
+        return 4.0 if self.cfg.model.remat == "layer" else 3.0
+
+    def operations(self) -> list[Operation]:
+        """Parts of the model with their time."""
+        model, T, tensor = self.cfg.model, self.tokens, self.sizes["model"]
+        dense = model.num_layers - self.moe_layers
+        scores = 2 * T * self.cfg.data.seq_len * model.num_heads * model.head_width
+        rows, experts = T * self.experts, model.moe.num_experts // self.sizes["expert"]
+        parts = [
+            self._part("model.attention: Attention", "projections", model.num_layers, self._heads),
+            self._part("model.attention: Attention", "scores", model.num_layers, scores / tensor),
+            self._feed_forward("model.feed_forward: DenseFeedForward", dense, T, 1),
+            self._feed_forward("experts.parallel: apply_experts", self.moe_layers, rows, experts),
+            self._part(
+                "model.cross_entropy: cross_entropy_sums",
+                "logits",
+                1,
+                2 * T * model.width * model.vocab_size / tensor,
+                3.0,
+            ),
+        ]
+        state = _state_shapes(self.cfg, self.sizes)
+        # Parameters and moments are read and written, gradients read.
+        moved = 2 * shard_bytes((state.params, state.optimizer)) + shard_bytes(state.params)
+        seconds = moved / self.topology.chip.bytes_per_s
+        parts.append(Operation("", "training.optimizer: make_optimizer", "update", 1, seconds))
+        return [part for part in parts if part.total]
+
+    @property
+    def _heads(self) -> float:
+        model = self.cfg.model
+        width = model.head_width * (2 * model.num_heads + 2 * model.num_kv_heads)
+        return 2 * self.tokens * model.width * width / self.sizes["model"]
+
+    def _part(self, module, what, layers, flops, passes=None) -> Operation:
+        seconds = (passes or self.passes) * flops / self.topology.chip.flops_per_s
+        return Operation("", module, what, layers * self.cfg.train.microbatches, seconds)
+
+    def _feed_forward(self, module, layers, rows, experts) -> Operation:
+        model = self.cfg.model
+        moe = module.startswith("experts")
+        hidden = (model.moe.hidden_width if moe else model.hidden_width) // self.sizes["model"]
+        cost = layer_cost(rows, experts, model.width, hidden, backward=True)
+        again = layer_cost(rows, experts, model.width, hidden) if self.passes > 3 else None
+        chip = self.topology.chip
+        seconds = cost.roofline_s(chip) + (again.roofline_s(chip) if again else 0.0)
+        what = "experts" if moe else "feed-forward"
+        return Operation("", module, what, layers * self.cfg.train.microbatches, seconds)
+
+    def transfers(self) -> list[tuple[int, Transfer, Operation]]:
+        """What travels in a step: (runs, one run, the same as an operation)."""
+        model, parts = self.cfg.model, self.cfg.train.microbatches
+        state = _state_shapes(self.cfg, self.sizes)
+        mine = shard_bytes(state.params) * self.sizes["data"]
+        gathered = mine * _BYTES / 4 / model.num_layers
+        stream = self.tokens * model.width * _BYTES
+        layers, moe = model.num_layers * parts, self.moe_layers * parts
+        every = [
+            ("data", "all-gather", 2 * layers, gathered),
+            ("data", "reduce-scatter", layers, gathered),
+            ("slice", "all-reduce", 1, shard_bytes(state.params)),
+            ("expert", "all-gather", 2 * moe, stream * self.sizes["expert"]),
+            ("expert", "reduce-scatter", 2 * moe, stream * self.sizes["expert"]),
+            ("model", "all-reduce", 4 * layers, stream),
+        ]
+        found = []
+        for axis, kind, runs, size in every:
+            if self.sizes[axis] > 1 and runs:
+                transfer = self._transfer(axis, kind, size)
+                operation = Operation("", f"mesh axis {axis}", kind, runs, transfer.seconds)
+                found.append((runs, transfer, operation))
+        return found
+
+    def _transfer(self, axis: str, kind: str, size: float) -> Transfer:
+        """One collective over a mesh axis, of which the inner ones lie within a box."""
+        chip, members = self.topology.chip, self.sizes[axis]
+        names = list(self.sizes)
+        stride = math.prod(self.sizes[name] for name in names[names.index(axis) + 1 :])
+        inside = min(members, max(1, self.topology.sizes[-1] // stride))
+        boxes = math.ceil(members / inside)
+        passes = 2 if kind == "all-reduce" else 1
+        seconds = (inside - 1) / inside * size / chip.link_bytes_per_s
+        # Each of the devices in a box fetches its part from the other boxes.
+        seconds += (boxes - 1) / boxes * size / (inside * chip.network_bytes_per_s)
+        return Transfer(kind, axis, passes * (members - 1) / members * size, passes * seconds)
+
+    def memory(self) -> MemoryPlan:
+        """Bytes by kind: those of the state exact, the others estimated."""
+        model, T, tensor = self.cfg.model, self.tokens, self.sizes["model"]
+        state = _state_shapes(self.cfg, self.sizes)
+        parameters, optimizer = shard_bytes(state.params), shard_bytes(state.optimizer)
+        heads = model.head_width * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor
+        hidden = model.hidden_width
+        if self.moe_layers:
+            rows = model.moe.saved_rows_per_token or self.experts
+            hidden = max(
+                hidden * (self.moe_layers < model.num_layers), rows * model.moe.hidden_width
+            )
+        # Norms' inputs and outputs, the stream between the halves; queries to mixed values; gate
+        # and up.
+        layer = _BYTES * T * (5 * model.width + heads + 2 * hidden / tensor)
+        stream = _BYTES * T * model.width
+        kept = {"layer": stream, "dots": layer, "none": layer}[self.cfg.model.remat]
+        experts = model.moe.num_experts // self.sizes["expert"]
+        weights = expert_weight_bytes(
+            experts, model.width, model.moe.hidden_width // tensor, _BYTES
+        )
+        logits = 3 * 4 * model.vocab_size / tensor * min(self.cfg.loss.chunk_tokens, T)
+        # Gradients, the parameters of a layer and their gradients, and one layer at work.
+        work = parameters + 2 * weights + logits + layer
+        found = MemoryPlan(
+            parameters,
+            optimizer,
+            int(model.num_layers * kept),
+            int(work),
+            int(4 * 4 * T * self.cfg.train.microbatches),
+            int(self.topology.chip.memory_bytes),
+        )
+        if found.total <= found.limit:
+            return found
+        return dataclasses.replace(found, remedy=remedy(self.cfg, found, self.batch_devices))
+
+
+def _state_shapes(cfg: config.Config, sizes: dict[str, int]) -> TrainState:
+    """Shapes of the whole state, each with where it lies on a mesh without devices."""
+    mesh = AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+    optimizer = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
+    shapes = jax.eval_shape(lambda: init_state(cfg.model, optimizer, jax.random.key(0)))
+    return with_shardings(shapes, state_shardings(shapes, mesh))

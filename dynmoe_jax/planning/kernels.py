@@ -1,0 +1,130 @@
+"""What Pallas kernels cost, of which the compiler says nothing: a roofline of their own shapes.
+
+Kernels of grouped products visit the rows used alone, so they are counted at those and not at the
+static bound.  Attention kernels are counted by the blocks that a causal mask leaves.
+
+Axis legend: R rows, E experts, I and O the inner and outer width of a product, B batch, H heads, L
+positions, W head width.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+from dynmoe_jax.experts.accounting import Chip
+from dynmoe_jax.planning.instruction import Instruction, Shape
+from dynmoe_jax.planning.products import product_kind, product_of
+
+_BLOCK = r'\\"{name}\\": (\d+)'
+_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"[^}]*"bytes_accessed":"(\d+)"')
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Products of scores' size in each Splash kernel: scores and values; scores, their gradient and dq;
+scores, their gradient, dk and dv."""
+_BLOCKS = {"fwd": ("block_q", "block_kv"), "dq": ("block_q_dq", "block_kv_dq")}
+_BLOCKS["dkv"] = ("block_q_dkv", "block_kv_dkv")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCost:
+    """What one run of a kernel does.
+
+    Attributes:
+      flops: of its products.
+      busy_flops: what its matrix units spend on them: with tiles that two groups share computed
+        twice, and narrow operands filled up to the units' width.
+      bytes: through main memory, if every operand passes once.
+    """
+
+    flops: float
+    busy_flops: float
+    bytes: float
+
+    def seconds(self, chip: Chip) -> float:
+        """The time of a chip that either computes or moves bytes at its best rate."""
+        return max(self.busy_flops / chip.flops_per_s, self.bytes / chip.bytes_per_s)
+
+
+def kernel_cost(
+    instruction: Instruction, operands: Sequence[Instruction], rows: float, chip: Chip
+) -> KernelCost:
+    """The cost of one run of a Pallas kernel.
+
+    Args:
+      instruction: the kernel.
+      operands: what makes its operands.
+      rows: expected number of used rows of a grouped product.
+      chip: what it runs on.
+    """
+    moved = float(sum(instruction.sizes) + sum(size for o in operands for size in o.sizes))
+    shapes = [o.shapes[0] for o in operands]
+    if product_kind(instruction) == "kernel":
+        return _grouped(instruction, shapes, moved, rows, chip)
+    if attention_part(instruction):
+        flops = attention_flops(instruction, shapes)
+        width = shapes[2][-1]
+        return KernelCost(flops, flops * _filled(width, chip) / width, moved)
+    if found := _COST.search(instruction.text):
+        return KernelCost(float(found[1]), float(found[1]), float(found[2]))
+    return KernelCost(0.0, 0.0, moved)
+
+
+def _grouped(instruction, shapes: list[Shape], moved, rows: float, chip: Chip) -> KernelCost:
+    product = product_of(instruction, shapes, 1)
+    bound = product.rows
+    used = min(float(bound), rows)
+    visited = min(used + _shared_tiles(shapes, bound), float(bound))
+    # Rows beyond those used are neither read nor written; weights are, all of them.
+    of_rows = sum(math.prod(s) for s in (*product.operands, product.result) if s[0] == bound)
+    itemsize = 2 if "bf16" in instruction.text else 4
+    moved -= itemsize * of_rows * (1 - used / bound)
+    inner, outer = product.operands[0][1], product.flops / (2 * bound * product.operands[0][1])
+    filled = _filled(inner, chip) * _filled(outer, chip) / (inner * outer)
+    per_row = product.flops / bound
+    return KernelCost(per_row * used, per_row * visited * filled, moved)
+
+
+def _shared_tiles(shapes: list[Shape], bound: int) -> float:
+    """Rows that are computed twice, because a tile of them belongs to two experts.
+
+    Megablox lists its tiles' groups: as many as there are tiles, and one for every further expert.
+    """
+    groups = next((s[0] - 1 for s in shapes if len(s) == 1), 0)
+    visits = max((s[0] for s in shapes if len(s) == 1), default=0)
+    tiles = visits - groups + 1
+    return (groups - 1) * bound / tiles if groups > 1 and tiles > 0 else 0.0
+
+
+def _filled(width: float, chip: Chip) -> float:
+    return math.ceil(width / chip.product_width) * chip.product_width
+
+
+def attention_part(instruction: Instruction) -> str:
+    """``"fwd"``, ``"dq"`` or ``"dkv"`` of a Splash kernel; empty for anything else."""
+    found = re.search(r"splash_mha_(fwd|dq|dkv)", f"{instruction.name} {instruction.op_name}")
+    return found[1] if found and instruction.is_kernel else ""
+
+
+def attention_flops(instruction: Instruction, shapes: Sequence[Shape]) -> float:
+    """FLOPs of a Splash kernel under a causal mask: whole blocks, those on the diagonal included.
+
+    Args:
+      instruction: the kernel.
+      shapes: of its operands; queries are the first with three dimensions that end in [L, W].
+    """
+    part = attention_part(instruction)
+    query = next(s for s in shapes[2:] if len(s) >= 3)
+    length, width = query[-2:]
+    rows, columns = (_block(instruction, name, length) for name in _BLOCKS[part])
+    blocks = sum(math.ceil((i + 1) * rows / columns) for i in range(math.ceil(length / rows)))
+    products = _PRODUCTS[part] + (part == "dkv" and _fused(instruction))
+    return 2.0 * products * math.prod(query[:-2]) * blocks * rows * columns * width
+
+
+def _block(instruction: Instruction, name: str, length: int) -> int:
+    found = re.search(_BLOCK.format(name=name), instruction.text)
+    return min(int(found[1]), length) if found else length
+
+
+def _fused(instruction: Instruction) -> bool:
+    return r"\"use_fused_bwd_kernel\": true" in instruction.text

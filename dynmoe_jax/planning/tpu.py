@@ -1,0 +1,124 @@
+"""A plan from what the compiler makes of the step, for TPUs.
+
+Axis legend: E experts, D model width, F hidden width of an expert.
+"""
+
+import math
+
+from jax.sharding import Mesh
+
+from dynmoe_jax import config
+from dynmoe_jax.experts.accounting import Chip
+from dynmoe_jax.planning.collectives import Network
+from dynmoe_jax.planning.compile import TooLarge, compile_step, state_shapes
+from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.planning.kernels import attention_part, kernel_cost
+from dynmoe_jax.planning.memory import memory_plan, memory_too_large
+from dynmoe_jax.planning.plan import FlopsPlan, Plan, TimePlan, analytic_flops, new_plan, traffic_of
+from dynmoe_jax.planning.schedule import Schedule
+from dynmoe_jax.planning.topology import Topology
+
+BATCH_AXES = ("slice", "data", "expert")
+_DEAREST = 10
+_ASSUMPTIONS = (
+    "Compute by the compiler's own cycles; Pallas kernels, of which it says nothing, by the "
+    "roofline of their shapes at the rows used.",
+    "Step time = compute + collectives that nothing hides, played in the compiler's schedule at "
+    "the full rate of the links.",
+    "Utilisation = analytic FLOPs (forward and backward, no recomputation) over peak x step time.",
+)
+
+
+def plan_on_tpu(cfg: config.Config, topology: Topology, mesh: Mesh, experts: float) -> Plan:
+    """Compiles the step for a mesh and takes its figures.
+
+    Args:
+      cfg: all settings.
+      topology: what the mesh is made of.
+      mesh: of described devices.
+      experts: mean experts of a token.
+    """
+    chip, sizes = topology.chip, dict(mesh.shape)
+    batch_devices = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    state = state_shapes(cfg, mesh)
+    try:
+        step = compile_step(cfg, mesh)
+    except TooLarge as error:
+        memory = memory_too_large(cfg, state, error.needed, chip.memory_bytes, batch_devices)
+        return new_plan(cfg, topology, sizes, experts, memory=memory)
+    tokens = cfg.train.batch_size * cfg.data.seq_len / cfg.train.microbatches
+    rows = experts * tokens / batch_devices
+    schedule = Schedule(step.module, chip, Network(mesh, chip), rows)
+    dear = [*schedule.operations, *(operation for _, _, operation in schedule.transfers)]
+    return new_plan(
+        cfg,
+        topology,
+        sizes,
+        experts,
+        memory=memory_plan(cfg, state, step, chip.memory_bytes, batch_devices),
+        flops=_flops(cfg, step.module, chip, rows, experts, sizes),
+        time=_time(schedule),
+        traffic=traffic_of(schedule.transfers),
+        operations=tuple(sorted(dear, key=lambda operation: -operation.total)[:_DEAREST]),
+        unknown=tuple(schedule.unknown),
+        compile_seconds=step.seconds,
+        assumptions=_ASSUMPTIONS,
+    )
+
+
+def _time(schedule: Schedule) -> TimePlan:
+    kernels = sum(o.total for o in schedule.operations if o.what.startswith("kernel "))
+    collectives = sum(times * transfer.seconds for times, transfer, _ in schedule.transfers)
+    return TimePlan(schedule.played.compute, collectives, schedule.played.waited, kernels)
+
+
+def _flops(
+    cfg: config.Config,
+    module: Module,
+    chip: Chip,
+    rows: float,
+    experts: float,
+    sizes: dict[str, int],
+) -> FlopsPlan:
+    found = {False: 0.0, True: 0.0}
+    grouped = {p.name for p in module.products() if p.kind == "kernel"}
+    for product in module.products(usual=True):
+        if product.kind != "kernel":
+            found[product.recomputes] += product.times * product.flops
+    for times, computation, instruction in module.instructions(usual=True):
+        if instruction.name in grouped or attention_part(instruction):
+            known = module.computations[computation]
+            operands = [known[name] for name in instruction.operands]
+            cost = kernel_cost(instruction, operands, rows, chip)
+            found["rematted_computation" in instruction.op_name] += times * cost.flops
+    return FlopsPlan(
+        analytic=analytic_flops(cfg, experts, math.prod(sizes.values())),
+        compiled=found[False],
+        recomputed=found[True],
+        rest=module.flops() - module.flops(usual=True),
+        dense_over_experts=tuple(dense_over_experts(module, cfg.model, sizes)),
+    )
+
+
+def dense_over_experts(module: Module, model: config.Model, sizes: dict[str, int]) -> list[str]:
+    """Names of products that compute every expert of a device for every row, in any branch.
+
+    Such a product is no kernel, has an array with an axis of the device's experts and one of their
+    hidden width, and costs more than the largest grouped product does at its static bound.
+    """
+    experts = model.moe.num_experts // sizes.get("expert", 1)
+    hidden = model.moe.hidden_width // sizes.get("model", 1)
+    products = module.products()
+    most = max((p.flops for p in products if p.kind == "kernel"), default=0.0)
+
+    def of_experts(shape) -> bool:
+        return len(shape) > 2 and experts in shape and bool({hidden, 2 * hidden} & set(shape))
+
+    return [
+        p.name
+        for p in products
+        if p.kind != "kernel"
+        and experts > 1
+        and p.flops > 1.1 * most
+        and any(of_experts(shape) for shape in (*p.operands, p.result))
+    ]

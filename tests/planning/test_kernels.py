@@ -1,0 +1,86 @@
+"""The roofline of kernels against arithmetic by hand."""
+
+import pytest
+
+from dynmoe_jax.experts.accounting import Chip
+from dynmoe_jax.planning.instruction import parse_instruction
+from dynmoe_jax.planning.kernels import attention_flops, kernel_cost
+
+CHIP = Chip(1e12, 1e9, product_width=128)
+KERNEL = 'custom_call_target="tpu_custom_call"'
+BLOCKS = (
+    r'frontend_attributes={"xprof_metadata":"{\"block_q\": 256, \"block_kv\": 512, '
+    r"\"block_q_dq\": 256, \"block_kv_dq\": 256, \"block_q_dkv\": 512, \"block_kv_dkv\": 512, "
+    r'\"use_fused_bwd_kernel\": FUSED}"}'
+)
+
+
+def made(text):
+    return parse_instruction("p", f"{text} parameter(0)")
+
+
+# Four experts, R = 512 in tiles of 128: four tiles, and one visit more for every further expert.
+OPERANDS = [
+    made("s32[5]{0}"),
+    made("s32[7]{0}"),
+    made("s32[7]{0}"),
+    made("bf16[512,64]{1,0}"),
+    made("bf16[4,64,32]{2,1,0}"),
+]
+
+
+def test_a_grouped_product_costs_the_rows_used():
+    kernel = parse_instruction("gmm.1", f"bf16[512,32]{{1,0}} custom-call(%a), {KERNEL}")
+    cost = kernel_cost(kernel, OPERANDS, 100, CHIP)
+    assert cost.flops == 2 * 100 * 64 * 32
+    # Three tiles are computed twice, and widths are filled up to 128: 2 x 4 times.
+    assert cost.busy_flops == 2 * (100 + 3 * 128) * 64 * 32 * 8
+    # Rows in and out, all weights, and the numbers that say which tiles.
+    assert cost.bytes == pytest.approx(2 * 100 * (64 + 32) + 2 * 4 * 64 * 32 + 4 * (5 + 7 + 7))
+    assert cost.seconds(CHIP) == cost.bytes / 1e9
+
+
+def test_rows_beyond_the_static_bound_are_not_computed():
+    kernel = parse_instruction("gmm.1", f"bf16[512,32]{{1,0}} custom-call(%a), {KERNEL}")
+    cost = kernel_cost(kernel, OPERANDS, 9999, CHIP)
+    assert cost.flops == 2 * 512 * 64 * 32
+    assert cost.busy_flops == 8 * cost.flops
+
+
+def test_a_weight_gradient_costs_the_rows_used():
+    operands = [*OPERANDS[:3], made("bf16[512,128]{1,0}"), made("bf16[512,256]{1,0}")]
+    text = f"bf16[4,128,256]{{2,1,0}} custom-call(%a), {KERNEL}"
+    cost = kernel_cost(parse_instruction("tgmm.1", text), operands, 100, CHIP)
+    assert cost.flops == 2 * 100 * 128 * 256
+    assert cost.bytes == pytest.approx(2 * 100 * (128 + 256) + 2 * 4 * 128 * 256 + 4 * 19)
+
+
+# Blocks of 256 x 512 that a causal mask of 1024 positions leaves: 1 + 1 + 2 + 2; of 256 x 256: 10;
+# of 512 x 512: 3.
+@pytest.mark.parametrize(
+    ("name", "fused", "products", "pairs"),
+    [
+        ("fwd", "false", 2, 6 * 256 * 512),
+        ("dq", "false", 3, 10 * 256 * 256),
+        ("dkv", "false", 4, 3 * 512 * 512),
+        ("dkv", "true", 5, 3 * 512 * 512),
+    ],
+)
+def test_attention_computes_the_blocks_under_the_diagonal(name, fused, products, pairs):
+    text = f"bf16[2,8,1024,64]{{3,2,1,0}} custom-call(%a), {KERNEL}, {BLOCKS}"
+    text = text.replace("FUSED", fused)
+    kernel = parse_instruction(f"splash_mha_{name}_segmented.1", text)
+    shapes = [(1, 4, 4), (1, 4, 4), (2, 8, 1024, 64), (2, 8, 1024, 64)]
+    flops = 2.0 * products * 2 * 8 * pairs * 64
+    assert attention_flops(kernel, shapes) == flops
+    operands = [made(f"bf16[{','.join(map(str, shape))}]{{0}}") for shape in shapes]
+    # A head of 64 leaves half of a unit of 128 idle.
+    assert kernel_cost(kernel, operands, 0, CHIP).busy_flops == 2 * flops
+
+
+def test_another_kernel_costs_what_it_says():
+    cost = r'backend_config={"cost_estimate":{"flops":"70","transcendentals":"0",'
+    text = f'f32[8]{{0}} custom-call(%a), {KERNEL}, {cost}"bytes_accessed":"90"}}}}'
+    assert kernel_cost(parse_instruction("k", text), [], 0, CHIP).bytes == 90
+    silent = parse_instruction("k", f"f32[8]{{0}} custom-call(%a), {KERNEL}")
+    assert kernel_cost(silent, [made("f32[4]{0}")], 0, CHIP).bytes == 48
