@@ -9,21 +9,23 @@ Tasks need the extra: pip install 'dynmoe_jax[eval]'.  Results are in WORKDIR/ev
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
 
 import jax
+from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code
-from dynmoe_jax.console import console
+from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import DataError, Tokenizer
 from dynmoe_jax.data.sources import check_sources, read_documents
 from dynmoe_jax.evaluation import answers, perplexity
 from dynmoe_jax.evaluation.scoring import Scorer
 from dynmoe_jax.evaluation.tree_writing import TreeWriter
-from dynmoe_jax.model import Decoder
+from dynmoe_jax.model import Decoder, decoder_structure
 from dynmoe_jax.training.checkpoint import CheckpointError
 from dynmoe_jax.training.compilation import compiled_programs_kept
 from dynmoe_jax.training.disk import DiskError, disk_errors
@@ -79,6 +81,7 @@ def evaluate(asked: argparse.Namespace) -> int:
     names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
     tasks = _check(asked, names)
     cfg, decoder, tokenizer = load_run(asked.workdir, best=asked.best)
+    decoder = without_budget(decoder)
     window = asked.window or min(cfg.data.seq_len, cfg.model.max_seq_len)
     stride = asked.stride or max(1, window // 2)
     perplexity.check_stride(window, stride)
@@ -97,6 +100,18 @@ def evaluate(asked: argparse.Namespace) -> int:
             _tasks(asked, tasks, decoder, scorer, tokenizer, kept, folder)
     kept.close()
     return 0
+
+
+def without_budget(decoder: Decoder) -> Decoder:
+    """The decoder without what makes tokens of a batch affect each other, dropped choices."""
+    model, moe = decoder.config, decoder.config.moe
+    backend = "auto" if moe.backend == "capacity" else moe.backend
+    exact = dataclasses.replace(moe, rows_per_token=0.0, backend=backend)
+    if exact == moe:
+        return decoder
+    warn("The run drops choices of experts over its budget; here none are dropped.")
+    structure = decoder_structure(dataclasses.replace(model, moe=exact))
+    return nnx.merge(structure, nnx.split(decoder)[1])
 
 
 def _check(asked: argparse.Namespace, names: list[str]) -> dict:
@@ -165,7 +180,9 @@ def _tasks(
 def main() -> int:
     """Returns the exit code."""
     asked = parser().parse_args()
-    asked.workdir = asked.workdir.expanduser()
+    for name in ("workdir", "data_dir", "output"):
+        if getattr(asked, name) is not None:
+            setattr(asked, name, getattr(asked, name).expanduser())
     return exit_code(lambda: evaluate(asked), (DataError, CheckpointError, DiskError))
 
 

@@ -1,13 +1,16 @@
 """The command: results on disk, what it prints, what it refuses."""
 
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from dynmoe_jax.evaluation import __main__ as command
 from dynmoe_jax.evaluation import scoring
+from dynmoe_jax.model import decoder_structure
 
 
 @pytest.fixture
@@ -62,6 +65,17 @@ def test_a_folder_without_a_run_is_one_sentence(run, tmp_path):
     code, printed = run(f"--workdir={tmp_path}", "--perplexity=python")
     assert code == 2
     assert "holds no run" in printed
+
+
+def test_no_choice_is_dropped_where_the_run_had_a_budget(decoder, settings):
+    structure, params = nnx.split(decoder)
+    del structure
+    for budget in ({"rows_per_token": 1.0}, {"backend": "capacity"}):
+        moe = dataclasses.replace(settings.model.moe, **budget)
+        model = dataclasses.replace(settings.model, moe=moe)
+        tight = nnx.merge(decoder_structure(model), params)
+        assert command.without_budget(tight).config == settings.model
+    assert command.without_budget(decoder) is decoder
 
 
 @pytest.fixture(scope="module")
