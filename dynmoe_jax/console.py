@@ -4,9 +4,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 # In a notebook too, lines of plain text: rich would make an HTML block of every line.
 console = Console(highlight=False, force_jupyter=False)
@@ -15,6 +17,18 @@ console = Console(highlight=False, force_jupyter=False)
 def warn(sentence: str) -> None:
     """Shows what a person should know of although the program goes on."""
     console.print(f"[bold yellow]warning:[/] {escape(sentence)}", soft_wrap=True)
+
+
+def titled_table(title: str) -> Table:
+    """A table as all of this project's are, without columns yet."""
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        header_style="cyan",
+    )
 
 
 @contextlib.contextmanager

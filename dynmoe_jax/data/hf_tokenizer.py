@@ -60,6 +60,8 @@ class HfTokenizer:
         bos = self._id_of(settings, "bos_token")
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
+        # Which it says by what its post-processor does.
+        self.begins_with_bos: bool = self._tokenizer.encode("a").ids[:1] == [self.bos_id]
         self.fingerprint = hashlib.sha256(
             b"".join(files.get(name, b"") + b"\0" for name in (MAIN, SETTINGS, _SPECIAL))
         ).hexdigest()

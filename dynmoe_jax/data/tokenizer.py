@@ -20,6 +20,7 @@ class Tokenizer(Protocol):
       vocab_size: number of tokens.
       bos_id: token that begins a document.
       eos_id: token that ends a document.
+      begins_with_bos: whether a model expects the former before a text that it is given.
       token_bytes_V: int32, UTF-8 bytes of text that each token stands for; 0 for control tokens.
         Over the tokens of ``encode(text)`` they sum up to ``len(text.encode())`` (plus one for
         tokenizers that put a space before every text, like Llama-2's).
@@ -30,6 +31,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    begins_with_bos: bool
     token_bytes_V: np.ndarray
     fingerprint: str
 

@@ -1,8 +1,6 @@
 """The report of a run: one HTML page that needs nothing but itself."""
 
-import html
 import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +8,15 @@ import numpy as np
 
 from dynmoe_jax.config import Config, differences, walk
 from dynmoe_jax.evaluation.report_figures import training_pictures
+from dynmoe_jax.evaluation.report_parts import coloured, escaped, page, section, table_of
 from dynmoe_jax.evaluation.report_routing_figures import routing_pictures
 from dynmoe_jax.evaluation.report_series import History
-from dynmoe_jax.evaluation.report_theme import HEAT, Canvas, Picture, figure_style, style_sheet
+from dynmoe_jax.evaluation.report_theme import Canvas, figure_style
 from dynmoe_jax.training.formatting import (
     compact,
     decimals,
     duration,
     percent,
-    printable,
 )
 from dynmoe_jax.training.records import write_atomically
 from dynmoe_jax.training.summary import Sample, Summary
@@ -59,33 +57,20 @@ def write_report(
         pictures = {n: p for n, p in pictures.items() if n not in dict(_SECTIONS)[_COUNTS]}
     name = workdir.resolve().name
     body = [
-        f"<h1>{_text(name)}</h1>",
+        f"<h1>{escaped(name)}</h1>",
         _lead(config, summary),
         _warnings(history, summary),
         _cards(summary),
-        f'<p class="soft">{_text(fixed)}</p>' if fixed else "",
-        *(_section(title, [pictures.get(p) for p in names]) for title, names in _SECTIONS),
+        f'<p class="soft">{escaped(fixed)}</p>' if fixed else "",
+        *(section(title, [pictures.get(p) for p in names]) for title, names in _SECTIONS),
         _domains(summary),
         _sample(summary.sample),
         _time(summary),
         _settings(config),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(name)} – training report</title>\n"
-        f"<style>{style_sheet()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
     path = workdir / FILE_NAME
-    write_atomically(path, page)
+    write_atomically(path, page(f"{name} – training report", body))
     return path
-
-
-def _text(text: object) -> str:
-    """Text that is safe anywhere in the page."""
-    return html.escape(printable(str(text)))
 
 
 def _lead(config: Config, summary: Summary) -> str:
@@ -96,7 +81,7 @@ def _lead(config: Config, summary: Summary) -> str:
         kind = f"{moe.num_experts} experts per MoE layer, {rule} routing"
     done = f"{summary.step:,} of {summary.steps:,} steps" if not summary.complete else "complete"
     return (
-        f'<p class="lead">{model.num_layers} layers of width {model.width}, {_text(kind)}. '
+        f'<p class="lead">{model.num_layers} layers of width {model.width}, {escaped(kind)}. '
         f"Training {done}{f' after {summary.steps:,} steps' if summary.complete else ''}.</p>"
     )
 
@@ -112,7 +97,7 @@ def _warnings(history: History, summary: Summary) -> str:
         found.append(f"Expert assignments were dropped at {steps} of {len(dropped)} logged steps.")
     if summary.heldout.loss > summary.heldout.unigram_entropy:
         found.append("The held-out loss is above the unigram entropy: little has been learnt yet.")
-    return "".join(f'<p class="warning">{_text(line)}</p>' for line in found)
+    return "".join(f'<p class="warning">{escaped(line)}</p>' for line in found)
 
 
 def _fixed_count(history: History, summary: Summary) -> str:
@@ -151,38 +136,9 @@ def _cards(summary: Summary) -> str:
         (duration(summary.total_seconds), f"in all, {summary.step:,} steps"),
     ]
     shown = "".join(
-        f'<div class="card"><b>{_text(a)}</b><span>{_text(b)}</span></div>' for a, b in cards
+        f'<div class="card"><b>{escaped(a)}</b><span>{escaped(b)}</span></div>' for a, b in cards
     )
     return f'<div class="cards">{shown}</div>'
-
-
-def _section(title: str, pictures: Iterable[Picture | None]) -> str:
-    figures = "".join(
-        f"<figure><figcaption><b>{_text(picture.title)}</b></figcaption>"
-        f'<div role="img" aria-label="{_text(picture.title)}">{picture.svg}</div>'
-        f"<figcaption><span>{_text(picture.caption)}</span></figcaption></figure>"
-        for picture in pictures
-        if picture
-    )
-    return f'<h2>{_text(title)}</h2><div class="grid">{figures}</div>' if figures else ""
-
-
-def _table(
-    header: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    numbers: Sequence[int] = (),
-    total: Sequence[object] = (),
-) -> str:
-    """A table; the columns in ``numbers`` are aligned right, a ``total`` closes it."""
-
-    def row(cells: Sequence[object], tag: str) -> str:
-        kinds = (' class="number"' if i in numbers else "" for i in range(len(cells)))
-        return "".join(f"<{tag}{k}>{_text(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
-
-    body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
-    body += f'<tr class="total">{row(total, "td")}</tr>' if total else ""
-    head = f"<thead><tr>{row(header, 'th')}</tr></thead>"
-    return f'<div class="panel scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def _domains(summary: Summary) -> str:
@@ -199,32 +155,16 @@ def _domains(summary: Summary) -> str:
         [n, f"{t:,}", decimals(a, 3), decimals(b, 3), decimals(c, 2)][:columns]
         for n, t, a, b, c in rows
     )
-    table = _table(header[:columns], shown, range(1, 5), total)
+    table = table_of(header[:columns], shown, range(1, 5), total)
     return f"<h2>Held-out text by domain</h2>{table}"
 
 
 def _sample(sample: Sample) -> str:
-    text, key = _text(sample.text), ""
-    counts = [experts for _, experts in sample.pieces if math.isfinite(experts)]
-    if counts:
-        low, high = min(counts), max(counts)
-        text = "".join(_piece(piece, experts, low, high) for piece, experts in sample.pieces)
-        shades = "".join(f'<i class="heat{step}">&nbsp;</i>' for step in range(len(HEAT)))
-        key = (
-            f'<p class="soft key">Colour: experts that a token used, mean over layers, from '
-            f"{decimals(low, 1)} {shades} to {decimals(high, 1)}.</p>"
-        )
+    text, key = coloured(sample.pieces or [(sample.text, math.nan)])
     return (
         "<h2>Sample</h2><p class='soft'>The prompt in bold, then what the model wrote.</p>"
-        f'{key}<div class="panel sample"><b>{_text(sample.prompt)}</b>{text}</div>'
+        f'{key}<div class="panel sample"><b>{escaped(sample.prompt)}</b>{text}</div>'
     )
-
-
-def _piece(text: str, experts: float, low: float, high: float) -> str:
-    if not math.isfinite(experts):
-        return _text(text)
-    step = int((experts - low) / (high - low) * (len(HEAT) - 1) + 0.5) if high > low else 0
-    return f'<i class="heat{step}" title="{decimals(experts, 2)} experts">{_text(text)}</i>'
 
 
 def _time(summary: Summary) -> str:
@@ -233,7 +173,7 @@ def _time(summary: Summary) -> str:
         for name, seconds in summary.activities().items()
     ]
     total = ["total", decimals(summary.total_seconds, 1), duration(summary.total_seconds)]
-    table = _table(["", "seconds", "share"], rows, (1, 2), total)
+    table = table_of(["", "seconds", "share"], rows, (1, 2), total)
     return f"<h2>Where the time went</h2>{table}"
 
 
@@ -241,8 +181,8 @@ def _settings(config: Config) -> str:
     helps = {path: field.metadata["help"] for path, field, _ in walk(config)}
     changed = [[f"config.{p}", v, default, helps[p]] for p, v, default in differences(config)]
     everything = [[f"config.{p}", v, helps[p]] for p, _, v in walk(config)]
-    table = _table(["setting", "value", "default", "meaning"], changed)
-    full = _table(["setting", "value", "meaning"], everything)
+    table = table_of(["setting", "value", "default", "meaning"], changed)
+    full = table_of(["setting", "value", "meaning"], everything)
     return (
         "<h2>Settings</h2><p class='soft'>What differs from the defaults.</p>"
         f"{table if changed else '<p>Nothing.</p>'}"

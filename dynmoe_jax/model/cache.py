@@ -73,7 +73,7 @@ def read(
 
     nothing = [[None for _ in stack.layers] for stack in decoder.stacks]
     stacks = stacked(decoder)
-    x_BPD, kept, experts = _through(
+    x_BPD, kept, experts = through(
         decoder, stacks, tokens_BP, segment_ids_BP, positions_BP, nothing, attend
     )
     return x_BPD, Cache(kept, start_B, jnp.int32(tokens_BP.shape[1])), experts
@@ -113,7 +113,7 @@ def extend(
         key_BSGW, value_BSGW = (write(a, b.astype(a.dtype)) for a, b in zip(kept, new, strict=True))
         return _attend(query_BCHW, key_BSGW, value_BSGW, visible_BCS), (key_BSGW, value_BSGW)
 
-    x_BCD, kept, experts = _through(
+    x_BCD, kept, experts = through(
         decoder, stacks, tokens_BC, valid_BC.astype(jnp.int32), positions_BC, cache.kept, attend
     )
     return x_BCD, Cache(kept, cache.start_B, cache.end + tokens_BC.shape[1]), experts
@@ -167,7 +167,7 @@ def _parted(tree) -> tuple:
     return tuple(jax.tree.map(lambda a, i=i: a[i], tree) for i in range(parts))
 
 
-def _through(
+def through(
     decoder: Decoder, stacks, tokens_BL, segment_ids_BL, positions_BL, kept, attend: Callable
 ):
     """Embeds, passes all layers, norms.

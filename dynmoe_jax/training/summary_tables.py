@@ -4,14 +4,13 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich import box
 from rich.markup import escape
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from dynmoe_jax.console import console
+from dynmoe_jax.console import console, titled_table
 from dynmoe_jax.training.formatting import (
     MISSING,
     compact,
@@ -42,17 +41,6 @@ def print_summary(summary: Summary, workdir: Path) -> None:
     console.print()
     _print_paths(summary, workdir)
     console.print()
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        header_style="cyan",
-    )
 
 
 def _pairs(rows: Iterable[tuple[str, Text | str]]) -> Table:
@@ -92,7 +80,7 @@ def _headline(summary: Summary) -> Table:
 def _domains(summary: Summary) -> Table:
     heldout = summary.heldout
     moe = bool(heldout.experts_per_token_by_layer)
-    table = _table("Held-out text")
+    table = titled_table("Held-out text")
     table.add_column("domain", overflow="fold")
     for name in ("tokens", "nats/token", "bits/byte") + ("experts/token",) * moe:
         table.add_column(name, justify="right", no_wrap=True)
@@ -117,7 +105,7 @@ def _layers(summary: Summary) -> Table:
     folds = min(fitting, math.ceil(len(means) / _LAYERS_IN_ONE_COLUMN))
     height = math.ceil(len(means) / folds)
     top = max((mean for mean in means if math.isfinite(mean)), default=0.0)
-    table = _table("Experts per token, by MoE layer")
+    table = titled_table("Experts per token, by MoE layer")
     for _ in range(folds):
         table.add_column("layer", justify="right")
         table.add_column("mean", justify="right")
@@ -137,7 +125,7 @@ def _bar(value: float, top: float) -> Text:
 
 
 def _seconds(summary: Summary) -> Table:
-    table = _table("Time")
+    table = titled_table("Time")
     table.add_column("activity")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")

@@ -1,0 +1,190 @@
+"""Evaluates a run: tasks of lm-evaluation-harness, experts per task, perplexity of any text.
+
+    python -m dynmoe_jax.evaluation --workdir=runs/mine \\
+        --tasks=piqa,hellaswag,arc_easy,commonsense_qa,bbh --data_dir=items
+    python -m dynmoe_jax.evaluation --workdir=runs/mine --perplexity='text:notes/*.md'
+
+Tasks need the extra: pip install 'dynmoe_jax[eval]'.  Results are in WORKDIR/evaluation, unless
+--output names another folder.  An evaluation that is stopped goes on with the same command.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from dynmoe_jax import config
+from dynmoe_jax.command_line import exit_code
+from dynmoe_jax.console import console, warn
+from dynmoe_jax.data import DataError, Tokenizer
+from dynmoe_jax.data.sources import check_sources, read_documents
+from dynmoe_jax.evaluation import answers, perplexity
+from dynmoe_jax.evaluation.scoring import Scorer
+from dynmoe_jax.evaluation.tree_writing import TreeWriter
+from dynmoe_jax.model import Decoder, decoder_structure
+from dynmoe_jax.training.checkpoint import CheckpointError
+from dynmoe_jax.training.compilation import compiled_programs_kept
+from dynmoe_jax.training.disk import DiskError, disk_errors
+from dynmoe_jax.training.load import load_run
+from dynmoe_jax.training.records import to_json, write_atomically
+
+FOLDER = "evaluation"
+BATCH_TOKENS = {"cpu": 2048}
+BATCH_TOKENS_OTHER = 1 << 15
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m dynmoe_jax.evaluation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--workdir", required=True, type=Path, help="folder of the run")
+    add("--tasks", default="", help="comma-separated, as the harness calls them")
+    add("--data_dir", type=Path, help="folder with TASK.jsonl[.gz] files; without it, the network")
+    add("--limit", type=int, help="items of each task, or documents of each domain, at the most")
+    add("--num_fewshot", type=int, help="examples before each question; a task's own by default")
+    add("--perplexity", default="", metavar="SOURCES", help="as config.data.sources")
+    add("--window", type=int, help="tokens read at once; what the run was trained on by default")
+    add("--stride", type=int, help="tokens between windows of a document; half a window by default")
+    add("--batch_tokens", type=int, help="tokens of one call; 2048 on a CPU, 32768 elsewhere")
+    add("--max_new_tokens", type=int, default=256, help="tokens written at the most")
+    add(
+        "--begin_with_bos",
+        action=argparse.BooleanOptionalAction,
+        help="put BOS before the texts of tasks; by default as the tokenizer says",
+    )
+    add("--output", type=Path, help="folder of the results; WORKDIR/evaluation by default")
+    add("--best", action="store_true", help="the checkpoint of the lowest held-out loss")
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use answers that an earlier evaluation has left",
+    )
+    return made
+
+
+def evaluate(asked: argparse.Namespace) -> int:
+    """The command.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, DiskError: with one sentence for the user.
+    """
+    names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
+    tasks = _check(asked, names)
+    cfg, decoder, tokenizer = load_run(asked.workdir, best=asked.best)
+    decoder = without_budget(decoder)
+    window = asked.window or min(cfg.data.seq_len, cfg.model.max_seq_len)
+    stride = asked.stride or max(1, window // 2)
+    perplexity.check_stride(window, stride)
+    default = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_OTHER)
+    scorer = Scorer(decoder, asked.batch_tokens or default, window)
+    folder = asked.output or asked.workdir / FOLDER
+    kept = answers.AnswerFile(
+        folder / answers.FILE_NAME,
+        answers.fingerprint(decoder, tokenizer.fingerprint),
+        asked.resume,
+    )
+    with compiled_programs_kept(cfg.train, asked.workdir), disk_errors(folder):
+        if asked.perplexity:
+            _perplexity(asked, cfg, scorer, tokenizer, kept, folder, window, stride)
+        if tasks:
+            _tasks(asked, tasks, decoder, scorer, tokenizer, kept, folder)
+    kept.close()
+    return 0
+
+
+def without_budget(decoder: Decoder) -> Decoder:
+    """The decoder without what makes tokens of a batch affect each other, dropped choices."""
+    model, moe = decoder.config, decoder.config.moe
+    backend = "auto" if moe.backend == "capacity" else moe.backend
+    exact = dataclasses.replace(moe, rows_per_token=0.0, backend=backend)
+    if exact == moe:
+        return decoder
+    warn("The run drops choices of experts over its budget; here none are dropped.")
+    structure = decoder_structure(dataclasses.replace(model, moe=exact))
+    return nnx.merge(structure, nnx.split(decoder)[1])
+
+
+def _check(asked: argparse.Namespace, names: list[str]) -> dict:
+    """The tasks, ready; raises ConfigError for what can be refused before anything is loaded."""
+    for name in ("limit", "num_fewshot", "window", "stride", "batch_tokens", "max_new_tokens"):
+        value, least = getattr(asked, name), 0 if name == "num_fewshot" else 1
+        if value is not None and value < least:
+            raise config.ConfigError(f"--{name}={value} must be at least {least}.")
+    if not names and not asked.perplexity:
+        raise config.ConfigError("There is nothing to evaluate; name --tasks or --perplexity.")
+    if asked.perplexity:
+        check_sources(config.Data(sources=asked.perplexity))
+    if not names:
+        return {}
+    if importlib.util.find_spec("lm_eval") is None:
+        raise config.ConfigError(
+            "--tasks needs lm-evaluation-harness; install it: pip install 'dynmoe_jax[eval]'."
+        )
+    from dynmoe_jax.evaluation.local_tasks import announce_aliases, load_tasks
+
+    announce_aliases(names)
+    return load_tasks(names, asked.data_dir)
+
+
+def _perplexity(asked, cfg, scorer, tokenizer, kept, folder, window, stride) -> None:
+    sources = config.Data(
+        sources=asked.perplexity,
+        text_field=cfg.data.text_field,
+        domain_field=cfg.data.domain_field,
+    )
+    found = perplexity.measure(
+        read_documents(sources), scorer, tokenizer, kept, stride=stride, limit=asked.limit
+    )
+    if not found:
+        raise DataError(
+            f"--perplexity={asked.perplexity!r} gives no document; name another source."
+        )
+    perplexity.print_perplexity(found)
+    path = folder / perplexity.FILE_NAME
+    record = {"sources": asked.perplexity, **perplexity.to_record(found, window, stride)}
+    write_atomically(path, to_json(record, indent=2) + "\n")
+    console.print(f" results   {path}", soft_wrap=True, markup=False)
+
+
+def _tasks(
+    asked, tasks, decoder: Decoder, scorer: Scorer, tokenizer: Tokenizer, kept, folder
+) -> None:
+    from dynmoe_jax.evaluation.run_tasks import run_tasks
+
+    writer = TreeWriter(decoder, scorer.batch_tokens, tokenizer.vocab_size, tokenizer.eos_id)
+    run_tasks(
+        tasks,
+        scorer,
+        writer,
+        tokenizer,
+        kept,
+        folder,
+        title=f"{asked.workdir.resolve().name} – tasks",
+        limit=asked.limit,
+        num_fewshot=asked.num_fewshot,
+        max_new_tokens=asked.max_new_tokens,
+        begin_with_bos=asked.begin_with_bos,
+    )
+
+
+def main() -> int:
+    """Returns the exit code."""
+    asked = parser().parse_args()
+    for name in ("workdir", "data_dir", "output"):
+        if getattr(asked, name) is not None:
+            setattr(asked, name, getattr(asked, name).expanduser())
+    return exit_code(lambda: evaluate(asked), (DataError, CheckpointError, DiskError))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What is asked of a model, and what it answers."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A text whose last tokens are to be scored.
+
+    The model reads all tokens but the last one, which is only predicted.
+
+    Attributes:
+      tokens: context and continuation; at least one token more than ``scored``.
+      scored: how many tokens at the end have their probabilities asked for.
+      counted: how many tokens at the end of those read count for the experts used; None: all.
+    """
+
+    tokens: tuple[int, ...]
+    scored: int
+    counted: int | None = None
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """The tokens that the model reads."""
+        return self.tokens[:-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model says to a request.
+
+    Attributes:
+      log_prob: of the scored tokens together, nats.
+      greedy: whether each of them was the most probable one.
+      experts_N: experts used in each MoE layer, summed over the counted tokens.
+      experts_L: experts that each counted token used, summed over the MoE layers.
+    """
+
+    log_prob: float
+    greedy: bool
+    experts_N: Int[np.ndarray, "N"]
+    experts_L: Int[np.ndarray, "L"]

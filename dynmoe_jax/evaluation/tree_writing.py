@@ -1,0 +1,190 @@
+"""Greedy continuations of many prompts, of which what they begin with in common is read once.
+
+The examples before the questions of a few-shot task are most of its prompts.  Here they are read
+once for as many questions as fit into a row; :mod:`dynmoe_jax.inference` reads each prompt alone.
+
+Axis legend: B rows, L tokens of a row, Q sequences of a row, M tokens that may be written, N MoE
+layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from dynmoe_jax.evaluation.batches import Batch, lay_out, make_batches
+from dynmoe_jax.evaluation.requests import Request
+from dynmoe_jax.evaluation.tree_decoding import begin, write
+from dynmoe_jax.model import Decoder
+
+ROUNDS = (16, 64, 256)
+"""Tokens that may be written before the sequences that have not ended are packed anew: most answers
+are short, and a row should not wait for the one that is not."""
+
+CHUNK = 8
+"""Tokens between two looks for strings that end a text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A text to continue.
+
+    Attributes:
+      tokens: at least one.
+      limit: tokens to write at the most.
+      ended: how many of the tokens written so far are there when a string has come that ends the
+        text; None while none has.
+    """
+
+    tokens: tuple[int, ...]
+    limit: int
+    ended: Callable[[list[int]], int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What was written after a prompt.
+
+    Attributes:
+      ids: the tokens, EOS not included.
+      experts_N: experts used in each MoE layer, over the prompt and what was written but for its
+        last token.
+      experts_L: experts that each of these tokens used, summed over the MoE layers.
+    """
+
+    ids: list[int]
+    experts_N: Int[np.ndarray, "N"]
+    experts_L: Int[np.ndarray, "L"]
+
+
+class TreeWriter:
+    """Continues prompts with one model.
+
+    Args:
+      decoder: the model.
+      batch_tokens: prompt tokens of one call.
+      vocab_size: the tokenizer's; a model may have more rows, which mean nothing.
+      eos_id: the token at which a text ends.
+    """
+
+    def __init__(self, decoder: Decoder, batch_tokens: int, vocab_size: int, eos_id: int):
+        self._structure, self._params = nnx.split(decoder)
+        self._batch_tokens = batch_tokens
+        self._vocab_size, self._eos_id = vocab_size, eos_id
+        self.tokens_asked = 0
+        """Of prompts, as if each one had been read alone."""
+        self.tokens_read = 0
+        """Of prompts; what several begin with in common counts once."""
+
+    def write(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[int, Written]]]:
+        """Yields (index of the prompt, its text), some at a time, in an order of its own."""
+        so_far: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+        for number in range(sum(prompt.limit for prompt in prompts)):
+            if not so_far:
+                return
+            room = ROUNDS[min(number, len(ROUNDS) - 1)]
+            left = {}
+            for finished, unfinished in self._round(prompts, so_far, room):
+                left |= unfinished
+                yield finished
+            so_far = left
+
+    def _round(self, prompts, so_far: dict[int, list[int]], room: int):
+        """Yields (texts that have ended, tokens of those that have not) of each batch."""
+        numbers = list(so_far)
+        # The token that follows is not known; the last one of a request is never read.
+        requests = [Request((*prompts[i].tokens, *so_far[i], 0), 1) for i in numbers]
+        for rows in make_batches(requests, self._batch_tokens):
+            for batch in lay_out(rows, requests, self._batch_tokens):
+                owners = [numbers[index] for index, _, _ in batch.requests]
+                yield self._write_batch(batch, owners, prompts, so_far, room)
+
+    def _write_batch(self, batch: Batch, owners, prompts, so_far, room: int):
+        places, leaves_BQ, active_BQ = _sequences(batch)
+        self.tokens_asked += sum(len(path) for _, path, _ in batch.requests)
+        self.tokens_read += int(batch.segment_ids.sum())
+        layout = (batch.tokens, batch.segment_ids, batch.positions, batch.ends)
+        rows, writing, experts_NT = begin(
+            self._structure,
+            self._params,
+            *layout,
+            leaves_BQ,
+            active_BQ,
+            self._vocab_size,
+            room=room,
+        )
+        depths_BQ = np.take_along_axis(batch.positions, leaves_BQ, axis=1)
+        ended: dict[int, int] = {}
+        until = 1
+        while True:
+            tokens_BQM = np.asarray(writing.tokens_BQM)
+            for n, (owner, place) in enumerate(zip(owners, places, strict=True)):
+                if n not in ended:
+                    ids = so_far[owner] + tokens_BQM[place][:until].tolist()
+                    end = self._end(ids, prompts[owner], len(so_far[owner]))
+                    if end is not None:
+                        ended[n] = end
+            if len(ended) == len(owners) or until == room:
+                break
+            until = min(room, until + CHUNK)
+            active_BQ = active_BQ.copy()
+            for n in ended:
+                active_BQ[places[n]] = False
+            writing = dataclasses.replace(writing, active_BQ=active_BQ)
+            writing = write(
+                self._structure, self._params, rows, writing, batch.ends, leaves_BQ, depths_BQ,
+                self._vocab_size, until,
+            )  # fmt: skip
+        return self._texts(
+            batch, owners, places, so_far, ended, tokens_BQM[:, :, :until], writing, experts_NT
+        )
+
+    def _texts(self, batch, owners, places, so_far, ended, tokens_BQM, writing, experts_NT):
+        """(texts that have ended, tokens of those that have not)."""
+        experts_NT, experts_MNBQ = np.asarray(experts_NT), np.asarray(writing.experts_MNBQ)
+        finished, unfinished = [], {}
+        for n, (_, path, _) in enumerate(batch.requests):
+            owner, before = owners[n], so_far[owners[n]]
+            ids = before + tokens_BQM[places[n]].tolist()
+            if n not in ended:
+                unfinished[owner] = ids
+                continue
+            ids = ids[: ended[n]]
+            read = max(0, len(ids) - len(before) - 1)
+            experts_LN = np.concatenate(
+                [experts_NT[:, path].T, experts_MNBQ[:read, :, places[n][0], places[n][1]]]
+            ).astype(np.int32)
+            written = Written(ids, experts_LN.sum(axis=0), experts_LN.sum(axis=1))
+            finished.append((owner, written))
+        return finished, unfinished
+
+    def _end(self, ids: list[int], prompt: Prompt, start: int) -> int | None:
+        """How many tokens the text has, once it has ended."""
+        new = ids[start:]
+        end = start + new.index(self._eos_id) if self._eos_id in new else None
+        found = prompt.ended(ids[:end])
+        if found is not None:
+            return min(found, prompt.limit)
+        if end is not None:
+            return min(end, prompt.limit)
+        return prompt.limit if len(ids) >= prompt.limit else None
+
+
+def _sequences(batch: Batch):
+    """(row and number of each request, their last tokens [B, Q], which of these there are)."""
+    rows, length = batch.tokens.shape
+    counts = [0] * rows
+    places, ends = [], []
+    for _, path, _ in batch.requests:
+        row, leaf = divmod(int(path[-1]), length)
+        places.append((row, counts[row]))
+        ends.append(leaf)
+        counts[row] += 1
+    # A power of two, so that few programs are compiled.
+    shape = rows, 1 << (max(counts) - 1).bit_length()
+    leaves_BQ, active_BQ = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for place, leaf in zip(places, ends, strict=True):
+        leaves_BQ[place], active_BQ[place] = leaf, True
+    return places, leaves_BQ, active_BQ

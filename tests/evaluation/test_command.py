@@ -1,0 +1,126 @@
+"""The command: results on disk, what it prints, what it refuses."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynmoe_jax.evaluation import __main__ as command
+from dynmoe_jax.evaluation import scoring
+from dynmoe_jax.model import decoder_structure
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """flags -> (exit code, what was printed)."""
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluation", *map(str, flags)])
+        code = command.main()
+        return code, capsys.readouterr().out
+
+    return call
+
+
+def test_perplexity_of_files_by_domain(run, workdir, tmp_path):
+    for name in ("one", "two"):
+        line = json.dumps({"text": f"Text of domain {name}. " * 9, "domain": name})
+        (tmp_path / f"{name}.jsonl").write_text(line + "\n")
+    out = tmp_path / "out"
+    source = f"--perplexity=jsonl:{tmp_path}/*.jsonl"
+    code, printed = run(f"--workdir={workdir}", source, f"--output={out}", "--window=32")
+    assert code == 0
+    record = json.loads((out / "perplexity.json").read_text())
+    assert (record["window"], record["stride"]) == (32, 16)
+    assert list(record["domains"]) == ["one", "two"]
+    assert record["all"]["documents"] == 2
+    whole = record["all"]
+    assert whole["bits_per_byte"] == pytest.approx(
+        whole["loss"] * whole["tokens"] / np.log(2) / whole["bytes"]
+    )
+    assert len(whole["experts_per_token_by_layer"]) == 2
+    assert "perplexity.json" in printed.replace("\n", "")
+
+
+MISTAKES = {
+    ("--tasks=",): "nothing to evaluate",
+    ("--tasks=piqa", "--limit=0"): "--limit=0 must be at least 1",
+    ("--perplexity=jsonl:",): "jsonl:",
+    ("--perplexity=text:/nowhere/*.txt",): "matches no file",
+    ("--perplexity=python", "--window=8", "--stride=9"): "--stride=9",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES, ids=" ".join)
+def test_mistakes_are_one_sentence(run, workdir, flags):
+    code, printed = run(f"--workdir={workdir}", *flags)
+    assert code == 2
+    assert MISTAKES[flags] in printed.replace("\n", " ")
+
+
+def test_a_folder_without_a_run_is_one_sentence(run, tmp_path):
+    code, printed = run(f"--workdir={tmp_path}", "--perplexity=python")
+    assert code == 2
+    assert "holds no run" in printed
+
+
+def test_no_choice_is_dropped_where_the_run_had_a_budget(decoder, settings):
+    structure, params = nnx.split(decoder)
+    del structure
+    for budget in ({"rows_per_token": 1.0}, {"backend": "capacity"}):
+        moe = dataclasses.replace(settings.model.moe, **budget)
+        model = dataclasses.replace(settings.model, moe=moe)
+        tight = nnx.merge(decoder_structure(model), params)
+        assert command.without_budget(tight).config == settings.model
+    assert command.without_budget(decoder) is decoder
+
+
+@pytest.fixture(scope="module")
+def small_index():
+    """The index of all tasks takes seconds to build; a few folders of it are enough here."""
+    lm_eval = pytest.importorskip("lm_eval.tasks", reason="needs the extra eval")
+    folder = str(next(iter(lm_eval.__path__)))
+    names = ("piqa", "hellaswag", "arc", "commonsense_qa")
+    return lm_eval.TaskManager(
+        include_path=[f"{folder}/{name}" for name in names], include_defaults=False
+    )
+
+
+def test_tasks_their_tables_their_files_and_again_from_the_file(
+    run, workdir, items, tmp_path, small_index, monkeypatch
+):
+    monkeypatch.setattr("dynmoe_jax.evaluation.local_tasks._manager", lambda: small_index)
+    names = ["piqa", "hellaswag", "arc_easy", "commonsense_qa"]
+    flags = [f"--workdir={workdir}", f"--tasks={','.join(names)}", f"--data_dir={items}"]
+    flags += ["--limit=3", f"--output={tmp_path}"]
+    code, printed = run(*flags)
+    assert code == 0
+    assert "HellaSwag" in printed
+    assert "1.76" in printed  # the paper's
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert list(first["results"]) == sorted(names) or set(first["results"]) == set(names)
+    assert first["n-samples"]["piqa"] == {"original": 8, "effective": 3}
+    assert set(first["experts_per_token"]) == set(names)
+    use = first["experts_per_token"]["piqa"]
+    assert use["mean"] == pytest.approx(np.mean(use["by_layer"]))
+    assert 0 < first["tokens_read"] < first["tokens_asked"]
+    samples = (tmp_path / "samples_piqa.jsonl").read_text().splitlines()
+    assert len(samples) == 3
+    accuracy = np.mean([json.loads(line)["acc"] for line in samples])
+    assert first["results"]["piqa"]["acc,none"] == pytest.approx(accuracy)
+    page = (tmp_path / "tasks.html").read_text()
+    assert page.count("<figure>") == 2
+    assert "heat" in page
+
+    def fail(*args):
+        raise AssertionError("an answer was computed again")
+
+    monkeypatch.setattr(scoring, "_score", fail)
+    code, printed = run(*flags)
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert code == 0
+    assert again["results"] == first["results"]
+    assert again["experts_per_token"] == first["experts_per_token"]

@@ -1,0 +1,124 @@
+"""What the harness asks, answered as a plain forward pass would."""
+
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra eval: pip install -e '.[eval]'")
+
+from lm_eval.api.instance import Instance
+
+from dynmoe_jax import config
+from dynmoe_jax.evaluation.answers import AnswerFile
+from dynmoe_jax.evaluation.harness_model import HarnessModel
+from dynmoe_jax.evaluation.requests import Request
+
+
+@pytest.fixture
+def model(make_scorer, writer, tokenizer, tmp_path):
+    return HarnessModel(
+        make_scorer(), writer, tokenizer, AnswerFile(tmp_path / "answers.jsonl", "m")
+    )
+
+
+def instance(kind, task, *args):
+    return Instance(kind, {}, args, 0, (task, 0, 1))
+
+
+def test_context_follows_bos_and_its_last_space_goes_to_the_continuation(model, tokenizer, plain):
+    asked = [
+        instance("loglikelihood", "t", "Question: why?\nAnswer:", " because of it"),
+        instance("loglikelihood", "t", "Question: why? ", "because"),
+        instance("loglikelihood", "t", "", "Without a context."),
+    ]
+    answers = model.loglikelihood(asked)
+    encode = lambda text: tokenizer.encode(text).tolist()  # noqa: E731
+    bos = tokenizer.bos_id
+    pairs = [
+        ("Question: why?\nAnswer:", "Question: why?\nAnswer: because of it"),
+        ("Question: why?", "Question: why? because"),
+        ("", "Without a context."),
+    ]
+    for (before, whole), answer in zip(pairs, answers, strict=True):
+        scored = len(encode(whole)) - len(encode(before))
+        wanted = plain(Request((bos, *encode(whole)), scored))
+        np.testing.assert_allclose(answer[0], wanted[0], atol=2e-4)
+        assert answer[1] == wanted[1]
+
+
+def test_rolling_predicts_every_token_once(make_scorer, writer, tokenizer, tmp_path, plain):
+    model = HarnessModel(make_scorer(16), writer, tokenizer, AnswerFile(tmp_path / "a.jsonl", "m"))
+    text = "A text that is longer than the window of sixteen tokens, by a good deal."
+    found = model.loglikelihood_rolling([instance("loglikelihood_rolling", "t", text)] * 2)
+    tokens = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
+    wanted, done = 0.0, 1
+    while done < len(tokens):
+        end = min(done + 16, len(tokens))
+        part = tokens[max(0, end - 17) : end]
+        wanted += plain(Request(tuple(part), end - done))[0]
+        done = end
+    assert len(tokens) > 18
+    np.testing.assert_allclose(found, [wanted, wanted], atol=5e-4)
+
+
+def test_experts_are_counted_by_task_as_if_each_request_stood_alone(model, tokenizer, plain):
+    asked = [
+        instance("loglikelihood", "one", "The same context", " with an ending"),
+        instance("loglikelihood", "one", "The same context", " with another one"),
+        instance("loglikelihood", "two", "Else", " where"),
+    ]
+    model.loglikelihood(asked)
+    texts = {"one": [a.args[0] + a.args[1] for a in asked[:2]], "two": ["Else where"]}
+    for task, whole in texts.items():
+        requests = [
+            Request((tokenizer.bos_id, *tokenizer.encode(text).tolist()), 1) for text in whole
+        ]
+        experts = [plain(request)[2] for request in requests]
+        use = model.experts.tasks[task]
+        assert use.tokens == sum(len(request.read) for request in requests)
+        np.testing.assert_array_equal(use.experts_N, sum(e.sum(axis=1) for e in experts))
+        np.testing.assert_array_equal(use.example.experts_L, experts[0].sum(axis=0))
+        np.testing.assert_allclose(
+            use.mean, np.mean([e.sum() for e in experts]) * len(experts) / use.tokens / 2
+        )
+    both = model.experts.together(["one", "two", "absent"])
+    assert both.tokens == sum(use.tokens for use in model.experts.tasks.values())
+    assert math.isnan(model.experts.together([]).mean)
+
+
+def test_tokens_are_ranked_by_the_experts_they_use(model, tokenizer):
+    model.experts.add("t", (5, 6, 5), np.array([4, 5]), np.array([4, 1, 4]))
+    model.experts.add("t", (6,), np.array([1, 1]), np.array([2]))
+    assert model.experts.by_token(1) == [(5, 2.0, 2), (6, 0.75, 2)]
+    assert model.experts.by_token(3) == []
+
+
+def test_a_continuation_without_a_token_is_refused(model):
+    with pytest.raises(ValueError, match="no token of its own"):
+        model.loglikelihood([instance("loglikelihood", "t", "Context", "")])
+
+
+def test_answers_are_written_up_to_the_string_that_ends_them(model, tokenizer, plain):
+    asked = [
+        instance("generate_until", "g", f"Q: {question}\nA:", {"until": [], "max_gen_toks": 12})
+        for question in ("one?", "two?")
+    ]
+    whole = model.generate_until(asked)
+    text = whole[0]
+    assert len(text) > 3
+    stop = text[2:4]
+    settings = {"until": ["never seen", stop], "max_gen_toks": 12, "do_sample": False}
+    cut = model.generate_until([instance("generate_until", "h", "Q: one?\nA:", settings)])
+    assert cut == [text[: text.index(stop)]]
+    prompt = [tokenizer.bos_id, *tokenizer.encode("Q: one?\nA:").tolist()]
+    use = model.experts.tasks["g"].example
+    assert list(use.tokens[: len(prompt)]) == prompt
+    assert len(use.experts_L) == len(prompt) + 11
+    np.testing.assert_array_equal(use.experts_L, plain(Request((*use.tokens, 0), 1))[2].sum(axis=0))
+
+
+def test_sampled_answers_are_refused(model):
+    settings = {"until": ["x"], "do_sample": True, "temperature": 0.7}
+    with pytest.raises(config.ConfigError, match="task g draws its answers at random"):
+        model.generate_until([instance("generate_until", "g", "Q", settings)])
