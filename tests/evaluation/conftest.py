@@ -15,7 +15,6 @@ from dynmoe_jax.evaluation.tree_writing import TreeWriter
 from dynmoe_jax.model import decoder_structure, parameter_shapes
 from dynmoe_jax.training import checkpoint
 from dynmoe_jax.training.step import TrainState
-from dynmoe_jax.training.text import TOKENIZER_FILE
 
 ITEMS = Path(__file__).parent / "fixtures" / "items"
 SETTINGS = config.Config(
@@ -61,7 +60,7 @@ def decoder(state):
 def tokenizer(tmp_path_factory):
     texts = [path.read_text(encoding="utf-8") for path in sorted(ITEMS.rglob("*.json*"))
              if path.suffix != ".gz"]  # fmt: skip
-    path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER_FILE
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     return train_tokenizer(texts, SETTINGS.model.vocab_size, path)
 
 
@@ -69,7 +68,7 @@ def tokenizer(tmp_path_factory):
 def workdir(state, tokenizer, tmp_path_factory):
     """A run's folder with one checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    tokenizer.save(folder / TOKENIZER_FILE)
+    tokenizer.save(folder / tokenizer.place)
     checkpoints = checkpoint.Checkpoints(folder, config.Checkpoint())
     checkpoints.save(1, state, {"row": 1, "tokenizer": tokenizer.fingerprint}, SETTINGS)
     checkpoints.close()
