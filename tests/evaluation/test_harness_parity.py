@@ -96,6 +96,7 @@ def llama(decoder, model):
     }
     layer = {name.removeprefix("groups.layers.0."): value for name, value in values.items()}
     width = model.width
+    halves = layer["feed_forward.gate_up_D2F"].reshape(model.num_layers, width, 2, -1)
     weights = {
         "model.embed_tokens.weight": values["embedding_VD"],
         "lm_head.weight": values["embedding_VD"],
@@ -107,8 +108,8 @@ def llama(decoder, model):
             "self_attn.k_proj": layer["attention.key_DGW"][i].reshape(width, -1).T,
             "self_attn.v_proj": layer["attention.value_DGW"][i].reshape(width, -1).T,
             "self_attn.o_proj": layer["attention.output_HWD"][i].reshape(-1, width).T,
-            "mlp.gate_proj": layer["feed_forward.gate_up_D2F"][i][:, 0].T,
-            "mlp.up_proj": layer["feed_forward.gate_up_D2F"][i][:, 1].T,
+            "mlp.gate_proj": halves[i][:, 0].T,
+            "mlp.up_proj": halves[i][:, 1].T,
             "mlp.down_proj": layer["feed_forward.down_FD"][i].T,
             "input_layernorm": layer["attention_norm.scale"][i],
             "post_attention_layernorm": layer["feed_forward_norm.scale"][i],
