@@ -10,6 +10,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from packaging.requirements import Requirement
 
+from dynmoe_jax.axes import MESH_AXES
+
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 # Before libtpu is loaded: there is no cloud to ask, and no chip that two processes could share.
@@ -39,7 +41,7 @@ def mesh_of():
 
     def make(chip: str, count: int = 1) -> Mesh:
         topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu")
-        devices = np.array(topology.devices[:count]).reshape(count, 1, 1)
-        return Mesh(devices, ("data", "expert", "model"), axis_types=(AxisType.Auto,) * 3)
+        devices = np.array(topology.devices[:count]).reshape(1, count, 1, 1)
+        return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
     return make
