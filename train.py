@@ -7,8 +7,12 @@ The same command again continues from the newest checkpoint.
 
 import sys
 
-from dynmoe_jax import command_line
-from dynmoe_jax.training.trainer import BAD_INPUT, train
+from dynmoe_jax.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
+    # Not before: what a restart imports again takes seconds.
+    from dynmoe_jax import command_line
+    from dynmoe_jax.training.trainer import BAD_INPUT, train
+
     sys.exit(command_line.run(train, __doc__, BAD_INPUT))

@@ -2,12 +2,14 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -45,6 +47,14 @@ def describe(module: str) -> dict[str, str]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "command": f"python -m {module} {shlex.join(sys.argv[1:])}",
     }
+
+
+def with_machine(module: str, figures: dict, path: Path | None) -> dict:
+    """The figures of a benchmark with the machine that they are of; also in ``path``, if given."""
+    result = {"machine": describe(module), **figures}
+    if path:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
 
 
 def _processor() -> str:

@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.layer_cases import PRESETS, Preset, choices, draw
-from benchmarks.machine import Copy, describe, pin_threads
+from benchmarks.machine import Copy, pin_threads, with_machine
 from benchmarks.timing import interleave, show_progress
+from dynmoe_jax.huge_pages import restart_with_huge_pages
 
 TORCH_METHODS = {
     "torch_loop": "torch",
@@ -50,6 +51,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="auto",
         help="of the JAX peers; auto = bfloat16 on accelerators, float32 on CPU",
     )
+    parser.add_argument(
+        "--peer_tunables",
+        default="",
+        help="GLIBC_TUNABLES of PyTorch; glibc.malloc.hugetlb=1 gives it huge pages, as ours has",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure here")
     return parser.parse_args(argv)
 
@@ -78,7 +84,7 @@ def jax_cases(preset: Preset, chosen, methods, directions, dtype: str = "auto"):
     return cases, used
 
 
-def torch_worker(preset: Preset, chosen, methods, directions, threads: int):
+def torch_worker(preset: Preset, chosen, methods, directions, threads: int, tunables: str):
     """The process that runs the PyTorch peers, or None if there are none to run."""
     from benchmarks.worker import Worker
 
@@ -91,7 +97,7 @@ def torch_worker(preset: Preset, chosen, methods, directions, threads: int):
         "directions": directions,
         "threads": threads,
     }
-    return Worker("benchmarks.layer_torch", json.dumps(request))
+    return Worker("benchmarks.layer_torch", json.dumps(request), tunables=tunables)
 
 
 def main(argv: list[str]) -> dict:
@@ -115,9 +121,8 @@ def main(argv: list[str]) -> dict:
 
     ours = [m for m in methods if m in JAX_METHODS]
     compiled, used = jax_cases(preset, chosen, ours, directions, flags.dtype)
-    worker = torch_worker(
-        preset, chosen, [m for m in methods if m in TORCH_METHODS], directions, flags.threads
-    )
+    peers = [m for m in methods if m in TORCH_METHODS]
+    worker = torch_worker(preset, chosen, peers, directions, flags.threads, flags.peer_tunables)
     cases = dict(compiled)
     if worker:
         cases |= {name: lambda name=name: worker.seconds(name) for name in worker.names}
@@ -131,7 +136,6 @@ def main(argv: list[str]) -> dict:
     report = layer_report.Report(preset, seconds, compiled, used, chip)
     print(report.tables())
     result = {
-        "machine": describe("benchmarks.moe_layer"),
         "preset": flags.preset,
         "shape": dataclasses.asdict(preset),
         "used": {name: dataclasses.asdict(what) for name, what in used.items()},
@@ -139,10 +143,9 @@ def main(argv: list[str]) -> dict:
         "marks": [dataclasses.asdict(mark) for mark in report.marks()],
         "seconds": {name: list(values) for name, values in seconds.items()},
     }
-    if flags.json:
-        flags.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+    return with_machine("benchmarks.moe_layer", result, flags.json)
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main(sys.argv[1:])

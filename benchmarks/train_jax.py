@@ -11,6 +11,8 @@ from flax import nnx
 from benchmarks.train_cases import Case, Preset, draw_tokens, settings
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.model.flops import training_flops
+from dynmoe_jax.target import current_target
+from dynmoe_jax.training.compilation import compiler_options
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 
@@ -52,7 +54,8 @@ class TrainCase:
             self._sharpen(cfg, case.mean)
         begin = time.perf_counter()
         step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
-        self._step = step.lower(self._state, self._batch).compile()
+        options = compiler_options(current_target())
+        self._step = step.lower(self._state, self._batch).compile(options)
         self.compile_s = time.perf_counter() - begin
         memory = self._step.memory_analysis()
         self.step_bytes = memory and (

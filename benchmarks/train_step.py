@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.columns import columns
-from benchmarks.machine import describe, pin_threads
+from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, Ratio, interleave, ratio, show_progress
+from dynmoe_jax.huge_pages import restart_with_huge_pages
 
 TORCH_METHODS = ("hf_grouped_mm", "hf_eager")
 TORCH_TOP_K = 2
@@ -44,11 +45,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, help="parts of a batch")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each model that count")
     parser.add_argument("--threads", type=int, default=2, help="cores for every model")
+    parser.add_argument(
+        "--peer_tunables",
+        default="",
+        help="GLIBC_TUNABLES of PyTorch; glibc.malloc.hugetlb=1 gives it huge pages, as ours has",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure here")
     return parser.parse_args(argv)
 
 
-def torch_worker(preset, method: str, threads: int):
+def torch_worker(preset, method: str, threads: int, tunables: str):
     """The process that trains Mixtral by one implementation of its experts."""
     from benchmarks.worker import Worker
 
@@ -58,7 +64,7 @@ def torch_worker(preset, method: str, threads: int):
         "top_k": TORCH_TOP_K,
         "threads": threads,
     }
-    return Worker("benchmarks.train_torch", json.dumps(request))
+    return Worker("benchmarks.train_torch", json.dumps(request), tunables=tunables)
 
 
 def records(seconds, jax_cases, peaks, peak_flops: float) -> list[dict]:
@@ -146,7 +152,11 @@ def main(argv: list[str]) -> dict:
     methods = flags.methods.split(",") if flags.methods else defaults
     available = cases(preset)
     jax_cases = {m: TrainCase(preset, available[m]) for m in methods if m in JAX_METHODS}
-    workers = {m: torch_worker(preset, m, flags.threads) for m in methods if m in TORCH_METHODS}
+    workers = {
+        m: torch_worker(preset, m, flags.threads, flags.peer_tunables)
+        for m in methods
+        if m in TORCH_METHODS
+    }
     runs = dict(jax_cases) | {m: lambda w=w, m=m: w.seconds(m) for m, w in workers.items()}
     seconds = interleave(runs, flags.rounds, show_progress(flags.rounds))
     peaks = {m: worker.seconds("peak_bytes") for m, worker in workers.items()}
@@ -157,16 +167,14 @@ def main(argv: list[str]) -> dict:
     found = marks(seconds, {row["model"]: row["mfu"] for row in rows}, flags.preset)
     print("\n".join([table(rows), "", "marks", *map(str, found)]))
     result = {
-        "machine": describe("benchmarks.train_step"),
         "preset": flags.preset,
         "records": rows,
         "marks": [dataclasses.asdict(mark) for mark in found],
         "seconds": {name: list(values) for name, values in seconds.items()},
     }
-    if flags.json:
-        flags.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+    return with_machine("benchmarks.train_step", result, flags.json)
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main(sys.argv[1:])

@@ -4,21 +4,30 @@ PyTorch and JAX each bring a thread pool that spins; in one process they would s
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+
+from dynmoe_jax.huge_pages import TUNABLES
 
 
 class Worker:
     """Runs ``python -m MODULE ARGUMENTS`` and times its cases from here.
 
+    Args:
+      module: serves the cases, by :func:`serve`.
+      arguments: of its command line.
+      tunables: of its C library.  Ours asks for huge pages by itself; others do as they do.
+
     Attributes:
       names: the cases that it offers.
     """
 
-    def __init__(self, module: str, *arguments: str):
+    def __init__(self, module: str, *arguments: str, tunables: str = ""):
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
+            env=dict(os.environ) | {TUNABLES: tunables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -10,3 +10,5 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Programs that tests start would start twice (dynmoe_jax/huge_pages.py).
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")

@@ -1,6 +1,6 @@
 """A plan as a person reads it in the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from rich import box
 from rich.markup import escape
@@ -53,6 +53,16 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
+def _fill(
+    table: Table, rows: Mapping[str, float], total: float, of: float, show: Callable[[float], str]
+) -> None:
+    """Rows of a name, a value and its share ``of`` something; then all of them together."""
+    for name, value in rows.items():
+        table.add_row(name, show(value), percent(value / of))
+    table.add_section()
+    table.add_row("all", show(total), percent(total / of), style="bold")
+
+
 def _headline(plan: Plan, mesh: str) -> Table:
     memory = plan.memory
     room = f"{gigabytes(memory.total)} of {gigabytes(memory.limit)} on each device"
@@ -90,11 +100,7 @@ def _memory(plan: Plan) -> Table:
         "temporaries: gradients, gathered parameters, work space": memory.temporaries,
         "batch, and what tiles add": memory.other,
     }
-    for name, size in kinds.items():
-        table.add_row(name, gigabytes(size), percent(size / memory.limit))
-    table.add_section()
-    total = percent(memory.total / memory.limit)
-    table.add_row("all", gigabytes(memory.total), total, style="bold")
+    _fill(table, kinds, memory.total, memory.limit, gigabytes)
     return table
 
 
@@ -124,10 +130,7 @@ def _time(plan: Plan) -> Table:
         "  of it kernels, by their roofline": time.kernels,
         "collectives that nothing hides": time.exposed,
     }
-    for name, value in rows.items():
-        table.add_row(name, seconds(value), percent(value / time.step))
-    table.add_section()
-    table.add_row("all", seconds(time.step), percent(1.0), style="bold")
+    _fill(table, rows, time.step, time.step, seconds)
     table.add_row("collectives, hidden or not", seconds(time.collectives), "")
     return table
 

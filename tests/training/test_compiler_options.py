@@ -1,15 +1,43 @@
-"""Options of the compiler: none where nothing knows them, and no run fails for want of them."""
+"""Options of the compiler: each platform's own, and no run fails for want of them."""
 
+import re
+
+import jax
+import pytest
+
+from benchmarks.train_cases import PRESETS, cases, draw_tokens, settings
+from benchmarks.train_jax import batch_of
 from dynmoe_jax.target import Target
-from dynmoe_jax.training.compilation import compiler_options
+from dynmoe_jax.training.compilation import CPU_OPTIONS, compiler_options
+from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dynmoe_jax.training.step import init_state, make_train_step
 
 
-def test_only_a_tpu_gets_options():
-    assert compiler_options(Target("cpu")) == {}
+def test_each_platform_gets_its_own():
+    assert compiler_options(Target("cpu")) == CPU_OPTIONS
     assert compiler_options(Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)) == {}
 
 
 def test_a_compiler_that_does_not_know_them_gets_none(capsys):
     # The compiler at hand is one for CPU.
     assert compiler_options(Target("tpu", "of another version")) == {}
-    assert "XLA compiles without the options" in capsys.readouterr().out.replace("\n", " ")
+    assert "XLA compiles without options" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """A training step whose state is donated."""
+    preset = PRESETS["tiny"]
+    cfg = settings(preset, cases(preset)["top_2"])
+    schedule = make_schedule(cfg.optimizer, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+    init = lambda key: init_state(cfg.model, optimizer, key)  # noqa: E731
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
+    return step.lower(shapes, batch_of(draw_tokens(preset)))
+
+
+@pytest.mark.parametrize(("options", "copies"), [(CPU_OPTIONS, False), ({}, True)])
+def test_moments_are_updated_in_place(options, copies, lowered):
+    program = lowered.compile(options).as_text()
+    assert bool(re.search(r"copy\(%state_optimizer\S*gate_up", program)) == copies

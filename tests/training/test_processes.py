@@ -194,6 +194,14 @@ def test_run_moves_between_two_processes_and_one(one, corpus, tmp_path):
         np.testing.assert_array_equal(batch, one[1][step], err_msg=f"step {step}")
 
 
+@pytest.mark.parametrize("transport", ["ring", "all_to_all"])
+def test_tokens_that_travel_between_processes_learn_the_same(transport, one, corpus, tmp_path):
+    changes = ["--config.mesh.expert=2", f"--config.model.moe.transport={transport}"]
+    with running(2, corpus, tmp_path / "run", tmp_path / "batches", *changes) as processes:
+        assert processes.end() == [0, 0], processes.printed
+    assert_same_run(tmp_path / "run", one[0])
+
+
 def killed(processes, victim):
     """Kills one process; the other must notice, and say so, in time."""
     processes.each[victim].send_signal(signal.SIGKILL)

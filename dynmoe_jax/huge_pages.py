@@ -1,0 +1,51 @@
+"""Memory in pages of 2 MB for large arrays, where a program computes on the CPU.
+
+A step of training takes gigabytes for a moment and gives them back.  In pages of 4 kB the kernel
+is asked for each of them, every time, which is a tenth of a step on a CPU (benchmarks/RESULTS.md).
+The C library of Linux can ask for larger pages, but only learns so from its environment when a
+program starts.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb"
+ON_REQUEST = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def environment_for_huge_pages(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The environment in which large arrays lie in huge pages.
+
+    Args:
+      environment: that of this process.
+
+    Returns:
+      None where there is nothing to gain: JAX is told to use no CPU, huge pages are decided on
+      already (by the user, or by the kernel: for all or for none), or the C library is not
+      glibc >= 2.35.
+    """
+    tunables = environment.get(TUNABLES, "")
+    if HUGE_PAGES in tunables or environment.get("JAX_PLATFORMS", "") not in ("", "cpu"):
+        return None
+    if not ON_REQUEST.is_file() or "[madvise]" not in ON_REQUEST.read_text(encoding="ascii"):
+        return None
+    library, version = platform.libc_ver()
+    if library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+        return None
+    asked = f"{HUGE_PAGES}=1"
+    return dict(environment) | {TUNABLES: f"{tunables}:{asked}" if tunables else asked}
+
+
+def restart_with_huge_pages() -> None:
+    """Starts this program again, at once and as the same process, if that gains huge pages.
+
+    Call it before anything costly is imported.  `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` keeps it
+    from doing so.
+    """
+    environment = environment_for_huge_pages(os.environ)
+    if environment is not None and sys.orig_argv:
+        os.execvpe(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
