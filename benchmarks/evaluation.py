@@ -148,11 +148,15 @@ def record(name: str, seconds, counted: Counted, worker, batch_sizes: list[str])
         "hf_batch_size": best,
         "tokens_asked": counted.asked,
         "tokens_read": counted.read,
-        "points": points(counted.case.found),
-        "hf_points": worker.seconds(f"points/hf_{best}/{name}"),
+        "points": _mean(points(counted.case.found)),
+        "hf_points": _mean(worker.seconds(f"points/hf_{best}/{name}")),
         "largest_log_prob_difference": largest,
         "other_answers": other,
     }
+
+
+def _mean(by_task: dict[str, float]) -> float:
+    return float(np.mean(list(by_task.values())))
 
 
 def _row(found: dict) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ class Asked:
       threads: cores.
       max_new_tokens: tokens written at the most.
       max_length: tokens read at once.
+      softmax: type of ``hf``'s log-probabilities.
     """
 
     model: str
@@ -28,6 +29,7 @@ class Asked:
     threads: int
     max_new_tokens: int
     max_length: int = 2048
+    softmax: str = "float32"
 
 
 def from_pretrained(kind: Any, path: str, **more: Any) -> Any:
@@ -104,7 +106,13 @@ def answers(found: Mapping[str, Any]) -> dict[str, list]:
     }
 
 
-def points(found: Mapping[str, Any]) -> float:
-    """What a task is judged by, of what the harness returned."""
-    (figures,) = found["results"].values()
-    return next(v for k, v in figures.items() if k.split(",")[0] in ("acc", "exact_match"))
+def points(found: Mapping[str, Any]) -> dict[str, float]:
+    """What each task is judged by, of what the harness returned."""
+    return {
+        task: next(
+            value
+            for name, value in found["results"][task].items()
+            if name.split(",")[0] in ("acc", "exact_match")
+        )
+        for task in found["samples"]
+    }

@@ -41,6 +41,7 @@ def make_cases() -> dict[str, Callable[[], Any]]:
             batch_size=batch_size if batch_size == "auto" else int(batch_size),
             device="cpu",
             max_length=asked.max_length,
+            softmax_dtype=asked.softmax,
         )
 
     class Model(HFLM):

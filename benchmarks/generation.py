@@ -1,10 +1,12 @@
 """Generation against Hugging Face's ``generate``, on CPU, in float32.
 
     python -m benchmarks.generation --json=generation.json
+    python -m benchmarks.generation --model=SmolLM2-135M-Instruct.Q4_1.gguf
 
-A Llama of SmolLM2-135M's shape with random weights continues as many prompts by as many tokens,
-greedily, and none ends early.  ``prompt`` is a run that writes one token, so what a run takes
-beyond it is decoding.  ``read`` adds up the weights once: the least that a step can take.
+A Llama of SmolLM2-135M's shape with random weights, or the one that ``--model`` names, continues
+the same prompts of random tokens by as many tokens, greedily, and none ends early.  ``prompt`` is a
+run that writes one token, so what a run takes beyond it is decoding.  ``read`` adds up the weights
+once: the least that a step can take.  Of a model that is named, the written tokens are compared.
 """
 
 import argparse
@@ -40,6 +42,7 @@ class Shape:
     head_width: int = 64
     vocab_size: int = 49152
     rope_theta: float = 100000.0
+    model: str = ""
     prompt_tokens: int = 32
     new_tokens: int = 128
 
@@ -50,6 +53,12 @@ SHAPES = {
 }
 
 
+def prompts(shape: Shape, batch: int) -> np.ndarray:
+    """Token ids [batch, prompt_tokens]."""
+    random = np.random.default_rng(0)
+    return random.integers(0, shape.vocab_size, (batch, shape.prompt_tokens))
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -58,6 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--model", default="", help="folder, or GGUF file, of a Llama")
     parser.add_argument("--batches", default="1,8", help="sequences written together")
     parser.add_argument("--prompt_tokens", type=int, help="of each sequence")
     parser.add_argument("--new_tokens", type=int, help="of each sequence")
@@ -68,17 +78,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def our_cases(shape: Shape, batches: list[int]):
-    """Seconds of our runs by ``ours/batch/what``, and of reading all weights once."""
-    import jax
-    import jax.numpy as jnp
+def our_decoder(shape: Shape):
+    """The model that is named, or one of the shape."""
     from flax import nnx
 
     from dynmoe_jax import config
-    from dynmoe_jax.inference.generate import Generator
-    from dynmoe_jax.inference.sampling import Sampling
+    from dynmoe_jax.interop import load_hf
     from dynmoe_jax.model import Decoder
 
+    if shape.model:
+        return load_hf(shape.model)
     model = config.Model(
         num_layers=shape.num_layers,
         width=shape.width,
@@ -93,23 +102,37 @@ def our_cases(shape: Shape, batches: list[int]):
         dtype="float32",
         moe=config.MoE(every_n_layers=0),
     )
-    decoder = Decoder(model, rngs=nnx.Rngs(0))
+    return Decoder(model, rngs=nnx.Rngs(0))
+
+
+def our_cases(shape: Shape, batches: list[int]):
+    """(seconds of our runs by ``ours/batch/what`` and of reading all weights once, tokens written
+    last by batch)."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from dynmoe_jax.inference.generate import Generator
+    from dynmoe_jax.inference.sampling import Sampling
+
+    decoder = our_decoder(shape)
     generator = Generator(decoder)
-    prompts = np.random.default_rng(0).integers(
-        0, shape.vocab_size, (max(batches), shape.prompt_tokens)
-    )
+    last: dict[int, list[list[int]]] = {}
 
     def run(batch: int, new_tokens: int) -> float:
         begin = time.perf_counter()
         written = generator.write(
-            prompts[:batch],
+            prompts(shape, batch),
             [new_tokens] * batch,
             Sampling(temperature=0.0),
             vocab_size=shape.vocab_size,
             stop_ids=[],
         )
+        taken = time.perf_counter() - begin
         assert all(len(continuation.ids) == new_tokens for continuation in written)
-        return time.perf_counter() - begin
+        if new_tokens > 1:
+            last[batch] = [continuation.ids.tolist() for continuation in written]
+        return taken
 
     weights = jax.tree.leaves(nnx.split(decoder)[1])
     add_up = jax.jit(lambda weights: sum(jnp.sum(leaf) for leaf in weights))
@@ -125,7 +148,14 @@ def our_cases(shape: Shape, batches: list[int]):
         for batch in batches
         for what, n in tokens.items()
     }
-    return cases | {"read": read}
+    return cases | {"read": read}, last
+
+
+def same_tokens(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
+    """(tokens before the first that differs, tokens), summed over sequences."""
+    pairs = [zip(one, two, strict=True) for one, two in zip(ours, theirs, strict=True)]
+    same = [sum(np.cumprod([a == b for a, b in pair])) for pair in pairs]
+    return int(sum(same)), sum(map(len, ours))
 
 
 def step_over_read(seconds, shape: Shape, batch: int):
@@ -173,25 +203,34 @@ def main(argv: list[str]) -> dict:
     changes = {"prompt_tokens": flags.prompt_tokens, "new_tokens": flags.new_tokens}
     shape = dataclasses.replace(SHAPES[flags.shape], **{k: v for k, v in changes.items() if v})
     batches = [int(batch) for batch in flags.batches.split(",")]
-    cases = our_cases(shape, batches)
+    if flags.model:
+        shape = dataclasses.replace(shape, model=flags.model)
+    cases, written = our_cases(shape, batches)
     worker = None
     if not flags.alone:
         asked = {"shape": dataclasses.asdict(shape), "batches": batches, "threads": flags.threads}
         worker = Worker("benchmarks.generation_torch", json.dumps(asked))
-        cases |= {name: lambda name=name: worker.seconds(name) for name in worker.names}
+        theirs = [name for name in worker.names if name.startswith("theirs/")]
+        cases |= {name: lambda name=name: worker.seconds(name) for name in theirs}
     seconds = interleave(cases, flags.rounds, show_progress(flags.rounds))
+    same = {}
     if worker:
+        if flags.model:
+            given = {batch: worker.seconds(f"written/{batch}") for batch in batches}
+            same = {batch: same_tokens(written[batch], given[batch]) for batch in batches}
         worker.close()
 
     found = marks(seconds)
     of_read = {batch: step_over_read(seconds, shape, batch) for batch in batches}
     lines = [table(seconds, shape, batches), ""]
     lines += [f"a step of {b} over reading the weights once: {r}" for b, r in of_read.items()]
+    lines += [f"the same tokens, batch {b}: {n} of {of}" for b, (n, of) in same.items()]
     print("\n".join([*lines, "", "marks", *map(str, found)]))
     result = {
         "machine": describe("benchmarks.generation"),
         "shape": dataclasses.asdict(shape),
         "step_over_read": {str(b): dataclasses.asdict(r) for b, r in of_read.items()},
+        "same_tokens": {str(b): counts for b, counts in same.items()},
         "marks": [dataclasses.asdict(mark) for mark in found],
         "seconds": {name: list(values) for name, values in seconds.items()},
     }

@@ -8,14 +8,21 @@ import sys
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.generation import WHAT, Shape
+from benchmarks.evaluation_cases import from_pretrained
+from benchmarks.generation import WHAT, Shape, prompts
 from benchmarks.worker import serve
 
 
 def make_model(shape: Shape) -> LlamaForCausalLM:
-    """A Llama of the shape, float32, tied embeddings, random weights."""
+    """The model that is named, or a Llama of the shape with random weights; float32."""
+    if shape.model:
+        model = from_pretrained(AutoModelForCausalLM, shape.model, dtype=torch.float32).eval()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, name, None)
+            setattr(model.generation_config, name, None)
+        return model
     torch.manual_seed(0)
     settings = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -40,7 +47,8 @@ class Case:
 
     def __init__(self, model: LlamaForCausalLM, shape: Shape, batch: int, new_tokens: int):
         self.model, self.new_tokens = model, new_tokens
-        self.ids = torch.randint(0, shape.vocab_size, (batch, shape.prompt_tokens))
+        self.ids = torch.from_numpy(prompts(shape, batch))
+        self.written: list[list[int]] = []
 
     @torch.inference_mode()
     def __call__(self) -> float:
@@ -54,6 +62,7 @@ class Case:
         )
         taken = time.perf_counter() - begin
         assert written.shape[1] == self.ids.shape[1] + self.new_tokens
+        self.written = written[:, self.ids.shape[1] :].tolist()
         return taken
 
 
@@ -64,13 +73,16 @@ def main() -> None:
     shape = Shape(**asked["shape"])
     model = make_model(shape)
     tokens = dict(zip(WHAT, (shape.new_tokens, 1), strict=True))
-    serve(
-        {
-            f"theirs/{batch}/{what}": Case(model, shape, batch, n)
-            for batch in asked["batches"]
-            for what, n in tokens.items()
-        }
-    )
+    cases = {
+        f"theirs/{batch}/{what}": Case(model, shape, batch, n)
+        for batch in asked["batches"]
+        for what, n in tokens.items()
+    }
+    written = {
+        f"written/{batch}": lambda batch=batch: cases[f"theirs/{batch}/generate"].written
+        for batch in asked["batches"]
+    }
+    serve(cases | written)
 
 
 if __name__ == "__main__":

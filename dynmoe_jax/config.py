@@ -240,6 +240,11 @@ class Train:
         unit="steps",
         low=0,
     )
+    init_from: str = setting(
+        "",
+        "folder of a run, trained or imported, whose model and tokenizer a new run begins with; "
+        "empty = drawn at random",
+    )
     compilation_cache: str = setting(
         "", "folder of compiled programs, for the next start; empty = WORKDIR/compiled, none = off"
     )

@@ -25,7 +25,8 @@ FILES = (
 class HfTokenizer:
     """Text to token ids and back, see :class:`dynmoe_jax.data.Tokenizer`.
 
-    Special tokens that stand in a text, such as ``<|im_end|>``, are read as those tokens.  A
+    Special tokens that stand in a text, such as ``<|im_end|>``, are read as those tokens, unless
+    the settings split them (``split_special_tokens``).  A
     tokenizer without a token that begins a document (Qwen's, OLMoE's) begins it with the one that
     ends it.
 
@@ -53,6 +54,7 @@ class HfTokenizer:
         # Padding and truncation are the business of whoever makes batches.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         eos = self._id_of(settings, "eos_token")
         if eos is None:

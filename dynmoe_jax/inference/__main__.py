@@ -31,7 +31,13 @@ def main() -> int:
         asked = parse(sys.argv[1:], interactive=sys.stdin.isatty())
         with stage("Loading the model"):
             cfg, decoder, tokenizer = load_run(asked.workdir, best=asked.best)
-        writer = Writer(decoder, tokenizer, asked.sampling, asked.stops)
+        writer = Writer(
+            decoder,
+            tokenizer,
+            asked.sampling,
+            asked.stops,
+            begin_with_bos=asked.begin_with_bos,
+        )
         if asked.show_experts and not cfg.model.moe.every_n_layers:
             warn("--show-experts has nothing to show: the model is dense.")
         with compiled_programs_kept(cfg.train, asked.workdir):

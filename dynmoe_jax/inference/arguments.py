@@ -32,6 +32,7 @@ class Arguments:
       stops: strings that end a text.
       num_samples: texts for each prompt.
       batch_size: prompts computed together.
+      begin_with_bos: whether BOS stands before a prompt; None: as the tokenizer says.
       stream: show a text as it grows.
       show_experts: show how many experts each token used.
       json: where to write everything.
@@ -44,6 +45,7 @@ class Arguments:
     stops: tuple[str, ...]
     num_samples: int
     batch_size: int
+    begin_with_bos: bool | None
     stream: bool
     show_experts: bool
     json: Path | None
@@ -101,6 +103,7 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
         stops=tuple(flags.stop),
         num_samples=flags.num_samples,
         batch_size=flags.batch_size,
+        begin_with_bos=flags.begin_with_bos,
         stream=flags.stream,
         show_experts=flags.show_experts,
         json=Path(flags.json).expanduser() if flags.json else None,
@@ -167,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     text("--prompts_file", metavar="FILE", help="a prompt on each line; or .jsonl")
     text("--num_samples", type=int, default=1, metavar="N", help="texts for each prompt (1)")
     text("--batch_size", type=int, default=8, metavar="N", help="prompts computed together (8)")
+    shown = "put BOS before a prompt; by default as the tokenizer says"
+    text("--begin_with_bos", action=argparse.BooleanOptionalAction, help=shown)
     draw = parser.add_argument_group("how").add_argument
     for name, field, default in walk(Sampling()):
         shown = f"{field.metadata['help']} ({default})".replace("%", "%%")

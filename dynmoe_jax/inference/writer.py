@@ -62,6 +62,7 @@ class Writer:
         *,
         room: int = 0,
         copy_layers: bool = True,
+        begin_with_bos: bool | None = None,
     ):
         """Prepares a model.
 
@@ -72,10 +73,14 @@ class Writer:
           stops: strings that end a text; they are cut off it.
           room: positions of a prompt and its text; 0 = ``config.model.max_seq_len``.
           copy_layers: see :class:`Generator`.
+          begin_with_bos: whether BOS stands before a prompt; None: as the tokenizer says.
         """
         self.generator = Generator(decoder, copy_layers=copy_layers)
         self._room = room or decoder.config.max_seq_len
         self._tokenizer, self._sampling, self._stops = tokenizer, sampling, stops
+        self._begin_with_bos = begin_with_bos
+        if begin_with_bos is None:
+            self._begin_with_bos = tokenizer.begins_with_bos
 
     def write(
         self,
@@ -122,8 +127,10 @@ class Writer:
         self._limit(self.encode(prompt))
 
     def encode(self, prompt: str) -> Int[np.ndarray, "_"]:
-        """Token ids, behind the one that begins a document."""
-        return np.array([self._tokenizer.bos_id, *self._tokenizer.encode(prompt)], np.int32)
+        """Token ids, behind BOS where it belongs, or where there is nothing else to begin with."""
+        ids = self._tokenizer.encode(prompt)
+        begin = [self._tokenizer.bos_id] if self._begin_with_bos or not len(ids) else []
+        return np.array([*begin, *ids], np.int32)
 
     def _limit(self, prompt: Int[np.ndarray, "_"]) -> int:
         wanted = self._sampling.max_tokens

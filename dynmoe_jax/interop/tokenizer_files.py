@@ -1,14 +1,35 @@
 """The tokenizer of an exported model, in files that transformers reads."""
 
+import json
 from pathlib import Path
 
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, processors
+
+from dynmoe_jax.console import warn
 from dynmoe_jax.data import SentencePieceTokenizer, Tokenizer
+from dynmoe_jax.data.hf_tokenizer import MAIN, SETTINGS, HfTokenizer
 
 _SPACE = "▁"
+PROBES = (
+    "The quick brown fox, 12345 times.",
+    "  two  spaces,\ttabs\t\tand\n\n\nlines \r\n ",
+    "def f(x):\n    return x ** 2  # ▁ is no space\n",
+    "naïve café, 数据并行, Ελληνικά, 🙂🙃, \u200b\u00a0\ufeff",
+    "<s> </s> <unk> <0x41> <pad>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaa" + " " * 25 + "=" * 25,
+    " ",
+    "",
+)
+"""Texts of which a converted tokenizer must give the same ids."""
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the files of one of Hugging Face's format again, and converts one of SentencePiece.
+
+    The latter is written as ``tokenizer.model`` too.  One that cannot be converted (unigram, or
+    with normalised text) is written only so, with a warning.
 
     Args:
       tokenizer: the model's.
@@ -18,4 +39,72 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         for name, content in tokenizer.files.items():
             (folder / name).write_bytes(content)
         return
-    tokenizer.save(folder / SentencePieceTokenizer.place)
+    path = folder / SentencePieceTokenizer.place
+    tokenizer.save(path)
+    files = hf_files(path)
+    converted = HfTokenizer(files)
+    if any(converted.encode(t).tolist() != tokenizer.encode(t).tolist() for t in PROBES):
+        warn(
+            f"The SentencePiece model has no equal in Hugging Face's format; {folder.name} holds "
+            f"it as {path.name} alone."
+        )
+        return
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def hf_files(path: Path) -> dict[str, bytes]:
+    """``tokenizer.json`` and ``tokenizer_config.json`` of a SentencePiece byte-pair model.
+
+    SentencePiece merges the neighbours whose union is the best piece, whatever they are: so every
+    way to make a piece of two others is a merge, and pieces are in the order of their scores.
+    Spaces are spaces here, so that the character that stands for them in a model is one like others
+    where the model puts no space before a text.
+
+    Args:
+      path: of the ``.model`` file.
+    """
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    names = [sp.id_to_piece(token) for token in range(sp.vocab_size())]
+    kinds = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
+    plain = [not any(is_kind(token) for is_kind in kinds) for token in range(len(names))]
+    names = [n.replace(_SPACE, " ") if p else n for n, p in zip(names, plain, strict=True)]
+    ranked = sorted((t for t in range(len(names)) if plain[t]), key=sp.get_score, reverse=True)
+    known = {names[token] for token in ranked}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in (names[token] for token in ranked)
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+    bos, eos, unknown = (names[i] for i in (sp.bos_id(), sp.eos_id(), sp.unk_id()))
+    made = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={name: token for token, name in enumerate(names)},
+            merges=merges,
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=any(sp.is_byte(token) for token in range(len(names))),
+        )
+    )
+    parts = [decoders.ByteFallback(), decoders.Fuse()]
+    if sp.id_to_piece(sp.encode("a")[0]).startswith(_SPACE):
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(" "), normalizers.Replace(_SPACE, " ")]
+        )
+        parts.append(decoders.Strip(" ", 1, 0))
+    made.decoder = decoders.Sequence(parts)
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, sp.bos_id())]
+    )
+    made.add_special_tokens([unknown, bos, eos])
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "unk_token": unknown,
+        "clean_up_tokenization_spaces": False,
+        # A text that holds "</s>" does not end there.
+        "split_special_tokens": True,
+    }
+    return {MAIN: made.to_str().encode(), SETTINGS: json.dumps(settings, indent=2).encode()}

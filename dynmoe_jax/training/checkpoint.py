@@ -308,8 +308,8 @@ def check_not_imported(workdir: Path) -> None:
     with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
         if IMPORTED in checkpoints.position(0):
             raise config.ConfigError(
-                f"--workdir={workdir} holds an imported model, which training cannot start from "
-                "yet; train in another --workdir."
+                f"--workdir={workdir} holds an imported model; begin with it in another --workdir, "
+                f"with --config.train.init_from={workdir}."
             )
 
 

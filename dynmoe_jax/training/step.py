@@ -36,6 +36,11 @@ def init_state(
 ) -> TrainState:
     """The state before the first step; the same key gives the same parameters on any mesh."""
     params = nnx.state(Decoder(model, rngs=nnx.Rngs(params=key)), nnx.Param)
+    return first_state(optimizer, params)
+
+
+def first_state(optimizer: optax.GradientTransformation, params: nnx.State) -> TrainState:
+    """The state before the first step, around parameters that are there."""
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 

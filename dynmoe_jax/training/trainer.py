@@ -35,6 +35,7 @@ from dynmoe_jax.training.compilation import compiled_programs_kept, compiler_opt
 from dynmoe_jax.training.disk import DiskError, disk_errors
 from dynmoe_jax.training.feed import Feed, place_whole
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
+from dynmoe_jax.training.initial_model import initial_state, with_initial_model
 from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
 from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.logbook import Logbook
@@ -88,6 +89,7 @@ def train(cfg: config.Config, workdir: Path) -> int:
 
     # ── Settings: everything that can be refused is refused before anything is computed ──────────
     check_not_imported(workdir)
+    cfg = with_initial_model(cfg, workdir)
     check_same_settings(cfg)
     if agreement.on_first(lambda: _is_complete(cfg, workdir)):
         return 0
@@ -185,7 +187,7 @@ def _train(
             )
             train_step = train_step.lower(shapes, _batch_shapes(cfg, on_devices)).compile()
             memory.check_step(train_step)
-            state = _start(cfg, init, checkpoints, done, shapes)
+            state = _start(cfg, init, optimizer, checkpoints, done, shapes)
             eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
             eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
         batches = SkippingStream(feed.stream, skips_of(workdir, done), done)
@@ -258,11 +260,13 @@ def _state_shapes(init: Callable, mesh: Mesh) -> TrainState:
     )
 
 
-def _start(cfg, init, checkpoints, done, shapes):
+def _start(cfg, init, optimizer, checkpoints, done, shapes):
     """The state: a new one, or that of the checkpoint of step ``done``."""
     if done:
         state, _ = checkpoints.restore(done, shapes)
         return without_old_streak(state, cfg.train)
+    if cfg.train.init_from:
+        return initial_state(cfg, optimizer, shapes)
     # The key is an argument: XLA would spend seconds on folding draws of a constant key.
     placed = jax.tree.map(lambda x: x.sharding, shapes)
     return jax.jit(init, out_shardings=placed)(jax.random.key(cfg.seed))

@@ -52,6 +52,21 @@ def test_bbh_is_the_group_of_27_with_direct_answers(loaded):
     assert task.doc_to_target(docs(task)[0]) in ("True", "False")
 
 
+def test_spaces_around_an_answer_do_not_count_in_bbh(loaded, items):
+    (group,) = loaded["bbh"]
+    name = "bbh_fewshot_boolean_expressions"
+    task = next(t for t in group.get_all_tasks() if t.task_name == name)
+    (own,) = load_tasks([name], items)[name]
+    for one, counted in ((task, 1.0), (own, 0.0)):
+        one.build_all_requests()
+        for instance in one.instances:
+            instance.resps = [" " + one.doc_to_target(instance.doc)]
+        one.apply_filters()
+        answered = one.instances[0]
+        result = one.process_results(answered.doc, [answered.filtered_resps["none"]])
+        assert result["exact_match"] == counted
+
+
 def test_unknown_task_is_refused_with_its_nearest_names(items):
     with pytest.raises(config.ConfigError, match=r"'hellaswaag'.*did you mean hellaswag"):
         load_tasks(["piqa", "hellaswaag"], items)

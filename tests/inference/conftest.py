@@ -27,6 +27,7 @@ class Letters:
     """A tokenizer: BOS, EOS, then letters; 30 is a word, 31 and 32 are the bytes of é."""
 
     vocab_size, bos_id, eos_id = 33, 0, 1
+    begins_with_bos = True
     _words = ("", "", *"abcdefghijklmnopqrstuvwxyz ,", "stop")
 
     def encode(self, text):

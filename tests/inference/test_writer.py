@@ -27,6 +27,12 @@ def writer(decoder, letters, generator):
     return make
 
 
+def test_bos_stands_before_a_prompt_as_the_tokenizer_says(decoder, letters, writer):
+    assert writer().encode("fb").tolist() == [0, 7, 3]
+    assert writer(begin_with_bos=False).encode("fb").tolist() == [7, 3]
+    assert writer(begin_with_bos=False).encode("").tolist() == [0]  # something must be read
+
+
 def test_a_character_of_two_tokens_comes_with_the_second(letters):
     pieces = Pieces(letters, [0, 2])
     pieces.add([3, 31])

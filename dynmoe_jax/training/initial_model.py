@@ -1,0 +1,108 @@
+"""What a new run begins with, where it is the model of another run, trained here or imported."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import optax
+
+from dynmoe_jax import config
+from dynmoe_jax.console import console
+from dynmoe_jax.data import find_tokenizer, open_tokenizer
+from dynmoe_jax.training.checkpoint import FOLDER, FREE_TO_CHANGE, saved_config
+from dynmoe_jax.training.load import opened_run
+from dynmoe_jax.training.step import TrainState, first_state
+
+
+def with_initial_model(cfg: config.Config, workdir: Path) -> config.Config:
+    """The settings of a run, with those that come from the folder ``config.train.init_from``.
+
+    What the model is comes from there, and so does the tokenizer; how the model is computed
+    (``config.model.dtype``, its backend and the like) is the run's own.  A run that has begun keeps
+    what it began with: the folder need not be there any more.
+
+    Args:
+      cfg: all settings, as they were asked for.
+      workdir: the run's folder.
+
+    Raises:
+      ConfigError: the folder holds no run or no tokenizer, ``config.data.tokenizer`` names another
+        one than the model's, or settings contradict the model.
+      CheckpointError: none of its checkpoints can be read.
+      DataError: a tokenizer cannot be read.
+    """
+    if not cfg.train.init_from:
+        return cfg
+    begun = saved_config(workdir)
+    if begun is not None:
+        return _with_model(cfg, begun.model)
+    folder = _folder(cfg)
+    with opened_run(folder) as run:
+        cfg = _with_model(cfg, run.config.model)
+    data = dataclasses.replace(cfg.data, tokenizer=_tokenizer(cfg, folder))
+    return dataclasses.replace(cfg, data=data)
+
+
+def initial_state(
+    cfg: config.Config, optimizer: optax.GradientTransformation, shapes: TrainState
+) -> TrainState:
+    """The state before the first step, with the parameters of another run.
+
+    Args:
+      cfg: all settings.
+      optimizer: whose moments begin at zero.
+      shapes: of the state, and how it lies on the devices.
+
+    Raises:
+      ConfigError, CheckpointError: they cannot be read.
+    """
+    folder = _folder(cfg)
+    with opened_run(folder) as run:
+        console.print(f"The model is that of {folder}, step {run.step:,}.", soft_wrap=True)
+        params = run.checkpoints.params(run.step, shapes.params)
+    placed = jax.tree.map(lambda x: x.sharding, shapes)
+    begin = jax.jit(partial(first_state, optimizer), out_shardings=placed, donate_argnums=0)
+    return begin(params)
+
+
+def _folder(cfg: config.Config) -> Path:
+    folder = Path(cfg.train.init_from).expanduser()
+    if not (folder / FOLDER).is_dir():
+        raise config.ConfigError(
+            f"config.train.init_from={str(folder)!r} holds no run; name the --workdir of one, or "
+            "make one of a foreign model: python -m dynmoe_jax.interop import."
+        )
+    return folder
+
+
+def _with_model(cfg: config.Config, model: config.Model) -> config.Config:
+    """``cfg`` with what decides what a model is; lengths of both are allowed."""
+    settings = config.to_dict(cfg)
+    for path, _, value in config.walk(model, "model."):
+        if not path.startswith(FREE_TO_CHANGE):
+            _, *groups, name = path.split(".")
+            inner = settings["model"]
+            for group in groups:
+                inner = inner[group]
+            inner[name] = value
+    settings["model"]["max_seq_len"] = max(model.max_seq_len, cfg.model.max_seq_len)
+    return config.from_config_dict(settings)
+
+
+def _tokenizer(cfg: config.Config, folder: Path) -> str:
+    """The path of the tokenizer that the model was trained with."""
+    asked, found = cfg.data.tokenizer, find_tokenizer(folder)
+    if found is None and not asked:
+        raise config.ConfigError(
+            f"config.train.init_from={str(folder)!r} holds no tokenizer; name the model's own one "
+            "with config.data.tokenizer."
+        )
+    if found is None:
+        return asked
+    if asked and open_tokenizer(asked).fingerprint != open_tokenizer(found).fingerprint:
+        raise config.ConfigError(
+            f"config.data.tokenizer={asked!r} is not the tokenizer of the model in "
+            f"config.train.init_from={str(folder)!r}; leave config.data.tokenizer empty."
+        )
+    return str(found)

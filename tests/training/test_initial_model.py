@@ -1,0 +1,67 @@
+"""A run that begins with the model of another one: what comes from there, and what is refused."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dynmoe_jax import config
+from dynmoe_jax.data import open_tokenizer, train_tokenizer
+from dynmoe_jax.training.initial_model import with_initial_model
+from dynmoe_jax.training.summary import read_summary
+from dynmoe_jax.training.text import TRAINED
+from dynmoe_jax.training.trainer import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def tuned(settings, change, workdir):
+    """Settings that ask for another model, of steps that change next to nothing."""
+    cfg = change(settings, train__init_from=str(workdir), train__steps=2)
+    cfg = change(cfg, optimizer__learning_rate=1e-12, model__num_layers=3, model__dtype="float32")
+    return change(cfg, checkpoint__every_steps=1, model__moe__top_p=0.9)
+
+
+def test_parameters_settings_and_tokenizer_are_those_of_the_folder(
+    tuned, settings, change, state, tokenizer, workdir, saved_state, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("runs") / "tuned"
+    assert train(change(tuned, train__steps=1), folder) == 0
+    saved = saved_state(folder, 1)
+    assert saved["['step']"] == 1
+    found = [saved[name] for name in sorted(saved) if name.startswith("['params']")]
+    leaves = jax.tree.leaves_with_path({"params": state.params})
+    wanted = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    assert len(found) == len(wanted)
+    for one, two in zip(found, (wanted[name] for name in sorted(wanted)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-9)
+    assert open_tokenizer(folder / TRAINED).fingerprint == tokenizer.fingerprint
+    # It goes on without the folder that it began with.
+    shutil.rmtree(workdir)
+    assert train(tuned, folder) == 0
+    summary = read_summary(folder)
+    assert (summary.step, summary.complete) == (2, True)
+    assert with_initial_model(tuned, folder).model == change(settings, model__dtype="float32").model
+
+
+def test_what_cannot_be_begun_with_is_refused(tuned, change, workdir, tmp_path):
+    new = tmp_path / "new"
+    with pytest.raises(config.ConfigError, match=r"init_from=.*nowhere' holds no run"):
+        train(change(tuned, train__init_from=str(tmp_path / "nowhere")), new)
+    other = tmp_path / "other.model"
+    train_tokenizer(["another text of other words\n" * 40], 280, other)
+    with pytest.raises(config.ConfigError, match="is not the tokenizer of the model"):
+        train(change(tuned, data__tokenizer=str(other)), new)
+    (workdir / TRAINED).unlink()
+    with pytest.raises(config.ConfigError, match="holds no tokenizer"):
+        train(tuned, new)
+    assert not new.exists()
+
+
+def test_a_longer_sequence_is_allowed(tuned, change, tmp_path):
+    longer = change(tuned, model__max_seq_len=64, data__seq_len=64)
+    assert with_initial_model(longer, tmp_path / "new").model.max_seq_len == 64
+    shorter = change(tuned, data__seq_len=16, model__max_seq_len=16)
+    assert with_initial_model(shorter, tmp_path / "new").model.max_seq_len == 32
