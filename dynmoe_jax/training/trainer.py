@@ -35,7 +35,7 @@ from dynmoe_jax.training.compilation import compiled_programs_kept, compiler_opt
 from dynmoe_jax.training.disk import DiskError, disk_errors
 from dynmoe_jax.training.feed import Feed, place_whole
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
-from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
+from dynmoe_jax.training.interrupt import Stopped, StopRequest, stop_on_signal
 from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.memory import Memory, OutOfMemory
@@ -100,12 +100,16 @@ def train(cfg: config.Config, workdir: Path) -> int:
         compiled_programs_kept(cfg.train, workdir),
         memory.explained(),
     ):
+        stop = StopRequest()
         while True:
             try:
                 with losses_told():
-                    return _train(cfg, workdir, mesh, memory, checkpoints, seconds)
+                    return _train(cfg, workdir, mesh, memory, checkpoints, seconds, stop)
             except RolledBack as back:
                 warn(str(back))
+                if stop.requested:
+                    console.print("Stopped there; the same command continues.")
+                    return stop.exit_code
 
 
 def _is_complete(cfg: config.Config, workdir: Path) -> bool:
@@ -154,6 +158,7 @@ def _train(
     memory: Memory,
     checkpoints: Checkpoints,
     seconds: Seconds,
+    stop: StopRequest,
 ) -> int:
     """The run itself, on a mesh, with its checkpoints open."""
     done = recover(checkpoints, cfg.checkpoint.verify) or 0
@@ -189,7 +194,7 @@ def _train(
             eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
             eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
         batches = SkippingStream(feed.stream, skips_of(workdir, done), done)
-        stop = at_end.enter_context(stop_on_signal())
+        at_end.enter_context(stop_on_signal(stop))
 
         def place(batch):
             stop.check()
@@ -210,8 +215,8 @@ def _train(
                 with seconds.of("step"):
                     state, metrics = train_step(state, batch)
                     logbook.add(step, metrics, batch)
-                if logbook.trouble and not stop.requested:
-                    rescue(logbook.trouble, cfg, workdir, state, checkpoints)
+                if logbook.trouble:
+                    rescue(logbook.trouble, cfg, workdir, state, checkpoints, stop.requested)
                 if checkpoints.reached_preemption(step):
                     stop.preempt()
                 heldout, together = None, not agreement.has_peers()
@@ -230,8 +235,8 @@ def _train(
                 checkpoints.check()
                 stop.check()
             heldout = heldout or evaluate()
-        if logbook.trouble and not stop.requested:
-            rescue(logbook.trouble, cfg, workdir, state, checkpoints)
+        if logbook.trouble:
+            rescue(logbook.trouble, cfg, workdir, state, checkpoints, stop.requested)
         if stop.requested:
             checkpoints.save(step, state, feed.position(), cfg)
             checkpoints.wait()
@@ -239,6 +244,8 @@ def _train(
             return stop.exit_code
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────
+    # Who finds a summary looks for nothing else, so the last checkpoint has to be there before.
+    checkpoints.wait()
     # Outside the mesh: the sample is one sequence, which a data axis cannot split.
     finish_run(cfg, workdir, step, state.params, heldout, tokenizer, seconds)
     return 0
