@@ -32,7 +32,7 @@ from dynmoe_jax.training.checkpoint import (
     saved_config,
 )
 from dynmoe_jax.training.compilation import compiled_programs_kept, compiler_options
-from dynmoe_jax.training.disk import DiskError, disk_errors
+from dynmoe_jax.training.disk import DiskError, check_folder_name, disk_errors
 from dynmoe_jax.training.feed import Feed, place_whole
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
 from dynmoe_jax.training.interrupt import Stopped, StopRequest, stop_on_signal
@@ -135,6 +135,8 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
     Raises:
       ConfigError, DataError, OutOfMemory: they do not.
     """
+    check_folder_name("data.directory", cfg.data.directory)
+    check_folder_name("train.compilation_cache", cfg.train.compilation_cache)
     if agreement.is_first():  # the others need neither
         check_sources(cfg.data)
         check_packages(cfg.logging)
