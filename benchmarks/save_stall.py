@@ -153,8 +153,7 @@ def main() -> None:
             one.ratio(asked.every) for one in rounds
         ),
         "rounds": asked.rounds,
-        "command": f"python -m benchmarks.save_stall --rounds={asked.rounds}",
-        "machine": {k: v for k, v in describe().items() if k != "command"},
+        "machine": describe("benchmarks.save_stall"),
     }
     for key, value in figures.items():
         console.print(f"{key:<24} {value}", markup=False)

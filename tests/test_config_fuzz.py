@@ -16,8 +16,9 @@ from benchmarks.config_fuzz import (
     TINY,
     accept_or_refuse,
     check_step,
+    compiled,
     draw_batch,
-    init_and_step,
+    first_step,
     nested,
 )
 from dynmoe_jax import config
@@ -137,11 +138,9 @@ FREE_VALUES = st.sampled_from(FREE).flatmap(lambda path: st.tuples(st.just(path)
 
 
 @functools.cache
-def compiled(program):
+def step_of(program):
     """The first step of a program, from key and batch."""
-    cfg = config.from_config_dict(_settings(program))
-    shapes = (jax.random.key(0), draw_batch(cfg))
-    return jax.jit(init_and_step(cfg)).lower(*shapes).compile()
+    return compiled(first_step(config.from_config_dict(_settings(program))))
 
 
 def _settings(program, values=()):
@@ -174,7 +173,7 @@ def test_settings_are_refused_in_one_sentence_or_train(program, free, noise):
         return
     # Else the step that was compiled would not be the one that these settings make.
     assert shape_of(found) == shape_of(config.from_config_dict(_settings(program)))
-    state, metrics = compiled(program)(jax.random.key(0), draw_batch(found))
+    state, metrics = step_of(program)(jax.random.key(0), draw_batch(found))
     counts["trained" if check_step(state, metrics) else "skipped"] += 1
 
 
@@ -189,7 +188,7 @@ def test_enough_cases_were_refused_and_enough_trained():
 @pytest.mark.parametrize("program", range(len(PROGRAMS)))
 def test_every_program_gives_finite_parameters_or_skips(program):
     cfg = config.from_config_dict(_settings(program))
-    state, metrics = compiled(program)(jax.random.key(0), draw_batch(cfg))
+    state, metrics = step_of(program)(jax.random.key(0), draw_batch(cfg))
     if check_step(state, metrics):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
@@ -204,6 +203,11 @@ def test_every_program_gives_finite_parameters_or_skips(program):
         ({"data.virtual_shards": 10**6}, "must be at most 4096"),
         ({"data.directory": "a\0b"}, "NUL"),
         ({"evaluation.prompt": "\ud800"}, "lone surrogate"),
+        ({"data.tokenizer": "a" * 300}, "is no file"),
+        ({"data.tokenizer": "~nobody here/a"}, "is no file"),
+        ({"data.sources": "text:~nobody here/a"}, "matches no file"),
+        ({"data.directory": "a" * 300}, "cannot be a folder (File name too long); name another"),
+        ({"train.compilation_cache": "~nobody here/a"}, "cannot be a folder (no such home)"),
         ({"data.domain_weights": "a=1e300,b=1"}, "between 1e-06 and 1e+06"),
         ({"train.batch_size": 2**30}, "Training needs"),
         ({"model.vocab_size": 2**31 - 1}, "lower config.model.vocab_size from 2147483647 to"),

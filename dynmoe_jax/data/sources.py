@@ -4,6 +4,7 @@ import difflib
 import glob
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +99,7 @@ def source_files(source: Source) -> list[Path]:
     """
     if source.kind in ("python", "tfds"):
         return []
-    matches = glob.glob(str(Path(source.argument).expanduser()), recursive=True)
+    matches = glob.glob(os.path.expanduser(source.argument), recursive=True)
     files = sorted(path for path in map(Path, matches) if path.is_file())
     if not files:
         raise DataError(
@@ -118,7 +119,8 @@ def check_sources(data: config.Data) -> None:
     for source in parse_sources(data.sources):
         source_identity(source)
     parse_weights(data.domain_weights)
-    if data.tokenizer and not Path(data.tokenizer).expanduser().is_file():
+    # Unlike Path's, these say no to a name that is too long, and to a home that nobody has.
+    if data.tokenizer and not os.path.isfile(os.path.expanduser(data.tokenizer)):
         raise DataError(
             f"config.data.tokenizer={data.tokenizer!r} is no file; give the path of a "
             "SentencePiece .model, or leave it empty to train one."

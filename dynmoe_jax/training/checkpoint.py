@@ -20,7 +20,9 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.training.disk import not_writable
 from dynmoe_jax.training.integrity import find_damage, write_checksums
+from dynmoe_jax.training.pace import Pace, paced_types
 from dynmoe_jax.training.retention import METRIC, heldout_loss, keep_policy, save_policy
+from dynmoe_jax.training.snapshot import Snapshot
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
@@ -66,8 +68,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, checkpoint: config.Checkpoint | None):
         self._workdir, self._settings = workdir, checkpoint
         self._saving: int | None = None
-        # Of what fails, Orbax logs the traceback; the sentence that we make of it is enough.
-        logging.getLogger("absl").addFilter(_without_traceback)
+        self._pace, self._snapshot = Pace.of_this_machine(), Snapshot()
+        logging.getLogger("absl").addFilter(_tells_news)
         best = {"best_fn": heldout_loss, "best_mode": "min"}
         if checkpoint is None:
             options = ocp.CheckpointManagerOptions(
@@ -86,9 +88,7 @@ class Checkpoints:
             (workdir / FOLDER).absolute(),
             options=options,
             item_names=ITEMS,
-            # Normal float32 compresses by 7%, at the cost of the steps that run meanwhile: see
-            # docs/reliability.md.
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(use_compression=False)}
+            item_handlers={"state": self._state_handler()}
             | {item: ocp.JsonCheckpointHandler() for item in ITEMS if item != "state"},
         )
 
@@ -155,13 +155,16 @@ class Checkpoints:
         """
         if step == self.latest_step():
             return
+        self.wait()  # whatever has gone wrong until here is not this step's
+        self._saving = step
+        if self._pace.pauses and all(isinstance(x, jax.Array) for x in jax.tree.leaves(state)):
+            state = self._snapshot.of(state)
+            self._pace.begin(sum(x.nbytes for x in jax.tree.leaves(state)))
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(config.to_dict(cfg)),
         )
-        self.wait()  # whatever has gone wrong until here is not this step's
-        self._saving = step
         with self._written():
             self._manager.save(
                 step, args=items, metrics={} if loss is None else {METRIC: loss}, force=True
@@ -204,7 +207,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        with self._written():
+        with self._written(), self._pace.waited_for():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -217,7 +220,13 @@ class Checkpoints:
     def _list_files(self) -> None:
         """Writes the checksums of the checkpoint that is being saved; runs in Orbax's thread."""
         unnamed = (self._workdir / FOLDER).glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        write_checksums(next(unnamed, self.folder(self._saving)))
+        write_checksums(next(unnamed, self.folder(self._saving)), self._pace.after_summing)
+
+    def _state_handler(self) -> ocp.PyTreeCheckpointHandler:
+        # Normal float32 compresses by 7%, at the cost of the steps that run meanwhile: see
+        # docs/reliability.md.
+        options = {"type_handler_registry": paced_types(self._pace)} if self._pace.pauses else {}
+        return ocp.PyTreeCheckpointHandler(use_compression=False, **options)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
@@ -272,8 +281,10 @@ def _shortly(error: Exception, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:100]} … {text[100 - most :]}"
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
-    return not record.exc_info
+def _tells_news(record: logging.LogRecord) -> bool:
+    """Of what fails, Orbax logs the traceback, where we make a sentence of it; and of waiting for
+    a save, that it took its time."""
+    return not record.exc_info and "previous save to complete" not in str(record.msg)
 
 
 def make_folder(workdir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,23 @@ def not_writable(workdir: Path, error: OSError) -> config.ConfigError:
     return config.ConfigError(
         f"--workdir={workdir} cannot be written ({error.strerror}); name another folder."
     )
+
+
+def check_folder_name(setting: str, name: str) -> None:
+    """Raises ConfigError if a setting names a folder that there cannot be."""
+    place = os.path.expanduser(name)
+    why = "no such home" if place.startswith("~") else None
+    try:
+        os.stat(place)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        why = error.strerror
+    if why:
+        shown = name if len(name) <= 60 else f"{name[:57]}..."
+        raise config.ConfigError(
+            f"config.{setting}={shown!r} cannot be a folder ({why}); name another."
+        )
 
 
 def is_seen(look: Callable[[], bool]) -> bool:

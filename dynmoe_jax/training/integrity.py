@@ -10,7 +10,7 @@ it takes the least from the training that goes on meanwhile.
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,9 +20,14 @@ _NOT_LISTED = (FILE_NAME, "_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK_BYTES = 1 << 22
 
 
-def write_checksums(folder: Path) -> None:
-    """Lists every file below ``folder`` in a file of its own there."""
-    listed = {name: _checksum(folder / name) for name in _files(folder)}
+def write_checksums(folder: Path, after: Callable[[int], None] = lambda num_bytes: None) -> None:
+    """Lists every file below ``folder`` in a file of its own there.
+
+    Args:
+      folder: of the checkpoint.
+      after: is called with the number of bytes whenever some were read.
+    """
+    listed = {name: _checksum(folder / name, after) for name in _files(folder)}
     with (folder / FILE_NAME).open("w", encoding="utf-8") as file:
         json.dump(listed, file)
         file.flush()
@@ -70,12 +75,14 @@ def _damage_of(path: Path, size: int, crc: int) -> str | None:
         return f"cannot be read ({error.strerror})"
 
 
-def _checksum(path: Path) -> tuple[int, int]:
+def _checksum(path: Path, after: Callable[[int], None] = lambda num_bytes: None) -> tuple[int, int]:
     """Size in bytes, and CRC-32."""
     size = crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(chunk):
+            size, crc = size + read, zlib.crc32(chunk[:read], crc)
+            after(read)
     return size, crc
 
 

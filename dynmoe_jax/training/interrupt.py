@@ -28,14 +28,12 @@ class StopRequest:
 
     Attributes:
       exit_code: of the process; None as long as nobody has asked.
-
-    Args:
-      distributed: whether JAX has all processes of the run agree before one of them stops.
     """
 
-    def __init__(self, distributed: bool = False):
+    def __init__(self):
         self.exit_code: int | None = None
-        self._distributed = distributed
+        # Then JAX has all processes of the run agree before one of them stops.
+        self._distributed = jax.distributed.is_initialized()
         self._preempted_code = EXIT_PREEMPTED
 
     @property
@@ -69,18 +67,17 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(request: StopRequest) -> Iterator[None]:
     """Turns SIGINT and SIGTERM into a request that the loop reads between steps.
 
     In a distributed run SIGTERM is left to JAX, and a Ctrl-C is handed on as one.
     """
-    request = StopRequest(jax.distributed.is_initialized())
     numbers = [signal.SIGINT]
     if not jax.distributed.is_initialized():
         numbers.append(signal.SIGTERM)
     before = {number: signal.signal(number, request.handle) for number in numbers}
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

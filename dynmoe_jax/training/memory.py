@@ -45,16 +45,23 @@ class Need:
       state: parameters and optimizer.
       gradients: of all parameters.
       activations: everything else: what backward needs, logits, work space.
+      snapshot: the copy of the state that checkpoints are written from, on a CPU.
     """
 
     state: int
     gradients: int
     activations: int = 0
+    snapshot: int = 0
+
+    @property
+    def of_model(self) -> int:
+        """What the model takes, however small the batch is."""
+        return self.state + self.gradients + self.snapshot
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state + self.gradients + self.activations
+        return self.of_model + self.activations
 
 
 def device_limit() -> int | None:
@@ -101,7 +108,8 @@ class Memory:
         state, gradients = _state_bytes(self._cfg.model, self._cfg.optimizer, sizes)
         tokens = self._cfg.train.batch_size * self._cfg.data.seq_len // self._devices
         stream = 4 * self._cfg.model.width * tokens // self._cfg.train.microbatches
-        self._check(Need(state, gradients, 16 * tokens + stream))
+        snapshot = state if jax.default_backend() == "cpu" else 0
+        self._check(Need(state, gradients, 16 * tokens + stream, snapshot))
 
     def check_step(self, step: Compiled) -> None:
         """Refuses a step that cannot fit, before it is run.
@@ -141,7 +149,7 @@ class Memory:
             asked = _asked_for(str(error))
             need = self._need
             if asked and asked > need.total:
-                need = dataclasses.replace(need, activations=asked - need.state - need.gradients)
+                need = dataclasses.replace(need, activations=asked - need.of_model)
             limit = min(self._limit or need.total, int(_SURPRISE * need.total))
             raise OutOfMemory(
                 f"Memory ran out ({_first_line(error)}), where the step was to need "
@@ -162,7 +170,7 @@ def advice(need: Need, limit: int, cfg: config.Config, data_devices: int) -> str
       cfg: all settings.
       data_devices: devices that share the batch.
     """
-    room = _ROOM * limit - need.state - need.gradients
+    room = _ROOM * limit - need.of_model
     if room <= 0:
         return _smaller_model(need, _ROOM * limit, cfg)
     ways = []
@@ -204,7 +212,7 @@ def advice(need: Need, limit: int, cfg: config.Config, data_devices: int) -> str
 def _smaller_model(need: Need, limit: float, cfg: config.Config) -> str:
     """The largest models that fit with their state and gradients: one setting changed in each."""
     model = cfg.model
-    affordable = count_parameters(model) * limit / (need.state + need.gradients)
+    affordable = count_parameters(model) * limit / need.of_model
     every, first = model.moe.every_n_layers or 1, model.moe.dense_first_layers
 
     def experts(n: int) -> config.Model:
@@ -236,7 +244,7 @@ def _smaller_model(need: Need, limit: float, cfg: config.Config) -> str:
     # Nearly all parameters grow with the width, most of them with nothing else.
     width = max(1, int(model.width * affordable / count_parameters(model)))
     ways = ways or [f"lower config.model.width from {model.width} to about {width}"]
-    times = math.ceil((need.state + need.gradients) / limit)
+    times = math.ceil(need.of_model / limit)
     ways = [*ways[:2], f"cut the state over {times} times as many devices (config.mesh.data)"]
     return ", or ".join(ways)
 

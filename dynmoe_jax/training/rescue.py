@@ -34,7 +34,12 @@ class RolledBack(Exception):
 
 
 def rescue(
-    trouble: Trouble, cfg: config.Config, workdir: Path, state: TrainState, checkpoints: Checkpoints
+    trouble: Trouble,
+    cfg: config.Config,
+    workdir: Path,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    stopping: bool = False,
 ) -> None:
     """Stops the run, or takes it back; returns if there is nothing to go back to.
 
@@ -44,13 +49,16 @@ def rescue(
       workdir: the run's folder.
       state: the newest; after too many skips it holds the parameters that failed.
       checkpoints: of the run.
+      stopping: whether it stops anyway; then skips are left to the run that continues.  A spike is
+        not: that run would go on from behind it.
 
     Raises:
       BadNumbers: the run cannot go on.
       RolledBack: it can, from an earlier checkpoint.
     """
     if isinstance(trouble, TooManySkips):
-        _stop(trouble, cfg, workdir, state)
+        if not stopping:
+            _stop(trouble, cfg, workdir, state)
     else:
         _roll_back(trouble, workdir, checkpoints)
 

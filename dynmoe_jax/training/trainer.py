@@ -32,11 +32,11 @@ from dynmoe_jax.training.checkpoint import (
     saved_config,
 )
 from dynmoe_jax.training.compilation import compiled_programs_kept, compiler_options
-from dynmoe_jax.training.disk import DiskError, disk_errors
+from dynmoe_jax.training.disk import DiskError, check_folder_name, disk_errors
 from dynmoe_jax.training.feed import Feed, place_whole
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
 from dynmoe_jax.training.initial_model import initial_state, with_initial_model
-from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
+from dynmoe_jax.training.interrupt import Stopped, StopRequest, stop_on_signal
 from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.logbook import Logbook
 from dynmoe_jax.training.memory import Memory, OutOfMemory
@@ -102,12 +102,16 @@ def train(cfg: config.Config, workdir: Path) -> int:
         compiled_programs_kept(cfg.train, workdir),
         memory.explained(),
     ):
+        stop = StopRequest()
         while True:
             try:
                 with losses_told():
-                    return _train(cfg, workdir, mesh, memory, checkpoints, seconds)
+                    return _train(cfg, workdir, mesh, memory, checkpoints, seconds, stop)
             except RolledBack as back:
                 warn(str(back))
+                if stop.requested:
+                    console.print("Stopped there; the same command continues.")
+                    return stop.exit_code
 
 
 def _is_complete(cfg: config.Config, workdir: Path) -> bool:
@@ -133,6 +137,8 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
     Raises:
       ConfigError, DataError, OutOfMemory: they do not.
     """
+    check_folder_name("data.directory", cfg.data.directory)
+    check_folder_name("train.compilation_cache", cfg.train.compilation_cache)
     if agreement.is_first():  # the others need neither
         check_sources(cfg.data)
         check_packages(cfg.logging)
@@ -156,6 +162,7 @@ def _train(
     memory: Memory,
     checkpoints: Checkpoints,
     seconds: Seconds,
+    stop: StopRequest,
 ) -> int:
     """The run itself, on a mesh, with its checkpoints open."""
     done = recover(checkpoints, cfg.checkpoint.verify) or 0
@@ -191,7 +198,7 @@ def _train(
             eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
             eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
         batches = SkippingStream(feed.stream, skips_of(workdir, done), done)
-        stop = at_end.enter_context(stop_on_signal())
+        at_end.enter_context(stop_on_signal(stop))
 
         def place(batch):
             stop.check()
@@ -212,8 +219,8 @@ def _train(
                 with seconds.of("step"):
                     state, metrics = train_step(state, batch)
                     logbook.add(step, metrics, batch)
-                if logbook.trouble and not stop.requested:
-                    rescue(logbook.trouble, cfg, workdir, state, checkpoints)
+                if logbook.trouble:
+                    rescue(logbook.trouble, cfg, workdir, state, checkpoints, stop.requested)
                 if checkpoints.reached_preemption(step):
                     stop.preempt()
                 heldout, together = None, not agreement.has_peers()
@@ -232,8 +239,8 @@ def _train(
                 checkpoints.check()
                 stop.check()
             heldout = heldout or evaluate()
-        if logbook.trouble and not stop.requested:
-            rescue(logbook.trouble, cfg, workdir, state, checkpoints)
+        if logbook.trouble:
+            rescue(logbook.trouble, cfg, workdir, state, checkpoints, stop.requested)
         if stop.requested:
             checkpoints.save(step, state, feed.position(), cfg)
             checkpoints.wait()
@@ -241,6 +248,8 @@ def _train(
             return stop.exit_code
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────
+    # Who finds a summary looks for nothing else, so the last checkpoint has to be there before.
+    checkpoints.wait()
     # Outside the mesh: the sample is one sequence, which a data axis cannot split.
     finish_run(cfg, workdir, step, state.params, heldout, tokenizer, seconds)
     return 0

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dynmoe_jax import config
+from dynmoe_jax import command_line, config
 from dynmoe_jax.command_line import EXIT_OUT_OF_MEMORY
 from dynmoe_jax.model.parameters import count_parameters
-from dynmoe_jax.training import memory
+from dynmoe_jax.training import memory, trainer
 from dynmoe_jax.training.memory import Memory, Need, OutOfMemory, advice
 from dynmoe_jax.training.trainer import train
 
@@ -147,6 +147,38 @@ def test_error_while_running_is_explained(checked):
 )
 def test_bytes_that_messages_name(message, wanted):
     assert memory._asked_for(message) == wanted
+
+
+def test_copy_that_checkpoints_are_written_from_counts(settings, monkeypatch):
+    """On a CPU.  Parameters, two moments, gradients, and parameters and moments again: 28 bytes."""
+    parameters = count_parameters(settings.model)
+    monkeypatch.setattr(memory, "device_limit", lambda: 27 * parameters)
+    with pytest.raises(OutOfMemory):
+        Memory(settings, {"data": 1}).check_state()
+    monkeypatch.setattr(memory, "device_limit", lambda: 29 * parameters + 10**5)
+    Memory(settings, {"data": 1}).check_state()
+
+
+@pytest.mark.slow
+def test_compiler_that_runs_out_of_memory_ends_the_run_with_advice(
+    settings, change, tmp_path, monkeypatch, capsys
+):
+    """On devices that do not say how much memory they have, so that nothing tells before."""
+    cfg = change(settings, model__moe__backend="reference")
+    monkeypatch.setattr(memory, "device_limit", lambda: None)
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.34G of 15.75G hbm."
+    )
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(trainer, "compiler_options", fail)  # asked for as the step is compiled
+    code = command_line.exit_code(lambda: train(cfg, tmp_path), trainer.BAD_INPUT)
+    assert code == EXIT_OUT_OF_MEMORY
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "error: Memory ran out (RESOURCE_EXHAUSTED: Ran out of memory" in printed
+    assert "set config.model.remat='layer' (now 'none')." in printed
 
 
 def test_other_errors_stay_what_they_are(checked):

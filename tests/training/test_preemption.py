@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from dynmoe_jax.command_line import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from dynmoe_jax.training.interrupt import Stopped, stop_on_signal
+from dynmoe_jax.training.interrupt import Stopped, StopRequest, stop_on_signal
 from dynmoe_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +78,9 @@ def test_sigterm_saves_the_step_it_came_in_and_exits_with_its_own_code(
 
 BUSY = """
 import time
-from dynmoe_jax.training.interrupt import stop_on_signal
-with stop_on_signal() as stop:
+from dynmoe_jax.training.interrupt import StopRequest, stop_on_signal
+stop = StopRequest()
+with stop_on_signal(stop):
     print("ready", flush=True)
     while not stop.requested:
         pass
@@ -105,7 +106,8 @@ def test_second_ctrl_c_ends_at_once_whatever_is_under_way():
 def test_handlers_are_put_back():
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
-    with stop_on_signal() as stop:
+    stop = StopRequest()
+    with stop_on_signal(stop):
         stop.check()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.exit_code == EXIT_PREEMPTED

@@ -1,8 +1,10 @@
 """Runs whose numbers go bad: they stop and can be replayed, or go back and around."""
 
 import dataclasses
+import os
 import re
 import shutil
+import signal
 import sys
 
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 
 from dynmoe_jax import command_line, config
 from dynmoe_jax.data import TrainStream
-from dynmoe_jax.training import feed, rescue, step, trainer
+from dynmoe_jax.training import feed, rescue, step, trainer, troubles
 from dynmoe_jax.training import replay as replay_command
 from dynmoe_jax.training.checkpoint import FOLDER
 from dynmoe_jax.training.metrics import read_metrics
@@ -202,6 +204,34 @@ def test_run_after_a_rollback_is_reproduced_by_a_resume(rolled_back, tmp_path, m
         shutil.rmtree(copy / FOLDER / str(number))
     (copy / "summary.json").unlink()
     monkeypatch.setattr(feed, "TrainStream", JumpingStream)
+    assert train(cfg, copy) == 0
+    assert losses(copy) == losses(workdir)
+
+
+@pytest.mark.parametrize("moment", ["as the spike is seen", "while going back"])
+def test_signal_and_rollback_are_both_obeyed(rolled_back, tmp_path, monkeypatch, capsys, moment):
+    cfg, workdir, _ = rolled_back
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    for path in ("44", "48", "50"):
+        shutil.rmtree(copy / FOLDER / path)
+    for name in ("summary.json", "skipped_batches.json"):
+        (copy / name).unlink()
+    monkeypatch.setattr(feed, "TrainStream", JumpingStream)
+    place, name = {
+        "as the spike is seen": (troubles.Troubles, "_spiked"),
+        "while going back": (rescue, "write_skips"),
+    }[moment]
+    original = getattr(place, name)
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, interrupted)
+        assert train(cfg, copy) == command_line.EXIT_PREEMPTED
+    assert "Stopped there; the same command continues." in capsys.readouterr().out
+    assert max(int(path.name) for path in (copy / FOLDER).iterdir()) == 40
     assert train(cfg, copy) == 0
     assert losses(copy) == losses(workdir)
 

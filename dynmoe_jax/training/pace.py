@@ -1,0 +1,113 @@
+"""The speed at which a checkpoint is written where training needs the same cores.
+
+On an accelerator a step leaves the host alone.  On a CPU, whatever is written takes from the
+steps: a byte costs about a nanosecond of one core to be written, and a third of one to be summed
+up.  So it is spread over as many steps as it takes for none of them to suffer; until somebody
+waits for it.
+"""
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dynmoe_jax.training.streamed import StreamedArray
+
+_BYTES_PER_SECOND_AND_CORE = 25e6
+"""A fortieth of what the core could do."""
+
+_LONGEST_S = 300.0
+"""What is not yet saved can be lost, so a large state is written faster."""
+
+_CHECKSUM_SHARE = 0.25
+"""What a checksum costs, of what writing costs."""
+
+
+class Pace:
+    """Pauses between the pieces of a checkpoint that is being written.
+
+    Args:
+      bytes_per_second: to write; 0 for no pauses.
+    """
+
+    def __init__(self, bytes_per_second: float):
+        self._usual = self._rate = bytes_per_second
+        self._hurry = threading.Event()
+
+    @classmethod
+    def of_this_machine(cls) -> "Pace":
+        """Without pauses, unless steps are computed by the cores that write."""
+        if jax.default_backend() != "cpu":
+            return cls(0.0)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return cls(cores * _BYTES_PER_SECOND_AND_CORE)
+
+    @property
+    def pauses(self) -> bool:
+        """Whether there are any."""
+        return self._usual > 0
+
+    def begin(self, num_bytes: int) -> None:
+        """Sets the speed for a checkpoint of this size."""
+        self._rate = max(self._usual, num_bytes / _LONGEST_S)
+
+    @contextlib.contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """Within the context there are no pauses, and the one that is under way ends."""
+        self._hurry.set()
+        try:
+            yield
+        finally:
+            self._hurry.clear()
+
+    def after_writing(self, num_bytes: int) -> None:
+        """Pauses after so many bytes were written."""
+        if self.pauses:
+            self._hurry.wait(num_bytes / self._rate)
+
+    def after_summing(self, num_bytes: int) -> None:
+        """Pauses after the checksum of so many bytes was computed."""
+        self.after_writing(_CHECKSUM_SHARE * num_bytes)
+
+
+class _Turns:
+    """Lets one array after the other be written, with pauses; Orbax's ``ByteLimiter``."""
+
+    def __init__(self, pace: Pace):
+        self._pace, self._turn = pace, asyncio.Lock()
+
+    async def wait_for_bytes(self, requested_bytes: int) -> None:
+        """Returns when it is the turn of an array of so many bytes."""
+        await self._turn.acquire()
+
+    async def release_bytes(self, requested_bytes: int) -> None:
+        """Lets the next one have its turn, after a pause."""
+        await asyncio.to_thread(self._pace.after_writing, requested_bytes)
+        self._turn.release()
+
+
+class _PacedArrays(ocp.type_handlers.ArrayHandler):
+    """Orbax's way to write arrays, at a pace."""
+
+    def __init__(self, pace: Pace):
+        usual = ocp.type_handlers.get_type_handler(jax.Array)
+        # Orbax (0.12) has no public name for the store of what it notes about each array.
+        super().__init__(array_metadata_store=usual._array_metadata_store)
+        self._pace = pace
+
+    async def serialize(self, values: Sequence, infos: Sequence, args: Any = None) -> Sequence:
+        turns = _Turns(self._pace)  # bound to the event loop of this save
+        paced = [info.replace(byte_limiter=turns) for info in infos]
+        return await super().serialize(values, paced, args)
+
+
+def paced_types(pace: Pace) -> ocp.type_handlers.TypeHandlerRegistry:
+    """How Orbax saves the leaves of a state, arrays at a pace."""
+    arrays = (jax.Array, _PacedArrays(pace))
+    streamed = (StreamedArray, ocp.type_handlers.get_type_handler(StreamedArray))
+    return ocp.type_handlers.create_type_handler_registry(arrays, streamed)

@@ -1,0 +1,37 @@
+"""The copy that is saved: it keeps its memory, and shares none with the state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dynmoe_jax import config
+from dynmoe_jax.training.mesh import make_mesh
+from dynmoe_jax.training.snapshot import Snapshot
+
+
+def addresses(tree):
+    return {
+        shard.data.unsafe_buffer_pointer()
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+    }
+
+
+def test_copies_go_to_the_same_memory_and_none_of_the_states():
+    mesh = make_mesh(config.Mesh(), batch_size=8)
+    assert mesh.size == 8
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    state = {
+        "matrix": jax.device_put(jnp.arange(32.0).reshape(8, 4), split),
+        "vector": jax.device_put(jnp.arange(5.0), whole),
+        "count": jax.device_put(jnp.int32(3), whole),
+    }
+    snapshot = Snapshot()
+    first = addresses(snapshot.of(state))
+    assert not first & addresses(state)
+    state = jax.tree.map(lambda x: x + 1, state)
+    copy = snapshot.of(state)
+    assert addresses(copy) == first
+    jax.tree.map(np.testing.assert_array_equal, copy, state)
+    assert jax.tree.map(lambda x: x.sharding, copy) == jax.tree.map(lambda x: x.sharding, state)
