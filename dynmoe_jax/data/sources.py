@@ -120,10 +120,11 @@ def check_sources(data: config.Data) -> None:
         source_identity(source)
     parse_weights(data.domain_weights)
     # Unlike Path's, these say no to a name that is too long, and to a home that nobody has.
-    if data.tokenizer and not os.path.isfile(os.path.expanduser(data.tokenizer)):
+    if data.tokenizer and not os.path.exists(os.path.expanduser(data.tokenizer)):
         raise DataError(
-            f"config.data.tokenizer={data.tokenizer!r} is no file; give the path of a "
-            "SentencePiece .model, or leave it empty to train one."
+            f"config.data.tokenizer={data.tokenizer!r} does not exist; give the path of a "
+            "SentencePiece .model or of a folder with a tokenizer.json, or leave it empty to train "
+            "one."
         )
 
 

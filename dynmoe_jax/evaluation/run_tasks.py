@@ -75,10 +75,10 @@ def run_tasks(
         "page": write_page(folder, title, results, model.experts, tokenizer),
     }
     items = sum(result.items for result in results.values())
-    console.print(
-        f" {items:,} items in {decimals(seconds, 1)} s; of {read['tokens_asked']:,} tokens, "
-        f"{read['tokens_read']:,} had to be read."
-    )
+    effort = "all answers were there already"
+    if read["tokens_asked"]:
+        effort = f"of {read['tokens_asked']:,} tokens, {read['tokens_read']:,} had to be read"
+    console.print(f" {items:,} items in {decimals(seconds, 1)} s; {effort}.")
     for name, path in paths.items():
         console.print(f" {name:<8} {path}", soft_wrap=True, markup=False)
     return results

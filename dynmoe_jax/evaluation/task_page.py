@@ -19,6 +19,7 @@ from dynmoe_jax.evaluation.report_theme import (
     light,
 )
 from dynmoe_jax.evaluation.task_results import TaskResult
+from dynmoe_jax.evaluation.task_tables import percents
 from dynmoe_jax.inference.pieces import Pieces
 from dynmoe_jax.training.formatting import MISSING, decimals
 from dynmoe_jax.training.records import write_atomically
@@ -73,7 +74,7 @@ def write_page(
 
 
 def _accuracy(results: Mapping[str, TaskResult]) -> str:
-    header = ["task", "items", "metric", "value", "± standard error", "by length", "experts"]
+    header = ["task", "items", "metric", "this model", "± standard error", "by length", "experts"]
     header += [f"paper: {model}" for model in paper.MODELS] + ["paper: experts"]
     rows = []
     for task, result in results.items():
@@ -83,15 +84,14 @@ def _accuracy(results: Mapping[str, TaskResult]) -> str:
                 row.name if row else task,
                 f"{result.items:,}",
                 result.metric,
-                decimals(result.value, 3),
-                decimals(result.stderr, 3),
-                decimals(result.normalized, 3),
+                *percents(result),
                 decimals(result.experts.mean, 2),
                 *(decimals(row.accuracy[m], 1) if row else MISSING for m in paper.MODELS),
                 decimals(row.experts, 2) if row else MISSING,
             ]
         )
-    return f"<h2>Tasks</h2>{table_of(header, rows, [1, *range(3, len(header))])}"
+    table = table_of(header, rows, [1, *range(3, len(header))])
+    return f"<h2>Tasks</h2><p class='soft'>Accuracies are percent.</p>{table}"
 
 
 def _by_task(results: Mapping[str, TaskResult], canvas: Canvas) -> Picture:
@@ -163,7 +163,10 @@ def _tokens(experts: ExpertUse, tokenizer: Tokenizer) -> str:
 
 def _token_cells(ranked: tuple[int, float, int], tokenizer: Tokenizer) -> tuple[str, ...]:
     token, mean, count = ranked
-    return repr(tokenizer.decode([token])), decimals(mean, 2), f"{count:,}"
+    names = {tokenizer.eos_id: "end of a document", tokenizer.bos_id: "begin of a document"}
+    text = tokenizer.decode([token])
+    shown = repr(text) if text else names.get(token, f"token {token}")
+    return shown, decimals(mean, 2), f"{count:,}"
 
 
 def _example(task: str, example: Example | None, experts: ExpertUse, tokenizer: Tokenizer) -> str:

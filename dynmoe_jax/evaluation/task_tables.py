@@ -31,8 +31,7 @@ def accuracy_table(results: Mapping[str, TaskResult]) -> Table:
     for task, result in results.items():
         row = paper.TASKS.get(task)
         theirs = [decimals(row.accuracy[m], 1) if row else MISSING for m in paper.MODELS]
-        normalized = decimals(100 * result.normalized, 1)
-        table.add_row(label(task), *_value(result), normalized, *theirs)
+        table.add_row(label(task), *percents(result), *theirs)
     if paper.TASKS.keys() <= results.keys():
         ours = mean([100 * results[task].value for task in paper.TASKS])
         theirs = [decimals(paper.MEAN.accuracy[m], 1) for m in paper.MODELS]
@@ -76,11 +75,16 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _value(result: TaskResult) -> tuple[str, str]:
-    """What a task is judged by, and its standard error."""
+def percents(result: TaskResult) -> tuple[str, str, str]:
+    """What a task is judged by, its standard error, and accuracy by length.
+
+    Percent, but for a metric that is none.
+    """
+    by_length = decimals(100 * result.normalized, 1)
     if result.metric not in ("acc", "exact_match"):
-        return f"{decimals(result.value, 3)} ({result.metric})", decimals(result.stderr, 3)
-    return decimals(100 * result.value, 1), decimals(100 * result.stderr, 1)
+        value = f"{decimals(result.value, 3)} ({result.metric})"
+        return value, decimals(result.stderr, 3), by_length
+    return decimals(100 * result.value, 1), decimals(100 * result.stderr, 1), by_length
 
 
 def _layer(by_layer: list[float], choose) -> str:

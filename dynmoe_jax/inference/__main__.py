@@ -4,9 +4,11 @@
     python -m dynmoe_jax.inference --workdir=runs/quickstart --prompts_file=FILE --json=FILE
     python -m dynmoe_jax.inference --workdir=runs/quickstart --show-experts
 
-Without a prompt, on a terminal, it asks for one after another; Ctrl-D ends it.
+Without a prompt, on a terminal, it asks for one after another: Ctrl-C ends a text, Ctrl-D the
+program.
 """
 
+import contextlib
 import sys
 
 from dynmoe_jax.command_line import exit_code
@@ -113,17 +115,18 @@ def _streamed(writer: Writer, prompt: str, asked: Arguments) -> list[Written]:
 
 def _converse(writer: Writer, asked: Arguments) -> None:
     """Continues what is typed, until there is no more."""
-    console.print("Type the beginning of a text. Ctrl-D ends.")
+    with contextlib.suppress(ImportError):  # not on every platform
+        import readline  # noqa: F401  (arrow keys and history, for input)
+    console.print("Type the beginning of a text. Ctrl-C ends a text, Ctrl-D the program.")
     while True:
         try:
-            prompt = console.input("[bold cyan]> [/]")
+            # Not console.input: readline has to know of the prompt, or it deletes it.
+            _streamed(writer, input("> "), asked)
+            _print_speed(writer)
         except EOFError:
             console.print()
             return
-        try:
-            _streamed(writer, prompt, asked)
-            _print_speed(writer)
-        except KeyboardInterrupt:  # ends this text, not the conversation
+        except KeyboardInterrupt:  # ends this text, or this line, not the conversation
             console.print("\n")
         except ConfigError as error:
             warn(str(error))

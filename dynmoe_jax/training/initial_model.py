@@ -1,6 +1,7 @@
 """What a new run begins with, where it is the model of another run, trained here or imported."""
 
 import dataclasses
+import os
 from functools import partial
 from pathlib import Path
 
@@ -67,8 +68,9 @@ def initial_state(
 
 
 def _folder(cfg: config.Config) -> Path:
-    folder = Path(cfg.train.init_from).expanduser()
-    if not (folder / FOLDER).is_dir():
+    folder = Path(os.path.expanduser(cfg.train.init_from))
+    # Unlike Path's, it says no to a name that is too long.
+    if not os.path.isdir(folder / FOLDER):
         raise config.ConfigError(
             f"config.train.init_from={str(folder)!r} holds no run; name the --workdir of one, or "
             "make one of a foreign model: python -m dynmoe_jax.interop import."

@@ -40,6 +40,7 @@ def test_check_names_the_glob_that_matches_nothing(tmp_path):
 def test_check_finds_a_missing_tokenizer(tmp_path):
     with pytest.raises(DataError, match=r"config.data.tokenizer=.*absent.model"):
         check_sources(config.Data(tokenizer=str(tmp_path / "absent.model")))
+    check_sources(config.Data(tokenizer=str(tmp_path)))  # a folder may hold one too
 
 
 def test_check_finds_an_unknown_tfds_name():

@@ -21,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 
 from benchmarks.evaluation import SharedTokenizer, largest_difference
 from benchmarks.evaluation_cases import Asked, Case, answers, points, tasks_of
+from benchmarks.evaluation_parity import compare
 from dynmoe_jax.evaluation.answers import AnswerFile
 from dynmoe_jax.evaluation.harness_model import HarnessModel
 from dynmoe_jax.evaluation.scoring import Scorer
@@ -185,6 +186,9 @@ def test_answers_and_points_are_the_same(found, task):
     assert others == 0
     assert largest < 1e-3
     assert points(ours) == points(theirs)
+    (record,) = compare(answers(ours), answers(theirs), points(ours), points(theirs))
+    assert (record["task"], record["other_answers"]) == (task, 0)
+    assert record["largest_log_prob_difference"] == largest
 
 
 def test_something_was_asked(found):
