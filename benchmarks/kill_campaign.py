@@ -58,9 +58,12 @@ def last_step(workdir: Path) -> int:
 
 def state_of(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint by its path, read without the package."""
-    with ocp.StandardCheckpointer() as reader:
-        folder = workdir / "checkpoints" / str(newest_checkpoint(workdir)) / "state"
-        tree = reader.restore(folder.absolute())
+    folder = (workdir / "checkpoints" / str(newest_checkpoint(workdir)) / "state").absolute()
+    with ocp.PyTreeCheckpointer() as reader:
+        leaves = reader.metadata(folder).item_metadata.tree
+        # Not as JAX's arrays: those of several processes have devices that are not here.
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
+        tree = reader.restore(folder, restore_args=as_numpy)
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
