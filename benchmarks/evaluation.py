@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.columns import columns
 from benchmarks.evaluation_cases import Asked, Case, answers, from_pretrained, points, tasks_of
-from benchmarks.machine import describe, pin_threads
+from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, interleave, ratio, show_progress
 
 TASKS = (
@@ -204,14 +204,11 @@ def main(argv: list[str]) -> dict:
     print("\n".join(columns([HEADINGS, *map(_row, rows)])))
     print(f"\nmark\n{mark}")
     result = {
-        "machine": describe("benchmarks.evaluation"),
         "records": rows,
         "marks": [dataclasses.asdict(mark)],
         "seconds": {name: list(values) for name, values in seconds.items()},
     }
-    if flags.json:
-        flags.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+    return with_machine("benchmarks.evaluation", result, flags.json)
 
 
 if __name__ == "__main__":

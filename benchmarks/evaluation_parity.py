@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.columns import columns
 from benchmarks.evaluation import TASKS, largest_difference, our_cases
 from benchmarks.evaluation_cases import Asked, answers, points
-from benchmarks.machine import describe, pin_threads
+from benchmarks.machine import pin_threads, with_machine
 
 LIMIT = 1e-3
 HEADINGS = ("task", "items", "requests", "points", "hf points", "largest difference", "others")
@@ -107,9 +107,7 @@ def main(argv: list[str]) -> list[dict]:
             record["items"] = mine["n-samples"][record["task"]]["effective"]
             records.append(record)
             print("  ".join(_row(record)), flush=True)
-        if flags.json:
-            result = {"machine": describe("benchmarks.evaluation_parity"), "records": records}
-            flags.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with_machine("benchmarks.evaluation_parity", {"records": records}, flags.json)
     worker.close()
     print("\n" + "\n".join(columns([HEADINGS, *map(_row, records)])))
     largest = max(record["largest_log_prob_difference"] for record in records)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.columns import columns
-from benchmarks.machine import describe, pin_threads
+from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, interleave, ratio, show_progress
 
 FASTER = 1.5
@@ -227,16 +227,13 @@ def main(argv: list[str]) -> dict:
     lines += [f"the same tokens, batch {b}: {n} of {of}" for b, (n, of) in same.items()]
     print("\n".join([*lines, "", "marks", *map(str, found)]))
     result = {
-        "machine": describe("benchmarks.generation"),
         "shape": dataclasses.asdict(shape),
         "step_over_read": {str(b): dataclasses.asdict(r) for b, r in of_read.items()},
         "same_tokens": {str(b): counts for b, counts in same.items()},
         "marks": [dataclasses.asdict(mark) for mark in found],
         "seconds": {name: list(values) for name, values in seconds.items()},
     }
-    if flags.json:
-        flags.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+    return with_machine("benchmarks.generation", result, flags.json)
 
 
 if __name__ == "__main__":

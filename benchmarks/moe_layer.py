@@ -128,7 +128,7 @@ def main(argv: list[str]) -> dict:
         cases |= {name: lambda name=name: worker.seconds(name) for name in worker.names}
     weight_bytes = expert_weight_bytes(preset.num_experts, preset.width, preset.hidden_width)
     cases["copy"] = Copy(weight_bytes, flags.threads)
-    seconds = interleave(cases, flags.rounds, show_progress(flags.rounds))
+    seconds = interleave(cases, flags.rounds, show_progress(flags.rounds), in_a_row=2)
     if worker:
         worker.close()
 

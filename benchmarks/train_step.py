@@ -158,7 +158,7 @@ def main(argv: list[str]) -> dict:
         if m in TORCH_METHODS
     }
     runs = dict(jax_cases) | {m: lambda w=w, m=m: w.seconds(m) for m, w in workers.items()}
-    seconds = interleave(runs, flags.rounds, show_progress(flags.rounds))
+    seconds = interleave(runs, flags.rounds, show_progress(flags.rounds), in_a_row=2)
     peaks = {m: worker.seconds("peak_bytes") for m, worker in workers.items()}
     for worker in workers.values():
         worker.close()

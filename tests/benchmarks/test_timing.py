@@ -26,6 +26,12 @@ def test_every_round_runs_each_case_once_in_turn():
     assert seconds["b"].tolist() == [2.0, 2.0]
 
 
+def test_of_runs_in_a_row_the_last_counts():
+    taken = iter([9.0, 5.0, 1.0, 6.0, 2.0])  # the first warms up
+    seconds = timing.interleave({"a": lambda: next(taken)}, rounds=2, in_a_row=2)
+    assert seconds["a"].tolist() == [1.0, 2.0]
+
+
 def test_a_slow_case_runs_in_the_first_rounds_alone():
     cases = {"fast/top_1": lambda: 1.0, "slow/top_1": lambda: 9.0}
     seconds = timing.interleave(cases, rounds=4)
