@@ -18,7 +18,7 @@ FILE_NAME = "checksums.json"
 # Orbax writes these after the list; nothing of the state is in them.
 _NOT_LISTED = (FILE_NAME, "_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK_BYTES = 1 << 18
-"""Small enough that the C library keeps little of it in each thread that has saved.  With 4 MB, most
+"""Small enough that the C library keeps little of it in each thread that saves.  With 4 MB, most
 of the first eight checkpoints of a run left 4 MB behind (`benchmarks.hygiene --only memory`)."""
 
 
