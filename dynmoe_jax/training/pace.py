@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dynmoe_jax.training.streamed import StreamedArray
@@ -109,5 +110,5 @@ class _PacedArrays(ocp.type_handlers.ArrayHandler):
 def paced_types(pace: Pace) -> ocp.type_handlers.TypeHandlerRegistry:
     """How Orbax saves the leaves of a state, arrays at a pace."""
     arrays = (jax.Array, _PacedArrays(pace))
-    streamed = (StreamedArray, ocp.type_handlers.get_type_handler(StreamedArray))
-    return ocp.type_handlers.create_type_handler_registry(arrays, streamed)
+    others = [(t, ocp.type_handlers.get_type_handler(t)) for t in (np.ndarray, StreamedArray)]
+    return ocp.type_handlers.create_type_handler_registry(arrays, *others)
