@@ -39,17 +39,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_case_flags(parser, limit=16)
+    parser.add_argument("--batch_sizes", default="1,4,16", help="of hf; auto is one too")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
+    return parser.parse_args(argv)
+
+
+def add_case_flags(parser: argparse.ArgumentParser, limit: int) -> None:
+    """The flags that say what is evaluated, and where; ``limit`` items of each task by default."""
     parser.add_argument("--model", required=True, help="folder, or GGUF file, of a Llama")
     parser.add_argument("--data_dir", required=True, help="folder with the tasks' items")
     parser.add_argument("--tasks", default=TASKS, help=f"comma-separated; {TASKS} by default")
-    parser.add_argument("--limit", type=int, default=16, help="items of each task")
+    parser.add_argument("--limit", type=int, default=limit, help="items of each task")
     parser.add_argument("--batch_tokens", type=int, default=2048, help="of this project's model")
-    parser.add_argument("--batch_sizes", default="1,4,16", help="of hf; auto is one too")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="tokens written at the most")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
     parser.add_argument("--threads", type=int, default=2, help="cores for both models")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure here")
-    return parser.parse_args(argv)
 
 
 class SharedTokenizer:

@@ -14,10 +14,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 from benchmarks.columns import columns
-from benchmarks.evaluation import TASKS, largest_difference, our_cases
+from benchmarks.evaluation import add_case_flags, largest_difference, our_cases
 from benchmarks.evaluation_cases import Asked, answers, points
 from benchmarks.machine import pin_threads, with_machine
 
@@ -32,16 +31,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="folder, or GGUF file, of a Llama")
-    parser.add_argument("--data_dir", required=True, help="folder with the tasks' items")
-    parser.add_argument("--tasks", default=TASKS, help=f"comma-separated; {TASKS} by default")
-    parser.add_argument("--limit", type=int, default=200, help="items of each task")
-    parser.add_argument("--batch_tokens", type=int, default=2048, help="of this project's model")
+    add_case_flags(parser, limit=200)
     parser.add_argument("--batch_size", default="4", help="of hf")
     parser.add_argument("--softmax", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="tokens written at the most")
-    parser.add_argument("--threads", type=int, default=2, help="cores for both models")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure here")
     return parser.parse_args(argv)
 
 
