@@ -64,7 +64,8 @@ class MoE:
     )
     saved_rows_per_token: float = setting(
         2.0,
-        "rows whose hidden activations are kept for backward, others are recomputed",
+        "rows whose hidden activations are kept for backward, others are recomputed (TPU kernels "
+        "that fuse SwiGLU keep none)",
         unit="rows/token",
         low=0.0,
     )

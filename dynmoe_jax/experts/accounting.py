@@ -46,6 +46,7 @@ class Chip:
       clock_hz: of a TPU's cores; 0 = not known.
       product_width: side of a TPU's matrix units, which narrower operands leave idle.
       devices_per_chip: JAX devices that share a chip.
+      vmem_bytes: fast memory of each core of a TPU.
     """
 
     flops_per_s: float
@@ -58,20 +59,25 @@ class Chip:
     clock_hz: float = 0.0
     product_width: int = 1
     devices_per_chip: int = 1
+    vmem_bytes: int = 0
 
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 CHIPS = {
     "a100": Chip(312e12, 2.04e12, "A100", 80e9, 1, 300e9, 25e9),
     "a800": Chip(312e12, 2.04e12, "A800", 80e9, 1, 200e9, 25e9),
     "h100": Chip(989e12, 3.35e12, "H100", 80e9, 1, 450e9, 50e9),
     "h200": Chip(989e12, 4.8e12, "H200", 141e9, 1, 450e9, 50e9),
     "b200": Chip(2250e12, 8.0e12, "B200", 180e9, 1, 900e9, 50e9),
-    "v4": Chip(275e12, 1.23e12, "TPU v4", 32 * _GIB, 6, 50e9, 0.0, 1.05e9, 128),
-    "v5e": Chip(197e12, 0.82e12, "TPU v5 lite", 16 * _GIB, 4, 50e9, 3.125e9, 1.5e9, 128),
-    "v5p": Chip(459e12, 2.77e12, "TPU v5", 95 * _GIB, 6, 100e9, 6.25e9, 1.75e9, 128),
-    "v6e": Chip(918e12, 1.64e12, "TPU v6 lite", 32 * _GIB, 4, 100e9, 12.5e9, 1.75e9, 256),
-    "tpu7x": Chip(1153.5e12, 3.69e12, "TPU7x", 96 * _GIB, 6, 50e9, 0.0, 2.2e9, 256, 2),
+    "v4": Chip(275e12, 1.23e12, "TPU v4", 32 * _GIB, 6, 50e9, 0.0, 1.05e9, 128, 1, 16 * _MIB),
+    "v5e": Chip(
+        197e12, 0.82e12, "TPU v5 lite", 16 * _GIB, 4, 50e9, 3.125e9, 1.5e9, 128, 1, 128 * _MIB
+    ),
+    "v5p": Chip(459e12, 2.77e12, "TPU v5", 95 * _GIB, 6, 100e9, 6.25e9, 1.75e9, 128, 1, 64 * _MIB),
+    "v6e": Chip(
+        918e12, 1.64e12, "TPU v6 lite", 32 * _GIB, 4, 100e9, 12.5e9, 1.75e9, 256, 1, 128 * _MIB
+    ),
+    "tpu7x": Chip(1153.5e12, 3.69e12, "TPU7x", 96 * _GIB, 6, 50e9, 0.0, 2.2e9, 256, 2, 64 * _MIB),
 }
 """Data sheets: NVIDIA A100 80GB SXM, A800, H100 SXM, H200 SXM, B200, their NVLink, and the network
 cards of a DGX of them; Google Cloud's pages of TPU v4, v5e, v5p, v6e and TPU7x.  A chip of TPU7x is
@@ -81,7 +87,7 @@ the number of links and 2.
 A TPU's clock is on no data sheet: it is the peak rate over the FLOPs of a cycle, 2 width^2 per
 matrix unit, of which there are 8 (v4, v5p), 4 (v5e, v6e) and 4 per device (TPU7x).  v6e's page
 speaks of two; the compiler of libtpu 0.0.42 estimates 2.98e6 cycles for a product of 8192^3, where
-two would need 4.19e6."""
+two would need 4.19e6.  Fast memory is as JAX's Pallas has it (``tpu_info.py``)."""
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -40,6 +40,9 @@ class GroupedProducts:
       row_multiple: R must be a multiple of it.
       zeroes_empty: the weight gradient of an expert without rows is zero, and needs no mask: a pass
         over all weights, 4% of a training step compiled for v5p.
+      ignores_padding: rows beyond the groups may hold anything in all three products.
+      swiglu: (rows, type, weights) -> kernels that fuse the first half of the experts, or None
+        where there are none for such shapes; see :mod:`.swiglu`.
     """
 
     name: str
@@ -48,6 +51,8 @@ class GroupedProducts:
     weight_gradient: WeightGradient
     row_multiple: int = 1
     zeroes_empty: bool = False
+    ignores_padding: bool = False
+    swiglu: Callable | None = None
 
 
 def _dimensions(contracting, group) -> jax.lax.RaggedDotDimensionNumbers:

@@ -11,15 +11,19 @@ import functools
 import jax.numpy as jnp
 
 from dynmoe_jax.experts.grouped_products import GroupedProducts
+from dynmoe_jax.experts.swiglu_tiling import swiglu_tiling
 from dynmoe_jax.experts.tiling import ROW_MULTIPLE, gradient_tiling, product_tiling
 
 
 @functools.cache
-def megablox_products(flops_per_byte: float, interpret: bool = False) -> GroupedProducts:
-    """The products, with tiles for a chip.
+def megablox_products(
+    flops_per_byte: float, vmem_bytes: int, interpret: bool = False
+) -> GroupedProducts:
+    """The products, with tiles for a chip, and the kernels that fuse SwiGLU with them.
 
     Args:
       flops_per_byte: peak rate of the chip over that of its memory.
+      vmem_bytes: of the fast memory of one of its cores.
       interpret: run the kernels on a CPU, slowly, for tests.
 
     Raises:
@@ -58,7 +62,24 @@ def megablox_products(flops_per_byte: float, interpret: bool = False) -> Grouped
             jnp.swapaxes(x_RI, 0, 1), dy_RO, group_size_E, x_RI.dtype, tiling, interpret=interpret
         )
 
-    # Its schedule of tiles visits every group of the weight gradient, empty ones to write zeros.
+    def swiglu(rows, dtype, weights):
+        from dynmoe_jax.experts.swiglu_kernels import fused_swiglu
+
+        experts, hidden_width, width = weights.down_EFD.shape
+        itemsize = jnp.dtype(dtype).itemsize
+        shape = rows, experts, width, hidden_width, itemsize
+        tiling = swiglu_tiling(*shape, flops_per_byte, vmem_bytes)
+        return fused_swiglu(tiling, interpret) if tiling else None
+
     return GroupedProducts(
-        "megablox", forward, input_gradient, weight_gradient, ROW_MULTIPLE, zeroes_empty=True
+        "megablox",
+        forward,
+        input_gradient,
+        weight_gradient,
+        ROW_MULTIPLE,
+        # Its schedule visits every group of the weight gradient, empty ones to write zeros.
+        zeroes_empty=True,
+        # Rows stay apart in the products of rows; the weight gradient selects those of a group.
+        ignores_padding=True,
+        swiglu=swiglu,
     )

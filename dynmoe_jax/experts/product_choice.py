@@ -9,7 +9,7 @@ import importlib.util
 import jax.numpy as jnp
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.accounting import chip_of
+from dynmoe_jax.experts.accounting import CHIPS, chip_of
 from dynmoe_jax.experts.grouped_products import XLA, GroupedProducts
 from dynmoe_jax.experts.megablox_products import megablox_products
 from dynmoe_jax.experts.tokamax_products import tokamax_products
@@ -60,7 +60,9 @@ def choose_products(
        for v5p: 16 times the FLOPs at 16 experts), and its tile for the input gradient at D = 1024,
        2F = 5632 is 128 columns wide, so that each row is read eight times.  tokamax has the same
        kernels, but shapes outside its table of tuned tiles, the paper's among them, get tiles of
-       128 x 128 x 128.  Not measured: there was no TPU.
+       128 x 128 x 128.  Not measured: there was no TPU.  With it go kernels of our own that fuse
+       gate, up and SwiGLU, where D and F are multiples of 128 and a tile of whole rows fits into
+       the fast memory (:mod:`.swiglu_tiling`).
        Types other than bfloat16 and float32, which Megablox does not know: ``xla``.
     3. NVIDIA GPU from Ampere on, tokamax installed, widths that are multiples of 128 (which its
        tiles divide): ``tokamax``.  XLA's lowering is dense: in jaxlib 0.10.1 and 0.10.2 forward as
@@ -113,10 +115,16 @@ def check_request(requested: str, target: Target, available: frozenset[str]) -> 
 def make_products(name: str, target: Target) -> GroupedProducts:
     """The products of an implementation other than ``blocks``."""
     if name == "megablox":
-        return megablox_products(flops_per_byte(target))
+        return megablox_products(flops_per_byte(target), vmem_bytes(target))
     if name == "tokamax":
         return tokamax_products(target.platform)
     return {"xla": XLA}[name]
+
+
+def vmem_bytes(target: Target) -> int:
+    """The fast memory of one core of a TPU; of one that is not in the table, the least there is."""
+    chip = chip_of(target.kind)
+    return chip.vmem_bytes if chip else min(c.vmem_bytes for c in CHIPS.values() if c.vmem_bytes)
 
 
 def flops_per_byte(target: Target) -> float:

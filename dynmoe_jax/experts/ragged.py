@@ -1,15 +1,16 @@
 """Dropless experts by grouped matrix products, for accelerators.
 
-Rows are gathered from the tokens, sent through three products of :class:`GroupedProducts` and
-gathered back.  Forward and backward are written out as one ``custom_vjp``: autodiff would derive a
-weight gradient that is dense over the experts, and scatters in place of gathers.
+Rows are gathered from the tokens, sent through :class:`SwiGLU` and a last product, and gathered
+back.  Forward and backward are written out as one ``custom_vjp``: autodiff would derive a weight
+gradient that is dense over the experts, and scatters in place of gathers.
 
 Kernels visit used rows alone, but element-wise arithmetic and memory follow the static bound R.
 So the rows are cut: the first S, always computed, whose gate and up activations are kept for
-backward; and the rest, in chunks of n rows, of which a loop visits those that are used and whose
-activations backward recomputes.  A trained router seldom needs one.  S is ``saved_rows_per_token``
-times T, less where other devices have the other experts.  (Where ``remat`` recomputes whole
-layers, what is kept here lives no longer than the backward pass of one layer.)
+backward, unless to compute them again is cheaper (:mod:`.swiglu_kernels`); and the rest, in chunks
+of n rows, of which a loop visits those that are used and whose activations backward recomputes.  A
+trained router seldom needs one.  S is ``saved_rows_per_token`` times T, less where other devices
+have the other experts.  (Where ``remat`` recomputes whole layers, what is kept here lives no longer
+than the backward pass of one layer.)
 
 Axis legend: T tokens, K slots per token, E experts, R rows, S rows kept, n rows of one part, D
 model width, F hidden width of an expert.
@@ -26,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dynmoe_jax.experts.combine import add_up
 from dynmoe_jax.experts.grouped_products import GroupedProducts
 from dynmoe_jax.experts.rows import Rows
+from dynmoe_jax.experts.swiglu import SwiGLU, plain_swiglu
 from dynmoe_jax.experts.weights import ExpertWeights
 
 USUAL_ROWS_PER_TOKEN = 2.0
@@ -60,9 +62,24 @@ def ragged_experts(
         token_R=jnp.pad(rows.token_R, (0, missing)),
         weight_R=jnp.pad(rows.weight_R, (0, missing)),
     )
-    saves = saved_rows_per_token > 0
-    y_TD = _apply(products, bounds, saves, x_TD, padded.weight_R, weights, _Layout.of(padded))
+    fused = products.swiglu(bounds.first, x_TD.dtype, weights) if products.swiglu else None
+    kernels = _Kernels(products, fused or plain_swiglu(products), saved_rows_per_token > 0)
+    y_TD = _apply(kernels, bounds, x_TD, padded.weight_R, weights, _Layout.of(padded))
     return y_TD, jnp.zeros((), jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+    """What computes the rows, and whether gate and up of the first part may be kept."""
+
+    products: GroupedProducts
+    swiglu: SwiGLU
+    keeps: bool
+
+    def rows_of(self, part: "_Part", x_TD: Float[Array, "T D"]) -> Float[Array, "n D"]:
+        """The tokens of the rows of a part; zeros in padding where products do not ignore it."""
+        x_nD = part.rows_of(x_TD)
+        return x_nD if self.products.ignores_padding else part.mask(x_nD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +156,11 @@ class _Part:
     row_TK: Int[Array, "T K"] | None
 
     def rows_of(self, x_TD: Float[Array, "T D"]) -> Float[Array, "n D"]:
-        """The tokens of the rows; zeros in padding."""
-        return self.mask(x_TD.at[self.token_n].get(mode="clip"))
+        """The tokens of the rows; anything in padding."""
+        return x_TD.at[self.token_n].get(mode="clip")
 
     def mask(self, x_nI: Float[Array, "n I"]) -> Float[Array, "n I"]:
-        """Zeros in padding rows, which kernels leave uninitialised: 0 * NaN would be NaN."""
+        """Zeros in padding rows: kernels leave them uninitialised, and 0 * NaN would be NaN."""
         return jnp.where(self.used_n1, x_nI, 0)
 
     def sum_by_token(self, y_nD: Float[Array, "n D"], tokens: int) -> Float[Array, "T D"]:
@@ -155,31 +172,21 @@ class _Part:
         return jnp.where((self.group_size_E > 0)[:, None, None], dw_EIO, 0)
 
 
-def _swiglu(gate_up_n2F: Float[Array, "n 2*F"]) -> Float[Array, "n F"]:
-    """silu(gate) * up, float32; the halves lie side by side, as the product leaves them."""
-    # Cut, then cast: the other way round XLA writes the whole of it in float32 (v5p).
-    gate_nF, up_nF = (half.astype(jnp.float32) for half in jnp.split(gate_up_n2F, 2, axis=-1))
-    return jax.nn.silu(gate_nF) * up_nF
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apply(kernels, bounds, x_TD, weight_R, weights, layout):
+    return _forward(kernels, bounds, x_TD, weight_R, weights, layout)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _apply(products, bounds, saves, x_TD, weight_R, weights, layout):
-    return _forward(products, bounds, False, x_TD, weight_R, weights, layout)[0]
-
-
-def _forward(products, bounds, saves, x_TD, weight_R, weights, layout):
-    gate_up_ED2F = weights.gate_up_ED2F
-
+def _forward(kernels, bounds, x_TD, weight_R, weights, layout):
     def outputs(start, size):
         part = layout.part(start, size)
-        gate_up_n2F = products.forward(part.rows_of(x_TD), gate_up_ED2F, part.group_size_E)
-        # Weighted before the last product, where it costs no pass over memory of its own.
         weight_n1 = jax.lax.dynamic_slice_in_dim(weight_R, start, size)[:, None]
-        hidden_nF = part.mask(_swiglu(gate_up_n2F) * weight_n1).astype(x_TD.dtype)
-        y_nD = products.forward(hidden_nF, weights.down_EFD, part.group_size_E)
-        return part.sum_by_token(y_nD, x_TD.shape[0]), gate_up_n2F
+        x_nD = kernels.rows_of(part, x_TD)
+        hidden_nF, kept = kernels.swiglu.forward(x_nD, weight_n1, weights, part.group_size_E)
+        y_nD = kernels.products.forward(hidden_nF, weights.down_EFD, part.group_size_E)
+        return part.sum_by_token(y_nD, x_TD.shape[0]), kept
 
-    y_TD, gate_up_S2F = outputs(0, bounds.first)
+    y_TD, kept = outputs(0, bounds.first)
     if bounds.chunks:
 
         def add_chunk(i, y_TD):
@@ -187,40 +194,33 @@ def _forward(products, bounds, saves, x_TD, weight_R, weights, layout):
 
         used = bounds.used_chunks(jnp.sum(layout.group_size_E))
         y_TD = jax.lax.fori_loop(0, used, add_chunk, y_TD)
-    kept = gate_up_S2F if saves else None
+    kept = kept if kernels.keeps else None
     return y_TD.astype(x_TD.dtype), (x_TD, weight_R, weights, layout, kept)
 
 
-def _backward(products, bounds, saves, residuals, dy_TD):
-    x_TD, weight_R, weights, layout, kept_S2F = residuals
-    gate_up_ED2F, tokens = weights.gate_up_ED2F, x_TD.shape[0]
+def _backward(kernels, bounds, residuals, dy_TD):
+    x_TD, weight_R, weights, layout, kept = residuals
+    products = kernels.products
 
-    def gradients(start, size, gate_up_n2F):
+    def gradients(start, size, kept):
         """(dx_TD, dgate_up_ED2F, ddown_EFD), dweight_n of some rows."""
         part = layout.part(start, size)
         weight_n1 = jax.lax.dynamic_slice_in_dim(weight_R, start, size)[:, None]
-        x_nD, dy_nD = part.rows_of(x_TD), part.rows_of(dy_TD)
-        if gate_up_n2F is None:
-            gate_up_n2F = products.forward(x_nD, gate_up_ED2F, part.group_size_E)
-        hidden_nF, pull_back = jax.vjp(_swiglu, gate_up_n2F)
-        dhidden_nF = products.input_gradient(dy_nD, weights.down_EFD, part.group_size_E)
-        dhidden_nF = dhidden_nF.astype(jnp.float32)
-        # <dy, hidden down> = <dy down^T, hidden>: the combine weight's gradient needs no product
-        # of its own.
-        dweight_n1 = jnp.sum(part.mask(dhidden_nF * hidden_nF), axis=-1, keepdims=True)
-        dgate_up_n2F = part.mask(pull_back(dhidden_nF * weight_n1)[0])
-        weighted_nF = part.mask(hidden_nF * weight_n1).astype(x_TD.dtype)
-        ddown_EFD = products.weight_gradient(weighted_nF, dy_nD, part.group_size_E)
+        x_nD, dy_nD = kernels.rows_of(part, x_TD), kernels.rows_of(part, dy_TD)
+        hidden_nF, dgate_up_n2F, dweight_n1 = kernels.swiglu.backward(
+            x_nD, dy_nD, weight_n1, weights, part.group_size_E, kept
+        )
+        ddown_EFD = products.weight_gradient(hidden_nF, dy_nD, part.group_size_E)
         dgate_up_ED2F = products.weight_gradient(x_nD, dgate_up_n2F, part.group_size_E)
-        dx_nD = products.input_gradient(dgate_up_n2F, gate_up_ED2F, part.group_size_E)
-        dx_TD = part.sum_by_token(dx_nD, tokens)
+        dx_nD = products.input_gradient(dgate_up_n2F, weights.gate_up_ED2F, part.group_size_E)
+        dx_TD = part.sum_by_token(dx_nD, x_TD.shape[0])
         dweights = dgate_up_ED2F, ddown_EFD
         if not products.zeroes_empty:
             dweights = map(part.mask_empty, dweights)
         sums = dx_TD, *dweights
-        return sums, dweight_n1[:, 0]
+        return sums, part.mask(dweight_n1)[:, 0]
 
-    sums, dweight_S = gradients(0, bounds.first, kept_S2F)
+    sums, dweight_S = gradients(0, bounds.first, kept)
     dweight_R = jnp.pad(dweight_S, (0, bounds.rows - bounds.first))
     if bounds.chunks:
 

@@ -17,9 +17,9 @@ ROW_TILES = (512, 256, 128)
 ROW_MULTIPLE = ROW_TILES[0]
 """What R must be a multiple of, so that every row tile divides it."""
 
-BOUNDARY_SHARE = 8
+BOUNDARY_SHARE = 16
 """A row tile that two experts share is computed twice; tiles are so small that this adds at most
-R / 8 rows, or as small as they get."""
+R / 16 rows, or as small as they get."""
 
 VMEM_BYTES = 14 * 2**20
 """v5p gives a kernel 16 MiB by default.  What is counted here came out up to 0.7 MiB below what the

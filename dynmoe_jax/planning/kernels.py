@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from dynmoe_jax.experts.accounting import Chip
 from dynmoe_jax.planning.instruction import Instruction, Shape
-from dynmoe_jax.planning.products import product_kind, product_of
+from dynmoe_jax.planning.products import fused_products, product_kind, product_of
 
 _BLOCK = r'\\"{name}\\": (\d+)'
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"[^}]*"bytes_accessed":"(\d+)"')
@@ -34,11 +34,13 @@ class KernelCost:
       busy_flops: what its matrix units spend on them: with tiles that two groups share computed
         twice, and narrow operands filled up to the units' width.
       bytes: through main memory, if every operand passes once.
+      recomputed: of ``flops``, those that forward has computed before.
     """
 
     flops: float
     busy_flops: float
     bytes: float
+    recomputed: float = 0.0
 
     def seconds(self, chip: Chip) -> float:
         """The time of a chip that either computes or moves bytes at its best rate."""
@@ -56,10 +58,12 @@ def kernel_cost(
       rows: expected number of used rows of a grouped product.
       chip: what it runs on.
     """
-    moved = float(sum(instruction.sizes) + sum(size for o in operands for size in o.sizes))
+    # An operand may be given twice, when a kernel reads two parts of it.
+    arrays = {id(o): o for o in operands}.values()
+    moved = float(sum(instruction.sizes) + sum(size for o in arrays for size in o.sizes))
     shapes = [o.shapes[0] for o in operands]
     if product_kind(instruction) == "kernel":
-        return _grouped(instruction, shapes, moved, rows, chip)
+        return _grouped(instruction, operands, moved, rows, chip)
     if attention_part(instruction):
         flops = attention_flops(instruction, shapes)
         width = shapes[2][-1]
@@ -69,19 +73,21 @@ def kernel_cost(
     return KernelCost(0.0, 0.0, moved)
 
 
-def _grouped(instruction, shapes: list[Shape], moved, rows: float, chip: Chip) -> KernelCost:
+def _grouped(instruction, operands, moved, rows: float, chip: Chip) -> KernelCost:
+    shapes = [o.shapes[0] for o in operands]
     product = product_of(instruction, shapes, 1)
     bound = product.rows
     used = min(float(bound), rows)
     visited = min(used + _shared_tiles(shapes, bound), float(bound))
     # Rows beyond those used are neither read nor written; weights are, all of them.
-    of_rows = sum(math.prod(s) for s in (*product.operands, product.result) if s[0] == bound)
-    itemsize = 2 if "bf16" in instruction.text else 4
-    moved -= itemsize * of_rows * (1 - used / bound)
+    arrays = [*zip(shapes, (o.sizes[0] for o in operands), strict=True)]
+    arrays += zip(instruction.shapes, instruction.sizes, strict=True)
+    moved -= sum(size for shape, size in arrays if bound in shape[:2]) * (1 - used / bound)
     inner, outer = product.operands[0][1], product.flops / (2 * bound * product.operands[0][1])
     filled = _filled(inner, chip) * _filled(outer, chip) / (inner * outer)
     per_row = product.flops / bound
-    return KernelCost(per_row * used, per_row * visited * filled, moved)
+    recomputed = 2 / 3 * per_row * used if fused_products(instruction) == 3 else 0.0
+    return KernelCost(per_row * used, per_row * visited * filled, moved, recomputed)
 
 
 def _shared_tiles(shapes: list[Shape], bound: int) -> float:

@@ -9,9 +9,13 @@ import math
 import re
 from collections.abc import Sequence
 
+from dynmoe_jax.experts.swiglu import BACKWARD, FORWARD
 from dynmoe_jax.planning.instruction import Instruction, Shape, dimensions
 
-_GROUPED_KERNEL = re.compile(r"(?<![a-z])t?gmm(?![a-z])|ragged-dot|ragged_dot")
+_GROUPED_KERNEL = re.compile(r"(?<![a-z])t?gmm(?![a-z])|ragged-dot|ragged_dot|grouped_swiglu")
+_FUSED_PRODUCTS = {FORWARD: 2, BACKWARD: 3}
+"""Products of D with F in the kernels that fuse SwiGLU: gate and up; with them the gradient of what
+is hidden."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +73,21 @@ def product_of(instruction: Instruction, shapes: Sequence[Shape], times: int) ->
     kind = product_kind(instruction)
     if kind is None:
         return None
-    # A kernel's metadata come first: groups, tiles, offsets.
-    sides = (shapes[-2], shapes[-1]) if kind == "kernel" else (shapes[0], shapes[1])
     result = instruction.shapes[0]
-    flops = _FLOPS[kind](sides, result, instruction.text)
+    if fused := fused_products(instruction):
+        sides = next(s for s in shapes if len(s) == 2), next(s for s in shapes if len(s) == 3)
+        flops = 2.0 * fused * math.prod(result) * sides[0][1]
+    else:
+        # A kernel's metadata come first: groups, tiles, offsets.
+        sides = (shapes[-2], shapes[-1]) if kind == "kernel" else (shapes[0], shapes[1])
+        flops = _FLOPS[kind](sides, result, instruction.text)
     return Product(instruction.name, kind, sides, result, times, flops, instruction.op_name)
+
+
+def fused_products(instruction: Instruction) -> int:
+    """Products of one width that a kernel which fuses SwiGLU computes; 0 of anything else."""
+    found = re.search(rf"{FORWARD}(_gradient)?", f"{instruction.name} {instruction.op_name}")
+    return _FUSED_PRODUCTS[found[0]] if found and instruction.is_kernel else 0
 
 
 def _dot_flops(sides, result, text) -> float:

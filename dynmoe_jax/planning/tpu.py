@@ -90,7 +90,9 @@ def _flops(
             known = module.computations[computation]
             operands = [known[name] for name in instruction.operands]
             cost = kernel_cost(instruction, operands, rows, chip)
-            found["rematted_computation" in instruction.op_name] += times * cost.flops
+            again = "rematted_computation" in instruction.op_name
+            found[again] += times * (cost.flops - cost.recomputed)
+            found[True] += times * cost.recomputed
     return FlopsPlan(
         analytic=analytic_flops(cfg, experts, math.prod(sizes.values())),
         compiled=found[False],

@@ -8,7 +8,7 @@ import pytest
 from dynmoe_jax.experts.grouped_products import REFERENCE, XLA
 from dynmoe_jax.experts.megablox_products import megablox_products
 
-PRODUCTS = {"xla": XLA, "megablox": megablox_products(240.0, interpret=True)}
+PRODUCTS = {"xla": XLA, "megablox": megablox_products(240.0, 2**26, interpret=True)}
 GROUPS = {
     "uneven": [100, 0, 257, 30],
     "full": [128, 128, 128, 128],

@@ -209,7 +209,7 @@ def test_megablox_kernels():
     case = draw(200)
     backend = partial(
         ragged_experts,
-        products=poisoned(megablox_products(240.0, interpret=True)),
+        products=poisoned(megablox_products(240.0, 2**26, interpret=True)),
         saved_rows_per_token=1.0,
     )
     assert_close(gradients(backend, *case), gradients(reference_experts, *case))
@@ -219,7 +219,7 @@ def test_megablox_writes_zeros_for_experts_without_rows():
     """Which is why they are not masked; what a kernel does not write is NaN in interpreted mode."""
     rows = jnp.ones((256, 128))
     group_size_E = jnp.array([0, 100, 0, 60, 0])
-    products = megablox_products(240.0, interpret=True)
+    products = megablox_products(240.0, 2**26, interpret=True)
     dw_EIO = products.weight_gradient(rows, rows, group_size_E)
     np.testing.assert_array_equal(dw_EIO[:, 0, 0], group_size_E)
     nothing = products.weight_gradient(rows, rows, jnp.zeros(5, jnp.int32))
@@ -228,7 +228,10 @@ def test_megablox_writes_zeros_for_experts_without_rows():
 
 @pytest.mark.parametrize("name", ["reference", "megablox"])
 def test_bfloat16(name):
-    products = {"reference": REFERENCE, "megablox": megablox_products(240.0, interpret=True)}[name]
+    products = {
+        "reference": REFERENCE,
+        "megablox": megablox_products(240.0, 2**26, interpret=True),
+    }[name]
     x_TD, logits_TE, weights = draw(200, jnp.bfloat16)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), (x_TD, logits_TE, weights))
     backend = partial(ragged_experts, products=poisoned(products), saved_rows_per_token=1.0)

@@ -40,11 +40,11 @@ def test_tiles_fit(tiling, shape, chip):
 
 
 def test_row_tiles_by_hand():
-    # 15 boundaries of 16 experts: 15 * 128 * 8 = 15360 rows at the least for tiles of 128 to cost
-    # an eighth, 30720 for 256, 61440 for 512.
-    assert row_tile(61440, 16) == 512
-    assert row_tile(61439, 16) == 256
-    assert row_tile(30719, 16) == 128
+    # 15 boundaries of 16 experts: 15 * 128 * 16 = 30720 rows at the least for tiles of 128 to cost
+    # a sixteenth, 61440 for 256, 122880 for 512.
+    assert row_tile(122880, 16) == 512
+    assert row_tile(122879, 16) == 256
+    assert row_tile(61439, 16) == 128
     assert row_tile(512, 64) == 128
     assert row_tile(512, 1) == 512
 
@@ -68,7 +68,7 @@ def test_a_chip_of_slower_memory_gets_wider_tiles():
 def test_transposed_matrices_leave_room_for_a_copy_of_a_tile():
     # The input gradient of gate and up: 5632 contracted.  The compiler for v5p counted 16.08 MiB
     # for tiles of 512 x 2816 x 512, of the 16 that a kernel has.
-    shape = 65536, 16, 5632, 1024, 2, 459 / 2.77
+    shape = 131072, 16, 5632, 1024, 2, 459 / 2.77
     plain, turned = (product_tiling(*shape, transposed=t) for t in (False, True))
     assert plain == (512, 2816, 512)
     m, k, n = turned

@@ -55,6 +55,32 @@ def test_a_weight_gradient_costs_the_rows_used():
     assert cost.bytes == pytest.approx(2 * 100 * (128 + 256) + 2 * 4 * 128 * 256 + 4 * 19)
 
 
+def test_swiglu_fused_with_its_products_costs_the_rows_used():
+    x, gate_up, down = (
+        "bf16[512,128]{1,0}",
+        made("bf16[4,128,512]{2,1,0}"),
+        "bf16[4,256,128]{2,1,0}",
+    )
+    operands = [*OPERANDS[:3], made(x), gate_up, gate_up, made("f32[512,1]{1,0}")]
+    text = f"bf16[512,256]{{1,0}} custom-call(%a), {KERNEL}"
+    cost = kernel_cost(parse_instruction("grouped_swiglu.1", text), operands, 100, CHIP)
+    assert cost.flops == 2 * 2 * 100 * 128 * 256
+    assert cost.busy_flops == 2 * 2 * (100 + 3 * 128) * 128 * 256
+    assert cost.recomputed == 0
+    # Rows in and out, their weights; gate and up once, though two operands show them.
+    moved = 2 * 100 * (128 + 256) + 4 * 100 + 2 * 4 * 128 * 512 + 4 * 19
+    assert cost.bytes == pytest.approx(moved)
+    # Backward: gate, up and the gradient of what is hidden, of which two were computed before.
+    operands = [*OPERANDS[:3], made(x), made(x), gate_up, gate_up, made(down), operands[-1]]
+    text = "(bf16[512,256]{1,0}, bf16[512,512]{1,0}, f32[2,512,1]{2,1,0}) custom-call(%a), "
+    kernel = parse_instruction("grouped_swiglu_gradient.1", text + KERNEL)
+    cost = kernel_cost(kernel, operands, 100, CHIP)
+    assert cost.flops == 2 * 3 * 100 * 128 * 256
+    assert cost.recomputed == 2 * 2 * 100 * 128 * 256
+    moved = 2 * 100 * (2 * 128 + 3 * 256) + 4 * 100 * (1 + 2) + 2 * 4 * 128 * 3 * 256 + 4 * 19
+    assert cost.bytes == pytest.approx(moved)
+
+
 # Blocks of 256 x 512 that a causal mask of 1024 positions leaves: 1 + 1 + 2 + 2; of 256 x 256: 10;
 # of 512 x 512: 3.
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""Tile sizes of the fused SwiGLU kernels, by the same arithmetic as :mod:`.tiling`.
+
+Axis legend: R rows, E experts, D model width, F hidden width of an expert, and the tile sizes m
+along rows and f along F.
+"""
+
+import dataclasses
+import functools
+import math
+from functools import partial
+
+from dynmoe_jax.experts.tiling import ROW_TILES, row_tile
+
+LANES = 128
+CORES = 2
+"""Of a chip, at most; they share the tiles of F."""
+
+COUNTED_SHARE, ALLOWED_SHARE = 0.7, 0.9
+"""Of the fast memory: what tiles may take by the count below, and what the compiler may use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """m rows and f hidden columns; the model width is never cut."""
+
+    m: int
+    f: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SwiGLUTiling:
+    """Tiles of both kernels, and how many bytes of fast memory they may take."""
+
+    forward: Tile
+    backward: Tile
+    vmem_bytes: int
+
+
+@functools.cache
+def swiglu_tiling(
+    rows: int,
+    experts: int,
+    width: int,
+    hidden_width: int,
+    itemsize: int,
+    flops_per_byte: float,
+    vmem_bytes: int,
+) -> SwiGLUTiling | None:
+    """The tiles of least time, of products or of traffic; None where no tile fits.
+
+    None fits where D or F are no multiples of 128, or are so large that a tile of whole rows does
+    not fit into the fast memory.
+
+    Args:
+      rows: R.
+      experts: E.
+      width: D.
+      hidden_width: F.
+      itemsize: bytes of one number.
+      flops_per_byte: the chip's peak rate over its memory's.
+      vmem_bytes: fast memory of a core.
+    """
+    if width % LANES or hidden_width % LANES:
+        return None
+    budget = COUNTED_SHARE * vmem_bytes
+
+    def best(products: int, sides: int, results: int) -> Tile | None:
+        def vmem(m, f):
+            read = sides * m * width + products * width * f
+            # Reading and writing overlap with products: two of each.  Sums and what is between
+            # them in float32: about as many tiles as products, and three.
+            return 2 * itemsize * (read + results * m * f) + 4 * (products + 3) * m * f
+
+        def seconds(m, f):
+            # A core that has a tile less of F waits for the other.
+            tiles = hidden_width // f
+            uneven = math.ceil(tiles / CORES) * CORES / tiles
+            flops = 2 * products * rows * width * hidden_width * uneven
+            moved = tiles * sides * rows * width + results * rows * hidden_width
+            moved += products * experts * width * hidden_width
+            # Where two tie, the fewest visits: each costs a fixed time besides its products.
+            return max(flops / flops_per_byte, itemsize * moved), -f
+
+        columns = [f for f in range(LANES, hidden_width + 1, LANES) if hidden_width % f == 0]
+        # The row tile of the other products, if it fits: which tiles are visited is then known.
+        for m in ROW_TILES[ROW_TILES.index(row_tile(rows, experts)) :]:
+            if fits := [f for f in columns if vmem(m, f) <= budget]:
+                return Tile(m, min(fits, key=partial(seconds, m)))
+        return None
+
+    # Gate and up of x to hidden; with dy and down^T to hidden and both their gradients.
+    forward, backward = best(2, 1, 1), best(3, 2, 3)
+    if forward is None or backward is None:
+        return None
+    return SwiGLUTiling(forward, backward, int(ALLOWED_SHARE * vmem_bytes))
