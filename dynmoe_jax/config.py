@@ -119,8 +119,9 @@ class Model:
     )
     remat: str = setting(
         "none",
-        "what backward recomputes: nothing, all but matrix products, or whole layers",
-        choices=("none", "dots", "layer"),
+        "what backward recomputes: nothing, element-wise arithmetic, all but matrix products, or "
+        "whole layers",
+        choices=("none", "elementwise", "dots", "layer"),
     )
     attention: str = setting(
         "auto",

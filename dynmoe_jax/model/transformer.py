@@ -9,7 +9,7 @@ E experts, K slots per token.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import on_one_device
-from dynmoe_jax.collectives import keep_all_but_gathered
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
 from dynmoe_jax.model.layers import compute_dtype, matrix, rms_norm
+from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.model.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.routing import Routing
-
-
-def remat_policy(remat: str) -> Callable | None:
-    """What ``jax.checkpoint`` keeps of a layer for backward; None: nothing has to be left out.
-
-    Parameters that were put together for a layer are never kept: all layers together would be the
-    whole model on every device.
-    """
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        return None if on_one_device() else keep_all_but_gathered
-    return {
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "layer": policies.nothing_saveable,
-    }[remat]
 
 
 @jax.tree_util.register_dataclass

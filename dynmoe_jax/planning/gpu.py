@@ -202,7 +202,7 @@ class _Step:
         # and up.
         layer = _BYTES * T * (5 * model.width + heads + 2 * hidden / tensor)
         stream = _BYTES * T * model.width
-        kept = {"layer": stream, "dots": layer, "none": layer}[self.cfg.model.remat]
+        kept = stream if self.cfg.model.remat == "layer" else layer
         experts = model.moe.num_experts // self.sizes["expert"]
         weights = expert_weight_bytes(
             experts, model.width, model.moe.hidden_width // tensor, _BYTES

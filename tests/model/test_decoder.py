@@ -76,7 +76,7 @@ def test_tied_embeddings(small, draw, run):
 
 def test_rematerialisation_changes_no_gradient(small, draw):
     plain_loss, plain = loss_and_gradients(draw(small()))
-    for remat in ("dots", "layer"):
+    for remat in ("elementwise", "dots", "layer"):
         loss, gradients = loss_and_gradients(draw(small(remat=remat)))
         np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
         assert_close(gradients, plain, 1e-5)

@@ -35,7 +35,7 @@ LARGEST = E // 2 * D * 2 * F
 """Numbers of the largest parameter of one layer that a device ever holds, of four experts."""
 
 
-@pytest.fixture(scope="module", params=["none", "layer"])
+@pytest.fixture(scope="module", params=["none", "elementwise", "layer"])
 def module(request):
     model = dataclasses.replace(CONFIG.model, remat=request.param)
     cfg = dataclasses.replace(CONFIG, model=model)
