@@ -87,11 +87,15 @@ def gathered_halves(part: Array, spec: P) -> Array:
 def keep_all_but_gathered(primitive, *_, **settings) -> bool:
     """A policy of ``jax.checkpoint``: backward keeps everything but parameters put together.
 
-    What puts them together is left out as well: to keep the one but not its name would be to keep
-    it.  (So tokens that travelled are kept by a name of their own.)
+    What puts them together is left out as well, with a gradient rule of its own or without: to keep
+    the one but not its name would be to keep it.  (So tokens that travelled are kept by a name of
+    their own.)
     """
     if primitive.name == "name":
         return settings["name"] != GATHERED
+    if primitive.name == "custom_vjp_call":
+        inner = settings["call_jaxpr"].eqns
+        return all(equation.primitive.name != "sharding_constraint" for equation in inner)
     return primitive.name not in ("all_gather", "all_to_all", "sharding_constraint")
 
 

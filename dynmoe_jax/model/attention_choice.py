@@ -1,12 +1,15 @@
 """Which implementation computes attention: one rule, written down.
 
-Axis legend: L positions, W head width.
+Axis legend: B batch, L positions, H query heads, G key/value heads, W head width,
+X = H W and Y = G W heads side by side.
 """
 
+import dataclasses
 import functools
 import importlib.util
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from dynmoe_jax import config
 from dynmoe_jax.model.attention_kernels import (
@@ -19,6 +22,7 @@ from dynmoe_jax.model.attention_kernels import (
     xla_attention,
 )
 from dynmoe_jax.model.attention_tiles import tiled_attention
+from dynmoe_jax.model.flat_attention import flat_heads_attention, flat_obstacle
 from dynmoe_jax.target import Target
 
 SETTING = "config.model.attention"
@@ -27,41 +31,84 @@ KERNELS: dict[str, AttentionKernel] = {
     "tiled": tiled_attention,
     "cudnn": cudnn_attention,
     "splash": splash_attention,
+    "flat": flat_heads_attention,
     "tokamax": tokamax_attention,
 }
-PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu",), "tokamax": ("gpu", "tpu")}
+PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu",), "flat": ("tpu",), "tokamax": ("gpu", "tpu")}
+SMALL_FAST_MEMORY = ("TPU v2", "TPU v3", "TPU v4")
+"""Of 16 MiB for a core; later ones have 64 or more."""
 HOPPER = 9.0
 AMPERE = 8.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Attend:
+    """Attention by what ``config.model.attention`` names; an :data:`AttentionKernel`.
+
+    Attributes:
+      requested: ``config.model.attention``.
+      target: what the program will run on.
+    """
+
+    requested: str
+    target: Target
+
+    def __call__(self, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
+        """Mixed values [B, L, H, W].
+
+        Raises:
+          ConfigError: what is asked for does not run at this length or head width.
+        """
+        (_, length, heads, width), kv_heads = query_BLHW.shape, key_BLGW.shape[2]
+        name = self._name(query_BLHW.dtype, length, width, heads, kv_heads)
+        return KERNELS[name](query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
+
+    def takes_flat(self, query_BLX: Array, key_BLY: Array, width: int) -> bool:
+        """Whether heads may stay side by side, for :func:`flat_attention`.
+
+        Raises:
+          ConfigError: as above.
+        """
+        heads, kv_heads = query_BLX.shape[2] // width, key_BLY.shape[2] // width
+        name = self._name(query_BLX.dtype, query_BLX.shape[1], width, heads, kv_heads)
+        return name == "flat"
+
+    def _name(self, *shape) -> str:
+        return choose_attention(self.requested, self.target, *shape)
+
+
 @functools.cache
-def make_attention(requested: str, target: Target) -> AttentionKernel:
+def make_attention(requested: str, target: Target) -> Attend:
     """Attention by what ``config.model.attention`` names; the same object for the same arguments.
 
     Raises:
       ConfigError: what is asked for does not run on ``target`` (at once), or not at the length or
-        head width that it is called with (when it is traced, before anything is compiled).
+        heads that it is called with (when it is traced, before anything is compiled).
     """
     _check_platform(requested, target)
-
-    def attend(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
-        length, _, width = query_BLHW.shape[1:]
-        name = choose_attention(requested, target, query_BLHW.dtype, length, width)
-        return KERNELS[name](query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
-
-    return attend
+    return Attend(requested, target)
 
 
 def choose_attention(
-    requested: str, target: Target, dtype: jnp.dtype, length: int, width: int
+    requested: str,
+    target: Target,
+    dtype: jnp.dtype,
+    length: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
 ) -> str:
     """The name of a kernel in ``KERNELS``.
 
     What was asked for, if anything; otherwise:
 
-    1. TPU: ``splash``, if one of its tiles divides L.  It skips the blocks above the diagonal and
-       never holds scores of all pairs; with it a step of MaxText took 4.45 s where the older flash
-       attention took 5.95 (AI-Hypercomputer/torchprime#145).
+    1. TPU: ``flat``, where heads fill blocks of 128 lanes and sequences fit into fast memory
+       (:func:`~.flat_attention.flat_obstacle`): no head is cut out of the projections, which costs
+       more than attention itself.  By the planner's count a step of the paper's model on 64 v5p
+       takes 690 ms, against 874 with ``splash`` and projections to [H, W].
+       Otherwise ``splash``, if one of its tiles divides L.  It skips the blocks above the diagonal
+       and never holds scores of all pairs; with it a step of MaxText took 4.45 s where the older
+       flash attention took 5.95 (AI-Hypercomputer/torchprime#145).
     2. NVIDIA GPU: ``cudnn``, where it knows the type, width and length (:func:`_cudnn_obstacle`).
     3. CPU: ``tiled``, which computes little more than the pairs that attend.  Forward and backward
        of 8 sequences of 512 positions, 8 heads of 64, on two cores: 173 ms, against 394 ms.
@@ -73,6 +120,8 @@ def choose_attention(
       dtype: of queries, keys and values.
       length: L.
       width: W.
+      heads: H, of one device.
+      kv_heads: G, of one device.
 
     Raises:
       ConfigError: what was asked for cannot be.
@@ -80,6 +129,7 @@ def choose_attention(
     obstacles = {
         "cudnn": _cudnn_obstacle(target, dtype, length, width),
         "splash": _splash_obstacle(length),
+        "flat": _flat_obstacle(target, dtype, length, width, heads, kv_heads),
     }
     if requested != "auto":
         _check_platform(requested, target)
@@ -89,7 +139,7 @@ def choose_attention(
             )
         return requested
     if target.platform == "tpu":
-        return "xla" if obstacles["splash"] else "splash"
+        return next((name for name in ("flat", "splash") if not obstacles[name]), "xla")
     if target.platform == "gpu":
         return "xla" if obstacles["cudnn"] else "cudnn"
     return "tiled"
@@ -99,6 +149,12 @@ def _splash_obstacle(length: int) -> str:
     if splash_block(length):
         return ""
     return f"sequences of a multiple of {SPLASH_BLOCKS[-1]} positions, not {length}"
+
+
+def _flat_obstacle(target: Target, dtype: jnp.dtype, length, width, heads, kv_heads) -> str:
+    if any(kind in target.kind for kind in SMALL_FAST_MEMORY):
+        return "a TPU whose fast memory holds whole sequences, v5 or later"
+    return flat_obstacle(length, width, heads, kv_heads, dtype)
 
 
 def _cudnn_obstacle(target: Target, dtype: jnp.dtype, length: int, width: int) -> str:

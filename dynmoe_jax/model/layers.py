@@ -1,6 +1,7 @@
 """Small parts that every layer uses: initial matrices, norms, rotary positions.
 
-Axis legend: B batch, L positions, H heads, W width of a head, D model width.
+Axis legend: B batch, L positions, H heads, W width of a head, X = H W heads side by side, D model
+width.
 """
 
 import jax
@@ -32,12 +33,12 @@ def rms_norm(model: config.Model, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def normalize_heads(
-    x_BLHW: Float[Array, "B L H W"], scale_HW: Float[Array, "H W"], epsilon: float
-) -> Float[Array, "B L H W"]:
+    x_BLX: Float[Array, "B L X"], scale_X: Float[Array, "X"], epsilon: float
+) -> Float[Array, "B L X"]:
     """RMSNorm over all heads of a position together (OLMoE, arXiv 2409.02060), in float32."""
-    wide_BLHW = x_BLHW.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide_BLHW), axis=(-2, -1), keepdims=True)
-    return (wide_BLHW * jax.lax.rsqrt(mean_square + epsilon) * scale_HW).astype(x_BLHW.dtype)
+    wide_BLX = x_BLX.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide_BLX), axis=-1, keepdims=True)
+    return (wide_BLX * jax.lax.rsqrt(mean_square + epsilon) * scale_X).astype(x_BLX.dtype)
 
 
 def rotate(

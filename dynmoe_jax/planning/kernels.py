@@ -18,6 +18,7 @@ from dynmoe_jax.planning.products import fused_products, product_kind, product_o
 
 _BLOCK = r'\\"{name}\\": (\d+)'
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"[^}]*"bytes_accessed":"(\d+)"')
+_ATTENTION = re.compile(r"splash_mha_(fwd|dq|dkv)|flat_attention_(?:forward|backward)")
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Products of scores' size in each Splash kernel: scores and values; scores, their gradient and dq;
 scores, their gradient, dk and dv."""
@@ -64,6 +65,8 @@ def kernel_cost(
     shapes = [o.shapes[0] for o in operands]
     if product_kind(instruction) == "kernel":
         return _grouped(instruction, operands, moved, rows, chip)
+    if attention_part(instruction).startswith("flat"):
+        return _flat(instruction, operands, moved, chip)
     if attention_part(instruction):
         flops = attention_flops(instruction, shapes)
         width = shapes[2][-1]
@@ -90,6 +93,15 @@ def _grouped(instruction, operands, moved, rows: float, chip: Chip) -> KernelCos
     return KernelCost(per_row * used, per_row * visited * filled, moved, recomputed)
 
 
+def _flat(instruction, operands: Sequence[Instruction], moved, chip: Chip) -> KernelCost:
+    """FLOPs are what the kernel says; the shapes say how many heads share a block of lanes."""
+    flops = float(_COST.search(instruction.text)[1])
+    shapes = [shape for of in (*operands, instruction) for shape in of.shapes]
+    blocks, side_by_side = next(shape for shape in shapes if len(shape) == 4)[1:3]
+    width = instruction.shapes[0][-1] / (blocks * side_by_side)
+    return KernelCost(flops, flops * _filled(width, chip) / width, moved)
+
+
 def _shared_tiles(shapes: list[Shape], bound: int) -> float:
     """Rows that are computed twice, because a tile of them belongs to two experts.
 
@@ -106,9 +118,12 @@ def _filled(width: float, chip: Chip) -> float:
 
 
 def attention_part(instruction: Instruction) -> str:
-    """``"fwd"``, ``"dq"`` or ``"dkv"`` of a Splash kernel; empty for anything else."""
-    found = re.search(r"splash_mha_(fwd|dq|dkv)", f"{instruction.name} {instruction.op_name}")
-    return found[1] if found and instruction.is_kernel else ""
+    """What a kernel of attention computes; empty for anything else.
+
+    ``"fwd"``, ``"dq"`` or ``"dkv"`` of Splash, ``"flat_attention_forward"`` or ``"..._backward"``.
+    """
+    found = _ATTENTION.search(f"{instruction.name} {instruction.op_name}")
+    return (found[1] or found[0]) if found and instruction.is_kernel else ""
 
 
 def attention_flops(instruction: Instruction, shapes: Sequence[Shape]) -> float:

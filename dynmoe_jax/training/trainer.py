@@ -145,7 +145,13 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
     target, model = current_target(), cfg.model
     make_backend(model.moe, target)
     choose_attention(
-        model.attention, target, compute_dtype(model), cfg.data.seq_len, model.head_width
+        model.attention,
+        target,
+        compute_dtype(model),
+        cfg.data.seq_len,
+        model.head_width,
+        model.num_heads,
+        model.num_kv_heads,
     )
     mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
     check_divides(model, mesh.shape)

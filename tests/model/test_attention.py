@@ -1,10 +1,15 @@
 """Attention against the formula, written out in numpy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
+from dynmoe_jax import config
+from dynmoe_jax.axes import MESH_AXES
+from dynmoe_jax.collectives import keep_all_but_gathered
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.layers import rotate
 
@@ -92,3 +97,23 @@ def test_grouped_query_attention(small, draw, changes):
     actual = nnx.jit(lambda a, *inputs: a(*inputs))(attention, x_BLD, segment_BL, positions_BL)
     wanted = attention_by_hand(attention, x_BLD, segment_BL, positions_BL)
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=2e-5)
+
+
+def test_matrices_that_were_put_together_are_not_kept_for_backward(capsys):
+    model = config.Model(width=48, num_heads=4, num_kv_heads=4, head_width=16)
+    structure, params = nnx.split(Attention(model, rngs=nnx.Rngs(0)))
+    x_BLD = jnp.ones((4, 8, 48))
+    places = jnp.ones((4, 8), jnp.int32)
+
+    def layer(params, x_BLD):
+        return nnx.merge(structure, params)(x_BLD, places, places)
+
+    kept = jax.checkpoint(layer, policy=keep_all_but_gathered)
+    with jax.set_mesh(jax.make_mesh((1, 4, 1, 1), MESH_AXES, (AxisType.Auto,) * 4)):
+        jax.ad_checkpoint.print_saved_residuals(kept, params, x_BLD)
+    printed = capsys.readouterr().out.splitlines()
+    computed = [line for line in printed if "from the argument" not in line]
+    assert any("f32[4,8,48]" in line for line in printed)
+    assert any("f32[4,8,64]" in line for line in computed)  # mixed values
+    shapes = ("f32[48,64]", "f32[64,48]", "f32[48,4,16]", "f32[4,16,48]")
+    assert not [line for line in computed if line.startswith(shapes)]

@@ -16,6 +16,7 @@ from dynmoe_jax.model.attention_tiles import tile_edges, tiled_attention
 from dynmoe_jax.target import Target
 
 CPU = Target("cpu", "cpu")
+V4 = Target("tpu", "TPU v4")
 V5P = Target("tpu", "TPU v5")
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)
 A100 = Target("gpu", "NVIDIA A100-SXM4-80GB", 8.0)
@@ -133,8 +134,11 @@ BF16, F32 = jnp.bfloat16, jnp.float32
     [
         (CPU, F32, 2048, 64, "tiled"),
         (CPU, BF16, 37, 20, "tiled"),
-        (V5P, BF16, 2048, 64, "splash"),
-        (V5P, F32, 384, 128, "splash"),
+        (V5P, BF16, 2048, 64, "flat"),
+        (V5P, F32, 384, 128, "flat"),
+        (V4, BF16, 2048, 64, "splash"),
+        (V5P, BF16, 8192, 64, "splash"),
+        (V5P, BF16, 2048, 96, "splash"),
         (V5P, BF16, 200, 64, "xla"),
         (H100, BF16, 2048, 64, "cudnn"),
         (H100, BF16, 2048, 256, "cudnn"),
@@ -148,7 +152,7 @@ BF16, F32 = jnp.bfloat16, jnp.float32
     ],
 )
 def test_auto(target, dtype, length, width, wanted):
-    assert choose_attention("auto", target, dtype, length, width) == wanted
+    assert choose_attention("auto", target, dtype, length, width, 4, 2) == wanted
 
 
 @pytest.mark.parametrize(
@@ -158,6 +162,12 @@ def test_auto(target, dtype, length, width, wanted):
         ("cudnn", V5P, BF16, 2048, 64, "'cudnn' needs a GPU, and this is a TPU; use"),
         ("tokamax", CPU, BF16, 2048, 64, "'tokamax' needs a GPU or TPU, and this is a CPU; use"),
         ("splash", V5P, BF16, 200, 64, "a multiple of 128 positions, not 200; use"),
+        ("flat", CPU, BF16, 2048, 64, "'flat' needs a TPU, and this is a CPU; use"),
+        ("flat", V4, BF16, 2048, 64, "fast memory holds whole sequences, v5 or later; use"),
+        ("flat", V5P, BF16, 2048, 96, "of 64 or a multiple of 128, not 96; use"),
+        ("flat", V5P, BF16, 2048, 64, "heads that fill blocks of 128 lanes on each device, not 4 "),
+        ("flat", V5P, BF16, 200, 128, "a multiple of 128 positions, not 200; use"),
+        ("flat", V5P, BF16, 8192, 128, "fit into 58720256 bytes of fast memory, not 8192 "),
         ("cudnn", H100, F32, 2048, 64, "needs config.model.dtype='bfloat16', not float32; use"),
         ("cudnn", H100, BF16, 2048, 300, "a multiple of 8 up to 256, not 300; use"),
         ("cudnn", H100, BF16, 2047, 64, "an even number of positions, not 2047; use"),
@@ -168,7 +178,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(
     requested, target, dtype, length, width, message
 ):
     with pytest.raises(config.ConfigError, match=message) as caught:
-        choose_attention(requested, target, dtype, length, width)
+        choose_attention(requested, target, dtype, length, width, 4, 1)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"config.model.attention={requested!r}")
 
@@ -186,6 +196,15 @@ def test_the_rule_is_followed_when_attention_is_traced(monkeypatch):
     make_attention("auto", H100)(*draw(2, 2, BF16)[:3], SEGMENTS_BL)
     make_attention("auto", CPU)(*draw(2, 2)[:3], SEGMENTS_BL)
     assert called == ["splash", "cudnn", "tiled"]
+
+
+@pytest.mark.parametrize(("kv_heads", "flat"), [(2, True), (1, False)])
+def test_heads_stay_side_by_side_where_they_fill_blocks(kv_heads, flat):
+    query = jax.ShapeDtypeStruct((2, 256, 4 * 64), BF16)
+    key = jax.ShapeDtypeStruct((2, 256, kv_heads * 64), BF16)
+    assert make_attention("auto", V5P).takes_flat(query, key, 64) == flat
+    assert not make_attention("auto", H100).takes_flat(query, key, 64)
+    assert not make_attention("auto", CPU).takes_flat(query, key, 64)
 
 
 def test_the_same_settings_give_the_same_function():

@@ -4,7 +4,7 @@ import pytest
 
 from dynmoe_jax.experts.accounting import Chip
 from dynmoe_jax.planning.instruction import parse_instruction
-from dynmoe_jax.planning.kernels import attention_flops, kernel_cost
+from dynmoe_jax.planning.kernels import attention_flops, attention_part, kernel_cost
 
 CHIP = Chip(1e12, 1e9, product_width=128)
 KERNEL = 'custom_call_target="tpu_custom_call"'
@@ -110,3 +110,24 @@ def test_another_kernel_costs_what_it_says():
     assert kernel_cost(parse_instruction("k", text), [], 0, CHIP).bytes == 90
     silent = parse_instruction("k", f"f32[8]{{0}} custom-call(%a), {KERNEL}")
     assert kernel_cost(silent, [made("f32[4]{0}")], 0, CHIP).bytes == 48
+
+
+# Two heads of 64 in each of four blocks; of 2048 positions 10 tiles of 512 x 512 are computed.
+@pytest.mark.parametrize(("name", "products"), [("forward", 2), ("backward", 5)])
+def test_attention_of_heads_side_by_side(name, products):
+    flops = 2 * products * 8 * 10 * 512 * 512 * 64
+    cost = rf'backend_config={{"cost_estimate":{{"flops":"{flops}","transcendentals":"0",'
+    cost += r'"bytes_accessed":"90"}}'
+    query, log_sum = "bf16[1,2048,512]{2,1,0}", "f32[1,4,2,2048]{3,2,1,0}"
+    operands = [made("s32[1,1,2048]{2,1,0}"), made(query)]
+    result = f"({query}, {log_sum})" if name == "forward" else f"({query})"
+    if name == "backward":
+        operands.append(made(log_sum))
+    text = f"{result} custom-call(%a), {KERNEL}, {cost}"
+    kernel = parse_instruction(f"jvp_flat_attention_{name}_.1", text)
+    assert attention_part(kernel) == f"flat_attention_{name}"
+    found = kernel_cost(kernel, operands, 0, CHIP)
+    assert found.flops == flops
+    assert found.busy_flops == 2 * flops
+    # Read: segments, queries; of forward the log-sum-exps are written, of backward read.
+    assert found.bytes == 4 * 2048 + 2 * 2 * 2048 * 512 + 4 * 4 * 2 * 2048

@@ -1,0 +1,212 @@
+"""Causal attention within segments on TPU, from projections to mixed values without a detour.
+
+The projections of all heads stand side by side, [B, L, H*W], as a matrix product makes them.
+Kernels that want heads apart, [B, H, L, W], cost a pass over memory for every array in and out, and
+half of the lanes where W = 64.  Here a program takes a block of 128 lanes, one or two heads, turns
+queries and keys by their positions in fast memory, attends, and writes side by side again.
+Backward adds up all gradients in fast memory, in one kernel.
+
+Axis legend: B batch, L positions, H query heads, G key/value heads, W head width,
+X = H W and Y = G W heads side by side, P lanes of a block.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from dynmoe_jax.model.flat_kernels import LANES, Heads, backward, forward
+
+TILES = (512, 256, 128)
+"""Positions of a tile, the largest that divides L; scores of 512 x 512 are 1 MB in float32."""
+
+FAST_MEMORY = 56 * 2**20
+"""Bytes that a program may use; v5p and tpu7x have 64 MiB for a core, v5e and v6e 128."""
+
+
+def flat_obstacle(length: int, width: int, heads: int, kv_heads: int, dtype: jnp.dtype) -> str:
+    """What these kernels ask for and are not given; empty if nothing."""
+    lanes = max(width, LANES)
+    if lanes % LANES or lanes % width or width < LANES // 2:
+        return f"a config.model.head_width of {LANES // 2} or a multiple of {LANES}, not {width}"
+    if heads * width % lanes or kv_heads * width % lanes:
+        return f"heads that fill blocks of {LANES} lanes on each device, not {heads} and {kv_heads}"
+    if length % TILES[-1]:
+        return f"sequences of a multiple of {TILES[-1]} positions, not {length}"
+    if _fast_memory(_heads(length, width, heads // kv_heads), dtype) > FAST_MEMORY:
+        return f"sequences that fit into {FAST_MEMORY} bytes of fast memory, not {length} positions"
+    return ""
+
+
+def _fast_memory(heads: Heads, dtype: jnp.dtype) -> int:
+    """Bytes that backward uses; forward uses less."""
+    one, wide = heads.length * heads.lanes, jnp.dtype(dtype).itemsize
+    # Eight arrays in and out and the angles, of two programs at a time; queries and dmixed of each
+    # head; keys twice; segments; three gradients; and some tiles of scores.
+    moved = 2 * (8 * wide + 4) * one
+    kept = (2 * heads.side_by_side + 2) * wide * one + 4 * heads.length * LANES + 3 * 4 * one
+    return moved + kept + 8 * 4 * heads.tile**2
+
+
+def flat_heads_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, *, interpret=False):
+    """An ``AttentionKernel``: of heads that stand apart, and are turned already."""
+    flat = (x_BLHW.reshape(*x_BLHW.shape[:2], -1) for x_BLHW in (query_BLHW, key_BLGW, value_BLGW))
+    width = query_BLHW.shape[3]
+    mixed_BLX = flat_attention(*flat, segment_ids_BL, segment_ids_BL, width, None, interpret)
+    return mixed_BLX.reshape(query_BLHW.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def flat_attention(
+    query_BLX: Float[Array, "B L X"],
+    key_BLY: Float[Array, "B L Y"],
+    value_BLY: Float[Array, "B L Y"],
+    segment_ids_BL: Int[Array, "B L"],
+    positions_BL: Int[Array, "B L"],
+    width: int,
+    theta: float | None,
+    interpret: bool = False,
+) -> Float[Array, "B L X"]:
+    """Rotary positions and attention of heads side by side.
+
+    Args:
+      query_BLX: not yet turned by their positions, nor scaled.
+      key_BLY: H/G query heads share one key/value head.
+      value_BLY: values.
+      segment_ids_BL: a position attends to those of its own segment up to itself.
+      positions_BL: within the documents.
+      width: W.
+      theta: of the rotary positions; None: queries and keys are turned already.
+      interpret: runs the kernels on a CPU, for tests.
+    """
+    return _forward(
+        query_BLX, key_BLY, value_BLY, segment_ids_BL, positions_BL, width, theta, interpret
+    )[0]
+
+
+def _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, positions_BL, width, theta, interpret):
+    B, L, X = query_BLX.shape
+    heads = _heads(L, width, X // key_BLY.shape[2])
+    P, side_by_side, dtype = heads.lanes, heads.side_by_side, query_BLX.dtype
+    log_sum = jax.ShapeDtypeStruct((B, X // P, side_by_side, L), jnp.float32)
+    queries, keys, log_sums = _blocks(heads)
+    inputs = [query_BLX, key_BLY, value_BLY]
+    mixed_BLX, log_sum_BXHL = _call(
+        heads,
+        forward,
+        inputs,
+        (segment_ids_BL, positions_BL, theta),
+        in_specs=[queries, keys, keys],
+        out_specs=[queries, log_sums],
+        out_shape=[jax.ShapeDtypeStruct((B, L, X), dtype), log_sum],
+        scratch=[((side_by_side, L, P), dtype), ((L, P), dtype), ((P, L), dtype)],
+        products=2,
+        interpret=interpret,
+    )
+    residuals = (*inputs, segment_ids_BL, positions_BL, mixed_BLX, log_sum_BXHL)
+    return mixed_BLX, residuals
+
+
+def _backward(width, theta, interpret, residuals, dmixed_BLX):
+    query_BLX, key_BLY, value_BLY, segment_ids_BL, positions_BL, mixed_BLX, log_sum = residuals
+    (_, L, X), dtype = query_BLX.shape, query_BLX.dtype
+    heads = _heads(L, width, X // key_BLY.shape[2])
+    P, side_by_side = heads.lanes, heads.side_by_side
+    queries, keys, log_sums = _blocks(heads)
+    wide, float32 = (L, P), jnp.float32
+    gradients = _call(
+        heads,
+        backward,
+        [query_BLX, key_BLY, value_BLY, mixed_BLX, log_sum, dmixed_BLX],
+        (segment_ids_BL, positions_BL, theta),
+        in_specs=[queries, keys, keys, queries, log_sums, queries],
+        out_specs=[queries, keys, keys],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query_BLX, key_BLY, value_BLY)],
+        scratch=[
+            *[((side_by_side, L, P), dtype), (wide, dtype), ((P, L), dtype)],
+            *[((side_by_side, L, P), dtype), ((side_by_side, L), float32)],
+            *[((P, L), float32), (wide, float32), (wide, float32)],
+        ],
+        products=5,
+        interpret=interpret,
+    )
+    return *gradients, None, None
+
+
+flat_attention.defvjp(_forward, _backward)
+
+
+def _heads(length: int, width: int, shared: int) -> Heads:
+    tile = next(tile for tile in TILES if length % tile == 0)
+    return Heads(width, max(width, LANES), length, shared, tile)
+
+
+def _blocks(heads: Heads) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """Blocks of queries, of keys, and of what there is once for a query of a head.
+
+    The grid is (sequence, block of key/value heads, block of query heads among those that share).
+    """
+    L, P = heads.length, heads.lanes
+    queries = pl.BlockSpec((1, L, P), lambda b, g, h: (b, 0, g * heads.shared + h))
+    keys = pl.BlockSpec((1, L, P), lambda b, g, h: (b, 0, g))
+    log_sums = pl.BlockSpec(
+        (1, 1, heads.side_by_side, L), lambda b, g, h: (b, g * heads.shared + h, 0, 0)
+    )
+    return queries, keys, log_sums
+
+
+def _call(
+    heads, body, inputs, places, *, in_specs, out_specs, out_shape, scratch, products, interpret
+):
+    """Runs one of the bodies of :mod:`.flat_kernels`; ``places`` are what all of them read."""
+    segment_ids_BL, positions_BL, theta = places
+    (B, L), (query, key) = segment_ids_BL.shape, inputs[:2]
+    shared_inputs = [segment_ids_BL[:, None]]
+    shared_specs = [pl.BlockSpec((1, 1, L), lambda b, g, h: (b, 0, 0))]
+    if theta is not None:
+        shared_inputs.append(angles(positions_BL, heads, theta))
+        shared_specs.append(pl.BlockSpec((1, L, heads.lanes), lambda b, g, h: (b, 0, 0)))
+
+    def kernel(segment_ref, *refs):
+        body(heads, segment_ref, *(refs if theta is not None else (None, *refs)))
+
+    inputs = [*shared_inputs, *inputs]
+    pairs = B * query.shape[2] // heads.width * heads.pairs
+    return pl.pallas_call(
+        kernel,
+        grid=(B, key.shape[2] // heads.lanes, heads.shared),
+        in_specs=[*shared_specs, *in_specs],
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=[
+            pltpu.VMEM((L, LANES), jnp.int32),
+            *(pltpu.VMEM(shape, dtype) for shape, dtype in scratch),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_fast_memory(heads, query.dtype),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * pairs * heads.width,
+            transcendentals=pairs,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *out_shape)),
+        ),
+        name=f"flat_attention_{body.__name__}",
+        interpret=interpret,
+    )(*inputs)
+
+
+def angles(positions_BL: Int[Array, "B L"], heads: Heads, theta: float) -> Float[Array, "B L P"]:
+    """Cosines in the first half of the lanes, sines in the second.
+
+    Lane i of a half is for component i mod W/2 of a head, turned by ``position * theta^(-2i/W)``
+    (:func:`~.layers.rotate`).
+    """
+    half = heads.width // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = jnp.tile(frequency, heads.lanes // heads.width)
+    angle = positions_BL[..., None].astype(jnp.float32) * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)

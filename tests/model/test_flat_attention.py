@@ -1,0 +1,149 @@
+"""Attention of heads side by side against rotary positions and XLA's attention of heads apart."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from dynmoe_jax import config
+from dynmoe_jax.axes import MESH_AXES
+from dynmoe_jax.model import attention
+from dynmoe_jax.model.attention_choice import Attend
+from dynmoe_jax.model.attention_kernels import xla_attention
+from dynmoe_jax.model.flat_attention import flat_attention, flat_heads_attention, flat_obstacle
+from dynmoe_jax.model.layers import rotate
+from dynmoe_jax.model.sharding import by_batch_and_head
+from dynmoe_jax.target import Target
+
+B, L, THETA = 2, 384, 10000.0  # three tiles of 128
+# Segments that end inside a tile, one that spans all tiles, and padding (0) at the end.
+SEGMENTS_BL = np.stack(
+    [np.repeat([1, 2, 3, 0], [50, 290, 14, 30]), np.repeat([1, 2], [128, 256])]
+).astype(np.int32)
+POSITIONS_BL = np.stack([np.r_[0:50, 0:290, 0:14, np.zeros(30)], np.r_[0:128, 1000:1256]]).astype(
+    np.int32
+)
+FLAT = partial(flat_attention, interpret=True)
+
+
+def draw(heads, kv_heads, width, dtype=jnp.float32, batch=B):
+    keys = jax.random.split(jax.random.key(0), 4)
+    counts = (heads, kv_heads, kv_heads, heads)
+    return [
+        jax.random.normal(key, (batch, L, count * width)).astype(dtype)
+        for key, count in zip(keys, counts, strict=True)
+    ]
+
+
+def by_heads_apart(query_BLX, key_BLY, value_BLY, segments, positions, width, theta):
+    query, key, value = (
+        x.reshape(*x.shape[:2], -1, width) for x in (query_BLX, key_BLY, value_BLY)
+    )
+    if theta is not None:
+        query, key = rotate(query, positions, theta), rotate(key, positions, theta)
+    return xla_attention(query, key, value, segments).reshape(query_BLX.shape)
+
+
+def value_and_gradients(mix, inputs, dmixed, *rest):
+    @jax.jit
+    def run(inputs, dmixed, segments, positions):
+        def of_inputs(*inputs):
+            return mix(*inputs, segments, positions, *rest[2:])
+
+        mixed, pull_back = jax.vjp(of_inputs, *inputs)
+        return mixed, *pull_back(dmixed)
+
+    return run(inputs, dmixed, *rest[:2])
+
+
+def assert_close(actual, wanted, tolerance):
+    for a, w in zip(actual, wanted, strict=True):
+        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
+        assert np.all(np.isfinite(a))
+        assert np.linalg.norm(a - w) <= tolerance * np.linalg.norm(w)
+
+
+# One head to a block of lanes, or two; of a group's query heads all, some, or halves of two groups
+# in one block.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "theta"),
+    [
+        (2, 2, 64, THETA),
+        (6, 2, 64, THETA),
+        (4, 2, 64, None),
+        (2, 1, 128, THETA),
+        (1, 1, 256, 500.0),
+    ],
+)
+def test_equals_heads_apart(heads, kv_heads, width, theta):
+    *inputs, dmixed = draw(heads, kv_heads, width)
+    rest = (SEGMENTS_BL, POSITIONS_BL, width, theta)
+    actual = value_and_gradients(FLAT, inputs, dmixed, *rest)
+    assert_close(actual, value_and_gradients(by_heads_apart, inputs, dmixed, *rest), 1e-5)
+
+
+def test_in_bfloat16():
+    narrow = draw(4, 2, 64, jnp.bfloat16)
+    *wide, wide_dmixed = (x.astype(jnp.float32) for x in narrow)
+    *inputs, dmixed = narrow
+    rest = (SEGMENTS_BL, POSITIONS_BL, 64, THETA)
+    actual = value_and_gradients(FLAT, inputs, dmixed, *rest)
+    assert all(x.dtype == jnp.bfloat16 for x in actual)
+    assert_close(actual, value_and_gradients(by_heads_apart, wide, wide_dmixed, *rest), 2e-2)
+
+
+def test_heads_that_stand_apart():
+    *inputs, _ = (x.reshape(B, L, -1, 64) for x in draw(4, 2, 64))
+    actual = flat_heads_attention(*inputs, SEGMENTS_BL, interpret=True)
+    assert_close([actual], [xla_attention(*inputs, SEGMENTS_BL)], 1e-5)
+
+
+def test_each_device_has_its_sequences_and_heads():
+    *inputs, dmixed = draw(8, 4, 64)
+    rest = (SEGMENTS_BL, POSITIONS_BL, 64, THETA)
+    wanted = value_and_gradients(FLAT, inputs, dmixed, *rest)
+
+    def mix(*arrays):
+        return by_batch_and_head(lambda *local: FLAT(*local, 64, THETA), *arrays[:5])
+
+    with jax.set_mesh(jax.make_mesh((1, 2, 1, 2), MESH_AXES, (AxisType.Auto,) * 4)):
+        actual = value_and_gradients(mix, inputs, dmixed, *rest)
+        assert len(actual[0].sharding.device_set) == 4
+    assert_close(actual, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "qk_norm": True}], ids=str)
+def test_a_layer_on_tpu_is_the_layer_on_cpu(monkeypatch, changes):
+    model = config.Model(width=64, num_heads=4, num_kv_heads=2, head_width=64, **changes)
+    layer = attention.Attention(model, rngs=nnx.Rngs(0))
+    x_BLD = jax.random.normal(jax.random.key(1), (B, L, 64))
+
+    def gradients():
+        def loss(layer, x_BLD):
+            return jnp.sum(jnp.sin(layer(x_BLD, SEGMENTS_BL, POSITIONS_BL)))
+
+        return jax.tree.leaves(nnx.jit(nnx.grad(loss, argnums=(0, 1)))(layer, x_BLD))
+
+    wanted = gradients()
+    calls = []
+
+    def interpreted(*arguments):
+        calls.append(arguments)
+        return flat_attention(*arguments, interpret=True)
+
+    monkeypatch.setattr(attention, "flat_attention", interpreted)
+    layer.attend = Attend("auto", Target("tpu", "TPU v5"))
+    assert_close(gradients(), wanted, 1e-4)
+    assert calls
+
+
+def test_longest_sequences():
+    # Two heads of 64 side by side in bfloat16: 42 MB at 4096, twice as much less the tiles at 8192.
+    assert not flat_obstacle(4096, 64, 16, 16, jnp.bfloat16)
+    assert "8192" in flat_obstacle(8192, 64, 16, 16, jnp.bfloat16)
+    assert not flat_obstacle(2048, 64, 16, 16, jnp.float32)
+    assert "4096" in flat_obstacle(4096, 64, 16, 16, jnp.float32)
