@@ -164,14 +164,17 @@ def _call(
     """Runs one of the bodies of :mod:`.flat_kernels`; ``places`` are what all of them read."""
     segment_ids_BL, positions_BL, theta = places
     (B, L), (query, key) = segment_ids_BL.shape, inputs[:2]
-    shared_inputs = [segment_ids_BL[:, None]]
-    shared_specs = [pl.BlockSpec((1, 1, L), lambda b, g, h: (b, 0, 0))]
+    shared_inputs = [segment_bounds(segment_ids_BL, heads), segment_ids_BL[:, None]]
+    shared_specs = [
+        pl.BlockSpec(memory_space=pltpu.SMEM),
+        pl.BlockSpec((1, 1, L), lambda b, g, h: (b, 0, 0)),
+    ]
     if theta is not None:
         shared_inputs.append(angles(positions_BL, heads, theta))
         shared_specs.append(pl.BlockSpec((1, L, heads.lanes), lambda b, g, h: (b, 0, 0)))
 
-    def kernel(segment_ref, *refs):
-        body(heads, segment_ref, *(refs if theta is not None else (None, *refs)))
+    def kernel(bound_ref, segment_ref, *refs):
+        body(heads, bound_ref, segment_ref, *(refs if theta is not None else (None, *refs)))
 
     inputs = [*shared_inputs, *inputs]
     pairs = B * query.shape[2] // heads.width * heads.pairs
@@ -197,6 +200,12 @@ def _call(
         name=f"flat_attention_{body.__name__}",
         interpret=interpret,
     )(*inputs)
+
+
+def segment_bounds(segment_ids_BL: Int[Array, "B L"], heads: Heads) -> Int[Array, "2 B tiles"]:
+    """The lowest and the highest segment id of each tile."""
+    ids = segment_ids_BL.reshape(-1, heads.tiles, heads.tile)
+    return jnp.stack([jnp.min(ids, axis=-1), jnp.max(ids, axis=-1)])
 
 
 def angles(positions_BL: Int[Array, "B L"], heads: Heads, theta: float) -> Float[Array, "B L P"]:

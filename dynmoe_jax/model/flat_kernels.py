@@ -3,7 +3,8 @@
 A block holds whole sequences of P lanes: one head, or P/W narrow ones side by side.  Everything is
 in fast memory, so a program reads and writes each array once.  Tiles of scores stand as [keys,
 queries]: what belongs to a query (maximum, sum, delta) is then one row, and rows cost the vector
-units an eighth of columns.  A tile above the diagonal is never computed.
+units an eighth of columns.  A tile above the diagonal is never computed, nor one whose queries and
+keys have no segment in common.
 
 Two narrow heads share lanes without being cut apart: the queries of one head keep their lanes and
 have zeros in all others, so a product over all P lanes is the product of that head.
@@ -14,6 +15,7 @@ tile.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +115,7 @@ def turned(heads: Heads, x_qP: jax.Array, angle_qP: jax.Array | None, sign: floa
 
 def forward(
     heads: Heads,
+    bound_ref,
     segment_ref,
     angle_ref,
     query_ref,
@@ -127,6 +130,7 @@ def forward(
 ):
     """Mixed values, and the log-sum-exp of each query's scores."""
     heads, dtype = dataclasses.replace(heads, block=pl.program_id(2)), query_ref.dtype
+    bound_ref = bound_ref.at[:, pl.program_id(0)]
     _segments_as_columns(segment_ref, segment_LO)
 
     def prepare(tile):
@@ -169,7 +173,11 @@ def forward(
                 sum_1q = sum_1q * shrink_1q + jnp.sum(odds_kq, axis=0, keepdims=True)
                 return more_1q, sum_1q, mixed_Wq * shrink_1q + values_Wq(odds_kq, key_tile)
 
-            most_1q, sum_1q, mixed_Wq = jax.lax.fori_loop(0, tile, add, state)
+            def add_if_met(key_tile, state, add=add):
+                meet = _meet(bound_ref, key_tile, tile)
+                return jax.lax.cond(meet, partial(add, key_tile), lambda state: state, state)
+
+            most_1q, sum_1q, mixed_Wq = jax.lax.fori_loop(0, tile, add_if_met, state)
             mixed.append(mixed_Wq / sum_1q)
             log_sum_ref[0, 0, head : head + 1, at] = most_1q + jnp.log(sum_1q)
         mixed_ref[0, at] = jnp.concatenate(mixed, axis=0).T.astype(dtype)
@@ -179,6 +187,7 @@ def forward(
 
 def backward(
     heads: Heads,
+    bound_ref,
     segment_ref,
     angle_ref,
     query_ref,
@@ -202,6 +211,7 @@ def backward(
 ):
     """Gradients, from probabilities that are computed again: five products for each tile."""
     heads, dtype = dataclasses.replace(heads, block=pl.program_id(2)), query_ref.dtype
+    bound_ref = bound_ref.at[:, pl.program_id(0)]
     _segments_as_columns(segment_ref, segment_LO)
     dquery_PL[...] = jnp.zeros_like(dquery_PL)
 
@@ -242,7 +252,13 @@ def backward(
 
         def of_keys(key_tile, head=head):
             add_pair(head, key_tile, key_tile, diagonal=True)
-            _each(key_tile + 1, heads.tiles, lambda tile: add_pair(head, key_tile, tile, False))
+
+            def of_queries(tile):
+                @pl.when(_meet(bound_ref, key_tile, tile))
+                def _():
+                    add_pair(head, key_tile, tile, diagonal=False)
+
+            _each(key_tile + 1, heads.tiles, of_queries)
 
         _each(0, heads.tiles, of_keys)
 
@@ -258,6 +274,14 @@ def backward(
             dvalue_ref[0, at] = dvalue_LP[at].astype(dtype)
 
     _each(0, heads.tiles, finish)
+
+
+def _meet(bound_ref, key_tile, tile):
+    """Whether two tiles can have a segment in common, by the ranges of their ids."""
+    first, last = 0, 1
+    return (bound_ref[first, key_tile] <= bound_ref[last, tile]) & (
+        bound_ref[first, tile] <= bound_ref[last, key_tile]
+    )
 
 
 def _segments_as_columns(segment_ref, segment_LO) -> None:

@@ -96,6 +96,17 @@ def test_in_bfloat16():
     assert_close(actual, value_and_gradients(by_heads_apart, wide, wide_dmixed, *rest), 2e-2)
 
 
+def test_tiles_without_a_common_segment_are_not_computed():
+    *inputs, dmixed = draw(2, 2, 64)
+    # The second sequence: segment 1 fills the first tile, segment 2 the others.
+    poisoned = [x.at[1, :128].set(jnp.nan) for x in inputs]
+    rest = (SEGMENTS_BL, POSITIONS_BL, 64, THETA)
+    actual = value_and_gradients(FLAT, poisoned, dmixed, *rest)
+    wanted = value_and_gradients(FLAT, inputs, dmixed, *rest)
+    assert_close([x[1, 128:] for x in actual], [x[1, 128:] for x in wanted], 1e-6)
+    assert not np.any(np.isfinite(actual[0][1, :128]))
+
+
 def test_heads_that_stand_apart():
     *inputs, _ = (x.reshape(B, L, -1, 64) for x in draw(4, 2, 64))
     actual = flat_heads_attention(*inputs, SEGMENTS_BL, interpret=True)
