@@ -43,6 +43,8 @@ class GroupedProducts:
       ignores_padding: rows beyond the groups may hold anything in all three products.
       swiglu: (rows, type, weights) -> kernels that fuse the first half of the experts, or None
         where there are none for such shapes; see :mod:`.swiglu`.
+      sum_of_rows: (y_RO, token_R, group_size_E, row_TK) -> y_TO, the sum of the rows of each token,
+        or None where there is no kernel for such shapes; see :mod:`.combine_kernels`.
     """
 
     name: str
@@ -53,6 +55,7 @@ class GroupedProducts:
     zeroes_empty: bool = False
     ignores_padding: bool = False
     swiglu: Callable | None = None
+    sum_of_rows: Callable | None = None
 
 
 def _dimensions(contracting, group) -> jax.lax.RaggedDotDimensionNumbers:

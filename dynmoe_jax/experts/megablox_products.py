@@ -71,6 +71,13 @@ def megablox_products(
         tiling = swiglu_tiling(*shape, flops_per_byte, vmem_bytes)
         return fused_swiglu(tiling, interpret) if tiling else None
 
+    def sums(y_RO, token_R, group_size_E, row_TK):
+        from dynmoe_jax.experts.combine_kernels import sum_of_rows, sums_rows
+
+        if not sums_rows(row_TK.shape[0], y_RO.shape[1]):
+            return None
+        return sum_of_rows(y_RO, token_R, group_size_E, row_TK, interpret=interpret)
+
     return GroupedProducts(
         "megablox",
         forward,
@@ -82,4 +89,5 @@ def megablox_products(
         # Rows stay apart in the products of rows; the weight gradient selects those of a group.
         ignores_padding=True,
         swiglu=swiglu,
+        sum_of_rows=sums,
     )
