@@ -9,7 +9,7 @@ keeps freed memory, so what is in use (given out by it, and objects of Python) i
 leak grows there without the noise of the resident set.  Starts as `train.py` does, with its
 settings of the C library (`dynmoe_jax/huge_pages.py`).
 
-The restart is the quickstart's model, stopped after one step and started again by the same command:
+The restart is the quickstart, stopped after its first steps and started again by the same command:
 seconds from the start of the process to the line of its first step, without and with the compiled
 programs of the process before.
 """
@@ -20,6 +20,7 @@ import ctypes
 import dataclasses
 import io
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -137,18 +138,24 @@ def highest_by_quarter(points: list[Memory]) -> list[float]:
     return [max(p.resident for p in quarter) for quarter in np.array_split(points, 4)]
 
 
-def seconds_to_first_step(workdir: Path, steps: int) -> float:
-    """From the start of the process to the line of its first step."""
+def seconds_to_first_step(workdir: Path) -> float:
+    """From the start of the process to the line of its first step, after which it is stopped.
+
+    Stopped, not short: the learning rate's schedule is compiled into the step, so a run of another
+    number of steps is another program.
+    """
+    from dynmoe_jax.command_line import EXIT_PREEMPTED
+
     command = [sys.executable, ROOT / "train.py", f"--workdir={workdir}"]
-    command += [f"--config.train.steps={steps}", "--config.data.max_megabytes=0.5"]
-    command += ["--config.evaluation.max_batches=1", "--config.evaluation.sample_tokens=1"]
+    command += ["--config.data.max_megabytes=0.5"]
     start = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         found = next(
             (time.perf_counter() for line in process.stdout if line.startswith("step ")), None
         )
+        process.send_signal(signal.SIGTERM)
         process.communicate()
-    if found is None or process.returncode:
+    if found is None or process.returncode != EXIT_PREEMPTED:
         raise RuntimeError(f"{command} ended with exit code {process.returncode}.")
     return found - start
 
@@ -165,11 +172,11 @@ def restart() -> Restart:
     """Measures both, on the same prepared data and the same checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
-        seconds_to_first_step(workdir, steps=1)
+        seconds_to_first_step(workdir)
         # What the first process left is put aside, and made anew by the second.
         (workdir / "compiled").rename(workdir / "aside")
-        without = seconds_to_first_step(workdir, steps=2)
-        return Restart(without, seconds_to_first_step(workdir, steps=3))
+        without = seconds_to_first_step(workdir)
+        return Restart(without, seconds_to_first_step(workdir))
 
 
 def main() -> None:
