@@ -3,16 +3,24 @@
     python -m benchmarks.hygiene --steps 2000
 
 Memory is the resident set of a process that trains a tiny model with all of the trainer: logging,
-evaluation, checkpoints.  The restart is the quickstart's model, stopped after one step and started
-again by the same command: seconds from the start of the process to the line of its first step,
-without and with the compiled programs of the process before.
+and twenty evaluations and checkpoints.  A run that takes memory up to some bound is no run that
+takes ever more, so the highest figure of each quarter is shown beside the slope; and the C library
+keeps freed memory, so what is in use (given out by it, and objects of Python) is shown, too: a
+leak grows there without the noise of the resident set.  Starts as `train.py` does, with its
+settings of the C library (`dynmoe_jax/huge_pages.py`).
+
+The restart is the quickstart, stopped after its first steps and started again by the same command:
+seconds from the start of the process to the line of its first step, without and with the compiled
+programs of the process before.
 """
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import io
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,9 +29,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dynmoe_jax.huge_pages import restart_with_huge_pages
+
 ROOT = Path(__file__).parents[1]
 POINTS = 20
-"""How often memory is read."""
+"""How often memory is read: before each evaluation and checkpoint."""
 
 
 def tiny(steps: int, corpus: Path):
@@ -43,19 +53,57 @@ def tiny(steps: int, corpus: Path):
         ),
         data=config.Data(sources=f"text:{corpus}/*.txt", seq_len=16, heldout_fraction=0.2),
         train=config.Train(steps=steps, batch_size=8, log_every_steps=1),
-        checkpoint=config.Checkpoint(every_steps=steps // 10),
-        evaluation=config.Evaluation(every_steps=steps // 10, max_batches=2, sample_tokens=4),
+        checkpoint=config.Checkpoint(every_steps=steps // POINTS),
+        evaluation=config.Evaluation(every_steps=steps // POINTS, max_batches=2, sample_tokens=4),
     )
 
 
-def resident_mb() -> float:
-    """Resident memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Of this process after some step.
+
+    Attributes:
+      step: the step.
+      resident: MB in memory.
+      in_use: MB that the C library has given out; 0 where it does not tell.
+      objects: blocks of memory that Python has given out.
+    """
+
+    step: int
+    resident: float
+    in_use: float
+    objects: int
+
+    @classmethod
+    def after(cls, step: int) -> "Memory":
+        """Reads it now."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return cls(step, resident, _in_use_mb(), sys.getallocatedblocks())
 
 
-def memory_by_step(steps: int) -> list[tuple[int, float]]:
-    """(step, MB) all through one run of the real trainer."""
+class _MallInfo(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def _in_use_mb() -> float:
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0.0
+    mallinfo.restype = _MallInfo
+    return mallinfo().uordblks / 1e6
+
+
+def memory_by_step(steps: int) -> list[Memory]:
+    """All through one run of the real trainer."""
     from dynmoe_jax.training import trainer
 
     points = []
@@ -64,7 +112,7 @@ def memory_by_step(steps: int) -> list[tuple[int, float]]:
         def add(self, step, *rest):
             super().add(step, *rest)
             if step % (steps // POINTS) == 0:
-                points.append((step, resident_mb()))
+                points.append(Memory.after(step))
 
     trainer.Logbook = Watched
     with tempfile.TemporaryDirectory() as folder:
@@ -79,25 +127,35 @@ def memory_by_step(steps: int) -> list[tuple[int, float]]:
     return points
 
 
-def growth_mb(points: list[tuple[int, float]]) -> float:
+def growth_mb(points: list[Memory]) -> float:
     """MB per thousand steps in the second half of a run: the slope of a straight line."""
     half = points[len(points) // 2 :]
-    steps, resident = zip(*half, strict=True)
-    return 1000 * float(np.polyfit(steps, resident, 1)[0])
+    return 1000 * float(np.polyfit([p.step for p in half], [p.resident for p in half], 1)[0])
 
 
-def seconds_to_first_step(workdir: Path, steps: int) -> float:
-    """From the start of the process to the line of its first step."""
+def highest_by_quarter(points: list[Memory]) -> list[float]:
+    """The highest resident MB in each quarter of a run."""
+    return [max(p.resident for p in quarter) for quarter in np.array_split(points, 4)]
+
+
+def seconds_to_first_step(workdir: Path) -> float:
+    """From the start of the process to the line of its first step, after which it is stopped.
+
+    Stopped, not short: the learning rate's schedule is compiled into the step, so a run of another
+    number of steps is another program.
+    """
+    from dynmoe_jax.command_line import EXIT_PREEMPTED
+
     command = [sys.executable, ROOT / "train.py", f"--workdir={workdir}"]
-    command += [f"--config.train.steps={steps}", "--config.data.max_megabytes=0.5"]
-    command += ["--config.evaluation.max_batches=1", "--config.evaluation.sample_tokens=1"]
+    command += ["--config.data.max_megabytes=0.5"]
     start = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         found = next(
             (time.perf_counter() for line in process.stdout if line.startswith("step ")), None
         )
+        process.send_signal(signal.SIGTERM)
         process.communicate()
-    if found is None or process.returncode:
+    if found is None or process.returncode != EXIT_PREEMPTED:
         raise RuntimeError(f"{command} ended with exit code {process.returncode}.")
     return found - start
 
@@ -114,11 +172,11 @@ def restart() -> Restart:
     """Measures both, on the same prepared data and the same checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
-        seconds_to_first_step(workdir, steps=1)
+        seconds_to_first_step(workdir)
         # What the first process left is put aside, and made anew by the second.
         (workdir / "compiled").rename(workdir / "aside")
-        without = seconds_to_first_step(workdir, steps=2)
-        return Restart(without, seconds_to_first_step(workdir, steps=3))
+        without = seconds_to_first_step(workdir)
+        return Restart(without, seconds_to_first_step(workdir))
 
 
 def main() -> None:
@@ -131,8 +189,13 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.only != "restart":
         points = memory_by_step(asked.steps)
-        for step, resident in points:
-            print(f"step {step:>6,}  {resident:>9.1f} MB")
+        for point in points:
+            print(
+                f"step {point.step:>6,}  resident {point.resident:>7.1f} MB  "
+                f"in use {point.in_use:>7.2f} MB and {point.objects:>9,} blocks of Python"
+            )
+        highest = "  ".join(f"{resident:.1f}" for resident in highest_by_quarter(points))
+        print(f"highest by quarter: {highest} MB")
         print(f"growth in the second half: {growth_mb(points):+.2f} MB per 1,000 steps")
     if asked.only != "memory":
         found = restart()
@@ -141,4 +204,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

@@ -25,12 +25,13 @@ def asked(**environment):
 
 
 def test_asks_for_huge_pages_and_keeps_the_rest():
-    assert asked(HOME="/root") == {"HOME": "/root", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    tunables = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2"
+    assert asked(HOME="/root") == {"HOME": "/root", "GLIBC_TUNABLES": tunables}
 
 
 def test_other_tunables_stay():
-    found = asked(GLIBC_TUNABLES="glibc.malloc.arena_max=2")
-    assert found["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"
+    found = asked(GLIBC_TUNABLES="glibc.malloc.arena_max=7")
+    assert found["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=7:glibc.malloc.hugetlb=1"
 
 
 def test_does_not_ask_twice_nor_against_the_user():
@@ -69,4 +70,4 @@ def test_restarts_once_with_the_same_arguments(on_request):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     first, second, last = done.stdout.splitlines()
     assert first == second  # the same process: whoever waits for it or signals it need not know
-    assert last == "goes on glibc.malloc.hugetlb=1 ['--workdir=a b']"
+    assert last == "goes on glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2 ['--workdir=a b']"

@@ -1,6 +1,7 @@
 """From sources to a prepared dataset: read, cap, hold out, write, and reuse what is there."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -81,6 +82,8 @@ class Prepared:
         broken = summary["broken"]
         self.broken = BrokenReport(broken["records"], broken["share"], tuple(broken["examples"]))
         self._dataset = directory / summary["dataset"]
+        # TFDS keeps every builder that it has made, and 8 kB with it, for ever.
+        self._open_split = functools.cache(functools.partial(open_split, self._dataset))
 
     def open_train(self, domain: str) -> Sequence[dict]:
         """Random access to a domain's training examples (``text``, ``domain``, ``origin``)."""
@@ -91,7 +94,7 @@ class Prepared:
         return self._open(self.heldout[domain], split_names(self._slugs[domain])[1])
 
     def _open(self, amount: Amount, split: str) -> Sequence[dict]:
-        return open_split(self._dataset, split) if amount.documents else ()
+        return self._open_split(split) if amount.documents else ()
 
     def sample_texts(self, megabytes: float) -> Iterator[str]:
         """Training texts up to this many MB, as evenly over the domains as their sizes allow."""

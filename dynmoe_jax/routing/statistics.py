@@ -1,6 +1,7 @@
 """What is logged and plotted about routing."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.routing.record import Routing
@@ -12,14 +13,17 @@ def mean_experts_per_token(routing: Routing, valid_T: Bool[Array, "T"]) -> Float
     return total / jnp.maximum(jnp.sum(valid_T), 1)
 
 
-def load_imbalance(load_E: Int[Array, "*N E"]) -> Float[Array, "*N"]:
-    """Load of the busiest expert over the mean load; 1 is perfect, E is total collapse."""
-    return jnp.max(load_E, axis=-1) / jnp.maximum(jnp.mean(load_E, axis=-1), 1e-9)
+def load_imbalance(load_E: Int[np.ndarray, "*N E"]) -> Float[np.ndarray, "*N"]:
+    """Load of the busiest expert over the mean load; 1 is perfect, E is total collapse.
+
+    On the host: on the device it would wait for the step that is under way there.
+    """
+    return np.max(load_E, axis=-1) / np.maximum(np.mean(load_E, axis=-1), 1e-9)
 
 
-def unused_experts(load_E: Int[Array, "*N E"]) -> Int[Array, ""]:
-    """Experts that no token chose, over all layers."""
-    return jnp.sum(load_E == 0)
+def unused_experts(load_E: Int[np.ndarray, "*N E"]) -> int:
+    """Experts that no token chose, over all layers; on the host, too."""
+    return int(np.sum(load_E == 0))
 
 
 def count_histogram(routing: Routing, valid_T: Bool[Array, "T"]) -> Int[Array, "*N K+1"]:

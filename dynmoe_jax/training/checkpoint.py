@@ -23,6 +23,7 @@ from dynmoe_jax.training.integrity import find_damage, write_checksums
 from dynmoe_jax.training.pace import Pace, paced_types
 from dynmoe_jax.training.retention import METRIC, heldout_loss, keep_policy, save_policy
 from dynmoe_jax.training.snapshot import Snapshot
+from dynmoe_jax.training.telemetry import leave_bytes_uncounted
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
@@ -70,6 +71,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._pace, self._snapshot = Pace.of_this_machine(), Snapshot()
         logging.getLogger("absl").addFilter(_tells_news)
+        leave_bytes_uncounted()
         best = {"best_fn": heldout_loss, "best_mode": "min"}
         if checkpoint is None:
             options = ocp.CheckpointManagerOptions(
@@ -219,8 +221,11 @@ class Checkpoints:
 
     def _list_files(self) -> None:
         """Writes the checksums of the checkpoint that is being saved; runs in Orbax's thread."""
-        unnamed = (self._workdir / FOLDER).glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        write_checksums(next(unnamed, self.folder(self._saving)), self._pace.after_summing)
+        unnamed = f"{self._saving}.orbax-checkpoint-tmp"
+        # Not by glob, which keeps the patterns of the last 128 saves.
+        folders = (self._workdir / FOLDER).iterdir()
+        found = (folder for folder in folders if folder.name.startswith(unnamed))
+        write_checksums(next(found, self.folder(self._saving)), self._pace.after_summing)
 
     def _state_handler(self) -> ocp.PyTreeCheckpointHandler:
         # Normal float32 compresses by 7%, at the cost of the steps that run meanwhile: see

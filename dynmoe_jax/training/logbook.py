@@ -67,7 +67,8 @@ class StepRecorder:
             "mfu": flops / seconds / self._peak,
             "seconds_step": seconds,
         }
-        self.restart(step)
+        # From when the step was seen to be done: what has been computed here since is time, too.
+        self._step, self._since = step, now
         return record
 
 
@@ -78,8 +79,8 @@ def _routing_record(load_NE: np.ndarray, tokens: int) -> dict[str, Any]:
     return {
         "experts_per_token": float(by_layer_N.mean()),
         "experts_per_token_by_layer": by_layer_N.tolist(),
-        "load_imbalance_by_layer": np.asarray(statistics.load_imbalance(load_NE)).tolist(),
-        "unused_experts": int(statistics.unused_experts(load_NE)),
+        "load_imbalance_by_layer": statistics.load_imbalance(load_NE).tolist(),
+        "unused_experts": statistics.unused_experts(load_NE),
     }
 
 

@@ -208,3 +208,9 @@ def test_the_tokenizers_text_is_balanced_over_the_domains_and_never_held_out(pre
     longest = max(len(text.encode()) for text in owner)
     assert abs(given["alpha"] - given["beta"]) <= longest
     assert budget <= sum(given.values()) <= budget + longest
+
+
+def test_a_split_is_opened_once(prepared):
+    """TFDS never lets go of what it opens, and every evaluation reads the held-out text."""
+    assert prepared.open_heldout("alpha") is prepared.open_heldout("alpha")
+    assert prepared.open_heldout("alpha") is not prepared.open_train("alpha")

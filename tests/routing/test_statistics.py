@@ -1,5 +1,6 @@
 """What a Routing says about itself, and what is logged of it, counted by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,6 +55,13 @@ def test_load_imbalance():
     np.testing.assert_allclose(load_imbalance(STACKED.load_E), [2.0, 0.0])
     assert load_imbalance(jnp.array([7, 7, 7])) == 1.0
     assert load_imbalance(jnp.array([9, 0, 0])) == pytest.approx(3.0)
+
+
+def test_figures_of_the_host_wait_for_no_device():
+    """As operations of JAX they would be done when the step is that was dispatched before them."""
+    load_NE = np.array([[7, 0], [0, 0]])
+    assert not isinstance(load_imbalance(load_NE), jax.Array)
+    assert not isinstance(unused_experts(load_NE), jax.Array)
 
 
 def test_unused_experts_of_all_layers():

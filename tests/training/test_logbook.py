@@ -94,6 +94,22 @@ def test_first_last_and_every_nth_step_are_written(cfg, change, tmp_path, clock)
     assert [line["seconds_step"] for line in lines[1:3]] == [1.0, 1.0]
 
 
+def test_time_that_a_line_takes_is_counted(cfg, tmp_path, clock, monkeypatch):
+    """The device computes meanwhile: ten steps in ten seconds must not look like five."""
+    routing_record = logbook._routing_record
+
+    def slowly(*arguments):
+        clock.now += 0.5
+        return routing_record(*arguments)
+
+    monkeypatch.setattr(logbook, "_routing_record", slowly)
+    with Logbook(cfg, tmp_path, 0) as book:
+        for step in range(1, 11):
+            clock.now += 0.5
+            book.add(step, step_metrics(step))
+    assert [line["seconds_step"] for line in read_metrics(tmp_path)][1:9] == [1.0] * 8
+
+
 def test_evaluation_joins_its_step_and_is_not_counted_as_training(cfg, tmp_path, clock):
     def evaluate():
         clock.now += 100.0

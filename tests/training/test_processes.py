@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.kill_campaign import newest_checkpoint
 from dynmoe_jax.cluster.place import EXIT_PEER_LOST
 from dynmoe_jax.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from dynmoe_jax.training.checkpoint import Checkpoints
@@ -26,20 +27,26 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 NAMES = ("tokens", "targets", "segment_ids", "positions")
 HEARTBEAT_S = 10
-STEPS, BATCH = 20, 16
+STEPS, BATCH, EVERY = 20, 16, 6
+PATIENCE_S = 60
 
-# Starts train.py, and writes down what its devices get of every batch.
+# Starts train.py, and writes down what its devices get of every batch.  A step takes 2 ms, so the
+# run waits before one of them until it is released: what happens to it happens at that step.
 DRIVER = f"""
-import pathlib, runpy, sys
+import pathlib, runpy, sys, time
 import numpy as np
 from dynmoe_jax.training.feed import Feed
 
-folder, place = pathlib.Path(sys.argv.pop(1)), Feed.place
+folder, hold, place = pathlib.Path(sys.argv.pop(1)), int(sys.argv.pop(1)), Feed.place
 
 def record(feed, batch):
     placed = place(feed, batch)
     position = feed.stream.get_state()["position"]["row"]
     step = -(-position // {BATCH})
+    while step == hold and not (folder / f"released_{{hold}}").exists():
+        time.sleep(0.01)
+    if hold and step > hold:
+        time.sleep(0.1)  # a signal takes its time from one process to the other
     shards = zip(*(placed[name].addressable_shards for name in {NAMES}), strict=True)
     for parts in shards:
         row = parts[0].index[0].start or 0
@@ -71,7 +78,7 @@ def arguments(corpus, workdir):
         f"--config.train.steps={STEPS}",
         f"--config.train.batch_size={BATCH}",
         "--config.train.log_every_steps=1",
-        "--config.checkpoint.every_steps=6",
+        f"--config.checkpoint.every_steps={EVERY}",
         "--config.evaluation.max_batches=2",
         "--config.evaluation.sample_tokens=4",
         "--config.logging.tensorboard=False",
@@ -87,7 +94,7 @@ def free_port():
 class Processes:
     """Some processes of one run, of one device each."""
 
-    def __init__(self, count, corpus, workdir, batches, changes, own):
+    def __init__(self, count, corpus, workdir, batches, changes, own, hold):
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -96,12 +103,14 @@ class Processes:
             "PYTHONUNBUFFERED": "1",
         }
         batches.mkdir(exist_ok=True)
+        self._workdir, self._hold, self._released = workdir, hold, batches / f"released_{hold}"
+        driver = [sys.executable, "-c", DRIVER, str(batches), str(hold)]
         self.printed = [""] * count
         place = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
         place += [f"--heartbeat_timeout={HEARTBEAT_S}"]
         self.each = [
             subprocess.Popen(
-                [sys.executable, "-c", DRIVER, str(batches), *arguments(corpus, workdir), *changes]
+                [*driver, *arguments(corpus, workdir), *changes]
                 + [*place, f"--process_id={number}"] * (count > 1)
                 + [*own] * number,
                 cwd=ROOT,
@@ -113,12 +122,22 @@ class Processes:
             for number in range(count)
         ]
 
-    def reach(self, step):
-        """Waits until process 0 has shown the step."""
-        while not re.search(rf"^step +{step}/", self.printed[0], re.MULTILINE):
+    def wait_there(self):
+        """Waits until the run waits, and what it has saved is on disk; returns the step of that."""
+        shown = self._hold - 2  # a step is shown when the next one has been dispatched
+        while not re.search(rf"^step +{shown}/", self.printed[0], re.MULTILINE):
             line = self.each[0].stdout.readline()
             assert line, self.printed[0] + self.each[-1].communicate()[0]
             self.printed[0] += line
+        due, since = shown // EVERY * EVERY, time.monotonic()
+        while newest_checkpoint(self._workdir) < due:
+            assert time.monotonic() - since < PATIENCE_S, self.printed
+            time.sleep(0.01)
+        return newest_checkpoint(self._workdir)
+
+    def release(self):
+        """Lets the run go on."""
+        self._released.touch()
 
     def end(self):
         """The exit codes."""
@@ -128,9 +147,12 @@ class Processes:
 
 
 @contextlib.contextmanager
-def running(count, corpus, workdir, batches, *changes, own=()):
-    """``changes`` of settings are those of all processes, ``own`` those of the second."""
-    processes = Processes(count, corpus, workdir, batches, changes, own)
+def running(count, corpus, workdir, batches, *changes, own=(), hold=0):
+    """``changes`` of settings are those of all processes, ``own`` those of the second.
+
+    The run waits before step ``hold``; not at all if that is 0.
+    """
+    processes = Processes(count, corpus, workdir, batches, changes, own, hold)
     try:
         yield processes
     finally:
@@ -175,15 +197,17 @@ def one(corpus, compile_once, tmp_path_factory):
 def test_run_moves_between_two_processes_and_one(one, corpus, tmp_path):
     """2, then 1, then 2; each time stopped by Ctrl-C, which one process alone gets."""
     workdir, batches = tmp_path / "run", tmp_path / "batches"
-    with running(2, corpus, workdir, batches) as processes:
-        processes.reach(4)
+    with running(2, corpus, workdir, batches, hold=6) as processes:
+        processes.wait_there()
         processes.each[1].send_signal(signal.SIGINT)
+        processes.release()
         assert processes.end() == [EXIT_PREEMPTED, EXIT_INTERRUPTED], processes.printed
     stopped = int(re.search(r"Stopped after step (\d+) and saved", processes.printed[0])[1])
     assert not re.search(r"^step|New run|Stopped", processes.printed[1], re.MULTILINE)
-    with running(1, corpus, workdir, batches) as process:
-        process.reach(stopped + 2)
+    with running(1, corpus, workdir, batches, hold=stopped + 3) as process:
+        process.wait_there()
         process.each[0].send_signal(signal.SIGINT)
+        process.release()
         assert process.end() == [EXIT_INTERRUPTED], process.printed
     with running(2, corpus, workdir, batches) as processes:
         assert processes.end() == [0, 0], processes.printed
@@ -203,9 +227,14 @@ def test_tokens_that_travel_between_processes_learn_the_same(transport, one, cor
 
 
 def killed(processes, victim):
-    """Kills one process; the other must notice, and say so, in time."""
+    """Kills one process; the other must notice, and say so, in time.
+
+    Returns the step of the newest checkpoint that is left.
+    """
+    saved = processes.wait_there()
     processes.each[victim].send_signal(signal.SIGKILL)
     since = time.monotonic()
+    processes.release()
     codes = processes.end()
     # Without the heartbeat, and without gloo's word, it would wait for ever.
     assert time.monotonic() - since < 3 * HEARTBEAT_S
@@ -215,21 +244,21 @@ def killed(processes, victim):
     told = rf"error: process {other} on \S+: The connection to the other processes is lost"
     assert re.search(told, processes.printed[other])
     assert "Traceback" not in processes.printed[other]
+    return saved
 
 
 def test_killed_process_stops_the_other_and_both_resume(one, corpus, tmp_path):
     """Process 0 holds the coordinator, so its end shows in another way than that of process 1."""
     workdir, batches = tmp_path / "run", tmp_path / "batches"
-    with running(2, corpus, workdir, batches) as processes:
-        processes.reach(9)
-        killed(processes, victim=1)
-    with running(2, corpus, workdir, batches) as processes:
-        processes.reach(14)
-        killed(processes, victim=0)
-    assert "after step 6, on" in processes.printed[0]
+    with running(2, corpus, workdir, batches, hold=11) as processes:
+        first = killed(processes, victim=1)
+    with running(2, corpus, workdir, batches, hold=16) as processes:
+        second = killed(processes, victim=0)
+    assert 0 < first < second
+    assert f"after step {first}, on" in processes.printed[0]
     with running(2, corpus, workdir, batches) as processes:
         assert processes.end() == [0, 0], processes.printed
-    assert "after step 12, on" in processes.printed[0]
+    assert f"after step {second}, on" in processes.printed[0]
     assert_same_run(workdir, one[0])
     for step, batch in batches_in(batches).items():
         np.testing.assert_array_equal(batch, one[1][step], err_msg=f"step {step}")
