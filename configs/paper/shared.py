@@ -9,8 +9,9 @@ more while the gradients of a microbatch are added to those of the ones before),
 devices of the ``data`` and ``expert`` axes, like the batch.  Costs in the five files are
 arithmetic, not measurements: training FLOPs are 6 x the active matrices (without the embedding,
 which is looked up) x tokens, plus 6 N L D per token for causal attention; device hours are those
-FLOPs at 40% of 989 TFLOP/s, the bfloat16 peak of one H100.  Recomputing the layers in the
-backward pass (``remat="layer"``, for memory) adds a third that is not counted there.
+FLOPs at 40% of 989 TFLOP/s, the bfloat16 peak of one H100.  Backward recomputes element-wise
+arithmetic alone (``remat="elementwise"``); where memory is short, ``remat="layer"`` adds a third of
+the FLOPs, which is not counted there.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ STEPS = math.ceil(TRAINING_TOKENS / (SEQ_LEN * BATCH_SIZE))
 def paper_run(model: config.Model) -> ml_collections.ConfigDict:
     """The run that trains ``model`` as the paper's models were trained."""
     run = config.Config(
-        model=dataclasses.replace(model, remat="layer"),
+        model=dataclasses.replace(model, remat="elementwise"),
         data=config.Data(
             # Yours: files with one document per line, {"text": ...}, such as RedPajama's.  A
             # document's domain is its file's name unless a field "domain" says otherwise.
