@@ -10,6 +10,7 @@ Axis legend: T tokens, K slots per token, E experts, n rows, D model width, b to
 r rows of a tile.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -19,26 +20,66 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 NAME = "sum_of_rows"
+LANES = 128
 PIECE = 16
 """Rows that are fetched at once: the tile of bfloat16 in memory."""
 
 PIECES = 8
 """Of a tile, 128 rows: what a matrix unit adds up at once."""
 
-BLOCK = 256
-"""Tokens of a block.  Fewer, and more of what is fetched belongs to other blocks; more, and the
-product with zeros and ones grows."""
+BLOCKS = ((256, 8), (256, 4), (256, 2), (256, 1), (128, 1))
+"""Tokens of a block, and blocks of one program, best first.  Of smaller blocks, more of what is
+fetched belongs to others; larger ones make the product with zeros and ones larger.  In a program
+fetching goes on from one block to the next."""
 
-BLOCKS = (8, 4, 2, 1)
-"""Blocks of one program, as many as divide T: fetching goes on from one to the next."""
+FAST_MEMORY = 12 * 2**20
+"""What a program may use of the 16 MiB that every TPU gives it."""
 
-FETCHED_BYTES = 4 * 2**20
-"""Of tiles that are on their way at a time, at most."""
+FETCHED_BYTES = 2 * 2**20
+"""Of tiles that are on their way at a time."""
 
 
-def sums_rows(tokens: int, width: int) -> bool:
-    """Whether the kernel takes such shapes: whole blocks of tokens, whole lanes."""
-    return tokens % BLOCK == 0 and width % 128 == 0
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a program.
+
+    Attributes:
+      block: b.
+      together: blocks.
+      ring: tiles that are fetched at a time.
+    """
+
+    block: int
+    together: int
+    ring: int
+
+
+def sizes_for(tokens: int, width: int, itemsize: int) -> Sizes | None:
+    """Sizes that divide T and fit into fast memory; None if there are none.
+
+    Args:
+      tokens: T.
+      width: D.
+      itemsize: bytes of one number.
+    """
+    if width % LANES:
+        return None
+    tile = PIECE * PIECES * width * itemsize
+    ring = max(2, min(8, FETCHED_BYTES // tile))
+
+    def fits(block, together):
+        # Sums and the numbers of rows, two programs at a time; sums of a block in float32.
+        moved = 2 * together * block * (width * itemsize + LANES * 4)
+        return moved + ring * tile + 4 * block * width <= FAST_MEMORY
+
+    return next(
+        (
+            Sizes(block, together, ring)
+            for block, together in BLOCKS
+            if tokens % (block * together) == 0 and fits(block, together)
+        ),
+        None,
+    )
 
 
 def sum_of_rows(
@@ -46,6 +87,7 @@ def sum_of_rows(
     token_n: Int[Array, "n"],
     group_size_E: Int[Array, "E"],
     row_TK: Int[Array, "T K"],
+    sizes: Sizes,
     *,
     interpret: bool = False,
 ) -> Float[Array, "T D"]:
@@ -56,14 +98,14 @@ def sum_of_rows(
       token_n: their tokens.
       group_size_E: rows of each expert; those beyond them all may hold anything.
       row_TK: the rows of each token; numbers that no row used has count nothing.
+      sizes: see :func:`sizes_for`.
       interpret: run the kernel on a CPU, slowly, for tests.
     """
     (tokens, slots), (rows, width) = row_TK.shape, y_nD.shape
-    experts, blocks = group_size_E.shape[0], tokens // BLOCK
-    together = next(count for count in BLOCKS if blocks % count == 0)
-    ring = max(2, min(8, FETCHED_BYTES // (PIECE * PIECES * width * y_nD.dtype.itemsize)))
+    block, together, ring = dataclasses.astuple(sizes)
+    experts, blocks = group_size_E.shape[0], tokens // block
     # Runs of a block: their rows, and a piece at either end of each; up to whole tiles.
-    most = (BLOCK * slots // PIECE + 2 * experts) // PIECES + 1
+    most = (block * slots // PIECE + 2 * experts) // PIECES + 1
     fetched_rows = rows + PIECE * experts * blocks
     return pl.pallas_call(
         partial(_kernel, experts=experts, together=together, ring=ring),
@@ -71,14 +113,14 @@ def sum_of_rows(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             in_specs=[
-                pl.BlockSpec((together * BLOCK, slots), lambda i, first: (i, 0)),
+                pl.BlockSpec((together * block, slots), lambda i, first: (i, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=pl.BlockSpec((together * BLOCK, width), lambda i, first: (i, 0)),
+            out_specs=pl.BlockSpec((together * block, width), lambda i, first: (i, 0)),
             grid=(blocks // together,),
             scratch_shapes=[
                 pltpu.VMEM((ring, PIECES * PIECE, width), y_nD.dtype),
-                pltpu.VMEM((BLOCK, width), jnp.float32),
+                pltpu.VMEM((block, width), jnp.float32),
                 pltpu.SMEM((together * most * PIECES,), jnp.int32),
                 pltpu.SMEM((together + 1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((ring,)),
@@ -86,16 +128,16 @@ def sum_of_rows(
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(
-            flops=2 * BLOCK * width * fetched_rows,
+            flops=2 * block * width * fetched_rows,
             bytes_accessed=(rows + tokens) * width * y_nD.dtype.itemsize,
             transcendentals=0,
         ),
         name=NAME,
         interpret=interpret,
-    )(_runs(token_n, group_size_E, blocks), row_TK, y_nD)
+    )(_runs(token_n, group_size_E, tokens, block), row_TK, y_nD)
 
 
-def _runs(token_n, group_size_E, blocks: int) -> Int[Array, "runs"]:
+def _runs(token_n, group_size_E, tokens: int, block: int) -> Int[Array, "runs"]:
     """The first row of every expert from every block on, and where the last block's rows end.
 
     In one dimension, as scalars are stored best.
@@ -103,10 +145,10 @@ def _runs(token_n, group_size_E, blocks: int) -> Int[Array, "runs"]:
     rows, experts = token_n.shape[0], group_size_E.shape[0]
     end_E = jnp.cumsum(group_size_E)
     expert_n = jnp.sum(jnp.arange(rows)[:, None] >= end_E, axis=-1)
-    tokens = blocks * BLOCK
     # Ascending, padding last.
     place_n = jnp.where(expert_n < experts, expert_n * tokens + token_n, experts * tokens)
-    wanted = jnp.arange(blocks + 1)[:, None] * BLOCK + jnp.arange(experts) * tokens
+    starts = jnp.arange(0, tokens + 1, block)
+    wanted = starts[:, None] + jnp.arange(experts) * tokens
     first = jnp.searchsorted(place_n, wanted.reshape(-1), method="scan_unrolled")
     # Of the last block's end "expert's first token + T" is the next expert's first.
     return jnp.minimum(first, end_E[-1]).astype(jnp.int32)
@@ -149,7 +191,7 @@ def _kernel(
         start_if(tile)
 
     def of_block(i, _):
-        at = pl.ds(pl.multiple_of(i * BLOCK, BLOCK), BLOCK)
+        at = pl.ds(pl.multiple_of(i * sums.shape[0], sums.shape[0]), sums.shape[0])
         row_bK = row_ref[at]
         sums[...] = jnp.zeros_like(sums)
 

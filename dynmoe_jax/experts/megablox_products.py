@@ -72,11 +72,12 @@ def megablox_products(
         return fused_swiglu(tiling, interpret) if tiling else None
 
     def sums(y_RO, token_R, group_size_E, row_TK):
-        from dynmoe_jax.experts.combine_kernels import sum_of_rows, sums_rows
+        from dynmoe_jax.experts.combine_kernels import sizes_for, sum_of_rows
 
-        if not sums_rows(row_TK.shape[0], y_RO.shape[1]):
+        sizes = sizes_for(row_TK.shape[0], y_RO.shape[1], y_RO.dtype.itemsize)
+        if sizes is None:
             return None
-        return sum_of_rows(y_RO, token_R, group_size_E, row_TK, interpret=interpret)
+        return sum_of_rows(y_RO, token_R, group_size_E, row_TK, sizes, interpret=interpret)
 
     return GroupedProducts(
         "megablox",

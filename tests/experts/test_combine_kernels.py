@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts import combine_kernels
 from dynmoe_jax.experts.combine import add_up
-from dynmoe_jax.experts.combine_kernels import sum_of_rows, sums_rows
+from dynmoe_jax.experts.combine_kernels import FAST_MEMORY, Sizes, sizes_for, sum_of_rows
 from dynmoe_jax.experts.rows import Slots, rows_from_slots
 
 T, D = 512, 128
+SIZES = Sizes(block=64, together=4, ring=3)
 
 
 def draw(experts, slots, chosen=0.4, seed=0, bound=None):
@@ -33,7 +33,7 @@ def gathered(rows, y_nD):
 )
 def test_sums_equal_gathers(experts, slots, chosen):
     rows, y_nD = draw(experts, slots, chosen)
-    run = jax.jit(lambda *args: sum_of_rows(*args, interpret=True))
+    run = jax.jit(lambda *args: sum_of_rows(*args, SIZES, interpret=True))
     y_TD = run(y_nD, rows.token_R, rows.group_size_E, rows.row_TK)
     np.testing.assert_allclose(y_TD, gathered(rows, y_nD), rtol=1e-5, atol=1e-5)
 
@@ -43,23 +43,21 @@ def test_a_block_without_rows_and_an_expert_without_rows_are_zero():
     expert_TK[300:310, 0], expert_TK[305:, 1] = 3, 1
     rows = rows_from_slots(Slots(jnp.array(expert_TK), jnp.ones((T, 2)), 4), 1024)
     y_nD = jnp.where(rows.used_R[:, None], jnp.ones((1024, D)), jnp.nan)
-    y_TD = sum_of_rows(y_nD, rows.token_R, rows.group_size_E, rows.row_TK, interpret=True)
+    y_TD = sum_of_rows(y_nD, rows.token_R, rows.group_size_E, rows.row_TK, SIZES, interpret=True)
     assert np.all(np.asarray(y_TD) == np.sum(expert_TK < 4, axis=1, keepdims=True))
 
 
 def test_bfloat16_is_added_up_in_float32():
     rows, y_nD = draw(8, 5, 0.6)
     y_nD = y_nD.astype(jnp.bfloat16)
-    y_TD = sum_of_rows(y_nD, rows.token_R, rows.group_size_E, rows.row_TK, interpret=True)
+    y_TD = sum_of_rows(y_nD, rows.token_R, rows.group_size_E, rows.row_TK, SIZES, interpret=True)
     assert y_TD.dtype == jnp.bfloat16
     wanted = gathered(rows, y_nD).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(y_TD, np.float32), np.asarray(wanted, np.float32))
 
 
-def test_some_rows_that_follow_each_other(monkeypatch):
-    # A part of the rows begins within an expert; a program has several blocks, few tiles at a time.
-    monkeypatch.setattr(combine_kernels, "BLOCK", 64)
-    monkeypatch.setattr(combine_kernels, "FETCHED_BYTES", 0)
+def test_some_rows_that_follow_each_other():
+    # A part of the rows begins within an expert.
     rows, y_nD = draw(6, 4, 0.5)
     start, size = 208, 320
     end_E = jnp.cumsum(rows.group_size_E)
@@ -68,14 +66,27 @@ def test_some_rows_that_follow_each_other(monkeypatch):
     )
     part = slice(start, start + size)
     y_TD = sum_of_rows(
-        y_nD[part], rows.token_R[part], last_E - first_E, rows.row_TK - start, interpret=True
+        y_nD[part],
+        rows.token_R[part],
+        last_E - first_E,
+        rows.row_TK - start,
+        Sizes(block=128, together=1, ring=2),
+        interpret=True,
     )
     used_n1 = rows.used_R[part, None]
     wanted = add_up(y_nD[part], rows.token_R[part], used_n1, start, rows.row_TK, T)
     np.testing.assert_allclose(y_TD, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_shapes_that_the_kernel_takes():
-    assert sums_rows(512, 1024)
-    assert not sums_rows(500, 1024)
-    assert not sums_rows(512, 100)
+def test_sizes_fit_and_divide():
+    # At D = 1024 sums of 8 x 256 tokens would be, twice, 8.4 million bytes, numbers of their rows
+    # 2.1, tiles on their way 2.1, and a block in float32 1.0: more than 12.6.
+    assert sizes_for(8192, 1024, 2) == Sizes(256, 4, 8)
+    assert sizes_for(8192, 4096, 2) == Sizes(256, 1, 2)
+    assert sizes_for(3 * 256, 1024, 2) == Sizes(256, 1, 8)
+    for width in (128, 2048, 6144):
+        sizes = sizes_for(8192, width, 2)
+        assert 2 * sizes.together * sizes.block * width * 2 < FAST_MEMORY
+    assert sizes_for(8192, 2**15, 2) is None
+    assert sizes_for(500, 1024, 2) is None
+    assert sizes_for(512, 100, 2) is None

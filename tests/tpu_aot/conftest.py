@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from dynmoe_jax.axes import MESH_AXES
 
-TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 # Before libtpu is loaded: there is no cloud to ask, and no chip that two processes could share.
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"

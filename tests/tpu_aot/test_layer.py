@@ -19,7 +19,7 @@ T, D, F, E, K = 8192, 1024, 2816, 16, 7
 R, S = K * T, 2 * T
 
 
-def arguments(mesh, tokens):
+def arguments(mesh, tokens, D=D, F=F, E=E):
     def array(shape, dtype, spec=()):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
@@ -28,9 +28,9 @@ def arguments(mesh, tokens):
     return x_TD, array((tokens, E), jnp.float32, ("data",)), weights
 
 
-def compile_layer(mesh, tokens, **settings):
+def compile_layer(mesh, tokens, D=D, F=F, E=E):
     """Router, rows, experts, and the gradients of all of them."""
-    backend = make_backend(config.MoE(**settings), Target.of(mesh.devices.flat[0]))
+    backend = make_backend(config.MoE(), Target.of(mesh.devices.flat[0]))
 
     def loss(x_TD, logits_TE, weights):
         routing = TopP(E, 0.4)(logits_TE, jnp.ones(tokens, bool))
@@ -39,7 +39,7 @@ def compile_layer(mesh, tokens, **settings):
 
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-        return Module(gradient.lower(*arguments(mesh, tokens)).compile().as_text())
+        return Module(gradient.lower(*arguments(mesh, tokens, D, F, E)).compile().as_text())
 
 
 def dense_over_experts(module, rows):
@@ -75,6 +75,18 @@ def test_layer_and_gradient(mesh_of, chip, count):
     # router's top k is sorted (57344 rows took 5 to 12 s of compilation).
     sorted_shapes = [s for _, _, i in module.instructions() if i.opcode == "sort" for s in i.shapes]
     assert max((math.prod(shape) for shape in sorted_shapes), default=0) <= T * E
+
+
+# Mixtral's experts, and many small ones: what a kernel holds fits into each chip's fast memory.
+@pytest.mark.parametrize(
+    ("chip", "shape"),
+    [("v4", (4096, 14336, 8)), ("v4", (2048, 1024, 64)), ("v5e", (4096, 14336, 8))],
+)
+def test_kernels_fit_into_fast_memory(mesh_of, chip, shape):
+    module = compile_layer(mesh_of(chip), T, *shape)
+    kernels = {i.name for _, _, i in module.instructions() if i.is_kernel}
+    for name in ("grouped_swiglu_gradient", "sum_of_rows", "tgmm"):
+        assert any(name in kernel for kernel in kernels), kernels
 
 
 def test_the_check_finds_the_dense_weight_gradient_of_autodiff(mesh_of):
