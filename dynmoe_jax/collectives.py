@@ -19,6 +19,10 @@ GATHERED = "gathered"
 """Name, for ``jax.checkpoint``, of parameters put together for one layer: none is kept for
 backward, which would hold all layers at once."""
 
+COMPUTED_AGAIN = "computed again"
+"""Name, within a function with a gradient rule of its own, of a result that is as cheap as
+element-wise arithmetic, though a kernel makes it."""
+
 
 def each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """``jax.shard_map`` over all axes of the mesh of the context.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 
 from dynmoe_jax.axes import on_one_device
-from dynmoe_jax.collectives import keep_all_but_gathered
+from dynmoe_jax.collectives import COMPUTED_AGAIN, keep_all_but_gathered
 
 _ELEMENTWISE = {
     *("abs", "add", "add_any", "and", "convert_element_type", "copy", "cos", "div", "eq", "erf"),
@@ -47,4 +47,10 @@ def _keep_what_is_dear(primitive, *avals, **settings) -> bool:
     """
     if primitive.name in _ELEMENTWISE | _SHAPES:
         return False
+    if primitive.name == "custom_vjp_call":
+        named = (
+            e.params["name"] for e in settings["call_jaxpr"].eqns if e.primitive.name == "name"
+        )
+        if COMPUTED_AGAIN in named:
+            return False
     return keep_all_but_gathered(primitive, *avals, **settings)

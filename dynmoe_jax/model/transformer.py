@@ -14,12 +14,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
 from dynmoe_jax.model.layers import compute_dtype, matrix, rms_norm
+from dynmoe_jax.model.norm import forked
 from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.model.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.routing import Routing
@@ -87,11 +89,15 @@ class Layer(nnx.Module):
 
     def attend(self, x_BLD, segment_ids_BL, positions_BL):
         """The first half: x_BLD with attention added."""
-        return x_BLD + self.attention(self.attention_norm(x_BLD), segment_ids_BL, positions_BL)
+        x_BLD, normed_BLD = forked(self.attention_norm, x_BLD)
+        x_BLD += self.attention(normed_BLD, segment_ids_BL, positions_BL)
+        # Named, so that it is kept, and not the projection that it would be added up from again.
+        return checkpoint_name(x_BLD, "stream")
 
     def feed(self, x_BLD, segment_ids_BL):
         """The second half: x_BLD with the feed-forward added, and the routing of an MoE layer."""
-        flat_TD = self.feed_forward_norm(x_BLD).reshape(-1, x_BLD.shape[-1])
+        x_BLD, normed_BLD = forked(self.feed_forward_norm, x_BLD)
+        flat_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
         if not self.is_moe:
             return x_BLD + self.feed_forward(flat_TD).reshape(x_BLD.shape), None
         y_TD, *routed = self.feed_forward(flat_TD, segment_ids_BL.reshape(-1) > 0)
