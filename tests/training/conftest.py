@@ -33,23 +33,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compile_once(tmp_path_factory):
-    """Runs of the same settings share what XLA compiled."""
-    cache = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="session")
-def settings(corpus, compile_once):
+def settings(corpus):
     """Six steps of a two-layer model on text files; see :func:`change`."""
     return config.Config(
         model=config.Model(

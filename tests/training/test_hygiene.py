@@ -89,7 +89,7 @@ def test_folder_can_be_named_or_none_wanted(no_cache, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
-def test_cache_of_the_environment_is_left_alone(compile_once, tmp_path):
+def test_cache_of_the_environment_is_left_alone(tmp_path):
     theirs = jax.config.jax_compilation_cache_dir
     assert theirs
     with compiled_programs_kept(config.Train(), tmp_path):

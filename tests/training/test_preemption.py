@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from dynmoe_jax.command_line import EXIT_INTERRUPTED, EXIT_PREEMPTED
@@ -37,7 +36,6 @@ def running(corpus, workdir, *flags):
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -62,7 +60,7 @@ def free_port():
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_sigterm_saves_the_step_it_came_in_and_exits_with_its_own_code(
-    corpus, compile_once, tmp_path, distributed
+    corpus, tmp_path, distributed
 ):
     """In a distributed run the signal is JAX's, and Orbax's hook tells at which step to stop."""
     place = (f"--coordinator=localhost:{free_port()}", "--num_processes=1", "--process_id=0")
