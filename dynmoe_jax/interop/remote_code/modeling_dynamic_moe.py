@@ -14,6 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_dynamic_moe import DynamicMoEConfig
 
+# Since transformers 5.24, and before.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class RMSNorm(nn.Module):
     """Statistics in float32."""
@@ -171,16 +174,18 @@ class MoEModel(DynamicMoEPreTrainedModel):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
+        cache=None,
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
         **kwargs,
     ):
         """Hidden states [B, L, D]; padding is where ``attention_mask`` [B, L so far] is 0."""
+        cache = past_key_values if cache is None else cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+        past = 0 if cache is None else cache.get_seq_length()
         length = x.shape[1]
         to = torch.arange(past + length, device=x.device)
         here = to[past:]
@@ -198,8 +203,8 @@ class MoEModel(DynamicMoEPreTrainedModel):
         angle = position_ids[:, None, :, None].float() * self.config.rope_theta**-exponent
         cos, sin = angle.cos(), angle.sin()
         for layer in self.layers:
-            x = layer(x, allowed, cos, sin, past_key_values)
-        return BaseModelOutputWithPast(self.norm(x), past_key_values)
+            x = layer(x, allowed, cos, sin, cache)
+        return BaseModelOutputWithPast(self.norm(x), cache)
 
 
 class MoEForCausalLM(DynamicMoEPreTrainedModel, GenerationMixin):
@@ -222,6 +227,4 @@ class MoEForCausalLM(DynamicMoEPreTrainedModel, GenerationMixin):
             loss = functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             )
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(output, CACHE)})
