@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 import jax
 
+TPU_LANES = 128
+"""Numbers side by side in a TPU's vector registers: what tiles of kernels are multiples of."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:

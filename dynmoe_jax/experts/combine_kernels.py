@@ -4,7 +4,8 @@ Gathers read K rows for every token, though few tokens have K experts: forward a
 were 37 of 514 ms of a step of the paper's model compiled for v5p.  But rows stand by expert, and
 within an expert by token: those of a block of tokens are one run for each expert.  A program
 fetches these runs, in pieces that memory is tiled by, and adds them up as a product with a matrix
-of zeros and ones, which is exact.
+of zeros and ones, which is exact.  (A row that is not finite reaches the other tokens of its block;
+a step that has one is not applied anyway.)
 
 Axis legend: T tokens, K slots per token, E experts, n rows, D model width, b tokens of a block,
 r rows of a tile.
@@ -19,8 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from dynmoe_jax.target import TPU_LANES
+
 NAME = "sum_of_rows"
-LANES = 128
 PIECE = 16
 """Rows that are fetched at once: the tile of bfloat16 in memory."""
 
@@ -62,14 +64,14 @@ def sizes_for(tokens: int, width: int, itemsize: int) -> Sizes | None:
       width: D.
       itemsize: bytes of one number.
     """
-    if width % LANES:
+    if width % TPU_LANES:
         return None
     tile = PIECE * PIECES * width * itemsize
     ring = max(2, min(8, FETCHED_BYTES // tile))
 
     def fits(block, together):
         # Sums and the numbers of rows, two programs at a time; sums of a block in float32.
-        moved = 2 * together * block * (width * itemsize + LANES * 4)
+        moved = 2 * together * block * (width * itemsize + TPU_LANES * 4)
         return moved + ring * tile + 4 * block * width <= FAST_MEMORY
 
     return next(

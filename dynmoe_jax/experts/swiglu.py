@@ -7,6 +7,7 @@ Axis legend: n rows of one part, E experts, D model width, F hidden width of an 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -49,6 +50,7 @@ class SwiGLU:
     keeps: bool = True
 
 
+@functools.cache
 def plain_swiglu(products: GroupedProducts) -> SwiGLU:
     """Each product a pass over the rows, and the arithmetic between them another."""
 

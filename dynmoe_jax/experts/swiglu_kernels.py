@@ -22,7 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
 from dynmoe_jax.experts.swiglu import BACKWARD, FORWARD, SwiGLU
-from dynmoe_jax.experts.swiglu_tiling import LANES, SwiGLUTiling, Tile
+from dynmoe_jax.experts.swiglu_tiling import SwiGLUTiling, Tile
+from dynmoe_jax.target import TPU_LANES
 
 _ROWS_BY_WIDTH = (((1,), (0,)), ((), ()))
 _ROWS_BY_TRANSPOSED = (((1,), (1,)), ((), ()))
@@ -50,6 +51,7 @@ def fused_swiglu(tiling: SwiGLUTiling, interpret: bool = False) -> SwiGLU:
 def _forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E):
     rows, hidden = x_nD.shape[0], weights.hidden_width
     tile, blocks = tiling.forward, _Blocks(tiling.forward, hidden)
+    metadata, count = _visits(group_size_E, rows, tile.m)
     call = pl.pallas_call(
         _forward_kernel,
         out_shape=jax.ShapeDtypeStruct((rows, hidden), x_nD.dtype),
@@ -57,12 +59,12 @@ def _forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E):
             num_scalar_prefetch=3,
             in_specs=[blocks.rows(x_nD), *blocks.gate_and_up(x_nD), blocks.column()],
             out_specs=blocks.hidden(),
-            grid=(hidden // tile.f, (visits := _visits(group_size_E, rows, tile.m))[1]),
+            grid=(hidden // tile.f, count),
         ),
         name=FORWARD,
-        **_options(tiling, interpret, 2 * 2, x_nD, weights),
+        **_options(tiling, interpret, x_nD, weights, products=2, sides=1, results=1),
     )
-    return call(*visits[0], x_nD, weights.gate_up_ED2F, weights.gate_up_ED2F, weight_n1)
+    return call(*metadata, x_nD, weights.gate_up_ED2F, weights.gate_up_ED2F, weight_n1)
 
 
 def _forward_kernel(offset_e, expert_v, tile_v, x, gate, up, weight, hidden):
@@ -102,7 +104,7 @@ def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
             ],
         ),
         name=BACKWARD,
-        **_options(tiling, interpret, 2 * 3, x_nD, weights),
+        **_options(tiling, interpret, x_nD, weights, products=3, sides=2, results=3),
     )
     gate_up_ED2F = weights.gate_up_ED2F
     hidden_nF, dgate_up_n2F, dweight_Jn1 = call(
@@ -163,7 +165,7 @@ def _copies(held, dgate_up_out, copied, first_columns, tile):
     return [
         pltpu.make_async_copy(
             held.at[slot, half],
-            dgate_up_out.at[rows, pl.ds(pl.multiple_of(first, LANES), f)],
+            dgate_up_out.at[rows, pl.ds(pl.multiple_of(first, TPU_LANES), f)],
             copied.at[slot, half],
         )
         for half, first in enumerate(first_columns)
@@ -209,19 +211,18 @@ def _visits(group_size_E, rows, m):
     )
 
 
-def _options(tiling, interpret, flops_per_weight, x_nD, weights):
-    """What both calls say of themselves."""
+def _options(tiling, interpret, x_nD, weights, *, products: int, sides: int, results: int):
+    """What both calls say of themselves; sides are arrays [n, D], results arrays [n, F]."""
     (rows, width), hidden = x_nD.shape, weights.hidden_width
-    weight_bytes = 3 * weights.down_EFD.size * x_nD.dtype.itemsize
-    moved = weight_bytes + x_nD.dtype.itemsize * rows * (width + hidden) * flops_per_weight // 2
+    moved = rows * (sides * width + results * hidden) + products * weights.down_EFD.size
     return {
         # Tiles of F are independent: the two cores of a v4 or v5p share them.
         "compiler_params": pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiling.vmem_bytes
         ),
         "cost_estimate": pl.CostEstimate(
-            flops=flops_per_weight * rows * width * hidden,
-            bytes_accessed=moved,
+            flops=2 * products * rows * width * hidden,
+            bytes_accessed=moved * x_nD.dtype.itemsize,
             transcendentals=rows * hidden,
         ),
         "interpret": interpret,

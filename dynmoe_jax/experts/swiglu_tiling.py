@@ -10,8 +10,8 @@ import math
 from functools import partial
 
 from dynmoe_jax.experts.tiling import ROW_TILES, row_tile
+from dynmoe_jax.target import TPU_LANES
 
-LANES = 128
 CORES = 2
 """Of a chip, at most; they share the tiles of F."""
 
@@ -60,7 +60,7 @@ def swiglu_tiling(
       flops_per_byte: the chip's peak rate over its memory's.
       vmem_bytes: fast memory of a core.
     """
-    if width % LANES or hidden_width % LANES:
+    if width % TPU_LANES or hidden_width % TPU_LANES:
         return None
     budget = COUNTED_SHARE * vmem_bytes
 
@@ -81,7 +81,9 @@ def swiglu_tiling(
             # Where two tie, the fewest visits: each costs a fixed time besides its products.
             return max(flops / flops_per_byte, itemsize * moved), -f
 
-        columns = [f for f in range(LANES, hidden_width + 1, LANES) if hidden_width % f == 0]
+        columns = [
+            f for f in range(TPU_LANES, hidden_width + 1, TPU_LANES) if hidden_width % f == 0
+        ]
         # The row tile of the other products, if it fits: which tiles are visited is then known.
         for m in ROW_TILES[ROW_TILES.index(row_tile(rows, experts)) :]:
             if fits := [f for f in columns if vmem(m, f) <= budget]:

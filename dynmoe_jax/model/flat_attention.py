@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.model.flat_kernels import LANES, Heads, backward, forward
+from dynmoe_jax.model.flat_kernels import Heads, backward, forward
+from dynmoe_jax.target import TPU_LANES
 
 TILES = (512, 256, 128)
 """Positions of a tile, the largest that divides L; scores of 512 x 512 are 1 MB in float32."""
@@ -29,11 +30,13 @@ FAST_MEMORY = 56 * 2**20
 
 def flat_obstacle(length: int, width: int, heads: int, kv_heads: int, dtype: jnp.dtype) -> str:
     """What these kernels ask for and are not given; empty if nothing."""
-    lanes = max(width, LANES)
-    if lanes % LANES or lanes % width or width < LANES // 2:
-        return f"a config.model.head_width of {LANES // 2} or a multiple of {LANES}, not {width}"
+    lanes = max(width, TPU_LANES)
+    if lanes % TPU_LANES or lanes % width or width < TPU_LANES // 2:
+        fits = f"{TPU_LANES // 2} or a multiple of {TPU_LANES}"
+        return f"a config.model.head_width of {fits}, not {width}"
     if heads * width % lanes or kv_heads * width % lanes:
-        return f"heads that fill blocks of {LANES} lanes on each device, not {heads} and {kv_heads}"
+        count = f"{heads} and {kv_heads}"
+        return f"heads that fill blocks of {TPU_LANES} lanes on each device, not {count}"
     if length % TILES[-1]:
         return f"sequences of a multiple of {TILES[-1]} positions, not {length}"
     if _fast_memory(_heads(length, width, heads // kv_heads), dtype) > FAST_MEMORY:
@@ -47,7 +50,7 @@ def _fast_memory(heads: Heads, dtype: jnp.dtype) -> int:
     # Eight arrays in and out and the angles, of two programs at a time; queries and dmixed of each
     # head; keys twice; segments; three gradients; and some tiles of scores.
     moved = 2 * (8 * wide + 4) * one
-    kept = (2 * heads.side_by_side + 2) * wide * one + 4 * heads.length * LANES + 3 * 4 * one
+    kept = (2 * heads.side_by_side + 2) * wide * one + 4 * heads.length * TPU_LANES + 3 * 4 * one
     return moved + kept + 8 * 4 * heads.tile**2
 
 
@@ -141,7 +144,7 @@ flat_attention.defvjp(_forward, _backward)
 
 def _heads(length: int, width: int, shared: int) -> Heads:
     tile = next(tile for tile in TILES if length % tile == 0)
-    return Heads(width, max(width, LANES), length, shared, tile)
+    return Heads(width, max(width, TPU_LANES), length, shared, tile)
 
 
 def _blocks(heads: Heads) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
@@ -185,7 +188,7 @@ def _call(
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[
-            pltpu.VMEM((L, LANES), jnp.int32),
+            pltpu.VMEM((L, TPU_LANES), jnp.int32),
             *(pltpu.VMEM(shape, dtype) for shape, dtype in scratch),
         ],
         compiler_params=pltpu.CompilerParams(

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from dynmoe_jax.target import TPU_LANES
+
 MASKED = -1e30
 """Score of a pair that does not attend; finite, so that no difference is NaN."""
 
@@ -285,7 +286,7 @@ def _meet(bound_ref, key_tile, tile):
 
 
 def _segments_as_columns(segment_ref, segment_LO) -> None:
-    row_OL = jnp.broadcast_to(segment_ref[0], (LANES, segment_ref.shape[-1]))
+    row_OL = jnp.broadcast_to(segment_ref[0], (TPU_LANES, segment_ref.shape[-1]))
     segment_LO[...] = row_OL.T
 
 

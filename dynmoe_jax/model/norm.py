@@ -22,9 +22,8 @@ from jaxtyping import Array, Float
 
 from dynmoe_jax.axes import BATCH, batch_devices, mesh_sizes, on_one_device
 from dynmoe_jax.collectives import COMPUTED_AGAIN, each_device
-from dynmoe_jax.target import current_target
+from dynmoe_jax.target import TPU_LANES, current_target
 
-LANES = 128
 TILE_ELEMENTS = 2**18
 """Of one array in fast memory: 256 tokens of D = 1024; four arrays, twice, are 4 MB in bfloat16."""
 
@@ -45,7 +44,7 @@ def norm_tile(tokens: int, width: int) -> int:
     tile = TILE_ELEMENTS // width // 16 * 16
     while tile and tokens % tile:
         tile -= 16
-    return 0 if width % LANES else tile
+    return 0 if width % TPU_LANES else tile
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -21,7 +21,7 @@ from dynmoe_jax.training.mesh import make_mesh
 E, D, F = 4, 16, 24
 
 
-def draw(tokens=37, dtype=jnp.float32):
+def draw(tokens=37, dtype=jnp.float32, D=D, F=F):
     """(x_TD, logits_TE, weights); expert 1 is never chosen."""
     keys = jax.random.split(jax.random.key(0), 4)
     x_TD = jax.random.normal(keys[0], (tokens, D)).astype(dtype)
@@ -213,6 +213,29 @@ def test_megablox_kernels():
         saved_rows_per_token=1.0,
     )
     assert_close(gradients(backend, *case), gradients(reference_experts, *case))
+
+
+@pytest.mark.parametrize("saved", [1.0, 9.0])
+def test_layer_of_fused_kernels(saved):
+    """Gate, up and SwiGLU in one kernel, and rows added up by another; one part, and chunks."""
+    case = draw(256, D=128, F=256)
+    products = megablox_products(240.0, 2**26, interpret=True)
+    used = []
+
+    def recorded(kernel):
+        def call(*arguments):
+            used.append(result := kernel(*arguments))
+            return result
+
+        return call
+
+    products = dataclasses.replace(
+        products, swiglu=recorded(products.swiglu), sum_of_rows=recorded(products.sum_of_rows)
+    )
+    backend = partial(ragged_experts, products=products, saved_rows_per_token=saved)
+    assert_close(gradients(backend, *case), gradients(reference_experts, *case), 1e-4)
+    assert len(used) >= 3
+    assert all(result is not None for result in used)
 
 
 def test_megablox_writes_zeros_for_experts_without_rows():
