@@ -99,8 +99,33 @@ def keep_all_but_gathered(primitive, *_, **settings) -> bool:
         return settings["name"] != GATHERED
     if primitive.name == "custom_vjp_call":
         inner = settings["call_jaxpr"].eqns
-        return all(equation.primitive.name != "sharding_constraint" for equation in inner)
-    return primitive.name not in ("all_gather", "all_to_all", "sharding_constraint")
+        named = (equation.params["name"] for equation in inner if equation.primitive.name == "name")
+        constrained = any(equation.primitive.name == "sharding_constraint" for equation in inner)
+        return GATHERED not in named and not constrained
+    nothing_new = ("all_gather", "all_to_all", "optimization_barrier", "sharding_constraint")
+    return primitive.name not in nothing_new
+
+
+@jax.custom_vjp
+def gradients_together(values: Any) -> Any:
+    """The values; backward goes on with the gradient of any of them when it has them all.
+
+    Gradients of parameters are scattered while others are computed, but nobody waits for them
+    before the end of a layer, so a compiler that is short of transfers at a time leaves the large
+    ones to the end, where nothing is left to compute.
+    """
+    return checkpoint_name(values, GATHERED)
+
+
+def _together_forward(values):
+    return gradients_together(values), None
+
+
+def _together_backward(_, gradients):
+    return (jax.lax.optimization_barrier(gradients),)
+
+
+gradients_together.defvjp(_together_forward, _together_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

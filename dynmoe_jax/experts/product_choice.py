@@ -9,7 +9,7 @@ import importlib.util
 import jax.numpy as jnp
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.accounting import CHIPS, chip_of
+from dynmoe_jax.experts.accounting import chip_of, vmem_bytes
 from dynmoe_jax.experts.grouped_products import XLA, GroupedProducts
 from dynmoe_jax.experts.megablox_products import megablox_products
 from dynmoe_jax.experts.tokamax_products import tokamax_products
@@ -119,12 +119,6 @@ def make_products(name: str, target: Target) -> GroupedProducts:
     if name == "tokamax":
         return tokamax_products(target.platform)
     return {"xla": XLA}[name]
-
-
-def vmem_bytes(target: Target) -> int:
-    """The fast memory of one core of a TPU; of one that is not in the table, the least there is."""
-    chip = chip_of(target.kind)
-    return chip.vmem_bytes if chip else min(c.vmem_bytes for c in CHIPS.values() if c.vmem_bytes)
 
 
 def flops_per_byte(target: Target) -> float:

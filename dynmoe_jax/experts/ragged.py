@@ -225,8 +225,12 @@ def _backward(kernels, bounds, residuals, dy_TD):
         hidden_nF, dgate_up_n2F, dweight_n1 = kernels.swiglu.backward(
             x_nD, dy_nD, weight_n1, weights, part.group_size_E, kept
         )
+        # In this order: gradients of parameters travel while what comes next is computed.
+        in_turn = jax.lax.optimization_barrier
         ddown_EFD = products.weight_gradient(hidden_nF, dy_nD, part.group_size_E)
+        ddown_EFD, dgate_up_n2F = in_turn((ddown_EFD, dgate_up_n2F))
         dgate_up_ED2F = products.weight_gradient(x_nD, dgate_up_n2F, part.group_size_E)
+        dgate_up_ED2F, dgate_up_n2F = in_turn((dgate_up_ED2F, dgate_up_n2F))
         dx_nD = products.input_gradient(dgate_up_n2F, weights.gate_up_ED2F, part.group_size_E)
         dx_TD = kernels.sum_by_token(part, dx_nD, x_TD.shape[0])
         dweights = dgate_up_ED2F, ddown_EFD

@@ -70,7 +70,7 @@ def _forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E):
 def _forward_kernel(offset_e, expert_v, tile_v, x, gate, up, weight, hidden):
     gate_mf, up_mf = (_product(x[...], w[...], _ROWS_BY_WIDTH) for w in (gate, up))
     hidden_mf = jax.nn.silu(gate_mf) * up_mf * weight[...]
-    _write(hidden, hidden_mf, _mine(offset_e, expert_v, tile_v, hidden.shape[0]))
+    _write(hidden, hidden_mf, _mine(offset_e, expert_v, tile_v, (hidden.shape[0], 1)))
 
 
 def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
@@ -83,7 +83,7 @@ def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
         out_shape=(
             jax.ShapeDtypeStruct((rows, hidden), x_nD.dtype),
             jax.ShapeDtypeStruct((rows, 2 * hidden), x_nD.dtype),
-            jax.ShapeDtypeStruct((tiles, rows, 1), jnp.float32),
+            jax.ShapeDtypeStruct((tiles, 1, rows), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -95,7 +95,8 @@ def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
                 blocks.hidden(),
                 # Gate and up lie F columns apart: the kernel copies the two tiles by itself.
                 pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec((None, tile.m, 1), lambda j, v, o, e, tile_v: (j, tile_v[v], 0)),
+                # As a row: a column would take 128 lanes of memory for each number.
+                pl.BlockSpec((None, 1, tile.m), lambda j, v, o, e, tile_v: (j, 0, tile_v[v])),
             ),
             grid=(tiles, count),
             scratch_shapes=[
@@ -107,10 +108,10 @@ def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
         **_options(tiling, interpret, x_nD, weights, products=3, sides=2, results=3),
     )
     gate_up_ED2F = weights.gate_up_ED2F
-    hidden_nF, dgate_up_n2F, dweight_Jn1 = call(
+    hidden_nF, dgate_up_n2F, dweight_J1n = call(
         *metadata, x_nD, dy_nD, gate_up_ED2F, gate_up_ED2F, weights.down_EFD, weight_n1
     )
-    return hidden_nF, dgate_up_n2F, jnp.sum(dweight_Jn1, axis=0)
+    return hidden_nF, dgate_up_n2F, jnp.sum(dweight_J1n, axis=0).T
 
 
 def _backward_kernel(
@@ -128,7 +129,9 @@ def _backward_kernel(
         for copy in copies(tile - 2):
             copy.wait()
 
-    mine_m1 = _mine(offset_e, expert_v, tile_v, x.shape[0])
+    mine_m1, mine_1m = (
+        _mine(offset_e, expert_v, tile_v, shape) for shape in ((x.shape[0], 1), (1, x.shape[0]))
+    )
     gate_mf, up_mf = (_product(x[...], w[...], _ROWS_BY_WIDTH) for w in (gate, up))
     dhidden_mf = _product(dy[...], down[...], _ROWS_BY_TRANSPOSED)
     sigmoid_mf = jax.nn.sigmoid(gate_mf)
@@ -136,7 +139,7 @@ def _backward_kernel(
     hidden_mf = silu_mf * up_mf
     _write(hidden_out, hidden_mf * weight[...], mine_m1)
     dweight_m1 = jnp.sum(dhidden_mf * hidden_mf, axis=-1, keepdims=True)
-    _write(dweight_out, dweight_m1, mine_m1)
+    _write(dweight_out, _as_row(dweight_m1), mine_1m)
     dhidden_mf *= weight[...]
     dsilu_mf = sigmoid_mf + silu_mf * (1 - sigmoid_mf)
     _write(held.at[tile % 2, 0], dhidden_mf * up_mf * dsilu_mf, mine_m1)
@@ -233,13 +236,18 @@ def _product(left, right, dimensions):
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
-def _mine(offset_e, expert_v, tile_v, m):
-    """[m, 1]: whether a row of this visit's tile belongs to its expert."""
+def _mine(offset_e, expert_v, tile_v, shape):
+    """Whether a row of this visit's tile belongs to its expert; rows are the longer axis."""
     v = pl.program_id(1)
-    row_m1 = tile_v[v] * m + jax.lax.broadcasted_iota(jnp.int32, (m, 1), 0)
-    return (row_m1 >= offset_e[expert_v[v]]) & (row_m1 < offset_e[expert_v[v] + 1])
+    row = tile_v[v] * max(shape) + jax.lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
+    return (row >= offset_e[expert_v[v]]) & (row < offset_e[expert_v[v] + 1])
 
 
-def _write(ref, values, mine_m1):
+def _as_row(values_m1):
+    """[1, m]."""
+    return jnp.broadcast_to(values_m1, (values_m1.shape[0], TPU_LANES)).T[:1]
+
+
+def _write(ref, values, mine):
     """Writes the rows of this visit's expert, and leaves those of others."""
-    ref[...] = jnp.where(mine_m1, values, ref[...].astype(jnp.float32)).astype(ref.dtype)
+    ref[...] = jnp.where(mine, values, ref[...].astype(jnp.float32)).astype(ref.dtype)

@@ -182,8 +182,11 @@ def through(
       attend: ``(layer, kept, query, key, value) -> (mixed, kept)``.
     """
 
+    rotary_BLR = decoder.rotary(positions_BL)
+
     def one_layer(layer: Layer, x_BLD, kept):
-        projected = layer.attention.project(layer.attention_norm(x_BLD), positions_BL)
+        x_BLD, heads = layer.attention.project(layer.attention_norm, x_BLD)
+        projected = layer.attention.heads_apart(heads, rotary_BLR)
         mixed_BLHW, kept = attend(layer, kept, *projected)
         x_BLD += layer.attention.project_back(mixed_BLHW)
         x_BLD, routed = layer.feed(x_BLD, segment_ids_BL)

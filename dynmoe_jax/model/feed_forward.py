@@ -55,10 +55,25 @@ class MoEFeedForward(nnx.Module):
         self.route = make_router(model.moe)
         self.backend = make_backend(model.moe)
 
+    def weights(self) -> ExpertWeights:
+        """All experts, in the compute type."""
+        return ExpertWeights(
+            self.gate_up_ED2F[...].astype(self.dtype), self.down_EFD[...].astype(self.dtype)
+        )
+
     def __call__(
-        self, x_TD: Float[Array, "T D"], valid_T: Bool[Array, "T"]
+        self,
+        x_TD: Float[Array, "T D"],
+        valid_T: Bool[Array, "T"],
+        weights: ExpertWeights | None = None,
     ) -> tuple[Float[Array, "T D"], Routing, Int[Array, ""]]:
-        """Returns (y_TD, routing, rows dropped); a token that is not valid uses no expert."""
+        """Returns (y_TD, routing, rows dropped).
+
+        Args:
+          x_TD: tokens.
+          valid_T: a token that is not valid uses no expert.
+          weights: what :meth:`weights` returned.
+        """
         # At full precision: accelerators multiply float32 in bfloat16 or TF32 by default.
         router_DE = whole_parameter("router_DE", self.router_DE[...], jnp.float32)
         logits_TE = jnp.matmul(
@@ -68,13 +83,10 @@ class MoEFeedForward(nnx.Module):
         if self.moe.routed_scale != 1.0:
             scaled_TK = self.moe.routed_scale * routing.weight_TK
             routing = dataclasses.replace(routing, weight_TK=scaled_TK)
-        weights = ExpertWeights(
-            self.gate_up_ED2F[...].astype(self.dtype), self.down_EFD[...].astype(self.dtype)
-        )
         y_TD, dropped = apply_experts(
             x_TD,
             routing,
-            weights,
+            weights or self.weights(),
             self.backend,
             self.moe.rows_per_token,
             make_transport(self.moe, mesh_sizes()[EXPERT]),

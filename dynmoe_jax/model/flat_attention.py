@@ -58,19 +58,18 @@ def flat_heads_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, *, in
     """An ``AttentionKernel``: of heads that stand apart, and are turned already."""
     flat = (x_BLHW.reshape(*x_BLHW.shape[:2], -1) for x_BLHW in (query_BLHW, key_BLGW, value_BLGW))
     width = query_BLHW.shape[3]
-    mixed_BLX = flat_attention(*flat, segment_ids_BL, segment_ids_BL, width, None, interpret)
+    mixed_BLX = flat_attention(*flat, segment_ids_BL, None, width, interpret)
     return mixed_BLX.reshape(query_BLHW.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def flat_attention(
     query_BLX: Float[Array, "B L X"],
     key_BLY: Float[Array, "B L Y"],
     value_BLY: Float[Array, "B L Y"],
     segment_ids_BL: Int[Array, "B L"],
-    positions_BL: Int[Array, "B L"],
+    rotary_BLP: Float[Array, "B L P"] | None,
     width: int,
-    theta: float | None,
     interpret: bool = False,
 ) -> Float[Array, "B L X"]:
     """Rotary positions and attention of heads side by side.
@@ -80,17 +79,14 @@ def flat_attention(
       key_BLY: H/G query heads share one key/value head.
       value_BLY: values.
       segment_ids_BL: a position attends to those of its own segment up to itself.
-      positions_BL: within the documents.
+      rotary_BLP: :func:`~.rotary.rotary_table`; None: queries and keys are turned already.
       width: W.
-      theta: of the rotary positions; None: queries and keys are turned already.
       interpret: runs the kernels on a CPU, for tests.
     """
-    return _forward(
-        query_BLX, key_BLY, value_BLY, segment_ids_BL, positions_BL, width, theta, interpret
-    )[0]
+    return _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, width, interpret)[0]
 
 
-def _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, positions_BL, width, theta, interpret):
+def _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, width, interpret):
     B, L, X = query_BLX.shape
     heads = _heads(L, width, X // key_BLY.shape[2])
     P, side_by_side, dtype = heads.lanes, heads.side_by_side, query_BLX.dtype
@@ -101,7 +97,7 @@ def _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, positions_BL, width,
         heads,
         forward,
         inputs,
-        (segment_ids_BL, positions_BL, theta),
+        (segment_ids_BL, rotary_BLP),
         in_specs=[queries, keys, keys],
         out_specs=[queries, log_sums],
         out_shape=[jax.ShapeDtypeStruct((B, L, X), dtype), log_sum],
@@ -109,12 +105,12 @@ def _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, positions_BL, width,
         products=2,
         interpret=interpret,
     )
-    residuals = (*inputs, segment_ids_BL, positions_BL, mixed_BLX, log_sum_BXHL)
+    residuals = (*inputs, segment_ids_BL, rotary_BLP, mixed_BLX, log_sum_BXHL)
     return mixed_BLX, residuals
 
 
-def _backward(width, theta, interpret, residuals, dmixed_BLX):
-    query_BLX, key_BLY, value_BLY, segment_ids_BL, positions_BL, mixed_BLX, log_sum = residuals
+def _backward(width, interpret, residuals, dmixed_BLX):
+    query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, mixed_BLX, log_sum = residuals
     (_, L, X), dtype = query_BLX.shape, query_BLX.dtype
     heads = _heads(L, width, X // key_BLY.shape[2])
     P, side_by_side = heads.lanes, heads.side_by_side
@@ -124,7 +120,7 @@ def _backward(width, theta, interpret, residuals, dmixed_BLX):
         heads,
         backward,
         [query_BLX, key_BLY, value_BLY, mixed_BLX, log_sum, dmixed_BLX],
-        (segment_ids_BL, positions_BL, theta),
+        (segment_ids_BL, rotary_BLP),
         in_specs=[queries, keys, keys, queries, log_sums, queries],
         out_specs=[queries, keys, keys],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query_BLX, key_BLY, value_BLY)],
@@ -165,19 +161,19 @@ def _call(
     heads, body, inputs, places, *, in_specs, out_specs, out_shape, scratch, products, interpret
 ):
     """Runs one of the bodies of :mod:`.flat_kernels`; ``places`` are what all of them read."""
-    segment_ids_BL, positions_BL, theta = places
+    segment_ids_BL, rotary_BLP = places
     (B, L), (query, key) = segment_ids_BL.shape, inputs[:2]
     shared_inputs = [segment_bounds(segment_ids_BL, heads), segment_ids_BL[:, None]]
     shared_specs = [
         pl.BlockSpec(memory_space=pltpu.SMEM),
         pl.BlockSpec((1, 1, L), lambda b, g, h: (b, 0, 0)),
     ]
-    if theta is not None:
-        shared_inputs.append(angles(positions_BL, heads, theta))
+    if rotary_BLP is not None:
+        shared_inputs.append(rotary_BLP)
         shared_specs.append(pl.BlockSpec((1, L, heads.lanes), lambda b, g, h: (b, 0, 0)))
 
     def kernel(bound_ref, segment_ref, *refs):
-        body(heads, bound_ref, segment_ref, *(refs if theta is not None else (None, *refs)))
+        body(heads, bound_ref, segment_ref, *(refs if rotary_BLP is not None else (None, *refs)))
 
     inputs = [*shared_inputs, *inputs]
     pairs = B * query.shape[2] // heads.width * heads.pairs
@@ -209,16 +205,3 @@ def segment_bounds(segment_ids_BL: Int[Array, "B L"], heads: Heads) -> Int[Array
     """The lowest and the highest segment id of each tile."""
     ids = segment_ids_BL.reshape(-1, heads.tiles, heads.tile)
     return jnp.stack([jnp.min(ids, axis=-1), jnp.max(ids, axis=-1)])
-
-
-def angles(positions_BL: Int[Array, "B L"], heads: Heads, theta: float) -> Float[Array, "B L P"]:
-    """Cosines in the first half of the lanes, sines in the second.
-
-    Lane i of a half is for component i mod W/2 of a head, turned by ``position * theta^(-2i/W)``
-    (:func:`~.layers.rotate`).
-    """
-    half = heads.width // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    frequency = jnp.tile(frequency, heads.lanes // heads.width)
-    angle = positions_BL[..., None].astype(jnp.float32) * frequency
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)

@@ -7,7 +7,7 @@ width.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dynmoe_jax import config
 from dynmoe_jax.target import current_target
@@ -39,19 +39,3 @@ def normalize_heads(
     wide_BLX = x_BLX.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide_BLX), axis=-1, keepdims=True)
     return (wide_BLX * jax.lax.rsqrt(mean_square + epsilon) * scale_X).astype(x_BLX.dtype)
-
-
-def rotate(
-    x_BLHW: Float[Array, "B L H W"], positions_BL: Int[Array, "B L"], theta: float
-) -> Float[Array, "B L H W"]:
-    """Rotary position embedding (arXiv 2104.09864), halves rotated as in Llama.
-
-    Component i is paired with component i + W/2 and turned by ``position * theta^(-2i/W)``.
-    """
-    half = x_BLHW.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BL[..., None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BLHW.dtype)

@@ -82,7 +82,7 @@ def _on_each_device(run: Callable, arrays: int) -> Callable:
 
 def _forward_of_tokens(epsilon, interpret, x_BLD, scale_D):
     def of_tile(x_ref, scale_ref, normed_ref):
-        unit_TD, _ = _unit(x_ref, epsilon)
+        unit_TD, _ = unit_rows(x_ref[...], epsilon)
         normed_ref[...] = (unit_TD * scale_ref[...]).astype(normed_ref.dtype)
 
     (normed_TD,) = _call("norm_forward", of_tile, [x_BLD], scale_D, interpret)
@@ -93,24 +93,45 @@ def _backward_of_tokens(epsilon, interpret, x_BLD, dstream_BLD, dnormed_BLD, sca
     """(gradient of the stream, gradient of the scale of each tile)."""
 
     def of_tile(x_ref, dstream_ref, dnormed_ref, scale_ref, dx_ref, dscale_ref):
-        unit_TD, factor_T1 = _unit(x_ref, epsilon)
-        dnormed_TD = dnormed_ref[...].astype(jnp.float32)
-        dunit_TD = dnormed_TD * scale_ref[...]
-        along_T1 = jnp.mean(dunit_TD * unit_TD, axis=-1, keepdims=True)
-        dx_TD = dstream_ref[...].astype(jnp.float32) + factor_T1 * (dunit_TD - unit_TD * along_T1)
+        unit_TD, factor_T1 = unit_rows(x_ref[...], epsilon)
+        dx_TD, dscale_ref[0] = gradients_of_rows(
+            unit_TD, factor_T1, dstream_ref[...], dnormed_ref[...], scale_ref[...]
+        )
         dx_ref[...] = dx_TD.astype(dx_ref.dtype)
-        dscale_ref[0] = jnp.sum(dnormed_TD * unit_TD, axis=0, keepdims=True)
 
     arrays = [x_BLD, dstream_BLD, dnormed_BLD]
     dx_TD, dscale_N1D = _call("norm_backward", of_tile, arrays, scale_D, interpret, sums=True)
     return dx_TD.reshape(x_BLD.shape), dscale_N1D[:, 0]
 
 
-def _unit(x_ref, epsilon):
-    """Rows of mean square one, and what they were multiplied by."""
-    x_TD = x_ref[...].astype(jnp.float32)
+def unit_rows(x_TD: Float[Array, "T D"], epsilon: float) -> tuple[Array, Array]:
+    """Rows of mean square one, and what they were multiplied by, in float32."""
+    x_TD = x_TD.astype(jnp.float32)
     factor_T1 = jax.lax.rsqrt(jnp.mean(jnp.square(x_TD), axis=-1, keepdims=True) + epsilon)
     return x_TD * factor_T1, factor_T1
+
+
+def gradients_of_rows(
+    unit_TD: Float[Array, "T D"],
+    factor_T1: Float[Array, "T 1"],
+    dstream_TD: Float[Array, "T D"],
+    dnormed_TD: Float[Array, "T D"],
+    scale_1D: Float[Array, "1 D"],
+) -> tuple[Float[Array, "T D"], Float[Array, "1 D"]]:
+    """Gradients of what was forked, and of the scale, in float32.
+
+    Args:
+      unit_TD: from :func:`unit_rows`.
+      factor_T1: from :func:`unit_rows`.
+      dstream_TD: gradient of the stream that went on.
+      dnormed_TD: gradient of its norm.
+      scale_1D: of the norm.
+    """
+    dnormed_TD = dnormed_TD.astype(jnp.float32)
+    dunit_TD = dnormed_TD * scale_1D
+    along_T1 = jnp.mean(dunit_TD * unit_TD, axis=-1, keepdims=True)
+    dx_TD = dstream_TD.astype(jnp.float32) + factor_T1 * (dunit_TD - unit_TD * along_T1)
+    return dx_TD, jnp.sum(dnormed_TD * unit_TD, axis=0, keepdims=True)
 
 
 def _call(name: str, body: Callable, arrays, scale_D, interpret: bool, sums: bool = False) -> list:

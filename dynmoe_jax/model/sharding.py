@@ -67,6 +67,27 @@ def whole_parameter(
     return checkpoint_name(_put_together(shapes, (kept, wanted), values), GATHERED)
 
 
+def times_parameter(
+    x_BLX: Float[Array, "B L X"], name: str, parameter: Float[Array, "..."]
+) -> Float[Array, "B L D"]:
+    """``x_BLX`` times a parameter, whose axes but the last are put side by side.
+
+    Where heads are not split, every device puts the parameter together for its own product:
+    asked for the pieces of the gradient, along a part of X, the partitioner adds all of it up on
+    every device, and waits for that (compiled for v6e:8x8).
+    """
+    sizes, matrix = mesh_sizes(), (x_BLX.shape[-1], parameter.shape[-1])
+    if on_one_device() or sizes[MODEL] > 1:
+        return x_BLX @ whole_parameter(name, parameter, x_BLX.dtype, matrix)
+    spec = parameter_spec(name, parameter.shape, sizes)
+
+    def on_each_device(x_BLX, part):
+        return x_BLX @ gathered(part, spec).reshape(matrix)
+
+    product = each_device(on_each_device, (P(BATCH), spec), P(BATCH))
+    return product(x_BLX, parameter.astype(x_BLX.dtype))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _put_together(shapes: tuple, specs: tuple[P, P] | None, values: Array) -> Array:
     if specs:
@@ -134,12 +155,19 @@ def by_batch_and_head(
     query_BLX: Float[Array, "B L X"],
     key_BLY: Float[Array, "B L Y"],
     value_BLY: Float[Array, "B L Y"],
-    segment_ids_BL: Int[Array, "B L"],
-    positions_BL: Int[Array, "B L"],
+    places: Any,
 ) -> Float[Array, "B L X"]:
-    """Attention on the sequences and heads of each device: the partitioner cannot split kernels."""
-    arrays = (query_BLX, key_BLY, value_BLY, segment_ids_BL, positions_BL)
+    """Attention on the sequences and heads of each device: the partitioner cannot split kernels.
+
+    Args:
+      mix: takes the other arguments.
+      query_BLX: queries.
+      key_BLY: keys.
+      value_BLY: values.
+      places: arrays of positions, [B, L, ...].
+    """
+    arrays = (query_BLX, key_BLY, value_BLY, places)
     if on_one_device():
         return mix(*arrays)
-    heads, places = P(BATCH, None, MODEL), P(BATCH)
-    return each_device(mix, (heads, heads, heads, places, places), heads)(*arrays)
+    heads = P(BATCH, None, MODEL)
+    return each_device(mix, (heads, heads, heads, P(BATCH)), heads)(*arrays)

@@ -18,11 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
+from dynmoe_jax.collectives import gradients_together
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
 from dynmoe_jax.model.layers import compute_dtype, matrix, rms_norm
 from dynmoe_jax.model.norm import forked
 from dynmoe_jax.model.remat import remat_policy
+from dynmoe_jax.model.rotary import Places, rotary_table
 from dynmoe_jax.model.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.routing import Routing
 
@@ -83,24 +85,23 @@ class Layer(nnx.Module):
         self.feed_forward = feed_forward(model, rngs=rngs)
         self.is_moe = is_moe
 
-    def __call__(self, x_BLD, segment_ids_BL, positions_BL):
+    def __call__(self, x_BLD, places):
         """Returns (x_BLD, None) or, for an MoE layer, (x_BLD, (routing, rows dropped))."""
-        return self.feed(self.attend(x_BLD, segment_ids_BL, positions_BL), segment_ids_BL)
-
-    def attend(self, x_BLD, segment_ids_BL, positions_BL):
-        """The first half: x_BLD with attention added."""
-        x_BLD, normed_BLD = forked(self.attention_norm, x_BLD)
-        x_BLD += self.attention(normed_BLD, segment_ids_BL, positions_BL)
+        x_BLD, heads = self.attention.project(self.attention_norm, x_BLD)
+        weights = self.feed_forward.weights() if self.is_moe else None
+        # Gradients of experts travel while attention's backward pass computes.
+        heads, weights = gradients_together((heads, weights))
+        x_BLD += self.attention.mix(heads, places)
         # Named, so that it is kept, and not the projection that it would be added up from again.
-        return checkpoint_name(x_BLD, "stream")
+        return self.feed(checkpoint_name(x_BLD, "stream"), places.segment_ids_BL, weights)
 
-    def feed(self, x_BLD, segment_ids_BL):
+    def feed(self, x_BLD, segment_ids_BL, weights=None):
         """The second half: x_BLD with the feed-forward added, and the routing of an MoE layer."""
         x_BLD, normed_BLD = forked(self.feed_forward_norm, x_BLD)
         flat_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
         if not self.is_moe:
             return x_BLD + self.feed_forward(flat_TD).reshape(x_BLD.shape), None
-        y_TD, *routed = self.feed_forward(flat_TD, segment_ids_BL.reshape(-1) > 0)
+        y_TD, *routed = self.feed_forward(flat_TD, segment_ids_BL.reshape(-1) > 0, weights)
         return x_BLD + y_TD.reshape(x_BLD.shape), tuple(routed)
 
 
@@ -110,11 +111,11 @@ class LayerGroup(nnx.Module):
     def __init__(self, model: config.Model, is_moe: Sequence[bool], *, rngs: nnx.Rngs):
         self.layers = nnx.List(Layer(model, moe, rngs=rngs) for moe in is_moe)
 
-    def __call__(self, x_BLD, segment_ids_BL, positions_BL):
+    def __call__(self, x_BLD, places):
         """Returns (x_BLD, what the group's MoE layer recorded)."""
         record = None
         for layer in self.layers:
-            x_BLD, routed = layer(x_BLD, segment_ids_BL, positions_BL)
+            x_BLD, routed = layer(x_BLD, places)
             record = routed or record
         return x_BLD, record
 
@@ -157,6 +158,10 @@ class Decoder(nnx.Module):
         dtype = compute_dtype(self.config)
         return split_by_batch(embedded("embedding_VD", self.embedding_VD[...], tokens_BL, dtype))
 
+    def rotary(self, positions_BL: Int[Array, "B L"]) -> Float[Array, "B L R"]:
+        """What all layers turn queries and keys by."""
+        return rotary_table(positions_BL, self.config.head_width, self.config.rope_theta)
+
     def hidden(
         self,
         tokens_BL: Int[Array, "B L"],
@@ -177,18 +182,19 @@ class Decoder(nnx.Module):
             segment_ids_BL = jnp.ones_like(tokens_BL)
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+        places = Places(segment_ids_BL, self.rotary(positions_BL))
         x_BLD, record = self.embed(tokens_BL), None
         for stack in self.stacks:
-            x_BLD, record = self._scan(stack, x_BLD, segment_ids_BL, positions_BL)
+            x_BLD, record = self._scan(stack, x_BLD, places)
         routing = record and LayerRouting(record[0], segment_ids_BL > 0, record[1])
         return self.norm(x_BLD), routing
 
-    def _scan(self, stack: LayerGroup, x_BLD, segment_ids_BL, positions_BL):
+    def _scan(self, stack: LayerGroup, x_BLD, places: Places):
         """(x_BLD behind all groups of a stack, what their MoE layers recorded)."""
         structure, params = nnx.split(stack)
 
         def apply_group(x_BLD, params):
-            x_BLD, record = nnx.merge(structure, params)(x_BLD, segment_ids_BL, positions_BL)
+            x_BLD, record = nnx.merge(structure, params)(x_BLD, places)
             return split_by_batch(x_BLD), record
 
         policy = remat_policy(self.config.remat)

@@ -19,6 +19,7 @@ from dynmoe_jax.planning.products import fused_products, product_kind, product_o
 _BLOCK = r'\\"{name}\\": (\d+)'
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"[^}]*"bytes_accessed":"(\d+)"')
 _ATTENTION = re.compile(r"splash_mha_(fwd|dq|dkv)|flat_attention_(?:forward|backward)")
+_PROJECTION = re.compile(r"projection_(?:forward|backward)")
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Products of scores' size in each Splash kernel: scores and values; scores, their gradient and dq;
 scores, their gradient, dk and dv."""
@@ -124,6 +125,12 @@ def attention_part(instruction: Instruction) -> str:
     """
     found = _ATTENTION.search(f"{instruction.name} {instruction.op_name}")
     return (found[1] or found[0]) if found and instruction.is_kernel else ""
+
+
+def is_projection(instruction: Instruction) -> bool:
+    """Whether an instruction is a kernel of :mod:`dynmoe_jax.model.projection`."""
+    names = f"{instruction.name} {instruction.op_name}"
+    return instruction.is_kernel and _PROJECTION.search(names) is not None
 
 
 def attention_flops(instruction: Instruction, shapes: Sequence[Shape]) -> float:

@@ -9,6 +9,7 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
+from dynmoe_jax.model.rotary import Places
 from dynmoe_jax.routing import ROUTERS, TopP
 
 B, L = 2, 8
@@ -92,7 +93,7 @@ def test_scan_equals_a_loop_over_layers(small, draw, run):
         for i in range(2):
             group = nnx.merge(structure, jax.tree.map(lambda leaf, i=i: leaf[i], params))
             for layer in group.layers:
-                x_BLD, _ = layer(x_BLD, SEGMENTS, POSITIONS)
+                x_BLD, _ = layer(x_BLD, Places(SEGMENTS, decoder.rotary(POSITIONS)))
         return decoder.norm(x_BLD) @ decoder.head_DV[...]
 
     np.testing.assert_allclose(

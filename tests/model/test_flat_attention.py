@@ -1,7 +1,5 @@
 """Attention of heads side by side against rotary positions and XLA's attention of heads apart."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +13,10 @@ from dynmoe_jax.model import attention
 from dynmoe_jax.model.attention_choice import Attend
 from dynmoe_jax.model.attention_kernels import xla_attention
 from dynmoe_jax.model.flat_attention import flat_attention, flat_heads_attention, flat_obstacle
-from dynmoe_jax.model.layers import rotate
+from dynmoe_jax.model.layers import rms_norm
+from dynmoe_jax.model.rotary import Places, rotary_table, rotate
 from dynmoe_jax.model.sharding import by_batch_and_head
-from dynmoe_jax.target import Target
+from dynmoe_jax.target import Target, compile_for
 
 B, L, THETA = 2, 384, 10000.0  # three tiles of 128
 # Segments that end inside a tile, one that spans all tiles, and padding (0) at the end.
@@ -27,7 +26,15 @@ SEGMENTS_BL = np.stack(
 POSITIONS_BL = np.stack([np.r_[0:50, 0:290, 0:14, np.zeros(30)], np.r_[0:128, 1000:1256]]).astype(
     np.int32
 )
-FLAT = partial(flat_attention, interpret=True)
+V5P = Target("tpu", "TPU v5")
+
+
+def flat_by_positions(query_BLX, key_BLY, value_BLY, segments, positions, width, theta):
+    rotary_BLP = None
+    if theta is not None:
+        with compile_for(V5P):
+            rotary_BLP = rotary_table(positions, width, theta)
+    return flat_attention(query_BLX, key_BLY, value_BLY, segments, rotary_BLP, width, True)
 
 
 def draw(heads, kv_heads, width, dtype=jnp.float32, batch=B):
@@ -44,7 +51,8 @@ def by_heads_apart(query_BLX, key_BLY, value_BLY, segments, positions, width, th
         x.reshape(*x.shape[:2], -1, width) for x in (query_BLX, key_BLY, value_BLY)
     )
     if theta is not None:
-        query, key = rotate(query, positions, theta), rotate(key, positions, theta)
+        rotary_BLR = rotary_table(positions, width, theta)
+        query, key = rotate(query, rotary_BLR), rotate(key, rotary_BLR)
     return xla_attention(query, key, value, segments).reshape(query_BLX.shape)
 
 
@@ -82,7 +90,7 @@ def assert_close(actual, wanted, tolerance):
 def test_equals_heads_apart(heads, kv_heads, width, theta):
     *inputs, dmixed = draw(heads, kv_heads, width)
     rest = (SEGMENTS_BL, POSITIONS_BL, width, theta)
-    actual = value_and_gradients(FLAT, inputs, dmixed, *rest)
+    actual = value_and_gradients(flat_by_positions, inputs, dmixed, *rest)
     assert_close(actual, value_and_gradients(by_heads_apart, inputs, dmixed, *rest), 1e-5)
 
 
@@ -91,7 +99,7 @@ def test_in_bfloat16():
     *wide, wide_dmixed = (x.astype(jnp.float32) for x in narrow)
     *inputs, dmixed = narrow
     rest = (SEGMENTS_BL, POSITIONS_BL, 64, THETA)
-    actual = value_and_gradients(FLAT, inputs, dmixed, *rest)
+    actual = value_and_gradients(flat_by_positions, inputs, dmixed, *rest)
     assert all(x.dtype == jnp.bfloat16 for x in actual)
     assert_close(actual, value_and_gradients(by_heads_apart, wide, wide_dmixed, *rest), 2e-2)
 
@@ -101,8 +109,8 @@ def test_tiles_without_a_common_segment_are_not_computed():
     # The second sequence: segment 1 fills the first tile, segment 2 the others.
     poisoned = [x.at[1, :128].set(jnp.nan) for x in inputs]
     rest = (SEGMENTS_BL, POSITIONS_BL, 64, THETA)
-    actual = value_and_gradients(FLAT, poisoned, dmixed, *rest)
-    wanted = value_and_gradients(FLAT, inputs, dmixed, *rest)
+    actual = value_and_gradients(flat_by_positions, poisoned, dmixed, *rest)
+    wanted = value_and_gradients(flat_by_positions, inputs, dmixed, *rest)
     assert_close([x[1, 128:] for x in actual], [x[1, 128:] for x in wanted], 1e-6)
     assert not np.any(np.isfinite(actual[0][1, :128]))
 
@@ -116,10 +124,13 @@ def test_heads_that_stand_apart():
 def test_each_device_has_its_sequences_and_heads():
     *inputs, dmixed = draw(8, 4, 64)
     rest = (SEGMENTS_BL, POSITIONS_BL, 64, THETA)
-    wanted = value_and_gradients(FLAT, inputs, dmixed, *rest)
+    wanted = value_and_gradients(flat_by_positions, inputs, dmixed, *rest)
 
     def mix(*arrays):
-        return by_batch_and_head(lambda *local: FLAT(*local, 64, THETA), *arrays[:5])
+        def local(query_BLX, key_BLY, value_BLY, places):
+            return flat_by_positions(query_BLX, key_BLY, value_BLY, *places, 64, THETA)
+
+        return by_batch_and_head(local, *arrays[:3], arrays[3:5])
 
     with jax.set_mesh(jax.make_mesh((1, 2, 1, 2), MESH_AXES, (AxisType.Auto,) * 4)):
         actual = value_and_gradients(mix, inputs, dmixed, *rest)
@@ -130,16 +141,20 @@ def test_each_device_has_its_sequences_and_heads():
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "qk_norm": True}], ids=str)
 def test_a_layer_on_tpu_is_the_layer_on_cpu(monkeypatch, changes):
     model = config.Model(width=64, num_heads=4, num_kv_heads=2, head_width=64, **changes)
-    layer = attention.Attention(model, rngs=nnx.Rngs(0))
+    norm, layer = rms_norm(model, nnx.Rngs(0)), attention.Attention(model, rngs=nnx.Rngs(0))
     x_BLD = jax.random.normal(jax.random.key(1), (B, L, 64))
 
-    def gradients():
-        def loss(layer, x_BLD):
-            return jnp.sum(jnp.sin(layer(x_BLD, SEGMENTS_BL, POSITIONS_BL)))
+    def gradients(target):
+        with compile_for(target):
+            places = Places(SEGMENTS_BL, rotary_table(POSITIONS_BL, 64, model.rope_theta))
 
-        return jax.tree.leaves(nnx.jit(nnx.grad(loss, argnums=(0, 1)))(layer, x_BLD))
+        def loss(layer, norm, x_BLD):
+            _, heads = layer.project(norm, x_BLD)
+            return jnp.sum(jnp.sin(layer.mix(heads, places)))
 
-    wanted = gradients()
+        return jax.tree.leaves(nnx.jit(nnx.grad(loss, argnums=(0, 1, 2)))(layer, norm, x_BLD))
+
+    wanted = gradients(Target("cpu"))
     calls = []
 
     def interpreted(*arguments):
@@ -147,8 +162,8 @@ def test_a_layer_on_tpu_is_the_layer_on_cpu(monkeypatch, changes):
         return flat_attention(*arguments, interpret=True)
 
     monkeypatch.setattr(attention, "flat_attention", interpreted)
-    layer.attend = Attend("auto", Target("tpu", "TPU v5"))
-    assert_close(gradients(), wanted, 1e-4)
+    layer.attend = Attend("auto", V5P)
+    assert_close(gradients(V5P), wanted, 1e-4)
     assert calls
 
 

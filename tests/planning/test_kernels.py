@@ -4,7 +4,12 @@ import pytest
 
 from dynmoe_jax.experts.accounting import Chip
 from dynmoe_jax.planning.instruction import parse_instruction
-from dynmoe_jax.planning.kernels import attention_flops, attention_part, kernel_cost
+from dynmoe_jax.planning.kernels import (
+    attention_flops,
+    attention_part,
+    is_projection,
+    kernel_cost,
+)
 
 CHIP = Chip(1e12, 1e9, product_width=128)
 KERNEL = 'custom_call_target="tpu_custom_call"'
@@ -131,3 +136,11 @@ def test_attention_of_heads_side_by_side(name, products):
     assert found.busy_flops == 2 * flops
     # Read: segments, queries; of forward the log-sum-exps are written, of backward read.
     assert found.bytes == 4 * 2048 + 2 * 2 * 2048 * 512 + 4 * 4 * 2 * 2048
+
+
+def test_projections_count_as_products():
+    text = f"bf16[64,128]{{1,0}} custom-call(%a), {KERNEL}"
+    assert is_projection(parse_instruction("jvp_projection_forward_.2", text))
+    assert is_projection(parse_instruction("projection_backward.1", text))
+    assert not is_projection(parse_instruction("norm_forward.1", text))
+    assert not is_projection(parse_instruction("projection_forward.1", "bf16[64]{0} copy(%a)"))

@@ -1,0 +1,61 @@
+"""Rotary positions (arXiv 2104.09864), halves rotated as in Llama.
+
+Component i of a head is paired with component i + W/2 and turned by ``position * theta^(-2i/W)``.
+All layers turn by the same angles, so they are worked out once for a batch.
+
+Axis legend: B batch, L positions, H heads, W head width, R lanes of the table.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dynmoe_jax.target import TPU_LANES, current_target
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the tokens of a batch stand.
+
+    Attributes:
+      segment_ids_BL: which document a position belongs to; 0 is padding.
+      rotary_BLR: :func:`rotary_table` of the positions within the documents.
+    """
+
+    segment_ids_BL: Int[Array, "B L"]
+    rotary_BLR: Float[Array, "B L R"]
+
+
+def rotary_table(
+    positions_BL: Int[Array, "B L"], width: int, theta: float
+) -> Float[Array, "B L R"]:
+    """Cosines in the first half of the lanes, sines in the second, float32.
+
+    A half has an angle for each pair of components, R = W; on TPU those of narrow heads are there
+    again for each head that shares the lanes of a register (:mod:`.flat_kernels`).
+
+    Args:
+      positions_BL: within the documents.
+      width: W.
+      theta: of the rotary positions.
+    """
+    half = width // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if current_target().platform == "tpu" and TPU_LANES % width == 0:
+        frequency = jnp.tile(frequency, TPU_LANES // width)
+    angle = positions_BL[..., None].astype(jnp.float32) * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def rotate(
+    x_BLHW: Float[Array, "B L H W"], rotary_BLR: Float[Array, "B L R"]
+) -> Float[Array, "B L H W"]:
+    """Queries or keys, turned."""
+    half = x_BLHW.shape[-1] // 2
+    cos, sin = (table[:, :, None, :half] for table in jnp.split(rotary_BLR, 2, axis=-1))
+    first, second = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BLHW.dtype)
