@@ -119,8 +119,8 @@ class Model:
     )
     remat: str = setting(
         "none",
-        "what backward recomputes: nothing, element-wise arithmetic, all but matrix products, or "
-        "whole layers",
+        "what backward recomputes: nothing, element-wise arithmetic (and on TPU what kernels make "
+        "faster than it is read), all but matrix products, or whole layers",
         choices=("none", "elementwise", "dots", "layer"),
     )
     attention: str = setting(

@@ -54,12 +54,11 @@ def apply_experts(
     )
 
     def on_each_device(x_TD, routing, weights):
-        gate_up_ED2F = gathered_halves(weights.gate_up_ED2F, specs.gate_up_ED2F)
-        # Down last: it can still travel while the others are used.  (Gradients know no order.)
-        travelled = jax.lax.stop_gradient(gate_up_ED2F)
-        down_EFD, _ = jax.lax.optimization_barrier((weights.down_EFD, travelled))
-        # All but the first axis: each device keeps its own experts.
-        weights = ExpertWeights(gate_up_ED2F, gathered(down_EFD, P(None, *specs.down_EFD[1:])))
+        weights = ExpertWeights(
+            gathered_halves(weights.gate_up_ED2F, specs.gate_up_ED2F),
+            # All but the first axis: each device keeps its own experts.
+            gathered(weights.down_EFD, P(None, *specs.down_EFD[1:])),
+        )
         y_TD, dropped = _local(
             x_TD, routing, weights, backend, rows_per_token, sizes[EXPERT], transport
         )

@@ -1,4 +1,4 @@
-"""The fork in the residual stream before each half of a layer: the stream, and its RMSNorm.
+"""The fork in the residual stream before a half of a layer: the stream, and its RMSNorm.
 
 On TPU two kernels compute them in one pass each: rows of the stream, and both gradients, are in
 fast memory once.  XLA takes two passes for backward, one for the sums over D and one that uses

@@ -42,6 +42,8 @@ def remat_policy(remat: str) -> Callable | None:
 def _keep_what_is_dear(primitive, *avals, **settings) -> bool:
     """Products, kernels, sums, sorts and gathers; not the arithmetic between them.
 
+    Nor kernels that say of what they make that it is computed again as cheaply.
+
     A compiler fuses that into what reads it, while what is kept is written by one loop over the
     layers and read by the other.
     """
