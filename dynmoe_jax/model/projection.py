@@ -34,8 +34,11 @@ TILES = (512, 256, 128)
 PARTS = 2
 """Of the tiles, for the two cores of a v4 or v5p; each adds up gradients of its own."""
 
-ALLOWED_SHARE = 0.9
-"""Of the fast memory."""
+COUNTED_SHARE = 0.75
+"""Of the fast memory: what may be used by the count below."""
+
+MARGIN = 1.25
+"""What the compiler may use, over the count."""
 
 
 def projected(
@@ -81,7 +84,7 @@ def projection_tile(tokens: int, width: int, columns: Sequence[int], dtype: jnp.
     target = current_target()
     if target.platform != "tpu" or any(size % TPU_LANES for size in (width, *columns)):
         return 0
-    allowed = ALLOWED_SHARE * vmem_bytes(target)
+    allowed = COUNTED_SHARE * vmem_bytes(target)
     fits = (
         tile
         for tile in TILES
@@ -255,7 +258,7 @@ def _parameters(tile: int, width: int, matrices, semantics) -> pltpu.CompilerPar
     columns = sum(matrix.shape[1] for matrix in matrices)
     return pltpu.CompilerParams(
         dimension_semantics=semantics,
-        vmem_limit_bytes=int(1.25 * _fast_memory(tile, width, columns, matrices[0].dtype)),
+        vmem_limit_bytes=int(MARGIN * _fast_memory(tile, width, columns, matrices[0].dtype)),
     )
 
 
