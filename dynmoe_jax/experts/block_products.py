@@ -55,9 +55,22 @@ def _part(inner: int, row_bytes: int) -> int:
 def add_to_expert(
     array_EIO: Float[Array, "E I O"], e: Int[Array, ""], value_IO: Float[Array, "I O"]
 ) -> Float[Array, "E I O"]:
-    """``array_EIO`` with ``value_IO`` added to one expert, in place inside a loop."""
-    total_IO = expert(array_EIO, e) + value_IO.astype(array_EIO.dtype)
-    return jax.lax.dynamic_update_index_in_dim(array_EIO, total_IO, e, axis=0)
+    """``array_EIO`` with ``value_IO`` added to one expert, in place inside a loop.
+
+    As rows of a matrix that are scattered: XLA's CPU backend does that on all cores and without a
+    copy of what it adds to, where it updates a slice on one core and copies it first.  Forward and
+    backward of 16 experts of 512 x 1408, top-2, 4096 tokens: 647 ms, by slices 661.
+    """
+    experts, inner, outer = array_EIO.shape
+    row_I = e * inner + jnp.arange(inner)
+    total_XO = array_EIO.reshape(experts * inner, outer)
+    total_XO = total_XO.at[row_I].add(
+        value_IO.astype(array_EIO.dtype),
+        mode="promise_in_bounds",
+        unique_indices=True,
+        indices_are_sorted=True,
+    )
+    return total_XO.reshape(array_EIO.shape)
 
 
 def gather(x_TD: Float[Array, "T D"], token_b: Int[Array, "b"]) -> Float[Array, "b D"]:

@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+"""Powers of two, and what lies halfway where that can save more rows than a block costs.  Loads
+around 512 rows (log-normal, sigma 0.6) then cost 9% more than one block of their very size each,
+by the count below, with powers of two alone 13%.  A size takes 0.3 s to compile, backward too."""
 
 OVERHEAD_ROWS = 48
 """What a block costs beyond its rows, in rows.  Forward and backward of 16 experts of n rows each

@@ -18,8 +18,8 @@ def test_sizes_follow_the_number_of_tokens():
     assert block_sizes(1) == (1,)
     assert block_sizes(9) == (1, 2, 4, 8, 16)
     assert block_sizes(33) == (8, 16, 32, 64)
-    assert block_sizes(300) == (8, 16, 32, 64, 128, 256, 512)
-    assert block_sizes(4096) == (32, 64, 128, 256, 512, 1024)
+    assert block_sizes(300) == (8, 16, 32, 64, 128, 192, 256, 384)
+    assert block_sizes(4096) == (32, 64, 128, 192, 256, 384, 512, 768, 1024)
     assert block_sizes(10**9) == SIZES[-1:]
 
 
