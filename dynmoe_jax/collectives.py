@@ -112,7 +112,8 @@ def gradients_together(values: Any) -> Any:
     Nobody waits for the gradient of a parameter before the end of its layer's backward pass, so a
     compiler may send it at the end, when nothing is left to compute: of the paper's experts, 34 of
     388 ms of a step compiled for v6e:8x8.  Together with the gradient of an activation it is sent
-    in time.
+    in time.  On one device nothing travels, and a scan over layers would keep a copy of each
+    parameter: 0.55 of 4.5 GB of a step of `benchmarks.train_step`.
     """
     return values if on_one_device() else _together(values)
 

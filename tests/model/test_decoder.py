@@ -56,6 +56,19 @@ def test_dense_model_has_no_routing(small, draw, run):
     assert output.logits.shape == (B, L, 32)
 
 
+def test_the_loop_over_layers_keeps_no_copy_of_the_experts(small, draw):
+    structure, params = nnx.split(draw(small()))
+
+    def logits(params):
+        return nnx.merge(structure, params)(TOKENS, SEGMENTS, POSITIONS).logits
+
+    program = jax.make_jaxpr(lambda params: jax.vjp(logits, params)[0])(params)
+    stacked = shapes_of(small())["groups", "layers", 0, "feed_forward", "gate_up_ED2F"]
+    loop = next(e for e in program.eqns if e.primitive.name == "scan")
+    assert stacked in [read.aval.shape for read in loop.invars]
+    assert stacked not in [kept.aval.shape for kept in loop.outvars]
+
+
 def test_tied_embeddings(small, draw, run):
     tied, untied = draw(small(tie_embeddings=True)), draw(small())
     assert not hasattr(tied, "head_DV")
