@@ -17,6 +17,9 @@ from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 
 BISECTIONS = 12
+PARTS = 4
+"""Of a batch whose routing is looked at, one after the other: the forward pass keeps more than the
+step."""
 
 
 def batch_of(tokens_BL1):
@@ -81,13 +84,19 @@ class TrainCase:
     def _sharpen(self, cfg, mean: float) -> None:
         """Scales the routers until the tokens of the batch use ``mean`` experts each."""
         structure = decoder_structure(cfg.model)
-        batch = jax.tree.map(lambda x: x[: max(1, x.shape[0] // 4)], self._batch)
+        sequences = self._batch["tokens"].shape[0]
+        parts = PARTS if sequences % PARTS == 0 else sequences
+        batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), self._batch)
 
         @jax.jit
         def experts(params, scale):
             decoder = nnx.merge(structure, _scaled(params, scale))
-            routing = decoder.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])[1]
-            return jnp.mean(routing.experts_per_token)
+
+            def of_part(part):
+                places = part["segment_ids"], part["positions"]
+                return jnp.mean(decoder.hidden(part["tokens"], *places)[1].experts_per_token)
+
+            return jnp.mean(jax.lax.map(of_part, batch))
 
         params, low, high = self._state.params, 1.0, 4096.0
         for _ in range(BISECTIONS):
