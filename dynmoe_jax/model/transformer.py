@@ -87,13 +87,18 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BLD, places):
         """Returns (x_BLD, None) or, for an MoE layer, (x_BLD, (routing, rows dropped))."""
-        x_BLD, heads = self.attention.project(self.attention_norm, x_BLD)
         weights = self.feed_forward.weights() if self.is_moe else None
+        x_BLD, weights = self.attend(x_BLD, places, weights)
+        return self.feed(x_BLD, places.segment_ids_BL, weights)
+
+    def attend(self, x_BLD, places, weights=None):
+        """The first half: x_BLD with attention added; and the weights of the second half."""
+        x_BLD, heads = self.attention.project(self.attention_norm, x_BLD)
         # Gradients of experts travel while attention's backward pass computes.
         heads, weights = gradients_together((heads, weights))
         x_BLD += self.attention.mix(heads, places)
         # Named, so that it is kept, and not the projection that it would be added up from again.
-        return self.feed(checkpoint_name(x_BLD, "stream"), places.segment_ids_BL, weights)
+        return checkpoint_name(x_BLD, "stream"), weights
 
     def feed(self, x_BLD, segment_ids_BL, weights=None):
         """The second half: x_BLD with the feed-forward added, and the routing of an MoE layer."""

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.cross_entropy import cross_entropy_sums
+from dynmoe_jax.model.rotary import Places
 from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.step import TrainState
 
@@ -72,11 +73,13 @@ def forward_places(
         f"layer {{}}: {part}" for part in ("after attention", "router logits", "after feed-forward")
     ]
 
+    stand = Places(batch["segment_ids"], decoder.rotary(batch["positions"]))
+
     @partial(jax.jit, static_argnums=0)
     def visit(structure, x_BLD, group_params):
         tallies = []
         for layer in nnx.merge(structure, group_params).layers:
-            x_BLD = layer.attend(x_BLD, batch["segment_ids"], batch["positions"])
+            x_BLD, _ = layer.attend(x_BLD, stand)
             attended = _tally(x_BLD, valid_BL)
             x_BLD, routed = layer.feed(x_BLD, batch["segment_ids"])
             router = routed and _tally(routed[0].logits_TE, valid_BL.reshape(-1))
