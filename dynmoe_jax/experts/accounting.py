@@ -99,6 +99,11 @@ def chip_of(device_kind: str) -> Chip | None:
     return next((chip for chip in by_length if chip.device_kind in device_kind), None)
 
 
+COUNTED_SHARE, ALLOWED_SHARE = 0.7, 0.9
+"""Of the fast memory: what the tiles of a kernel may take by its own count, and what the compiler
+may use."""
+
+
 def vmem_bytes(target: Target) -> int:
     """The fast memory of one core of a TPU; of one that is not in the table, the least there is."""
     chip = chip_of(target.kind)

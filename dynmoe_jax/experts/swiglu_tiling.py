@@ -9,14 +9,12 @@ import functools
 import math
 from functools import partial
 
+from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE
 from dynmoe_jax.experts.tiling import ROW_TILES, row_tile
 from dynmoe_jax.target import TPU_LANES
 
 CORES = 2
 """Of a chip, at most; they share the tiles of F."""
-
-COUNTED_SHARE, ALLOWED_SHARE = 0.7, 0.9
-"""Of the fast memory: what tiles may take by the count below, and what the compiler may use."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from dynmoe_jax.axes import BATCH, MODEL, batch_devices, mesh_sizes, on_one_device, parameter_spec
 from dynmoe_jax.collectives import COMPUTED_AGAIN, each_device, gathered
-from dynmoe_jax.experts.accounting import vmem_bytes
+from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE, vmem_bytes
 from dynmoe_jax.model.norm import forked, gradients_of_rows, unit_rows
 from dynmoe_jax.model.sharding import whole_parameter
 from dynmoe_jax.target import TPU_LANES, current_target
@@ -33,12 +33,6 @@ TILES = (512, 256, 128)
 
 PARTS = 2
 """Of the tiles, for the two cores of a v4 or v5p; each adds up gradients of its own."""
-
-COUNTED_SHARE = 0.75
-"""Of the fast memory: what may be used by the count below."""
-
-MARGIN = 1.25
-"""What the compiler may use, over the count."""
 
 
 def projected(
@@ -167,7 +161,7 @@ def _forward(x_BLD, scale_D, matrices, tile, epsilon, interpret):
         in_specs=[_rows(tile, width), *_whole(width, matrices)],
         out_specs=[_rows(tile, m.shape[1]) for m in matrices],
         out_shape=outputs,
-        compiler_params=_parameters(tile, width, matrices, ("parallel",)),
+        compiler_params=_parameters(("parallel",)),
         cost_estimate=_cost(1, tokens, matrices, [x_TD, *matrices, *outputs]),
         name="projection_forward",
         interpret=interpret,
@@ -230,7 +224,7 @@ def _backward(x_BLD, dstream_BLD, dproducts, scale_D, matrices, tile, epsilon, i
         ],
         out_shape=outputs,
         scratch_shapes=[pltpu.VMEM(m.shape, jnp.float32) for m in matrices],
-        compiler_params=_parameters(tile, width, matrices, ("parallel", "arbitrary")),
+        compiler_params=_parameters(("parallel", "arbitrary")),
         cost_estimate=_cost(2, tokens, matrices, [*arrays, *matrices, *outputs]),
         name="projection_backward",
         interpret=interpret,
@@ -254,11 +248,10 @@ def _whole(width: int, matrices) -> list[pl.BlockSpec]:
     ]
 
 
-def _parameters(tile: int, width: int, matrices, semantics) -> pltpu.CompilerParams:
-    columns = sum(matrix.shape[1] for matrix in matrices)
+def _parameters(semantics: tuple[str, ...]) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=semantics,
-        vmem_limit_bytes=int(MARGIN * _fast_memory(tile, width, columns, matrices[0].dtype)),
+        vmem_limit_bytes=int(ALLOWED_SHARE * vmem_bytes(current_target())),
     )
 
 

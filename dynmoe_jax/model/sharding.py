@@ -75,6 +75,11 @@ def times_parameter(
     Where heads are not split, every device puts the parameter together for its own product:
     asked for the pieces of the gradient, along a part of X, the partitioner adds all of it up on
     every device, and waits for that (compiled for v6e:8x8).
+
+    Args:
+      x_BLX: on a mesh split by batch, and by heads along ``model``.
+      name: of the parameter; its letters say how it lies.
+      parameter: its axes but the last have X elements together.
     """
     sizes, matrix = mesh_sizes(), (x_BLX.shape[-1], parameter.shape[-1])
     if on_one_device() or sizes[MODEL] > 1:

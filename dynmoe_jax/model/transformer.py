@@ -92,9 +92,13 @@ class Layer(nnx.Module):
         return self.feed(x_BLD, places.segment_ids_BL, weights)
 
     def attend(self, x_BLD, places, weights=None):
-        """The first half: x_BLD with attention added; and the weights of the second half."""
+        """The first half: x_BLD with attention added.
+
+        Returns:
+          x_BLD, and the weights of the experts, whose gradients travel while the backward pass of
+          this half computes.
+        """
         x_BLD, heads = self.attention.project(self.attention_norm, x_BLD)
-        # Gradients of experts travel while attention's backward pass computes.
         heads, weights = gradients_together((heads, weights))
         x_BLD += self.attention.mix(heads, places)
         # Named, so that it is kept, and not the projection that it would be added up from again.

@@ -73,13 +73,13 @@ def forward_places(
         f"layer {{}}: {part}" for part in ("after attention", "router logits", "after feed-forward")
     ]
 
-    stand = Places(batch["segment_ids"], decoder.rotary(batch["positions"]))
+    token_places = Places(batch["segment_ids"], decoder.rotary(batch["positions"]))
 
     @partial(jax.jit, static_argnums=0)
     def visit(structure, x_BLD, group_params):
         tallies = []
         for layer in nnx.merge(structure, group_params).layers:
-            x_BLD, _ = layer.attend(x_BLD, stand)
+            x_BLD, _ = layer.attend(x_BLD, token_places)
             attended = _tally(x_BLD, valid_BL)
             x_BLD, routed = layer.feed(x_BLD, batch["segment_ids"])
             router = routed and _tally(routed[0].logits_TE, valid_BL.reshape(-1))

@@ -134,7 +134,7 @@ def test_tiles():
         # 75 MB of matrices and their gradients.
         assert projection_tile(32768, 2048, [2048] * 3, bf16) == 0
     with compile_for(V6E):
-        assert projection_tile(32768, 2048, [2048] * 3, bf16) == 256
+        assert projection_tile(32768, 2048, [2048] * 3, bf16) == 128
         assert projection_tile(32768, 4096, [4096, 1024, 1024], bf16) == 0
     assert projection_tile(32768, 1024, paper, bf16) == 0
 
