@@ -14,6 +14,9 @@ import jax
 TPU_LANES = 128
 """Numbers side by side in a TPU's vector registers: what tiles of kernels are multiples of."""
 
+TPU_TILE_ROWS = 16
+"""Rows of a tile of bfloat16 in a TPU's memory."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:

@@ -5,9 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax.axes import MESH_AXES
-from dynmoe_jax.collectives import gradients_together
+from dynmoe_jax.collectives import (
+    behind,
+    each_device,
+    gathered,
+    gathered_by_expert,
+    gradients_together,
+)
 from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.model.sharding import times_parameter
 
@@ -45,6 +52,60 @@ def test_backward_does_not_keep_what_goes_together(capsys):
         jax.ad_checkpoint.print_saved_residuals(kept, jnp.arange(4.0), {"a": jnp.ones(3)})
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("f32[4]")]
     assert lines == ["f32[4] from the argument x"]
+
+
+def read_behind(x, others):
+    """Reads x once others are there, which backward needs as well."""
+    others = jnp.sin(others)
+    return jnp.sum(jnp.sin(behind(x, others))) + jnp.sum(others**2)
+
+
+def test_a_value_is_read_behind_others_on_a_mesh(capsys):
+    x, others = jnp.arange(4.0), jnp.ones(3)
+    gradient = jax.grad(read_behind, argnums=(0, 1))
+    assert "optimization_barrier" not in str(jax.make_jaxpr(gradient)(x, others))
+    with mesh(data=2):
+        assert "optimization_barrier" in str(jax.make_jaxpr(gradient)(x, others))
+        found = jax.jit(gradient)(x, others)
+        kept = jax.checkpoint(read_behind, policy=remat_policy("elementwise"))
+        again = jax.make_jaxpr(jax.grad(kept))(x, others)
+        jax.ad_checkpoint.print_saved_residuals(kept, x, others)
+    for actual, expected in zip(found, [np.cos(np.arange(4)), np.sin(2) * np.ones(3)], strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    # Backward reads it behind them too, and keeps no copy.
+    assert "optimization_barrier" in str(again).split("remat2", 1)[-1]
+    kept = capsys.readouterr().out.splitlines()
+    assert all("from the argument" in line for line in kept if line.startswith("f32")), kept
+
+
+@pytest.mark.parametrize("experts", [2, 4, 8])
+def test_experts_put_together_by_rows_of_one(experts):
+    """The order of a swap among all devices, and its way back."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    down_EFD = jax.random.normal(keys[0], (experts, 24, 5))
+    seen_SEFD = jax.random.normal(keys[1], (8, experts, 24, 5))
+    spec = P(None, "data")
+
+    def run(put_together):
+        def on_each_device(part, seen_1EFD):
+            whole_EFD = put_together(part)
+            return whole_EFD[None], jnp.sum(whole_EFD * seen_1EFD[0], keepdims=True)[0]
+
+        together = each_device(on_each_device, (spec, P("data")), (P("data"), P("data")))
+
+        def weighed(down_EFD):
+            whole_SEFD, sum_S = together(down_EFD, seen_SEFD)
+            return jnp.sum(sum_S), whole_SEFD
+
+        return jax.jit(jax.value_and_grad(weighed, has_aux=True))(down_EFD)
+
+    with mesh(data=8):
+        (_, whole_SEFD), gradient = run(lambda part: gathered_by_expert(part, ("data",)))
+        (_, plain_SEFD), expected = run(lambda part: gathered(part, spec))
+    np.testing.assert_array_equal(whole_SEFD, plain_SEFD)
+    np.testing.assert_array_equal(whole_SEFD[3], down_EFD)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, seen_SEFD.sum(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "expert": 2}, {"data": 2, "model": 2}], ids=str)

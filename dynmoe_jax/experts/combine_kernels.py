@@ -20,11 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.target import TPU_LANES
+from dynmoe_jax.target import TPU_LANES, TPU_TILE_ROWS
 
 NAME = "sum_of_rows"
-PIECE = 16
-"""Rows that are fetched at once: the tile of bfloat16 in memory."""
+PIECE = TPU_TILE_ROWS
+"""Rows that are fetched at once."""
 
 PIECES = 8
 """Of a tile, 128 rows: what a matrix unit adds up at once."""

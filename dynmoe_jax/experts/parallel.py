@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.axes import BATCH, EXPERT, MODEL, mesh_sizes, on_one_device, parameter_spec
-from dynmoe_jax.collectives import each_device, gathered, gathered_halves, sum_over
+from dynmoe_jax.collectives import each_device, gathered_experts, gathered_halves, sum_over
 from dynmoe_jax.experts.backend import Backend
 from dynmoe_jax.experts.rows import row_bound, rows_from_slots, within_budget
 from dynmoe_jax.experts.transport import Transport
@@ -57,7 +57,7 @@ def apply_experts(
         weights = ExpertWeights(
             gathered_halves(weights.gate_up_ED2F, specs.gate_up_ED2F),
             # All but the first axis: each device keeps its own experts.
-            gathered(weights.down_EFD, P(None, *specs.down_EFD[1:])),
+            gathered_experts(weights.down_EFD, P(None, *specs.down_EFD[1:])),
         )
         y_TD, dropped = _local(
             x_TD, routing, weights, backend, rows_per_token, sizes[EXPERT], transport

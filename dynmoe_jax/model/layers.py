@@ -39,3 +39,17 @@ def normalize_heads(
     wide_BLX = x_BLX.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide_BLX), axis=-1, keepdims=True)
     return (wide_BLX * jax.lax.rsqrt(mean_square + epsilon) * scale_X).astype(x_BLX.dtype)
+
+
+@jax.custom_vjp
+def added(x_TD: Float[Array, "T D"], y_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """x + y, computed in float32 and rounded once.
+
+    XLA's plan of a sum of bfloat16 that it fuses with nothing is a poor one: 900 thousand cycles on
+    v6e at 32768 tokens of D = 1024, 521 on v5p; with the casts 427 and 294.
+    """
+    return (x_TD.astype(jnp.float32) + y_TD.astype(jnp.float32)).astype(x_TD.dtype)
+
+
+# Of its own, or the gradient would be cast to float32 and back, in passes of their own.
+added.defvjp(lambda x, y: (added(x, y), None), lambda _, gradient: (gradient, gradient))

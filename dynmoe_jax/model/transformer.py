@@ -18,10 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.collectives import gradients_together
+from dynmoe_jax.collectives import behind, gradients_together
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
-from dynmoe_jax.model.layers import compute_dtype, matrix, rms_norm
+from dynmoe_jax.model.layers import added, compute_dtype, matrix, rms_norm
 from dynmoe_jax.model.norm import forked
 from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.model.rotary import Places, rotary_table
@@ -102,7 +102,7 @@ class Layer(nnx.Module):
         heads, weights = gradients_together((heads, weights))
         x_BLD += self.attention.mix(heads, places)
         # Named, so that it is kept, and not the projection that it would be added up from again.
-        return checkpoint_name(x_BLD, "stream"), weights
+        return behind(checkpoint_name(x_BLD, "stream"), heads), weights
 
     def feed(self, x_BLD, segment_ids_BL, weights=None):
         """The second half: x_BLD with the feed-forward added, and the routing of an MoE layer."""
@@ -111,7 +111,7 @@ class Layer(nnx.Module):
         if not self.is_moe:
             return x_BLD + self.feed_forward(flat_TD).reshape(x_BLD.shape), None
         y_TD, *routed = self.feed_forward(flat_TD, segment_ids_BL.reshape(-1) > 0, weights)
-        return x_BLD + y_TD.reshape(x_BLD.shape), tuple(routed)
+        return added(x_BLD.reshape(y_TD.shape), y_TD).reshape(x_BLD.shape), tuple(routed)
 
 
 class LayerGroup(nnx.Module):
