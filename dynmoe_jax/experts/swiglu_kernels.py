@@ -57,19 +57,19 @@ def _forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E):
         out_shape=jax.ShapeDtypeStruct((rows, hidden), x_nD.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            in_specs=[blocks.rows(x_nD), *blocks.gate_and_up(x_nD), blocks.column()],
+            in_specs=[blocks.rows(x_nD), *blocks.gate_and_up(x_nD), blocks.row()],
             out_specs=blocks.hidden(),
             grid=(hidden // tile.f, count),
         ),
         name=FORWARD,
         **_options(tiling, interpret, x_nD, weights, products=2, sides=1, results=1),
     )
-    return call(*metadata, x_nD, weights.gate_up_ED2F, weights.gate_up_ED2F, weight_n1)
+    return call(*metadata, x_nD, weights.gate_up_ED2F, weights.gate_up_ED2F, weight_n1.T)
 
 
 def _forward_kernel(offset_e, expert_v, tile_v, x, gate, up, weight, hidden):
     gate_mf, up_mf = (_product(x[...], w[...], _ROWS_BY_WIDTH) for w in (gate, up))
-    hidden_mf = jax.nn.silu(gate_mf) * up_mf * weight[...]
+    hidden_mf = jax.nn.silu(gate_mf) * up_mf * _as_column(weight[...])
     _write(hidden, hidden_mf, _mine(offset_e, expert_v, tile_v, (hidden.shape[0], 1)))
 
 
@@ -89,13 +89,12 @@ def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
             num_scalar_prefetch=3,
             in_specs=[
                 *(blocks.rows(x_nD), blocks.rows(dy_nD), *blocks.gate_and_up(x_nD)),
-                *(blocks.down(x_nD), blocks.column()),
+                *(blocks.down(x_nD), blocks.row()),
             ],
             out_specs=(
                 blocks.hidden(),
                 # Gate and up lie F columns apart: the kernel copies the two tiles by itself.
                 pl.BlockSpec(memory_space=pl.ANY),
-                # As a row: a column would take 128 lanes of memory for each number.
                 pl.BlockSpec((None, 1, tile.m), lambda j, v, o, e, tile_v: (j, 0, tile_v[v])),
             ),
             grid=(tiles, count),
@@ -109,7 +108,7 @@ def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
     )
     gate_up_ED2F = weights.gate_up_ED2F
     hidden_nF, dgate_up_n2F, dweight_J1n = call(
-        *metadata, x_nD, dy_nD, gate_up_ED2F, gate_up_ED2F, weights.down_EFD, weight_n1
+        *metadata, x_nD, dy_nD, gate_up_ED2F, gate_up_ED2F, weights.down_EFD, weight_n1.T
     )
     return hidden_nF, dgate_up_n2F, jnp.sum(dweight_J1n, axis=0).T
 
@@ -137,10 +136,11 @@ def _backward_kernel(
     sigmoid_mf = jax.nn.sigmoid(gate_mf)
     silu_mf = gate_mf * sigmoid_mf
     hidden_mf = silu_mf * up_mf
-    _write(hidden_out, hidden_mf * weight[...], mine_m1)
+    weight_m1 = _as_column(weight[...])
+    _write(hidden_out, hidden_mf * weight_m1, mine_m1)
     dweight_m1 = jnp.sum(dhidden_mf * hidden_mf, axis=-1, keepdims=True)
     _write(dweight_out, _as_row(dweight_m1), mine_1m)
-    dhidden_mf *= weight[...]
+    dhidden_mf *= weight_m1
     dsilu_mf = sigmoid_mf + silu_mf * (1 - sigmoid_mf)
     _write(held.at[tile % 2, 0], dhidden_mf * up_mf * dsilu_mf, mine_m1)
     _write(held.at[tile % 2, 1], dhidden_mf * silu_mf, mine_m1)
@@ -185,8 +185,9 @@ class _Blocks:
     def rows(self, x_nD):
         return pl.BlockSpec((self.m, x_nD.shape[1]), lambda j, v, o, e, tile_v: (tile_v[v], 0))
 
-    def column(self):
-        return pl.BlockSpec((self.m, 1), lambda j, v, o, e, tile_v: (tile_v[v], 0))
+    def row(self):
+        """One number for each row, side by side: a column would take 128 lanes for each."""
+        return pl.BlockSpec((1, self.m), lambda j, v, o, e, tile_v: (0, tile_v[v]))
 
     def hidden(self):
         return pl.BlockSpec((self.m, self.f), lambda j, v, o, e, tile_v: (tile_v[v], j))
@@ -246,6 +247,11 @@ def _mine(offset_e, expert_v, tile_v, shape):
 def _as_row(values_m1):
     """[1, m]."""
     return jnp.broadcast_to(values_m1, (values_m1.shape[0], TPU_LANES)).T[:1]
+
+
+def _as_column(values_1m):
+    """[m, 1]."""
+    return jnp.broadcast_to(values_1m, (TPU_LANES, values_1m.shape[1])).T[:, :1]
 
 
 def _write(ref, values, mine):
