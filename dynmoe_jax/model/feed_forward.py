@@ -1,6 +1,6 @@
 """The feed-forward of a layer: dense SwiGLU, or experts chosen by a router.
 
-Axis legend: T tokens, D model width, E experts, F hidden width.
+Axis legend: B batch, L positions, T = B L tokens, D model width, E experts, F hidden width.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from dynmoe_jax import config
 from dynmoe_jax.axes import EXPERT, MODEL, mesh_sizes
 from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, make_transport, swiglu
 from dynmoe_jax.model.layers import compute_dtype, matrix
+from dynmoe_jax.model.routed import routed
 from dynmoe_jax.model.sharding import by_token, split_columns, whole_parameter
 from dynmoe_jax.routing import Routing, make_router
 
@@ -61,9 +62,24 @@ class MoEFeedForward(nnx.Module):
             self.gate_up_ED2F[...].astype(self.dtype), self.down_EFD[...].astype(self.dtype)
         )
 
+    def project(
+        self, norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"]
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "T D"], Float[Array, "T E"]]:
+        """(the stream, the tokens of its norm, the router's logits).
+
+        Args:
+          norm: of what the experts get.
+          x_BLD: the stream.
+        """
+        router_DE = whole_parameter("router_DE", self.router_DE[...], jnp.float32)
+        x_BLD, normed_BLD, logits_BLE = routed(norm, x_BLD, router_DE)
+        flat = (a.reshape(-1, a.shape[-1]) for a in (normed_BLD, logits_BLE))
+        return x_BLD, *flat
+
     def __call__(
         self,
         x_TD: Float[Array, "T D"],
+        logits_TE: Float[Array, "T E"],
         valid_T: Bool[Array, "T"],
         weights: ExpertWeights | None = None,
     ) -> tuple[Float[Array, "T D"], Routing, Int[Array, ""]]:
@@ -71,14 +87,10 @@ class MoEFeedForward(nnx.Module):
 
         Args:
           x_TD: tokens.
+          logits_TE: what :meth:`project` returned.
           valid_T: a token that is not valid uses no expert.
           weights: what :meth:`weights` returned.
         """
-        # At full precision: accelerators multiply float32 in bfloat16 or TF32 by default.
-        router_DE = whole_parameter("router_DE", self.router_DE[...], jnp.float32)
-        logits_TE = jnp.matmul(
-            x_TD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST
-        )
         routing = by_token(self.route, logits_TE, valid_T)
         if self.moe.routed_scale != 1.0:
             scaled_TK = self.moe.routed_scale * routing.weight_TK

@@ -8,7 +8,7 @@ v5p takes 497 ms instead of 514 by the planner's count (remat ``elementwise``).
 Axis legend: B batch, L positions, T = B L tokens, D model width, N tiles of tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -55,7 +55,7 @@ def forked_by_kernels(
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """:func:`forked`, with the kernels; ``interpret`` runs them on a CPU, for tests."""
-    run = _on_each_device(partial(_forward_of_tokens, epsilon, interpret), 1)
+    run = on_tokens(partial(norm_of_tokens, epsilon, interpret), 1)
     return x_BLD, checkpoint_name(run(x_BLD, scale_D), COMPUTED_AGAIN)
 
 
@@ -65,7 +65,7 @@ def _fork_forward(x_BLD, scale_D, epsilon, interpret):
 
 def _fork_backward(epsilon, interpret, residuals, gradients):
     x_BLD, scale_D = residuals
-    run = _on_each_device(partial(_backward_of_tokens, epsilon, interpret), 3)
+    run = on_tokens(partial(_backward_of_tokens, epsilon, interpret), 3)
     dx_BLD, dscale_ND = run(x_BLD, *gradients, scale_D)
     return dx_BLD, jnp.sum(dscale_ND, axis=0).astype(scale_D.dtype)
 
@@ -73,19 +73,23 @@ def _fork_backward(epsilon, interpret, residuals, gradients):
 forked_by_kernels.defvjp(_fork_forward, _fork_backward)
 
 
-def _on_each_device(run: Callable, arrays: int) -> Callable:
-    """A function of arrays of tokens and a scale, on the tokens of each device."""
+def on_tokens(run: Callable, arrays: int, whole: int = 1) -> Callable:
+    """A function of arrays of tokens and of what is whole, on the tokens of each device."""
     if on_one_device():
         return run
-    return each_device(run, (*(P(BATCH),) * arrays, P()), P(BATCH))
+    return each_device(run, (*(P(BATCH),) * arrays, *(P(),) * whole), P(BATCH))
 
 
-def _forward_of_tokens(epsilon, interpret, x_BLD, scale_D):
+def norm_of_tokens(
+    epsilon: float, interpret: bool, x_BLD: Float[Array, "B L D"], scale_D: Float[Array, "D"]
+) -> Float[Array, "B L D"]:
+    """RMSNorm by a kernel, on the tokens of one device."""
+
     def of_tile(x_ref, scale_ref, normed_ref):
         unit_TD, _ = unit_rows(x_ref[...], epsilon)
         normed_ref[...] = (unit_TD * scale_ref[...]).astype(normed_ref.dtype)
 
-    (normed_TD,) = _call("norm_forward", of_tile, [x_BLD], scale_D, interpret)
+    (normed_TD,) = over_tiles("norm_forward", of_tile, [x_BLD], [as_row(scale_D)], interpret)
     return normed_TD.reshape(x_BLD.shape)
 
 
@@ -100,8 +104,15 @@ def _backward_of_tokens(epsilon, interpret, x_BLD, dstream_BLD, dnormed_BLD, sca
         dx_ref[...] = dx_TD.astype(dx_ref.dtype)
 
     arrays = [x_BLD, dstream_BLD, dnormed_BLD]
-    dx_TD, dscale_N1D = _call("norm_backward", of_tile, arrays, scale_D, interpret, sums=True)
+    dx_TD, dscale_N1D = over_tiles(
+        "norm_backward", of_tile, arrays, [as_row(scale_D)], interpret, sums=True
+    )
     return dx_TD.reshape(x_BLD.shape), dscale_N1D[:, 0]
+
+
+def as_row(scale_D: Float[Array, "D"]) -> Float[Array, "1 D"]:
+    """In float32, as kernels take it."""
+    return scale_D.astype(jnp.float32)[None]
 
 
 def unit_rows(x_TD: Float[Array, "T D"], epsilon: float) -> tuple[Array, Array]:
@@ -134,28 +145,51 @@ def gradients_of_rows(
     return dx_TD, jnp.sum(dnormed_TD * unit_TD, axis=0, keepdims=True)
 
 
-def _call(name: str, body: Callable, arrays, scale_D, interpret: bool, sums: bool = False) -> list:
-    """Runs a body on tiles of tokens; it makes rows, and a sum over the rows of a tile if asked."""
+def over_tiles(
+    name: str,
+    body: Callable,
+    arrays: Sequence[Array],
+    whole: Sequence[Array],
+    interpret: bool,
+    sums: bool = False,
+) -> list[Array]:
+    """Runs a body on tiles of tokens; it makes rows like those of the first array.
+
+    Args:
+      name: of the kernel.
+      body: gets a tile of each array, what is whole, and what it makes.
+      arrays: [..., width], of all tokens.
+      whole: matrices that every tile needs.
+      interpret: run it on a CPU, for tests.
+      sums: it makes a row for each tile too, [N, 1, D], float32.
+    """
     D, dtype = arrays[0].shape[-1], arrays[0].dtype
-    T = arrays[0].size // D
+    arrays = [array.reshape(-1, array.shape[-1]) for array in arrays]
+    T = arrays[0].shape[0]
     tile = norm_tile(T, D)
-    rows, scales = pl.BlockSpec((tile, D), lambda n: (n, 0)), pl.BlockSpec((1, D), lambda n: (0, 0))
-    specs, shapes = [rows], [jax.ShapeDtypeStruct((T, D), dtype)]
+
+    def rows(width):
+        return pl.BlockSpec((tile, width), lambda n: (n, 0))
+
+    specs, shapes = [rows(D)], [jax.ShapeDtypeStruct((T, D), dtype)]
     if sums:
         specs.append(pl.BlockSpec((1, 1, D), lambda n: (n, 0, 0)))
         shapes.append(jax.ShapeDtypeStruct((T // tile, 1, D), jnp.float32))
+    moved = sum(a.size * a.dtype.itemsize for a in (*arrays, *whole, shapes[0]))
+    products = sum(2 * T * matrix.size for matrix in whole if matrix.shape[0] > 1)
     return pl.pallas_call(
         body,
         grid=(T // tile,),
-        in_specs=[*(rows for _ in arrays), scales],
+        in_specs=[
+            *(rows(array.shape[1]) for array in arrays),
+            *(pl.BlockSpec(matrix.shape, lambda n: (0, 0)) for matrix in whole),
+        ],
         out_specs=specs,
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(
-            flops=4 * len(arrays) * T * D,
-            transcendentals=T,
-            bytes_accessed=(len(arrays) + 1) * T * D * dtype.itemsize,
+            flops=4 * len(arrays) * T * D + products, transcendentals=T, bytes_accessed=moved
         ),
         name=name,
         interpret=interpret,
-    )(*(array.reshape(T, D) for array in arrays), scale_D.astype(jnp.float32)[None])
+    )(*arrays, *whole)

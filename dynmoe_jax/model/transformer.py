@@ -106,11 +106,13 @@ class Layer(nnx.Module):
 
     def feed(self, x_BLD, segment_ids_BL, weights=None):
         """The second half: x_BLD with the feed-forward added, and the routing of an MoE layer."""
-        x_BLD, normed_BLD = forked(self.feed_forward_norm, x_BLD)
-        flat_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
         if not self.is_moe:
+            x_BLD, normed_BLD = forked(self.feed_forward_norm, x_BLD)
+            flat_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
             return x_BLD + self.feed_forward(flat_TD).reshape(x_BLD.shape), None
-        y_TD, *routed = self.feed_forward(flat_TD, segment_ids_BL.reshape(-1) > 0, weights)
+        x_BLD, normed_TD, logits_TE = self.feed_forward.project(self.feed_forward_norm, x_BLD)
+        valid_T = segment_ids_BL.reshape(-1) > 0
+        y_TD, *routed = self.feed_forward(normed_TD, logits_TE, valid_T, weights)
         return added(x_BLD.reshape(y_TD.shape), y_TD).reshape(x_BLD.shape), tuple(routed)
 
 
