@@ -8,43 +8,23 @@ v5p takes 497 ms instead of 514 by the planner's count (remat ``elementwise``).
 Axis legend: B batch, L positions, T = B L tokens, D model width, N tiles of tokens.
 """
 
-from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dynmoe_jax.axes import BATCH, batch_devices, mesh_sizes, on_one_device
-from dynmoe_jax.collectives import COMPUTED_AGAIN, each_device
-from dynmoe_jax.target import TPU_LANES, current_target
-
-TILE_ELEMENTS = 2**18
-"""Of one array in fast memory: 256 tokens of D = 1024; four arrays, twice, are 4 MB in bfloat16."""
+from dynmoe_jax.collectives import COMPUTED_AGAIN
+from dynmoe_jax.model.token_tiles import on_tokens, over_tiles, runs_on_tiles
 
 
 def forked(norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"]) -> tuple[Array, Array]:
-    """(the stream, its norm).
-
-    By the kernels on TPU, if D is a multiple of 128 and tiles of tokens divide those of a device.
-    """
-    tokens = x_BLD.size // x_BLD.shape[-1] // batch_devices(mesh_sizes())
-    if current_target().platform != "tpu" or not norm_tile(tokens, x_BLD.shape[-1]):
+    """(the stream, its norm), by the kernels where they can run."""
+    if not runs_on_tiles(x_BLD):
         return x_BLD, norm(x_BLD)
     return forked_by_kernels(x_BLD, norm.scale[...].astype(norm.dtype), norm.epsilon)
-
-
-def norm_tile(tokens: int, width: int) -> int:
-    """Tokens of a tile; 0 if there is none that fits."""
-    tile = TILE_ELEMENTS // width // 16 * 16
-    while tile and tokens % tile:
-        tile -= 16
-    return 0 if width % TPU_LANES else tile
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -71,13 +51,6 @@ def _fork_backward(epsilon, interpret, residuals, gradients):
 
 
 forked_by_kernels.defvjp(_fork_forward, _fork_backward)
-
-
-def on_tokens(run: Callable, arrays: int, whole: int = 1) -> Callable:
-    """A function of arrays of tokens and of what is whole, on the tokens of each device."""
-    if on_one_device():
-        return run
-    return each_device(run, (*(P(BATCH),) * arrays, *(P(),) * whole), P(BATCH))
 
 
 def norm_of_tokens(
@@ -143,53 +116,3 @@ def gradients_of_rows(
     along_T1 = jnp.mean(dunit_TD * unit_TD, axis=-1, keepdims=True)
     dx_TD = dstream_TD.astype(jnp.float32) + factor_T1 * (dunit_TD - unit_TD * along_T1)
     return dx_TD, jnp.sum(dnormed_TD * unit_TD, axis=0, keepdims=True)
-
-
-def over_tiles(
-    name: str,
-    body: Callable,
-    arrays: Sequence[Array],
-    whole: Sequence[Array],
-    interpret: bool,
-    sums: bool = False,
-) -> list[Array]:
-    """Runs a body on tiles of tokens; it makes rows like those of the first array.
-
-    Args:
-      name: of the kernel.
-      body: gets a tile of each array, what is whole, and what it makes.
-      arrays: [..., width], of all tokens.
-      whole: matrices that every tile needs.
-      interpret: run it on a CPU, for tests.
-      sums: it makes a row for each tile too, [N, 1, D], float32.
-    """
-    D, dtype = arrays[0].shape[-1], arrays[0].dtype
-    arrays = [array.reshape(-1, array.shape[-1]) for array in arrays]
-    T = arrays[0].shape[0]
-    tile = norm_tile(T, D)
-
-    def rows(width):
-        return pl.BlockSpec((tile, width), lambda n: (n, 0))
-
-    specs, shapes = [rows(D)], [jax.ShapeDtypeStruct((T, D), dtype)]
-    if sums:
-        specs.append(pl.BlockSpec((1, 1, D), lambda n: (n, 0, 0)))
-        shapes.append(jax.ShapeDtypeStruct((T // tile, 1, D), jnp.float32))
-    moved = sum(a.size * a.dtype.itemsize for a in (*arrays, *whole, shapes[0]))
-    products = sum(2 * T * matrix.size for matrix in whole if matrix.shape[0] > 1)
-    return pl.pallas_call(
-        body,
-        grid=(T // tile,),
-        in_specs=[
-            *(rows(array.shape[1]) for array in arrays),
-            *(pl.BlockSpec(matrix.shape, lambda n: (0, 0)) for matrix in whole),
-        ],
-        out_specs=specs,
-        out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        cost_estimate=pl.CostEstimate(
-            flops=4 * len(arrays) * T * D + products, transcendentals=T, bytes_accessed=moved
-        ),
-        name=name,
-        interpret=interpret,
-    )(*arrays, *whole)

@@ -16,19 +16,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dynmoe_jax.axes import batch_devices, mesh_sizes
 from dynmoe_jax.collectives import COMPUTED_AGAIN
 from dynmoe_jax.model.norm import (
     as_row,
     forked,
     gradients_of_rows,
     norm_of_tokens,
-    norm_tile,
-    on_tokens,
-    over_tiles,
     unit_rows,
 )
-from dynmoe_jax.target import current_target
+from dynmoe_jax.model.token_tiles import on_tokens, over_tiles, runs_on_tiles
 
 Forked = tuple[Float[Array, "B L D"], Float[Array, "B L D"], Float[Array, "B L E"]]
 
@@ -38,15 +34,14 @@ def routed(
 ) -> Forked:
     """(the stream, its norm, the router's logits, float32).
 
-    By kernels on TPU, if D is a multiple of 128 and tiles of tokens divide those of a device.
+    By kernels where they can run (:func:`~dynmoe_jax.model.token_tiles.runs_on_tiles`).
 
     Args:
       norm: RMSNorm.
       x_BLD: the stream, in the compute type.
       router_DE: float32.
     """
-    tokens = x_BLD.size // x_BLD.shape[-1] // batch_devices(mesh_sizes())
-    if current_target().platform != "tpu" or not norm_tile(tokens, x_BLD.shape[-1]):
+    if not runs_on_tiles(x_BLD):
         x_BLD, normed_BLD = forked(norm, x_BLD)
         return x_BLD, normed_BLD, _logits(normed_BLD, router_DE)
     scale_D = norm.scale[...].astype(norm.dtype)

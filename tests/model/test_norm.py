@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from dynmoe_jax.axes import MESH_AXES
-from dynmoe_jax.model.norm import forked, forked_by_kernels, norm_tile
+from dynmoe_jax.model.norm import forked, forked_by_kernels
 from dynmoe_jax.model.remat import remat_policy
+from dynmoe_jax.model.token_tiles import token_tile
 from dynmoe_jax.target import Target, compile_for
 
 B, L, D, EPSILON = 4, 80, 128, 1e-2
@@ -52,7 +53,7 @@ def assert_close(actual, wanted, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 def test_equals_the_formula(monkeypatch, dtype, tolerance):
     # Twenty tiles, each with a sum of its own for the scale.
-    monkeypatch.setattr("dynmoe_jax.model.norm.TILE_ELEMENTS", 16 * D)
+    monkeypatch.setattr("dynmoe_jax.model.token_tiles.TILE_ELEMENTS", 16 * D)
     x, scale, gradients = draw(dtype)
     actual = value_and_gradients(by_kernel)(x, scale, gradients)
     assert [a.dtype for a in actual] == [dtype] * 4
@@ -85,11 +86,11 @@ def test_other_platforms_get_the_same_from_flax(monkeypatch):
 
 
 def test_tiles_of_tokens():
-    assert norm_tile(32768, 1024) == 256
-    assert norm_tile(4096, 8192) == 32
-    assert norm_tile(320, 1024) == 160
-    assert norm_tile(32768, 1000) == 0
-    assert norm_tile(8, 1024) == 0
+    assert token_tile(32768, 1024) == 256
+    assert token_tile(4096, 8192) == 32
+    assert token_tile(320, 1024) == 160
+    assert token_tile(32768, 1000) == 0
+    assert token_tile(8, 1024) == 0
 
 
 def test_backward_computes_the_norm_again_from_the_stream(capsys):

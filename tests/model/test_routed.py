@@ -10,8 +10,10 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from dynmoe_jax.axes import MESH_AXES
+from dynmoe_jax.model.layers import added
 from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.model.routed import routed, routed_by_kernels, summands
+from dynmoe_jax.model.token_tiles import over_tiles
 from dynmoe_jax.target import Target, compile_for
 
 B, L, D, E, EPSILON = 4, 80, 128, 6, 1e-2
@@ -54,7 +56,7 @@ def assert_close(actual, wanted, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 def test_equals_the_formula(monkeypatch, dtype, tolerance):
-    monkeypatch.setattr("dynmoe_jax.model.norm.TILE_ELEMENTS", 16 * D)
+    monkeypatch.setattr("dynmoe_jax.model.token_tiles.TILE_ELEMENTS", 16 * D)
     inputs, gradients = draw(dtype)
     actual = value_and_gradients(by_kernel)(inputs, gradients)
     assert [a.dtype for a in actual] == [dtype, dtype, jnp.float32, dtype, dtype, jnp.float32]
@@ -106,3 +108,20 @@ def test_kernels_on_tpu_alone_and_logits_are_kept(monkeypatch, capsys):
     shapes = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "named" in line]
     assert shapes == [f"f32[{B},{L},{E}]"]
     assert_close(jax.tree.leaves(by_kernels), jax.tree.leaves(plain), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_stream_is_added_alike_by_a_kernel(monkeypatch, dtype):
+    """Two numbers in bfloat16 and their sum, rounded once, and a gradient for each of them."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, y, gradient = (jax.random.normal(key, (B * L, D)).astype(dtype) for key in keys)
+    wanted, pull_back = jax.vjp(added, x, y)
+    np.testing.assert_array_equal(wanted, (x.astype(jnp.float32) + y).astype(dtype))
+    interpreted = partial(over_tiles, interpret=True)
+    monkeypatch.setattr("dynmoe_jax.model.layers.over_tiles", interpreted)
+    with compile_for(Target("tpu", "TPU v5")):
+        by_kernel = jax.jit(added)
+        assert "pallas_call" in str(jax.make_jaxpr(by_kernel)(x, y))
+        np.testing.assert_array_equal(by_kernel(x, y), wanted)
+    for found in pull_back(gradient):
+        np.testing.assert_array_equal(found, gradient)
