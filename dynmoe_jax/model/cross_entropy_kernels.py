@@ -65,8 +65,8 @@ def cross_entropy_tiles(
 ) -> Tiles | None:
     """The tiles on the current target; None if it is no TPU, or nothing fits.
 
-    The width has to be a multiple of 128, and the vocabulary at least one tile; no tile has to
-    divide it.
+    The compute type has to be bfloat16 (products in float32 are six, and the programs as long), the
+    width a multiple of 128, and the vocabulary at least one tile; no tile has to divide it.
 
     Args:
       tokens: T of one device; any number, the last tile is filled up.
@@ -76,7 +76,7 @@ def cross_entropy_tiles(
       dtype: the compute type.
     """
     target = current_target()
-    if target.platform != "tpu" or width % TPU_LANES:
+    if target.platform != "tpu" or dtype != jnp.bfloat16 or width % TPU_LANES:
         return None
     allowed = COUNTED_SHARE * vmem_bytes(target)
     fits = (
@@ -84,7 +84,7 @@ def cross_entropy_tiles(
         for tile in TOKENS
         for columns in COLUMNS
         if tile < 2 * tokens or tile == TOKENS[-1]
-        if columns <= vocabulary and _fast_memory(tile, width, columns, dtype) <= allowed
+        if columns <= vocabulary and _fast_memory(tile, width, columns) <= allowed
     )
     tile, columns = next(fits, (0, 0))
     if not tile:
@@ -93,9 +93,9 @@ def cross_entropy_tiles(
     return Tiles(tile, columns, -(-tokens // (chunks * tile)) * tile)
 
 
-def _fast_memory(tile: int, width: int, columns: int, dtype: jnp.dtype) -> int:
+def _fast_memory(tile: int, width: int, columns: int) -> int:
     """Bytes that :func:`logit_gradients` uses; :func:`logit_sums` uses less."""
-    wide, tile = jnp.dtype(dtype).itemsize, min(tile, GRADIENT_TOKENS)
+    wide, tile = jnp.dtype(jnp.bfloat16).itemsize, min(tile, GRADIENT_TOKENS)
     # Two tiles of tokens, of the output projection, of its gradient twice, and of the logits'
     # gradients, of two programs; what there is of a token, on all lanes; four pieces of arithmetic.
     moved = wide * (2 * tile * width + columns * width + tile * columns) + 2 * 4 * columns * width
@@ -302,8 +302,7 @@ def _from_lane(target_1t: Array) -> Array:
 
 
 def _product(left, right):
-    exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jnp.dot(left, right, precision=exact, preferred_element_type=jnp.float32)
+    return jnp.dot(left, right, preferred_element_type=jnp.float32)
 
 
 def _parameters() -> pltpu.CompilerParams:

@@ -102,7 +102,9 @@ def test_in_bfloat16_it_is_as_exact_as_its_twin(interpreted, monkeypatch):
     assert [k.dtype for k in kernels] == [t.dtype for t in twin]
 
     def errors(found):
-        pairs = [np.asarray(f, np.float64) - np.asarray(w) for f, w in zip(found, wanted)]
+        pairs = [
+            np.asarray(f, np.float64) - np.asarray(w) for f, w in zip(found, wanted, strict=True)
+        ]
         return np.array([np.linalg.norm(pair) for pair in pairs])
 
     scale = [np.linalg.norm(np.asarray(w)) for w in wanted]
@@ -143,6 +145,7 @@ def test_tiles():
         assert cross_entropy_tiles(100, 1024, 300, 2048, bf16) == Tiles(128, 256, 128)
         assert cross_entropy_tiles(100, 1024, 250, 2048, bf16) is None
         assert cross_entropy_tiles(32768, 1000, 32000, 2048, bf16) is None
+        assert cross_entropy_tiles(32768, 1024, 32000, 2048, jnp.float32) is None
         wide = cross_entropy_tiles(32768, 4096, 128256, 2048, bf16)
         assert wide.columns < 1280
     with compile_for(V5P):

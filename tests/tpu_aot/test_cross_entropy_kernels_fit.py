@@ -10,24 +10,23 @@ from dynmoe_jax.model.cross_entropy import cross_entropy_sums
 from dynmoe_jax.model.cross_entropy_kernels import cross_entropy_tiles
 from dynmoe_jax.target import Target, compile_for
 
-B, L, CHUNK = 2, 2048, 512
+B, L, CHUNK = 3, 2048, 768
 
 
-# The paper's model; a vocabulary that no tile divides; wide ones; the other compute type.
+# The paper's model; a vocabulary that no tile divides; wide models.
 @pytest.mark.parametrize(
-    ("chip", "width", "vocabulary", "dtype"),
+    ("chip", "width", "vocabulary"),
     [
-        ("v5e", 1024, 32000, jnp.bfloat16),
-        ("v5p", 1024, 32000, jnp.bfloat16),
-        ("v5p", 1024, 50257, jnp.bfloat16),
-        ("v5p", 4096, 8000, jnp.bfloat16),
-        ("v6e", 1024, 32000, jnp.bfloat16),
-        ("v6e", 1024, 50257, jnp.bfloat16),
-        ("v6e", 4096, 8000, jnp.float32),
+        ("v5e", 1024, 32000),
+        ("v5p", 1024, 32000),
+        ("v5p", 1024, 50257),
+        ("v5p", 4096, 8000),
+        ("v6e", 1024, 32000),
+        ("v6e", 4096, 8000),
     ],
 )
-def test_kernels_fit(mesh_of, chip, width, vocabulary, dtype):
-    mesh = mesh_of(chip)
+def test_kernels_fit(mesh_of, chip, width, vocabulary):
+    mesh, dtype = mesh_of(chip), jnp.bfloat16
 
     def shaped(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
