@@ -23,12 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.axes import BATCH, MODEL, mesh_axes_at, mesh_sizes, on_one_device, parameter_spec
 from dynmoe_jax.collectives import each_device, gathered
-from dynmoe_jax.model.cross_entropy_kernels import (
-    Tiles,
-    cross_entropy_tiles,
-    logit_gradients,
-    logit_sums,
-)
+from dynmoe_jax.model.cross_entropy_kernels import logit_gradients, logit_sums
+from dynmoe_jax.model.cross_entropy_tiles import Tiles, cross_entropy_tiles
 
 
 def cross_entropy_sums(
@@ -91,7 +87,8 @@ class _Options:
 
 def _local_sums(options, x_BLD, output_DV, targets_BL, valid_BL):
     tokens, (width, vocabulary) = targets_BL.size, output_DV.shape
-    tiles = cross_entropy_tiles(tokens, width, vocabulary, options.chunk_tokens, x_BLD.dtype)
+    dtype = jnp.result_type(x_BLD, output_DV)
+    tiles = cross_entropy_tiles(tokens, width, vocabulary, options.chunk_tokens, dtype)
     local_sums = _sums_of_tokens if tiles else _sums_of_sequences
     options = dataclasses.replace(options, tiles=tiles)
     total, nll_BL = local_sums(options, x_BLD, output_DV, targets_BL, valid_BL)

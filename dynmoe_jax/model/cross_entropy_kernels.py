@@ -6,15 +6,16 @@ than to write them in float32 and to read them back, and makes their gradient.  
 gradient of the output projection in fast memory, and writes the gradients of a chunk's logits in
 the compute type, for the product with the output projection, which XLA computes.
 
-A tile is worked on in pieces of 256 columns, so that the matrix units have the next piece while the
-vector units have this one.  Maxima and sums are kept for each lane by itself, and the lanes are put
-together once, when the vocabulary is done.
+A tile is worked on in pieces, so that the matrix units make the logits of the next piece while the
+vector units have those of this one.  By the bundles that the compiler schedules for v6e, the matrix
+units are busy for four fifths of the time.  Maxima and sums are kept for each lane by itself, and
+the lanes are put together once, when the vocabulary is done.
 
 Axis legend: T tokens, C tokens of one chunk, D model width, V vocabulary (of this device), t tokens
-and v columns of a tile, P the 128 lanes of a register.
+and v columns of a tile, r rows of a piece, P the 128 lanes of a register.
 """
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,84 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE, vmem_bytes
+from dynmoe_jax.experts.accounting import ALLOWED_SHARE, vmem_bytes
+from dynmoe_jax.model.cross_entropy_tiles import PIECE, ROWS, Tiles
 from dynmoe_jax.target import TPU_LANES, current_target
-
-TOKENS = (1024, 512, 256, 128)
-"""Of a tile, best first: :func:`logit_sums` reads the output projection once for each."""
-
-GRADIENT_TOKENS = 512
-"""The most of a tile of :func:`logit_gradients`, whose program is twice as long."""
-
-COLUMNS = (1280, 1024, 768, 512, 256)
-"""Of a tile, best first: :func:`logit_gradients` reads all tokens once for each."""
-
-PIECE = 256
-"""Columns whose logits are made at a time: the width of the matrix units of v6e."""
-
-CHUNKS = 4
-"""Of ``chunk_tokens`` that the kernels take at a time: the gradients of their logits alone, in
-bfloat16, are less than what a chunk of logits takes without kernels (float32, and three arrays)."""
 
 MASKED = -1e30
 """A logit behind the end of the vocabulary; finite, so that no difference is NaN."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How the kernels cut their work.
-
-    Attributes:
-      tokens: of a tile.
-      columns: of a tile; the last tile may reach beyond the vocabulary.
-      chunk: tokens whose gradients of logits exist at one time, a multiple of ``tokens``.
-    """
-
-    tokens: int
-    columns: int
-    chunk: int
-
-
-def cross_entropy_tiles(
-    tokens: int, width: int, vocabulary: int, chunk_tokens: int, dtype: jnp.dtype
-) -> Tiles | None:
-    """The tiles on the current target; None if it is no TPU, or nothing fits.
-
-    The compute type has to be bfloat16 (products in float32 are six, and the programs as long), the
-    width a multiple of 128, and the vocabulary at least one tile; no tile has to divide it.
-
-    Args:
-      tokens: T of one device; any number, the last tile is filled up.
-      width: D.
-      vocabulary: V of one device.
-      chunk_tokens: ``config.loss.chunk_tokens``.
-      dtype: the compute type.
-    """
-    target = current_target()
-    if target.platform != "tpu" or dtype != jnp.bfloat16 or width % TPU_LANES:
-        return None
-    allowed = COUNTED_SHARE * vmem_bytes(target)
-    fits = (
-        (tile, columns)
-        for tile in TOKENS
-        for columns in COLUMNS
-        if tile < 2 * tokens or tile == TOKENS[-1]
-        if columns <= vocabulary and _fast_memory(tile, width, columns) <= allowed
-    )
-    tile, columns = next(fits, (0, 0))
-    if not tile:
-        return None
-    chunks = -(-tokens // (CHUNKS * chunk_tokens))
-    return Tiles(tile, columns, -(-tokens // (chunks * tile)) * tile)
-
-
-def _fast_memory(tile: int, width: int, columns: int) -> int:
-    """Bytes that :func:`logit_gradients` uses; :func:`logit_sums` uses less."""
-    wide, tile = jnp.dtype(jnp.bfloat16).itemsize, min(tile, GRADIENT_TOKENS)
-    # Two tiles of tokens, of the output projection, of its gradient twice, and of the logits'
-    # gradients, of two programs; what there is of a token, on all lanes; four pieces of arithmetic.
-    moved = wide * (2 * tile * width + columns * width + tile * columns) + 2 * 4 * columns * width
-    return 2 * moved + 4 * tile * (4 * TPU_LANES + 4 * PIECE)
 
 
 def logit_sums(
@@ -131,23 +60,20 @@ def logit_sums(
             hit_tP[...] = jnp.zeros_like(hit_tP)
             column_tP[...] = _from_lane(target_ref[...])
 
-        for piece, logits_tv in _pieces(x_ref, output_ref):
-            most, sums, hit = most_tP[...], sum_tP[...], hit_tP[...]
-            parts = []
+        for rows, piece, logits_rv in _pieces(x_ref, output_ref):
+            hit_rP, parts = hit_tP[rows], []
             for at in range(0, PIECE, TPU_LANES):
                 first = j * tiles.columns + piece + at
-                logits_tP = logits_tv[:, at : at + TPU_LANES]
+                logits_rP = logits_rv[:, at : at + TPU_LANES]
                 if V % tiles.columns:
-                    lane_tP = jax.lax.broadcasted_iota(jnp.int32, logits_tP.shape, 1)
-                    logits_tP = jnp.where(lane_tP < V - first, logits_tP, MASKED)
-                hit = jnp.where(column_tP[...] == first, logits_tP, hit)
-                parts.append(logits_tP)
-            for logits_tP in parts:
-                most = jnp.maximum(most, logits_tP)
-            sums *= jnp.exp(most_tP[...] - most)
-            for logits_tP in parts:
-                sums += jnp.exp(logits_tP - most)
-            most_tP[...], sum_tP[...], hit_tP[...] = most, sums, hit
+                    lane_rP = jax.lax.broadcasted_iota(jnp.int32, logits_rP.shape, 1)
+                    logits_rP = jnp.where(lane_rP < V - first, logits_rP, MASKED)
+                hit_rP = jnp.where(column_tP[rows] == first, logits_rP, hit_rP)
+                parts.append(logits_rP)
+            most_rP = functools.reduce(jnp.maximum, parts, most_tP[rows])
+            sum_rP = sum_tP[rows] * jnp.exp(most_tP[rows] - most_rP)
+            sum_tP[rows] = sum_rP + sum(jnp.exp(logits_rP - most_rP) for logits_rP in parts)
+            most_tP[rows], hit_tP[rows] = most_rP, hit_rP
 
         @pl.when(j == steps - 1)
         def _():
@@ -208,17 +134,17 @@ def logit_gradients(
     Returns:
       gradients, of x in its own type and of the output projection in float32.
     """
-    x_DT = x_TD.T
     rows_2T = jnp.stack([log_z_T, scale_T])
 
     def of_chunk(doutput_DV, chunk):
-        first = (chunk * (tiles.chunk // min(tiles.tokens, GRADIENT_TOKENS)))[None]
-        operands = first, x_TD, x_DT, output_DV, targets_T[None], rows_2T, doutput_DV
+        first = (chunk * (tiles.chunk // tiles.gradient_tokens))[None]
+        operands = first, x_TD, output_DV, targets_T[None], rows_2T, doutput_DV
         dlogits_CV, doutput_DV = _gradients_of_chunk(tiles, operands, interpret)
         dx_CD = jnp.einsum("cv,dv->cd", dlogits_CV, output_DV)
         return doutput_DV, dx_CD
 
-    start = jnp.zeros(output_DV.shape, jnp.float32)
+    # The first chunk takes zeros instead.
+    start = jax.lax.empty(output_DV.shape, jnp.float32)
     chunks = jnp.arange(len(x_TD) // tiles.chunk)
     doutput_DV, dx_NCD = jax.lax.scan(of_chunk, start, chunks)
     return dx_NCD.reshape(x_TD.shape), doutput_DV
@@ -226,27 +152,30 @@ def logit_gradients(
 
 def _gradients_of_chunk(tiles: Tiles, operands, interpret: bool) -> tuple[Array, Array]:
     """(gradients of a chunk's logits, that of the output projection with those of before)."""
-    _, x_TD, _, output_DV, *_ = operands
-    (D, V), tile, columns = output_DV.shape, min(tiles.tokens, GRADIENT_TOKENS), tiles.columns
+    _, x_TD, output_DV, *_ = operands
+    (D, V), tile, columns = output_DV.shape, tiles.gradient_tokens, tiles.columns
 
     def of_tile(
-        first, x_ref, x_Dt_ref, output_ref, target_ref, rows_ref, before_ref, dlogits_ref, sum_ref
+        first, x_ref, output_ref, target_ref, rows_ref, before_ref, dlogits_ref, sum_ref, x_Dt
     ):
         @pl.when(pl.program_id(1) == 0)
         def _():
-            sum_ref[...] = before_ref[...]
+            sum_ref[...] = jnp.where(first[0] == 0, 0.0, before_ref[...])
 
+        x_Dt[...] = x_ref[...].T
         column_tP = _from_lane(target_ref[...]) - pl.program_id(0) * columns
         log_z_tP, scale_tP = (_on_lanes(rows_ref[row : row + 1]) for row in range(2))
-        for piece, logits_tv in _pieces(x_ref, output_ref):
+        for rows, piece, logits_rv in _pieces(x_ref, output_ref):
             for at in range(0, PIECE, TPU_LANES):
-                odds_tP = jnp.exp(logits_tv[:, at : at + TPU_LANES] - log_z_tP) * scale_tP
-                dlogits_tP = jnp.where(column_tP == piece + at, odds_tP - 1, odds_tP)
+                logits_rP = logits_rv[:, at : at + TPU_LANES]
+                odds_rP = jnp.exp(logits_rP - log_z_tP[rows]) * scale_tP[rows]
+                dlogits_rP = jnp.where(column_tP[rows] == piece + at, odds_rP - 1, odds_rP)
                 span = pl.ds(piece + at, TPU_LANES)
-                dlogits_ref[:, span] = dlogits_tP.astype(dlogits_ref.dtype)
-            span = pl.ds(piece, PIECE)
-            # Columns behind the end of the vocabulary may hold anything: none is written.
-            sum_ref[:, span] += _product(x_Dt_ref[...], dlogits_ref[:, span])
+                dlogits_ref[rows, span] = dlogits_rP.astype(dlogits_ref.dtype)
+            if rows.stop == tile:
+                span = pl.ds(piece, PIECE)
+                # Columns behind the end of the vocabulary may hold anything: none is written.
+                sum_ref[:, span] += _product(x_Dt[...], dlogits_ref[:, span])
 
     sums = pl.BlockSpec((D, columns), lambda j, i, first: (0, j))
     outputs = [
@@ -254,7 +183,7 @@ def _gradients_of_chunk(tiles: Tiles, operands, interpret: bool) -> tuple[Array,
         jax.ShapeDtypeStruct((D, V), jnp.float32),
     ]
     steps = -(-V // columns)
-    tokens_bytes = 2 * tiles.chunk * D * x_TD.dtype.itemsize
+    tokens_bytes = tiles.chunk * D * x_TD.dtype.itemsize
     return pl.pallas_call(
         of_tile,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -262,13 +191,13 @@ def _gradients_of_chunk(tiles: Tiles, operands, interpret: bool) -> tuple[Array,
             grid=(steps, tiles.chunk // tile),
             in_specs=[
                 pl.BlockSpec((tile, D), lambda j, i, first: (first[0] + i, 0)),
-                pl.BlockSpec((D, tile), lambda j, i, first: (0, first[0] + i)),
                 sums,
                 pl.BlockSpec((1, tile), lambda j, i, first: (0, first[0] + i)),
                 pl.BlockSpec((2, tile), lambda j, i, first: (0, first[0] + i)),
                 sums,
             ],
             out_specs=[pl.BlockSpec((tile, columns), lambda j, i, first: (i, j)), sums],
+            scratch_shapes=[pltpu.VMEM((D, tile), x_TD.dtype)],
         ),
         out_shape=outputs,
         input_output_aliases={len(operands) - 1: 1},
@@ -285,9 +214,20 @@ def _gradients_of_chunk(tiles: Tiles, operands, interpret: bool) -> tuple[Array,
 
 
 def _pieces(x_ref, output_ref):
-    """(first column of a piece of the tile, its logits in float32)."""
-    for piece in range(0, output_ref.shape[1], PIECE):
-        yield piece, _product(x_ref[...], output_ref[:, piece : piece + PIECE])
+    """(rows, first column, logits in float32) of the pieces, all rows of a column together."""
+    blocks = [slice(at, at + ROWS) for at in range(0, x_ref.shape[0], ROWS)]
+    columns = output_ref.shape[1]
+
+    def product(rows, piece):
+        return _product(x_ref[rows], output_ref[:, pl.ds(piece, PIECE)])
+
+    made = [product(rows, 0) for rows in blocks]
+    for piece in range(0, columns, PIECE):
+        for block, rows in enumerate(blocks):
+            logits_rv, following = made[block], piece + PIECE
+            if following < columns:
+                made[block] = product(rows, following)
+            yield rows, piece, logits_rv
 
 
 def _on_lanes(row_1t: Array) -> Array:

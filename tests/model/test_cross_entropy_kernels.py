@@ -11,12 +11,8 @@ from jax.sharding import AxisType
 from dynmoe_jax.axes import MESH_AXES
 from dynmoe_jax.model import cross_entropy
 from dynmoe_jax.model.cross_entropy import cross_entropy_sums
-from dynmoe_jax.model.cross_entropy_kernels import (
-    Tiles,
-    cross_entropy_tiles,
-    logit_gradients,
-    logit_sums,
-)
+from dynmoe_jax.model.cross_entropy_kernels import logit_gradients, logit_sums
+from dynmoe_jax.model.cross_entropy_tiles import Tiles, cross_entropy_tiles
 from dynmoe_jax.target import Target, compile_for
 
 B, L, D, V = 3, 200, 128, 700  # 600 tokens fill up 5 tiles of 128; 700 columns 3 tiles of 256

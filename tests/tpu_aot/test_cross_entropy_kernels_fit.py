@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax.model.cross_entropy import cross_entropy_sums
-from dynmoe_jax.model.cross_entropy_kernels import cross_entropy_tiles
+from dynmoe_jax.model.cross_entropy_tiles import cross_entropy_tiles
 from dynmoe_jax.target import Target, compile_for
 
 B, L, CHUNK = 3, 2048, 768
