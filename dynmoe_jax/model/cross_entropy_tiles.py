@@ -68,18 +68,18 @@ def cross_entropy_tiles(
     target = current_target()
     if target.platform != "tpu" or dtype != jnp.bfloat16 or width % TPU_LANES:
         return None
-    allowed = COUNTED_SHARE * vmem_bytes(target)
+    allowed, most = COUNTED_SHARE * vmem_bytes(target), CHUNKS * chunk_tokens
     fits = (
         (tile, columns)
         for tile in TOKENS
         for columns in COLUMNS
-        if tile < 2 * tokens or tile == TOKENS[-1]
+        if tile <= min(2 * tokens, most) or tile == TOKENS[-1]
         if columns <= vocabulary and _fast_memory(tile, width, columns) <= allowed
     )
     tile, columns = next(fits, (0, 0))
     if not tile:
         return None
-    chunks = -(-tokens // (CHUNKS * chunk_tokens))
+    chunks = -(-tokens // max(tile, most // tile * tile))
     return Tiles(tile, columns, -(-tokens // (chunks * tile)) * tile)
 
 

@@ -138,6 +138,9 @@ def test_tiles():
         assert cross_entropy_tiles(32768, 1024, 32000, 2048, bf16) == Tiles(1024, 1280, 8192)
         # 5000 tokens are two chunks of three tiles.
         assert cross_entropy_tiles(5000, 1024, 50257, 1024, bf16) == Tiles(1024, 1280, 3072)
+        # At most 1500 tokens at a time: one tile.
+        assert cross_entropy_tiles(5000, 1024, 32000, 375, bf16) == Tiles(1024, 1280, 1024)
+        assert cross_entropy_tiles(5000, 1024, 32000, 75, bf16) == Tiles(256, 1280, 256)
         assert cross_entropy_tiles(100, 1024, 300, 2048, bf16) == Tiles(128, 256, 128)
         assert cross_entropy_tiles(100, 1024, 250, 2048, bf16) is None
         assert cross_entropy_tiles(32768, 1000, 32000, 2048, bf16) is None
