@@ -161,7 +161,11 @@ class Loss:
         choices=("batch", "microbatch"),
     )
     chunk_tokens: int = setting(
-        2048, "tokens whose logits exist at one time on one device", unit="tokens", low=1
+        2048,
+        "tokens whose logits exist at one time on one device; of the kernels on TPU, which keep "
+        "nothing but the logits' gradients, four times as many",
+        unit="tokens",
+        low=1,
     )
 
 

@@ -1,14 +1,16 @@
 """Next-token cross-entropy without holding the logits of a whole batch.
 
-Logits are computed for a chunk of positions at a time.  Where gradients are wanted, a chunk's
-gradients are computed while its logits exist (the loss is linear in its cotangent), so that no
-logit is ever computed twice or kept.
+Gradients are computed where the loss is, since it is linear in its cotangent.  On TPU, kernels do
+it, whose logits stay in fast memory (:mod:`.cross_entropy_kernels`).  Elsewhere, and where a shape
+does not fit them, logits are computed for a chunk of positions at a time, and the chunk's gradients
+while they exist, so that no logit is ever computed twice or kept.
 
 On a mesh all of it is one ``shard_map``: each device goes through the chunks of its own positions,
 the ``model`` axis splits the vocabulary, and the gradient of the output projection is added up over
 all chunks before it travels.
 
-Axis legend: B batch, L positions, C positions of one chunk, N chunks, D model width, V vocabulary.
+Axis legend: B batch, L positions, T = B L tokens, C positions of one chunk, N chunks, D model
+width, V vocabulary.
 """
 
 import dataclasses
@@ -21,6 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.axes import BATCH, MODEL, mesh_axes_at, mesh_sizes, on_one_device, parameter_spec
 from dynmoe_jax.collectives import each_device, gathered
+from dynmoe_jax.model.cross_entropy_kernels import logit_gradients, logit_sums
+from dynmoe_jax.model.cross_entropy_tiles import Tiles, cross_entropy_tiles
 
 
 def cross_entropy_sums(
@@ -41,7 +45,7 @@ def cross_entropy_sums(
       valid_BL: positions that count.
       z_weight: coefficient of the output z-loss (PaLM, arXiv 2204.02311, section 5).
       chunk_tokens: positions whose logits exist at one time on one device (at least one per
-        sequence).
+        sequence); the kernels take four times as many.
 
     Returns:
       the sum (differentiable), and the negative log-likelihood in nats of every position (0 where
@@ -72,20 +76,45 @@ class _Options:
       z_weight: of the output z-loss.
       chunk_tokens: positions whose logits exist at one time.
       vocabulary_axis: the mesh axis that splits the vocabulary, if one does.
+      tiles: of the kernels, if they run.
     """
 
     z_weight: float
     chunk_tokens: int
     vocabulary_axis: str | None = None
+    tiles: Tiles | None = None
 
 
 def _local_sums(options, x_BLD, output_DV, targets_BL, valid_BL):
+    tokens, (width, vocabulary) = targets_BL.size, output_DV.shape
+    dtype = jnp.result_type(x_BLD, output_DV)
+    tiles = cross_entropy_tiles(tokens, width, vocabulary, options.chunk_tokens, dtype)
+    local_sums = _sums_of_tokens if tiles else _sums_of_sequences
+    options = dataclasses.replace(options, tiles=tiles)
+    total, nll_BL = local_sums(options, x_BLD, output_DV, targets_BL, valid_BL)
+    return total, jax.lax.stop_gradient(nll_BL)
+
+
+def _sums_of_tokens(options, x_BLD, output_DV, targets_BL, valid_BL):
+    """By the kernels: sequences do not matter, and the last tile is filled up."""
+    missing = -targets_BL.size % options.tiles.chunk
+
+    def flat(array_BL):
+        array_T = array_BL.reshape(-1, *array_BL.shape[2:])
+        return jnp.pad(array_T, [(0, missing)] + [(0, 0)] * (array_T.ndim - 1))
+
+    arrays = flat(x_BLD), output_DV, flat(targets_BL), flat(valid_BL)
+    total, nll_T = _kernel_sums(options, *arrays)
+    return total, nll_T[: targets_BL.size].reshape(targets_BL.shape)
+
+
+def _sums_of_sequences(options, x_BLD, output_DV, targets_BL, valid_BL):
+    """By XLA, a chunk of each sequence at a time."""
     batch, length = targets_BL.shape
     chunks = -(-length // max(1, options.chunk_tokens // batch))
     cut = partial(_cut, chunks=chunks, chunk_length=-(-length // chunks))
     total, nll_NBC = _chunked_sums(options, cut(x_BLD), output_DV, cut(targets_BL), cut(valid_BL))
-    nll_BL = jnp.moveaxis(nll_NBC, 0, 1).reshape(batch, -1)[:, :length]
-    return total, jax.lax.stop_gradient(nll_BL)
+    return total, jnp.moveaxis(nll_NBC, 0, 1).reshape(batch, -1)[:, :length]
 
 
 def _cut(array_BL: Array, chunks: int, chunk_length: int) -> Array:
@@ -166,3 +195,44 @@ def _backward(options, gradients, cotangents):
 
 
 _chunked_sums.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel_sums(options, x_TD, output_DV, targets_T, valid_T):
+    x_TD = jnp.where(valid_T[:, None], x_TD, 0)
+    columns_T = _columns(options, output_DV, targets_T, valid_T)
+    return _losses(options, logit_sums(options.tiles, x_TD, output_DV, columns_T), valid_T)[:2]
+
+
+def _kernel_forward(options, x_TD, output_DV, targets_T, valid_T):
+    # Positions that do not count may hold anything, and 0 * NaN is NaN.
+    x_TD = jnp.where(valid_T[:, None], x_TD, 0)
+    columns_T = _columns(options, output_DV, targets_T, valid_T)
+    sums_3T = logit_sums(options.tiles, x_TD, output_DV, columns_T)
+    total, nll_T, log_z_T = _losses(options, sums_3T, valid_T)
+    scale_T = jnp.where(valid_T, 1 + 2 * options.z_weight * log_z_T, 0.0)
+    dx_TD, doutput_DV = logit_gradients(options.tiles, x_TD, output_DV, columns_T, log_z_T, scale_T)
+    return (total, nll_T), (dx_TD, doutput_DV.astype(output_DV.dtype))
+
+
+def _columns(options, output_DV, targets_T, valid_T):
+    """The targets' columns on this device; -1 where it has none."""
+    vocabulary = output_DV.shape[1]
+    if options.vocabulary_axis:
+        targets_T = targets_T - jax.lax.axis_index(options.vocabulary_axis) * vocabulary
+    return jnp.where(valid_T & (targets_T >= 0) & (targets_T < vocabulary), targets_T, -1)
+
+
+def _losses(options, sums_3T, valid_T):
+    """(sum over the tokens, nll_T, log_z_T)."""
+    most_T, sum_T, target_T = sums_3T
+    if axis := options.vocabulary_axis:
+        here_T, most_T = most_T, jax.lax.pmax(most_T, axis)
+        sum_T, target_T = jax.lax.psum((sum_T * jnp.exp(here_T - most_T), target_T), axis)
+    log_z_T = most_T + jnp.log(sum_T)
+    nll_T = jnp.where(valid_T, log_z_T - target_T, 0.0)
+    z_T = jnp.where(valid_T, jnp.square(log_z_T), 0.0)
+    return jnp.sum(nll_T) + options.z_weight * jnp.sum(z_T), nll_T, log_z_T
+
+
+_kernel_sums.defvjp(_kernel_forward, _backward)

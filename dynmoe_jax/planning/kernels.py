@@ -20,6 +20,7 @@ _BLOCK = r'\\"{name}\\": (\d+)'
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"[^}]*"bytes_accessed":"(\d+)"')
 _ATTENTION = re.compile(r"splash_mha_(fwd|dq|dkv)|flat_attention_(?:forward|backward)")
 _PROJECTION = re.compile(r"projection_(?:forward|backward)")
+_LOGITS = re.compile(r"logit_(sums|gradients)")
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Products of scores' size in each Splash kernel: scores and values; scores, their gradient and dq;
 scores, their gradient, dk and dv."""
@@ -73,7 +74,10 @@ def kernel_cost(
         width = shapes[2][-1]
         return KernelCost(flops, flops * _filled(width, chip) / width, moved)
     if found := _COST.search(instruction.text):
-        return KernelCost(float(found[1]), float(found[1]), float(found[2]))
+        flops = float(found[1])
+        # The gradients take the logits again, and one product that is new.
+        recomputed = flops / 2 if logits_part(instruction) == "gradients" else 0.0
+        return KernelCost(flops, flops, float(found[2]), recomputed)
     return KernelCost(0.0, 0.0, moved)
 
 
@@ -131,6 +135,12 @@ def is_projection(instruction: Instruction) -> bool:
     """Whether an instruction is a kernel of :mod:`dynmoe_jax.model.projection`."""
     names = f"{instruction.name} {instruction.op_name}"
     return instruction.is_kernel and _PROJECTION.search(names) is not None
+
+
+def logits_part(instruction: Instruction) -> str:
+    """``"sums"`` or ``"gradients"`` of :mod:`dynmoe_jax.model.cross_entropy_kernels`, or empty."""
+    found = _LOGITS.search(f"{instruction.name} {instruction.op_name}")
+    return found[1] if found and instruction.is_kernel else ""
 
 
 def attention_flops(instruction: Instruction, shapes: Sequence[Shape]) -> float:

@@ -12,7 +12,7 @@ from dynmoe_jax.experts.accounting import Chip
 from dynmoe_jax.planning.collectives import Network
 from dynmoe_jax.planning.compile import TooLarge, compile_step, state_shapes
 from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.planning.kernels import attention_part, is_projection, kernel_cost
+from dynmoe_jax.planning.kernels import attention_part, is_projection, kernel_cost, logits_part
 from dynmoe_jax.planning.memory import memory_plan, memory_too_large
 from dynmoe_jax.planning.plan import FlopsPlan, Plan, TimePlan, analytic_flops, new_plan, traffic_of
 from dynmoe_jax.planning.schedule import Schedule
@@ -86,8 +86,8 @@ def _flops(
         if product.kind != "kernel":
             found[product.recomputes] += product.times * product.flops
     for times, computation, instruction in module.instructions(usual=True):
-        counts = attention_part(instruction) or is_projection(instruction)
-        if instruction.name in grouped or counts:
+        counts = attention_part(instruction) or logits_part(instruction)
+        if instruction.name in grouped or counts or is_projection(instruction):
             known = module.computations[computation]
             operands = [known[name] for name in instruction.operands]
             cost = kernel_cost(instruction, operands, rows, chip)

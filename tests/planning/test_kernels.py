@@ -9,6 +9,7 @@ from dynmoe_jax.planning.kernels import (
     attention_part,
     is_projection,
     kernel_cost,
+    logits_part,
 )
 
 CHIP = Chip(1e12, 1e9, product_width=128)
@@ -144,3 +145,15 @@ def test_projections_count_as_products():
     assert is_projection(parse_instruction("projection_backward.1", text))
     assert not is_projection(parse_instruction("norm_forward.1", text))
     assert not is_projection(parse_instruction("projection_forward.1", "bf16[64]{0} copy(%a)"))
+
+
+@pytest.mark.parametrize(("part", "again"), [("sums", 0), ("gradients", 30)])
+def test_the_gradients_of_logits_take_the_logits_again(part, again):
+    cost = r'backend_config={"cost_estimate":{"flops":"60","transcendentals":"9",'
+    text = f'f32[8]{{0}} custom-call(%a), {KERNEL}, {cost}"bytes_accessed":"90"}}}}'
+    kernel = parse_instruction(f"jvp_logit_{part}_.1", text)
+    assert logits_part(kernel) == part
+    assert not logits_part(parse_instruction(f"logit_{part}.1", "f32[8]{0} copy(%a)"))
+    found = kernel_cost(kernel, [], 0, CHIP)
+    assert (found.flops, found.busy_flops, found.bytes) == (60, 60, 90)
+    assert found.recomputed == again

@@ -1,0 +1,54 @@
+"""The kernels of the cross-entropy fit into the fast memory of the chips that get them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dynmoe_jax.model.cross_entropy import cross_entropy_sums
+from dynmoe_jax.model.cross_entropy_tiles import cross_entropy_tiles
+from dynmoe_jax.target import Target, compile_for
+
+B, L, CHUNK = 3, 2048, 768
+
+
+# The paper's model; a vocabulary that no tile divides; wide models.
+@pytest.mark.parametrize(
+    ("chip", "width", "vocabulary"),
+    [
+        ("v5e", 1024, 32000),
+        ("v5p", 1024, 32000),
+        ("v5p", 1024, 50257),
+        ("v5p", 4096, 8000),
+        ("v6e", 1024, 32000),
+        ("v6e", 4096, 8000),
+    ],
+)
+def test_kernels_fit(mesh_of, chip, width, vocabulary):
+    mesh, dtype = mesh_of(chip), jnp.bfloat16
+
+    def shaped(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+
+    def loss(x_BLD, output_DV, targets_BL, valid_BL):
+        return cross_entropy_sums(x_BLD, output_DV, targets_BL, valid_BL, chunk_tokens=CHUNK)[0]
+
+    with compile_for(Target.of(mesh.devices.flat[0])), jax.set_mesh(mesh):
+        assert cross_entropy_tiles(B * L, width, vocabulary, CHUNK, dtype)
+        text = (
+            jax.jit(jax.grad(loss, argnums=(0, 1)))
+            .lower(
+                shaped((B, L, width), dtype),
+                shaped((width, vocabulary), dtype),
+                shaped((B, L), jnp.int32),
+                shaped((B, L), jnp.bool_),
+            )
+            .compile()
+            .as_text()
+        )
+    assert "logit_sums" in text
+    assert "logit_gradients" in text
+    # No logits in float32 anywhere, nor those of all tokens.
+    assert f"f32[{4 * CHUNK},{vocabulary}]" not in text
+    assert f"[{B * L},{vocabulary}]" not in text
