@@ -67,6 +67,7 @@ def _join(place: Place) -> watch.Watch | None:
                 place.coordinator,
                 place.num_processes,
                 place.process_id,
+                place.local_id,
                 cluster_detection_method="deactivate" if explicit else None,
                 initialization_timeout=place.connect_timeout + _LATER_S,
                 heartbeat_timeout_seconds=place.heartbeat_timeout,
