@@ -1,6 +1,7 @@
 """From the command line to a checked config; every mistake is one sentence and exit code 2."""
 
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dynmoe_jax import config
-from dynmoe_jax.cluster.place import Place
+from dynmoe_jax.cluster.place import Place, place_from
 from dynmoe_jax.console import console
 
 EXIT_BAD_INPUT = 2
@@ -37,7 +38,8 @@ CLUSTER_FLAGS = {
         f"seconds of silence after which one counts as dead, {Place.heartbeat_timeout}",
     ),
 }
-"""Where JAX finds the cluster by itself (TPU, SLURM, Open MPI), none is needed."""
+"""Where JAX finds the cluster by itself (TPU, SLURM, Open MPI 4), none is needed; where Open MPI 5
+starts the processes, only the first."""
 
 
 def run(
@@ -97,7 +99,7 @@ def exit_code(program: Callable[[], int], bad_input: tuple[type[Exception], ...]
 
 
 def parse_place(argv: Sequence[str]) -> tuple[Place, list[str]]:
-    """This process among others, as flags say, and the other arguments.
+    """This process among others, as flags and Open MPI say, and the other arguments.
 
     Raises:
       ConfigError: a number is none, or the flags contradict each other.
@@ -115,7 +117,7 @@ def parse_place(argv: Sequence[str]) -> tuple[Place, list[str]]:
             found[name] = kind(value)
         except ValueError:
             raise config.ConfigError(f"--{name}={value} must be a whole number: {about}.") from None
-    return Place(**found), rest
+    return place_from(found, os.environ), rest
 
 
 def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:

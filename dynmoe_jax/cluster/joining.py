@@ -58,7 +58,7 @@ def _join(place: Place) -> watch.Watch | None:
     if place.is_alone:
         return None
     explicit = place.coordinator is not None
-    looking = watch.Watch(_too_late(place), place.connect_timeout)
+    looking = watch.Watch(lambda: _too_late(place), place.connect_timeout)
     try:
         with warnings.catch_warnings():
             # In a container, JAX asks for a package that only a Kubernetes job would need.
@@ -67,6 +67,7 @@ def _join(place: Place) -> watch.Watch | None:
                 place.coordinator,
                 place.num_processes,
                 place.process_id,
+                place.local_id,
                 cluster_detection_method="deactivate" if explicit else None,
                 initialization_timeout=place.connect_timeout + _LATER_S,
                 heartbeat_timeout_seconds=place.heartbeat_timeout,
@@ -98,11 +99,18 @@ def _too_late(place: Place) -> str:
             f"Not all of the {place.num_processes} processes have come {within}; check that each "
             f"was started with --coordinator={place.coordinator} and a --process_id of its own."
         )
-    where = f"--coordinator={place.coordinator}" if place.coordinator else "the coordinator"
+    if place.coordinator is None:
+        found = distributed.global_state.coordinator_address
+        return (
+            f"The other processes of the cluster around this one were not reached at {found} "
+            f"{within}; check that all were started, and that this port is open between the "
+            "machines; else give --coordinator, --num_processes and --process_id, or "
+            "--num_processes=1 for a process by itself."
+        )
     return (
-        f"Process 0 and the others were not reached at {where} {within}; check that all were "
-        "started, that the address is that of process 0, that its port is open between the "
-        "machines, and that no two have the same number."
+        f"Process 0 and the others were not reached at --coordinator={place.coordinator} {within}; "
+        "check that all were started, that the address is that of process 0, that its port is open "
+        "between the machines, and that no two have the same number."
     )
 
 

@@ -1,11 +1,26 @@
-"""Where a process stands among others, as its flags say.  Without JAX, which is slow to load."""
+"""Where a process stands among others, as its flags say, or flags and Open MPI.
+
+Without JAX, which is slow to load.
+"""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from dynmoe_jax.config_fields import ConfigError
 
 EXIT_PEER_LOST = 5
 """Of a process that was well itself, when another one has died; the same command goes on."""
+
+_COUNT = "OMPI_COMM_WORLD_SIZE"
+_BY_OPEN_MPI = {
+    "num_processes": _COUNT,
+    "process_id": "OMPI_COMM_WORLD_RANK",
+    "local_id": "OMPI_COMM_WORLD_LOCAL_RANK",
+}
+_ADDRESS = "OMPI_MCA_orte_hnp_uri"
+"""Of mpirun, where JAX has process 0 be found.  Open MPI 5 tells it no more, and JAX takes each of
+its processes for one by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +33,8 @@ class Place:
       process_id: the number of this one, from 0.
       connect_timeout: seconds that processes wait for each other at the start.
       heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+      local_id: the number of this one on its machine, whose GPU of that number it takes; None means
+        all devices, or what JAX finds.
 
     Raises:
       ConfigError: they contradict each other, or one is missing.
@@ -28,6 +45,7 @@ class Place:
     process_id: int | None = None
     connect_timeout: int = 300
     heartbeat_timeout: int = 100
+    local_id: int | None = None
 
     def __post_init__(self):
         for name in ("connect_timeout", "heartbeat_timeout"):
@@ -64,3 +82,27 @@ class Place:
     def is_alone(self) -> bool:
         """Whether a process by itself was asked for."""
         return self.num_processes == 1 and self.coordinator is None and self.process_id is None
+
+
+def place_from(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Place:
+    """The place that flags name; to a process that Open MPI has started, --coordinator is enough.
+
+    Args:
+      flags: those that were given, by the names of :class:`Place`.
+      environment: of this process.
+
+    Raises:
+      ConfigError: flags contradict each other, or one is missing.
+    """
+    count = int(environment.get(_COUNT, 1))
+    place = flags.keys() & {"coordinator", "num_processes", "process_id"}
+    if count > 1 and not place and _ADDRESS not in environment:
+        raise ConfigError(
+            f"Open MPI has started {_COUNT}={count} processes, but does not say where they meet; "
+            "give all of them --coordinator=HOST:PORT, with the host of process 0 and a free port "
+            "there, or --num_processes=1 if each is to train by itself."
+        )
+    if count > 1 and place == {"coordinator"}:
+        told = {name: int(environment[variable]) for name, variable in _BY_OPEN_MPI.items()}
+        return Place(**flags, **told)
+    return Place(**flags)

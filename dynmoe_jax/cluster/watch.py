@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -49,11 +49,11 @@ class Watch:
     """The threads of one process that look after the others.
 
     Args:
-      too_late: what to say if joining takes longer than ``connect_timeout``.
+      too_late: returns what to say if joining takes longer than ``connect_timeout``.
       connect_timeout: seconds.
     """
 
-    def __init__(self, too_late: str, connect_timeout: float):
+    def __init__(self, too_late: Callable[[], str], connect_timeout: float):
         self._too_late, self._deadline = too_late, time.monotonic() + connect_timeout
         self._connected, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._look, name="cluster watch", daemon=True)
@@ -75,7 +75,7 @@ class Watch:
     def _look(self) -> None:
         """Waits for the start, then for an abort."""
         if not self._connected.wait(self._deadline - time.monotonic()):
-            _leave(self._too_late)
+            _leave(self._too_late())
         while not self._ended.wait(_POLL_S):
             if not _aborting():
                 continue
