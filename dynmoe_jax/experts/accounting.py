@@ -47,6 +47,8 @@ class Chip:
       network_bytes_per_s: a device's share of the data-centre network, each way; 0 = not known.
       clock_hz: of a TPU's cores; 0 = not known.
       product_width: side of a TPU's matrix units, which narrower operands leave idle.
+      latch_rows: rows of one operand that a matrix unit multiplies while it latches
+        ``product_width`` x ``product_width`` of the other: fewer rows take no less time.
       devices_per_chip: JAX devices that share a chip.
       vmem_bytes: fast memory of each core of a TPU.
     """
@@ -62,6 +64,7 @@ class Chip:
     product_width: int = 1
     devices_per_chip: int = 1
     vmem_bytes: int = 0
+    latch_rows: int = 1
 
 
 _MIB, _GIB = 2**20, 2**30
@@ -71,15 +74,19 @@ CHIPS = {
     "h100": Chip(989e12, 3.35e12, "H100", 80e9, 1, 450e9, 50e9),
     "h200": Chip(989e12, 4.8e12, "H200", 141e9, 1, 450e9, 50e9),
     "b200": Chip(2250e12, 8.0e12, "B200", 180e9, 1, 900e9, 50e9),
-    "v4": Chip(275e12, 1.23e12, "TPU v4", 32 * _GIB, 6, 50e9, 0.0, 1.05e9, 128, 1, 16 * _MIB),
+    "v4": Chip(275e12, 1.23e12, "TPU v4", 32 * _GIB, 6, 50e9, 0.0, 1.05e9, 128, 1, 16 * _MIB, 128),
     "v5e": Chip(
-        197e12, 0.82e12, "TPU v5 lite", 16 * _GIB, 4, 50e9, 3.125e9, 1.5e9, 128, 1, 128 * _MIB
+        197e12, 0.82e12, "TPU v5 lite", 16 * _GIB, 4, 50e9, 3.125e9, 1.5e9, 128, 1, 128 * _MIB, 64
     ),
-    "v5p": Chip(459e12, 2.77e12, "TPU v5", 95 * _GIB, 6, 100e9, 6.25e9, 1.75e9, 128, 1, 64 * _MIB),
+    "v5p": Chip(
+        459e12, 2.77e12, "TPU v5", 95 * _GIB, 6, 100e9, 6.25e9, 1.75e9, 128, 1, 64 * _MIB, 64
+    ),
     "v6e": Chip(
-        918e12, 1.64e12, "TPU v6 lite", 32 * _GIB, 4, 100e9, 12.5e9, 1.75e9, 256, 1, 128 * _MIB
+        918e12, 1.64e12, "TPU v6 lite", 32 * _GIB, 4, 100e9, 12.5e9, 1.75e9, 256, 1, 128 * _MIB, 144
     ),
-    "tpu7x": Chip(1153.5e12, 3.69e12, "TPU7x", 96 * _GIB, 6, 50e9, 0.0, 2.2e9, 256, 2, 64 * _MIB),
+    "tpu7x": Chip(
+        1153.5e12, 3.69e12, "TPU7x", 96 * _GIB, 6, 50e9, 0.0, 2.2e9, 256, 2, 64 * _MIB, 256
+    ),
 }
 """Data sheets: NVIDIA A100 80GB SXM, A800, H100 SXM, H200 SXM, B200, their NVLink, and the network
 cards of a DGX of them; Google Cloud's pages of TPU v4, v5e, v5p, v6e and TPU7x.  A chip of TPU7x is
@@ -89,7 +96,14 @@ the number of links and 2.
 A TPU's clock is on no data sheet: it is the peak rate over the FLOPs of a cycle, 2 width^2 per
 matrix unit, of which there are 8 (v4, v5p), 4 (v5e, v6e) and 4 per device (TPU7x).  v6e's page
 speaks of two; the compiler of libtpu 0.0.42 estimates 2.98e6 cycles for a product of 8192^3, where
-two would need 4.19e6.  Fast memory is as JAX's Pallas has it (``tpu_info.py``)."""
+two would need 4.19e6.  Fast memory is as JAX's Pallas has it (``tpu_info.py``).
+
+Nor are the rows that hide latching.  They are read from what that compiler schedules for a loop of
+products [M, 512] x [512, 512]: one more product of 64 rows takes 254 cycles on v5p and v5e, where
+its FLOPs take 256, and 145 on v6e, where they take 64; 145 is what 144 rows would take.  The more
+rows, the less: 182 for 128, 274 for 256.  On TPU7x 64 rows take half as long as 256, and 256 no
+longer than their FLOPs; v4's fast memory is too small for attention that streams 64 rows.  Both
+count as if rows were filled up to the unit."""
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.model.flat_kernels import Heads, backward, forward
+from dynmoe_jax.model.flat_kernels import SUM_ROWS, Heads, backward, forward
 from dynmoe_jax.target import TPU_LANES
 
 TILES = (512, 256, 128)
@@ -47,10 +47,10 @@ def flat_obstacle(length: int, width: int, heads: int, kv_heads: int, dtype: jnp
 def _fast_memory(heads: Heads, dtype: jnp.dtype) -> int:
     """Bytes that backward uses; forward uses less."""
     one, wide = heads.length * heads.lanes, jnp.dtype(dtype).itemsize
-    # Eight arrays in and out and the angles, of two programs at a time; queries and dmixed of each
-    # head; keys twice; segments; three gradients; and some tiles of scores.
+    # Eight arrays in and out and the angles, of two programs at a time; queries, keys and dmixed of
+    # each head; keys transposed; segments; three gradients; and some tiles of scores.
     moved = 2 * (8 * wide + 4) * one
-    kept = (2 * heads.side_by_side + 2) * wide * one + 4 * heads.length * TPU_LANES + 3 * 4 * one
+    kept = (3 * heads.side_by_side + 1) * wide * one + 4 * heads.length * TPU_LANES + 3 * 4 * one
     return moved + kept + 8 * 4 * heads.tile**2
 
 
@@ -90,6 +90,7 @@ def _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, width, i
     B, L, X = query_BLX.shape
     heads = _heads(L, width, X // key_BLY.shape[2])
     P, side_by_side, dtype = heads.lanes, heads.side_by_side, query_BLX.dtype
+    R = width + SUM_ROWS
     log_sum = jax.ShapeDtypeStruct((B, X // P, side_by_side, L), jnp.float32)
     queries, keys, log_sums = _blocks(heads)
     inputs = [query_BLX, key_BLY, value_BLY]
@@ -101,7 +102,11 @@ def _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, width, i
         in_specs=[queries, keys, keys],
         out_specs=[queries, log_sums],
         out_shape=[jax.ShapeDtypeStruct((B, L, X), dtype), log_sum],
-        scratch=[((side_by_side, L, P), dtype), ((L, P), dtype), ((P, L), dtype)],
+        scratch=[
+            *[((side_by_side, P, L), dtype), ((side_by_side, L, P), dtype)],
+            *[((side_by_side, R, L), dtype), ((side_by_side, heads.tile), jnp.float32)],
+            ((side_by_side, R, heads.tile), jnp.float32),
+        ],
         products=2,
         interpret=interpret,
     )
@@ -115,7 +120,6 @@ def _backward(width, interpret, residuals, dmixed_BLX):
     heads = _heads(L, width, X // key_BLY.shape[2])
     P, side_by_side = heads.lanes, heads.side_by_side
     queries, keys, log_sums = _blocks(heads)
-    wide, float32 = (L, P), jnp.float32
     gradients = _call(
         heads,
         backward,
@@ -125,9 +129,9 @@ def _backward(width, interpret, residuals, dmixed_BLX):
         out_specs=[queries, keys, keys],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query_BLX, key_BLY, value_BLY)],
         scratch=[
-            *[((side_by_side, L, P), dtype), (wide, dtype), ((P, L), dtype)],
-            *[((side_by_side, L, P), dtype), ((side_by_side, L), float32)],
-            *[((P, L), float32), (wide, float32), (wide, float32)],
+            *[((side_by_side, P, L), dtype), ((side_by_side, L, P), dtype), ((P, L), dtype)],
+            *[((side_by_side, P, L), dtype), ((side_by_side, L), jnp.float32)],
+            *[((P, L), jnp.float32)] * 3,
         ],
         products=5,
         interpret=interpret,

@@ -3,29 +3,49 @@
 A block holds whole sequences of P lanes: one head, or P/W narrow ones side by side.  Everything is
 in fast memory, so a program reads and writes each array once.  Tiles of scores stand as [keys,
 queries]: what belongs to a query (maximum, sum, delta) is then one row, and rows cost the vector
-units an eighth of columns.  A tile above the diagonal is never computed, nor one whose queries and
-keys have no segment in common.
+units an eighth of columns.  A tile above the diagonal is never computed, nor a quarter of one that
+it runs through, nor a tile whose queries and keys have no segment in common.
 
-Two narrow heads share lanes without being cut apart: the queries of one head keep their lanes and
-have zeros in all others, so a product over all P lanes is the product of that head.
+Two narrow heads share lanes without being cut apart: one head keeps its lanes, and what stands on
+the others adds nothing, so a product over all P lanes is the product of that head.  In scores it is
+the segments that stand there (:func:`_segment_codes`): the product that makes a score masks it too,
+which saves the vector units a comparison and a selection for every pair.
 
-Axis legend: L positions, P lanes of a block, W head width, q and k the queries and keys of one
-tile.
+A matrix unit holds one operand, a tile of 128 x 128 (256 x 256 on v6e), and streams the rows of the
+other through it.  A head of 64 that is contracted or held leaves half of it idle, on v6e three
+quarters; one that is streamed costs its 64 rows, or what it takes to latch the other operand: on
+v6e 145 cycles for 512 x 512, where 64 rows take 64 and 256 take 256.  So only scores and dprobs,
+which contract over W, are filled up.  All else streams transposed heads, [W, .], past tiles of
+scores: the compiler schedules a backward tile of one head in 945 cycles on v6e and 1690 on v5p,
+1340 and 2220 with dkey and dvalue the other way round and masks by comparison.
+
+Arrays in scratch memory are transposed where rows are what a product or a rotary position needs:
+the partner of a row is another row, not a lane that must be shuffled into place.
+
+Axis legend: L positions, P lanes of a block, H heads of a block, W head width, R rows of values and
+of ones below them, q and k the queries and keys of one tile, O lanes that all have the same.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from dynmoe_jax.target import TPU_LANES
 
 MASKED = -1e30
 """Score of a pair that does not attend; finite, so that no difference is NaN."""
+
+LN_2 = math.log(2.0)
+ID_BITS = 32
+"""Of a segment id."""
+
+SUM_ROWS = 16
+"""Rows of ones below the values, so that the product that mixes values also adds up the odds: one
+is enough, and 16 are what bfloat16 is tiled by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +82,26 @@ class Heads:
     @property
     def pairs(self) -> int:
         """(query, key) pairs that are computed for one head of one sequence."""
-        return self.tiles * (self.tiles + 1) // 2 * self.tile**2
+        below = self.tiles * (self.tiles - 1) // 2 * self.tile**2
+        on_diagonal = sum(p.keys.size * p.queries.size for p in self.parts(0, 0, diagonal=True))
+        return below + self.tiles * on_diagonal
 
     def span(self, tile) -> pl.Slice:
         """The positions of a tile."""
         return pl.ds(pl.multiple_of(tile * self.tile, self.tile), self.tile)
+
+    def parts(self, key_tile, tile, diagonal: bool) -> list["Part"]:
+        """What is computed of two tiles: all, or on the diagonal three quarters where these fit."""
+        if not diagonal:
+            return [Part(self.span(key_tile), self.span(tile), slice(None), None)]
+        half = self.tile // 2
+        if half % TPU_LANES:
+            return [Part(self.span(key_tile), self.span(tile), slice(None), 0)]
+        start, middle = (pl.multiple_of(tile * self.tile + first, half) for first in (0, half))
+        return [
+            Part(pl.ds(start, half), pl.ds(start, half), slice(0, half), 0),
+            Part(pl.ds(start, self.tile), pl.ds(middle, half), slice(half, None), half),
+        ]
 
     def key_head(self, head: int):
         """Which key/value head of its block a query head of this program's block uses."""
@@ -74,44 +109,54 @@ class Heads:
             return head
         return jax.lax.div(self.block * self.side_by_side + head, self.shared)
 
+    def rows(self, head: int) -> slice:
+        """The rows of a query head in transposed queries."""
+        return slice(head * self.width, (head + 1) * self.width)
+
     def key_rows(self, head: int) -> pl.Slice:
-        """Its rows in transposed keys or values."""
+        """The rows of its key/value head in transposed keys or values."""
         return pl.ds(pl.multiple_of(self.key_head(head) * self.width, self.width), self.width)
 
-    def alone(self, x_qP: jax.Array, head: int) -> jax.Array:
-        """One head, on the lanes of its key/value head; zeros elsewhere."""
-        if self.side_by_side == 1:
-            return x_qP
-        lane_qP = jax.lax.broadcasted_iota(jnp.int32, x_qP.shape, 1)
-        x_qP = jnp.where(jax.lax.div(lane_qP, self.width) == head, x_qP, 0.0)
-        if self.shared == 1:
-            return x_qP
-        moved = jax.lax.rem(self.key_head(head) - head + self.side_by_side, self.side_by_side)
-        return pltpu.roll(x_qP, moved * self.width, 1)
+    def other_rows(self, head: int) -> pl.Slice:
+        """The rows of the other of two key/value heads."""
+        other = 1 - self.key_head(head)
+        return pl.ds(pl.multiple_of(other * self.width, self.width), self.width)
 
 
-def turned(heads: Heads, x_qP: jax.Array, angle_qP: jax.Array | None, sign: float = 1.0):
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Pairs of positions that are computed together.
+
+    Attributes:
+      keys: which.
+      queries: which.
+      columns: of the tile of queries.
+      later: positions from the first key to the first query; None: all keys are before all queries.
+    """
+
+    keys: pl.Slice
+    queries: pl.Slice
+    columns: slice
+    later: int | None
+
+
+def turned(heads: Heads, x_Pq: jax.Array, angle_Pq: jax.Array | None, sign: float = 1.0):
     """Rotary positions of float32 queries or keys; ``sign=-1`` turns back.
 
     Args:
       heads: how they lie.
-      x_qP: queries or keys.
-      angle_qP: cosines in the first half of the lanes, sines in the second; None: nothing to turn.
+      x_Pq: transposed queries or keys: the partner of a row is another row, not a lane.
+      angle_Pq: cosines in the first half of the rows, sines in the second; None: nothing to turn.
       sign: of the angles.
     """
-    if angle_qP is None:
-        return x_qP
-    half = heads.width // 2
-    lane_qP = jax.lax.broadcasted_iota(jnp.int32, x_qP.shape, 1)
-    swapped_qP = pltpu.roll(angle_qP, heads.lanes // 2, 1)
-    left_qP = lane_qP < heads.lanes // 2
-    cos_qP = jnp.where(left_qP, angle_qP, swapped_qP)
-    sin_qP = sign * jnp.where(left_qP, swapped_qP, angle_qP)
-    first_qP = jax.lax.rem(lane_qP, heads.width) < half
-    partner_qP = pltpu.roll(x_qP, heads.lanes - half, 1)
-    if heads.side_by_side > 1:
-        partner_qP = jnp.where(first_qP, partner_qP, pltpu.roll(x_qP, half, 1))
-    return x_qP * cos_qP + partner_qP * jnp.where(first_qP, -sin_qP, sin_qP)
+    if angle_Pq is None:
+        return x_Pq
+    half, turned_rows = heads.width // 2, []
+    cos, sin = angle_Pq[:half], sign * angle_Pq[heads.lanes // 2 :][:half]
+    for start in range(0, heads.lanes, heads.width):
+        first, second = x_Pq[start:][:half], x_Pq[start + half :][:half]
+        turned_rows += [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned_rows, axis=0)
 
 
 def forward(
@@ -125,62 +170,63 @@ def forward(
     mixed_ref,
     log_sum_ref,
     segment_LO,
-    query_HLP,
-    key_LP,
-    value_PL,
+    query_HPL,
+    key_HLP,
+    value_HRL,
+    most_Hq,
+    mixed_HRq,
 ):
-    """Mixed values, and the log-sum-exp of each query's scores."""
+    """Mixed values, and the log-sum-exp of each query's scores, to base 2."""
     heads, dtype = dataclasses.replace(heads, block=pl.program_id(2)), query_ref.dtype
-    bound_ref = bound_ref.at[:, pl.program_id(0)]
-    _segments_as_columns(segment_ref, segment_LO)
+    bound_ref, each = bound_ref.at[:, pl.program_id(0)], range(heads.side_by_side)
+    if heads.side_by_side == 1:
+        _segments_as_columns(segment_ref, segment_LO)
+    value_HRL[:, heads.width :] = jnp.ones_like(value_HRL[:, heads.width :])
 
     def prepare(tile):
         at = heads.span(tile)
-        _turn_queries_and_keys(heads, at, angle_ref, query_ref, key_ref, query_HLP, key_LP)
-        value_PL[:, at] = value_ref[0, at].astype(jnp.float32).T.astype(dtype)
+        _turn_queries_and_keys(
+            heads, at, angle_ref, segment_ref, query_ref, key_ref, query_HPL, key_HLP
+        )
+        value_Pk = value_ref[0, at].T
+        for head in each:
+            value_HRL[head, : heads.width, at] = value_Pk[heads.rows(head)]
 
     _each(0, heads.tiles, prepare)
 
+    def mix_pair(key_tile, tile, diagonal):
+        parts = [(head, part) for part in heads.parts(key_tile, tile, diagonal) for head in each]
+        # All scores come first: the exponentials of one head hide the products of another.
+        scores = [
+            _scores(heads, head, part, segment_ref, segment_LO, query_HPL, key_HLP)
+            for head, part in parts
+        ]
+        for (head, part), score_kq in zip(parts, scores, strict=True):
+            most_1q = jnp.max(score_kq, axis=0, keepdims=True)
+            if not diagonal:
+                before_1q = most_Hq[head : head + 1, part.columns]
+                most_1q = jnp.maximum(most_1q, before_1q)
+            odds_kq = jnp.exp2(score_kq - most_1q).astype(dtype)
+            mixed_Rq = _product(value_HRL[heads.key_head(head), :, part.keys], odds_kq)
+            if not diagonal:
+                mixed_Rq += mixed_HRq[head, :, part.columns] * jnp.exp2(before_1q - most_1q)
+            most_Hq[head : head + 1, part.columns] = most_1q
+            mixed_HRq[head, :, part.columns] = mixed_Rq
+
     def mix(tile):
         at, mixed = heads.span(tile), []
-        for head in range(heads.side_by_side):
-            rows = heads.key_rows(head)
+        mix_pair(tile, tile, diagonal=True)
 
-            def scores_kq(key_tile, diagonal, head=head):
-                return _scores(
-                    heads,
-                    key_tile,
-                    tile,
-                    diagonal,
-                    segment_ref,
-                    segment_LO,
-                    query_HLP.at[head],
-                    key_LP,
-                )
+        def of_keys(key_tile):
+            @pl.when(_meet(bound_ref, key_tile, tile))
+            def _():
+                mix_pair(key_tile, tile, diagonal=False)
 
-            def values_Wq(odds_kq, key_tile, rows=rows):
-                return _product(value_PL[rows, heads.span(key_tile)], odds_kq.astype(dtype))
-
-            score_kq = scores_kq(tile, diagonal=True)
-            most_1q = jnp.max(score_kq, axis=0, keepdims=True)
-            odds_kq = jnp.exp(score_kq - most_1q)
-            state = most_1q, jnp.sum(odds_kq, axis=0, keepdims=True), values_Wq(odds_kq, tile)
-
-            def add(key_tile, state, scores_kq=scores_kq, values_Wq=values_Wq):
-                most_1q, sum_1q, mixed_Wq = state
-                score_kq = scores_kq(key_tile, diagonal=False)
-                more_1q = jnp.maximum(most_1q, jnp.max(score_kq, axis=0, keepdims=True))
-                odds_kq, shrink_1q = jnp.exp(score_kq - more_1q), jnp.exp(most_1q - more_1q)
-                sum_1q = sum_1q * shrink_1q + jnp.sum(odds_kq, axis=0, keepdims=True)
-                return more_1q, sum_1q, mixed_Wq * shrink_1q + values_Wq(odds_kq, key_tile)
-
-            def add_if_met(key_tile, state, add=add):
-                meet = _meet(bound_ref, key_tile, tile)
-                return jax.lax.cond(meet, partial(add, key_tile), lambda state: state, state)
-
-            most_1q, sum_1q, mixed_Wq = jax.lax.fori_loop(0, tile, add_if_met, state)
-            mixed.append(mixed_Wq / sum_1q)
-            log_sum_ref[0, 0, head : head + 1, at] = most_1q + jnp.log(sum_1q)
+        _each(0, tile, of_keys)
+        for head in each:
+            sum_1q = mixed_HRq[head, heads.width : heads.width + 1]
+            mixed.append(mixed_HRq[head, : heads.width] / sum_1q)
+            log_sum_ref[0, 0, head : head + 1, at] = most_Hq[head : head + 1] + jnp.log2(sum_1q)
         mixed_ref[0, at] = jnp.concatenate(mixed, axis=0).T.astype(dtype)
 
     _each(0, heads.tiles, mix)
@@ -201,78 +247,84 @@ def backward(
     dkey_ref,
     dvalue_ref,
     segment_LO,
-    query_HLP,
-    key_LP,
+    query_HPL,
+    key_HLP,
     key_PL,
-    dmixed_HLP,
+    dmixed_HPL,
     delta_HL,
     dquery_PL,
-    dkey_LP,
-    dvalue_LP,
+    dkey_PL,
+    dvalue_PL,
 ):
     """Gradients, from probabilities that are computed again: five products for each tile."""
     heads, dtype = dataclasses.replace(heads, block=pl.program_id(2)), query_ref.dtype
-    bound_ref = bound_ref.at[:, pl.program_id(0)]
-    _segments_as_columns(segment_ref, segment_LO)
+    bound_ref, each = bound_ref.at[:, pl.program_id(0)], range(heads.side_by_side)
+    if heads.side_by_side == 1:
+        _segments_as_columns(segment_ref, segment_LO)
     dquery_PL[...] = jnp.zeros_like(dquery_PL)
 
     @pl.when(heads.block == 0)
     def _():
-        dkey_LP[...] = jnp.zeros_like(dkey_LP)
-        dvalue_LP[...] = jnp.zeros_like(dvalue_LP)
+        dkey_PL[...] = jnp.zeros_like(dkey_PL)
+        dvalue_PL[...] = jnp.zeros_like(dvalue_PL)
 
     def prepare(tile):
         at = heads.span(tile)
-        _turn_queries_and_keys(heads, at, angle_ref, query_ref, key_ref, query_HLP, key_LP)
-        key_PL[:, at] = key_LP[at].astype(jnp.float32).T.astype(dtype)
-        dmixed_qP = dmixed_ref[0, at].astype(jnp.float32)
+        key_PL[:, at] = _turn_queries_and_keys(
+            heads, at, angle_ref, segment_ref, query_ref, key_ref, query_HPL, key_HLP
+        )
+        dmixed_Pq = dmixed_ref[0, at].T
         # <dprobs, probs> of a query is <dmixed, mixed>.
-        delta_Pq = (dmixed_qP * mixed_ref[0, at].astype(jnp.float32)).T
-        for head in range(heads.side_by_side):
-            dmixed_HLP[head, at] = heads.alone(dmixed_qP, head).astype(dtype)
-            of_head_Wq = delta_Pq[head * heads.width : (head + 1) * heads.width]
-            delta_HL[head : head + 1, at] = jnp.sum(of_head_Wq, axis=0, keepdims=True)
+        delta_Pq = dmixed_Pq.astype(jnp.float32) * mixed_ref[0, at].T.astype(jnp.float32)
+        for head in each:
+            dmixed_Wq, delta_Wq = dmixed_Pq[heads.rows(head)], delta_Pq[heads.rows(head)]
+            _beside(heads, head, at, dmixed_HPL, dmixed_Wq, jnp.zeros_like(dmixed_Wq))
+            delta_HL[head : head + 1, at] = jnp.sum(delta_Wq, axis=0, keepdims=True)
 
     _each(0, heads.tiles, prepare)
 
-    def add_pair(head, key_tile, tile, diagonal):
-        at, keys = heads.span(tile), heads.span(key_tile)
-        score_kq = _scores(
-            heads, key_tile, tile, diagonal, segment_ref, segment_LO, query_HLP.at[head], key_LP
-        )
-        probs_kq = jnp.exp(score_kq - log_sum_ref[0, 0, head : head + 1, at])
-        dmixed_qP = dmixed_HLP[head, at]
-        dprobs_kq = _product(value_ref[0, keys], dmixed_qP, transposed=True)
+    def add_part(head, part):
+        keys, at = part.keys, part.queries
+        score_kq = _scores(heads, head, part, segment_ref, segment_LO, query_HPL, key_HLP)
+        probs_kq = jnp.exp2(score_kq - log_sum_ref[0, 0, head : head + 1, at])
+        dprobs_kq = _product(value_ref[0, keys], dmixed_HPL[head, :, at])
         dscore_kq = (probs_kq * (dprobs_kq - delta_HL[head : head + 1, at])).astype(dtype)
-        dvalue_LP[keys] += _product(probs_kq.astype(dtype), dmixed_qP)
-        dkey_LP[keys] += _product(dscore_kq, query_HLP[head, at])
-        rows = slice(head * heads.width, (head + 1) * heads.width)
-        dquery_PL[rows, at] += _product(key_PL[heads.key_rows(head), keys], dscore_kq)
+        probs_kq = probs_kq.astype(dtype)
+        rows, key_rows = heads.rows(head), heads.key_rows(head)
+        dmixed_Wq, query_Wq = dmixed_HPL[head, key_rows, at], query_HPL[head, key_rows, at]
+        dvalue_PL[key_rows, keys] += _product(dmixed_Wq, probs_kq, transposed=True)
+        dkey_PL[key_rows, keys] += _product(query_Wq, dscore_kq, transposed=True)
+        dquery_PL[rows, at] += _product(key_PL[key_rows, keys], dscore_kq)
 
-    for head in range(heads.side_by_side):
+    def add_pair(key_tile, tile, diagonal):
+        for part in heads.parts(key_tile, tile, diagonal):
+            for head in each:
+                add_part(head, part)
 
-        def of_keys(key_tile, head=head):
-            add_pair(head, key_tile, key_tile, diagonal=True)
+    def of_keys(key_tile):
+        add_pair(key_tile, key_tile, diagonal=True)
 
-            def of_queries(tile):
-                @pl.when(_meet(bound_ref, key_tile, tile))
-                def _():
-                    add_pair(head, key_tile, tile, diagonal=False)
+        def of_queries(tile):
+            @pl.when(_meet(bound_ref, key_tile, tile))
+            def _():
+                add_pair(key_tile, tile, diagonal=False)
 
-            _each(key_tile + 1, heads.tiles, of_queries)
+        _each(key_tile + 1, heads.tiles, of_queries)
 
-        _each(0, heads.tiles, of_keys)
+    _each(0, heads.tiles, of_keys)
 
     def finish(tile):
         at = heads.span(tile)
-        dquery_qP = dquery_PL[:, at].T * heads.width**-0.5
-        dquery_ref[0, at] = turned(heads, dquery_qP, _angle(angle_ref, at), -1.0).astype(dtype)
+        angle_Pq = _angle(angle_ref, at)
+        dquery_Pq = turned(heads, dquery_PL[:, at] * heads.width**-0.5, angle_Pq, -1.0)
+        dquery_ref[0, at] = dquery_Pq.astype(dtype).T
 
         @pl.when(heads.block == heads.shared - 1)
         def _():
-            dkey_kP = turned(heads, dkey_LP[at], _angle(angle_ref, at), -1.0)
-            dkey_ref[0, at] = dkey_kP.astype(dtype)
-            dvalue_ref[0, at] = dvalue_LP[at].astype(dtype)
+            # Queries were scaled for scores to base 2.
+            dkey_Pk = turned(heads, dkey_PL[:, at] * LN_2, angle_Pq, -1.0)
+            dkey_ref[0, at] = dkey_Pk.astype(dtype).T
+            dvalue_ref[0, at] = dvalue_PL[:, at].astype(dtype).T
 
     _each(0, heads.tiles, finish)
 
@@ -290,27 +342,67 @@ def _segments_as_columns(segment_ref, segment_LO) -> None:
     segment_LO[...] = row_OL.T
 
 
-def _turn_queries_and_keys(heads, at, angle_ref, query_ref, key_ref, query_HLP, key_LP) -> None:
-    """Into scratch memory: turned, scaled, and every query head by itself."""
-    dtype, angle_qP = query_ref.dtype, _angle(angle_ref, at)
-    query_qP = turned(heads, query_ref[0, at].astype(jnp.float32), angle_qP) * heads.width**-0.5
+def _turn_queries_and_keys(
+    heads: Heads, at, angle_ref, segment_ref, query_ref, key_ref, query_HPL, key_HLP
+) -> jax.Array:
+    """Into scratch memory: turned, every head by itself, and queries scaled for scores to base 2.
+
+    Returns:
+      Turned keys [P, k] of all heads.
+    """
+    dtype, angle_Pq = query_ref.dtype, _angle(angle_ref, at)
+    query_Pq = turned(heads, query_ref[0, at].T.astype(jnp.float32), angle_Pq)
+    query_Pq = (query_Pq * (heads.width**-0.5 / LN_2)).astype(dtype)
+    key_Pk = turned(heads, key_ref[0, at].T.astype(jnp.float32), angle_Pq).astype(dtype)
+    if heads.side_by_side == 1:
+        query_HPL[0, :, at], key_HLP[0, at] = query_Pq, key_Pk.T
+        return key_Pk
+    query_code_Wq, key_code_Wk = _segment_codes(segment_ref[0, :, at], heads.width, dtype)
     for head in range(heads.side_by_side):
-        query_HLP[head, at] = heads.alone(query_qP, head).astype(dtype)
-    key_LP[at] = turned(heads, key_ref[0, at].astype(jnp.float32), angle_qP).astype(dtype)
+        _beside(heads, head, at, query_HPL, query_Pq[heads.rows(head)], query_code_Wq)
+    key_HLP[0, at] = jnp.concatenate([key_Pk[heads.rows(0)], key_code_Wk], axis=0).T
+    key_HLP[1, at] = jnp.concatenate([key_code_Wk, key_Pk[heads.rows(1)]], axis=0).T
+    return key_Pk
+
+
+def _beside(heads: Heads, head: int, at, x_HPL, x_Wq: jax.Array, others_Wq: jax.Array) -> None:
+    """Writes one query head on the rows of its key/value head; something else on the others."""
+    x_HPL[head, heads.key_rows(head), at] = x_Wq
+    if heads.side_by_side > 1:
+        x_HPL[head, heads.other_rows(head), at] = others_Wq
+
+
+def _segment_codes(segment_1q: jax.Array, width: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """What queries and keys have on the 64 rows that belong to the other head.
+
+    A row for each bit of a segment id and one for its complement: their products add nothing to
+    the score of a pair of one segment, not even a rounding, and ``MASKED`` for each bit that
+    differs to that of any other.
+    """
+    row_Wq = jax.lax.broadcasted_iota(jnp.int32, (width, segment_1q.shape[1]), 0)
+    segment_Wq = jnp.broadcast_to(segment_1q, row_Wq.shape)
+    bit_Wq = jax.lax.shift_right_logical(segment_Wq, jax.lax.rem(row_Wq, ID_BITS)) & 1
+    key_code_Wq = jnp.where(row_Wq < ID_BITS, bit_Wq, 1 - bit_Wq).astype(jnp.float32)
+    return ((1.0 - key_code_Wq) * MASKED).astype(dtype), key_code_Wq.astype(dtype)
 
 
 def _angle(angle_ref, at):
-    return None if angle_ref is None else angle_ref[0, at]
+    return None if angle_ref is None else angle_ref[0, at].T
 
 
-def _scores(heads, key_tile, tile, diagonal: bool, segment_ref, segment_LO, query_LP, key_LP):
-    at, keys = heads.span(tile), heads.span(key_tile)
-    score_kq = _product(key_LP[keys], query_LP[at], transposed=True)
-    attends_kq = segment_LO[keys, :1] == segment_ref[0, :, at]
-    if diagonal:
+def _scores(
+    heads: Heads, head: int, part: Part, segment_ref, segment_LO, query_HPL, key_HLP
+) -> jax.Array:
+    query_Pq = query_HPL[head, :, part.queries]
+    score_kq = _product(key_HLP[heads.key_head(head), part.keys], query_Pq)
+    if heads.side_by_side == 1:
+        attends_kq = segment_LO[part.keys, :1] == segment_ref[0, :, part.queries]
+        score_kq = jnp.where(attends_kq, score_kq, MASKED)
+    if part.later is not None:
         key_kq = jax.lax.broadcasted_iota(jnp.int32, score_kq.shape, 0)
-        attends_kq &= key_kq <= jax.lax.broadcasted_iota(jnp.int32, score_kq.shape, 1)
-    return jnp.where(attends_kq, score_kq, MASKED)
+        query_kq = jax.lax.broadcasted_iota(jnp.int32, score_kq.shape, 1) + part.later
+        score_kq = jnp.where(key_kq <= query_kq, score_kq, MASKED)
+    return score_kq
 
 
 def _product(left, right, transposed: bool = False) -> jax.Array:

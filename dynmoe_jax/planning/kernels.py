@@ -13,10 +13,17 @@ import re
 from collections.abc import Sequence
 
 from dynmoe_jax.experts.accounting import Chip
+from dynmoe_jax.model.flat_kernels import SUM_ROWS
 from dynmoe_jax.planning.instruction import Instruction, Shape
 from dynmoe_jax.planning.products import fused_products, product_kind, product_of
 
 _BLOCK = r'\\"{name}\\": (\d+)'
+_FLAT_PRODUCTS = {
+    "flat_attention_forward": (1, 1, SUM_ROWS),
+    "flat_attention_backward": (2, 3, 0),
+}
+"""Products that contract W, those that stream W rows, and further rows of these: scores and values;
+scores and dprobs, dquery, dkey and dvalue."""
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"[^}]*"bytes_accessed":"(\d+)"')
 _ATTENTION = re.compile(r"splash_mha_(fwd|dq|dkv)|flat_attention_(?:forward|backward)")
 _PROJECTION = re.compile(r"projection_(?:forward|backward)")
@@ -99,12 +106,19 @@ def _grouped(instruction, operands, moved, rows: float, chip: Chip) -> KernelCos
 
 
 def _flat(instruction, operands: Sequence[Instruction], moved, chip: Chip) -> KernelCost:
-    """FLOPs are what the kernel says; the shapes say how many heads share a block of lanes."""
+    """FLOPs are what the kernel says; the shapes say how many heads share a block of lanes.
+
+    A matrix unit holds one operand and streams the rows of the other through it.  A contraction of
+    W uses W of the unit's rows, so it is filled up.  W rows that stream past an operand that fills
+    the unit lose nothing, but for the time that it takes to latch that operand.
+    """
     flops = float(_COST.search(instruction.text)[1])
     shapes = [shape for of in (*operands, instruction) for shape in of.shapes]
     blocks, side_by_side = next(shape for shape in shapes if len(shape) == 4)[1:3]
     width = instruction.shapes[0][-1] / (blocks * side_by_side)
-    return KernelCost(flops, flops * _filled(width, chip) / width, moved)
+    contracted, streamed, further = _FLAT_PRODUCTS[attention_part(instruction)]
+    filled = contracted * _filled(width, chip) + streamed * max(width + further, chip.latch_rows)
+    return KernelCost(flops, flops * filled / ((contracted + streamed) * width), moved)
 
 
 def _shared_tiles(shapes: list[Shape], bound: int) -> float:

@@ -13,6 +13,7 @@ from dynmoe_jax.model import attention
 from dynmoe_jax.model.attention_choice import Attend
 from dynmoe_jax.model.attention_kernels import xla_attention
 from dynmoe_jax.model.flat_attention import flat_attention, flat_heads_attention, flat_obstacle
+from dynmoe_jax.model.flat_kernels import Heads
 from dynmoe_jax.model.layers import rms_norm
 from dynmoe_jax.model.rotary import Places, rotary_table, rotate
 from dynmoe_jax.model.sharding import by_batch_and_head
@@ -37,11 +38,11 @@ def flat_by_positions(query_BLX, key_BLY, value_BLY, segments, positions, width,
     return flat_attention(query_BLX, key_BLY, value_BLY, segments, rotary_BLP, width, True)
 
 
-def draw(heads, kv_heads, width, dtype=jnp.float32, batch=B):
+def draw(heads, kv_heads, width, dtype=jnp.float32, batch=B, length=L):
     keys = jax.random.split(jax.random.key(0), 4)
     counts = (heads, kv_heads, kv_heads, heads)
     return [
-        jax.random.normal(key, (batch, L, count * width)).astype(dtype)
+        jax.random.normal(key, (batch, length, count * width)).astype(dtype)
         for key, count in zip(keys, counts, strict=True)
     ]
 
@@ -115,6 +116,32 @@ def test_tiles_without_a_common_segment_are_not_computed():
     assert not np.any(np.isfinite(actual[0][1, :128]))
 
 
+# Tiles of 512 and of 256, of which half of the keys of the first half of the queries are left out.
+@pytest.mark.parametrize(("length", "width"), [(512, 64), (768, 64), (512, 128)])
+def test_halves_of_tiles_on_the_diagonal(length, width):
+    *inputs, dmixed = draw(2, 1 if width == 128 else 2, width, batch=1, length=length)
+    places = np.repeat([[1, 2]], [300, length - 300], axis=1), np.arange(length)[None]
+    rest = (*places, width, THETA)
+    actual = value_and_gradients(flat_by_positions, inputs, dmixed, *rest)
+    assert_close(actual, value_and_gradients(by_heads_apart, inputs, dmixed, *rest), 1e-5)
+
+
+def test_pairs_that_are_computed():
+    # Six tiles below the diagonal, and three quarters of four on it; tiles of 128 are not halved.
+    assert Heads(64, 128, 2048, 1, 512).pairs == 9 * 512**2
+    assert Heads(64, 128, 384, 1, 128).pairs == 6 * 128**2
+
+
+def test_segments_that_differ_in_any_one_bit():
+    # Of heads of 64 each bit of an id is a row of a product.
+    ids = 5 ^ np.array([0, 1 << 0, 1 << 15, 1 << 16, 1 << 30, -(1 << 31)], np.int32)
+    segments_BL = np.stack([np.repeat(ids, 64), np.tile(ids, 64)])
+    *inputs, dmixed = draw(2, 2, 64)
+    rest = (segments_BL, POSITIONS_BL, 64, THETA)
+    actual = value_and_gradients(flat_by_positions, inputs, dmixed, *rest)
+    assert_close(actual, value_and_gradients(by_heads_apart, inputs, dmixed, *rest), 1e-5)
+
+
 def test_heads_that_stand_apart():
     *inputs, _ = (x.reshape(B, L, -1, 64) for x in draw(4, 2, 64))
     actual = flat_heads_attention(*inputs, SEGMENTS_BL, interpret=True)
@@ -168,7 +195,7 @@ def test_a_layer_on_tpu_is_the_layer_on_cpu(monkeypatch, changes):
 
 
 def test_longest_sequences():
-    # Two heads of 64 side by side in bfloat16: 42 MB at 4096, twice as much less the tiles at 8192.
+    # Two heads of 64 side by side in bfloat16: 45 MB at 4096, twice as much less the tiles at 8192.
     assert not flat_obstacle(4096, 64, 16, 16, jnp.bfloat16)
     assert "8192" in flat_obstacle(8192, 64, 16, 16, jnp.bfloat16)
     assert not flat_obstacle(2048, 64, 16, 16, jnp.float32)
