@@ -115,8 +115,9 @@ class Network:
         groups = groups_of(instruction, self._mesh.size)
         if kind == "collective-permute":
             size = instruction.sizes[0]
-            pair = groups[0]
-            return Transfer(kind, self.axes(pair), size, self._carry(size, pair, 1.0))
+            moved = groups[groups[:, 0] != groups[:, 1]]
+            axes = max(map(self.axes, moved), key=len) if len(moved) else "?"
+            return Transfer(kind, axes, size, self._hand_on(size, moved))
         group, members = groups[0], groups.shape[1]
         size = _whole_bytes(kind, instruction, members)
         share = (members - 1) / members
@@ -147,6 +148,27 @@ class Network:
             seconds += share * size / (links * self._chip.link_bytes_per_s)
         return seconds + HOP_SECONDS * max(hops, 1)
 
+    def _hand_on(self, size: float, pairs: Int[np.ndarray, "pairs 2"]) -> float:
+        """The first device of each pair sends ``size`` bytes to the second."""
+        if not len(pairs):
+            return 0.0
+        if (self._slice[pairs[:, 0]] != self._slice[pairs[:, 1]]).any():
+            return size / self._chip.network_bytes_per_s
+        everybody = np.unique(pairs)
+        hops_of_pairs = np.zeros(len(pairs), int)
+        busiest = 0.0
+        for axis in range(self._place.shape[1]):
+            hops = np.abs(np.diff(self._place[pairs, axis], axis=1)[:, 0])
+            length, closed = self._direction(everybody, axis)
+            if closed:
+                hops = np.minimum(hops, length - hops)
+            # All may go the same way round: one link of each chip in this direction.
+            busiest = max(busiest, hops.mean())
+            hops_of_pairs += hops
+        # Devices of one chip, or devices that do not say where they are.
+        seconds = (busiest or 1.0) * size / self._chip.link_bytes_per_s
+        return seconds + HOP_SECONDS * max(hops_of_pairs.max(), 1)
+
     def _exchange(self, size: float, group) -> float:
         """Every device sends an equal part of ``size`` bytes to every other."""
         slices = len(set(self._slice[group]))
@@ -163,15 +185,16 @@ class Network:
 
     def _directions(self, group) -> list[tuple[int, bool]]:
         """(chips, whether they close a ring) of every direction that a group extends in."""
-        found = []
-        for axis in range(self._place.shape[1]):
-            length = len(set(self._place[group, axis]))
-            if length > 1:
-                whole = length == self._extent[axis]
-                # Six links: rings of 4, 8, ... chips; four links: of 16 (Google Cloud's pages).
-                ring = length % 4 == 0 if self._chip.links == 6 else length == 16
-                found.append((length, bool(whole and ring)))
-        return found
+        found = (self._direction(group, axis) for axis in range(self._place.shape[1]))
+        return [(length, closed) for length, closed in found if length > 1]
+
+    def _direction(self, group, axis: int) -> tuple[int, bool]:
+        """(chips of a group in one direction of the torus, whether they close a ring)."""
+        length = len(set(self._place[group, axis]))
+        whole = length == self._extent[axis]
+        # Six links: rings of 4, 8, ... chips; four links: of 16 (Google Cloud's pages).
+        ring = length % 4 == 0 if self._chip.links == 6 else length == 16
+        return length, bool(whole and ring)
 
     def _links(self, group) -> tuple[int, int]:
         """(links that leave a chip within the group, hops to the farthest chip)."""

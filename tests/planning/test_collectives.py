@@ -57,6 +57,24 @@ def test_groups_in_every_way_that_they_are_written(groups, expected):
     assert groups_of(collective(text), devices=4).tolist() == expected
 
 
+def test_a_permutation_takes_the_way_of_all_its_pairs():
+    """Swapping rows and columns of 4 x 4 chips, of which the diagonal keeps its own."""
+    network = Network(Devices((16,), ("data",)), CHIP)
+    pairs = ",".join(f"{{{4 * i + j},{4 * j + i}}}" for i in range(4) for j in range(4))
+    text = f"f32[400]{{0}} collective-permute(%x), source_target_pairs={{{pairs}}}"
+    transfer = network.transfer(collective(text))
+    assert (transfer.axes, transfer.bytes) == ("data", 1600)
+    # |i - j| apart on rings of four, both ways: of twelve pairs eight are neighbours, four are not.
+    mean_hops, most_hops = (8 * 1 + 4 * 2) / 12, 2 + 2
+    assert transfer.seconds == pytest.approx(mean_hops * 1600 / LINK + most_hops * HOP_SECONDS)
+
+
+def test_a_permutation_that_moves_nothing_takes_no_time():
+    network = Network(Devices((4,), ("data",)), CHIP)
+    text = "f32[400]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}"
+    assert network.transfer(collective(text)).seconds == 0
+
+
 def test_groups_that_cannot_be_read_are_refused():
     with pytest.raises(ValueError, match="groups of the collective c"):
         groups_of(collective("f32[8]{0} all-reduce(%x), replica_groups=odd"), devices=4)
