@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.model.flat_kernels import SUM_ROWS, Heads, backward, forward
+from dynmoe_jax.model.flat_heads import Heads
+from dynmoe_jax.model.flat_kernels import SUM_ROWS, backward, forward
 from dynmoe_jax.target import TPU_LANES
 
 TILES = (512, 256, 128)

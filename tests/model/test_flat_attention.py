@@ -13,7 +13,7 @@ from dynmoe_jax.model import attention
 from dynmoe_jax.model.attention_choice import Attend
 from dynmoe_jax.model.attention_kernels import xla_attention
 from dynmoe_jax.model.flat_attention import flat_attention, flat_heads_attention, flat_obstacle
-from dynmoe_jax.model.flat_kernels import Heads
+from dynmoe_jax.model.flat_heads import Heads
 from dynmoe_jax.model.layers import rms_norm
 from dynmoe_jax.model.rotary import Places, rotary_table, rotate
 from dynmoe_jax.model.sharding import by_batch_and_head
