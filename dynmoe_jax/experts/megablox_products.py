@@ -1,7 +1,8 @@
 """Grouped products by the Megablox kernels that JAX ships for TPU.
 
 ``gmm`` visits the row tiles that groups reach into, and no others, so time follows the rows used;
-``tgmm``, the weight gradient, visits every expert, so that one without rows gets zeros.
+``tgmm``, the weight gradient, visits every expert, so that one without rows gets zeros.  It is used
+where there are no tiles for :mod:`.weight_gradient_kernels`, which does the same in less time.
 
 Axis legend: R rows, E experts, I and O the inner and outer width of a matrix.
 """
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from dynmoe_jax.experts.grouped_products import GroupedProducts
 from dynmoe_jax.experts.swiglu_tiling import swiglu_tiling
 from dynmoe_jax.experts.tiling import ROW_MULTIPLE, gradient_tiling, product_tiling
+from dynmoe_jax.experts.weight_gradient_tiling import weight_gradient_tiling
 
 
 @functools.cache
@@ -55,8 +57,17 @@ def megablox_products(
             interpret=interpret,
         )
 
-    def weight_gradient(x_RI, dy_RO, group_size_E):
+    def gradient_of_weights(x_RI, dy_RO, group_size_E):
         inner, outer = x_RI.shape[1], dy_RO.shape[1]
+        own = tiles(
+            *(x_RI, group_size_E.shape[0], inner, outer),
+            of=weight_gradient_tiling,
+            vmem_bytes=vmem_bytes,
+        )
+        if own:
+            from dynmoe_jax.experts.weight_gradient_kernels import weight_gradient
+
+            return weight_gradient(own, x_RI, dy_RO, group_size_E, interpret)
         tiling = tiles(x_RI, group_size_E.shape[0], inner, outer, of=gradient_tiling)
         return tgmm(
             jnp.swapaxes(x_RI, 0, 1), dy_RO, group_size_E, x_RI.dtype, tiling, interpret=interpret
@@ -83,7 +94,7 @@ def megablox_products(
         "megablox",
         forward,
         input_gradient,
-        weight_gradient,
+        gradient_of_weights,
         ROW_MULTIPLE,
         # Its schedule visits every group of the weight gradient, empty ones to write zeros.
         zeroes_empty=True,

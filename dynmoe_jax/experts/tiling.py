@@ -104,21 +104,22 @@ def _fastest(
     def cost(tiling):
         m, k, n = tiling
         # A ragged tile is computed in full.
-        flops = 2 * (rows + (experts - 1) * m) * _padded(inner, k) * _padded(outer, n)
+        flops = 2 * (rows + (experts - 1) * m) * padded(inner, k) * padded(outer, n)
         seconds = max(flops / flops_per_byte, itemsize * traffic(m, k, n))
         # Where two tie, the fewest steps: each costs a fixed time besides its product.
         return seconds, -m * k * n
 
     m = row_tile(rows, experts)
-    tilings = [(m, k, n) for k in _sizes(inner) for n in _sizes(outer)]
+    tilings = [(m, k, n) for k in widths(inner) for n in widths(outer)]
     return min((t for t in tilings if vmem(*t) <= VMEM_BYTES), key=cost)
 
 
-def _padded(width: int, tile: int) -> int:
+def padded(width: int, tile: int) -> int:
+    """A width filled up to whole tiles."""
     return math.ceil(width / tile) * tile
 
 
-def _sizes(width: int) -> list[int]:
+def widths(width: int) -> list[int]:
     """Tiles of a width: all of it, or multiples of 128 that cut it into 2, 3, ... parts."""
     parts = range(2, math.ceil(width / 128) + 1)
     return [width, *dict.fromkeys(math.ceil(width / p / 128) * 128 for p in parts)]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 
 from dynmoe_jax.experts.accounting import Chip
+from dynmoe_jax.experts.weight_gradient_tiling import block_rows
 from dynmoe_jax.model.flat_kernels import SUM_ROWS
 from dynmoe_jax.planning.instruction import Instruction, Shape
 from dynmoe_jax.planning.products import fused_products, product_kind, product_of
@@ -28,6 +29,7 @@ _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"[^}]*"bytes_accessed":"(\d
 _ATTENTION = re.compile(r"splash_mha_(fwd|dq|dkv)|flat_attention_(?:forward|backward)")
 _PROJECTION = re.compile(r"projection_(?:forward|backward)")
 _LOGITS = re.compile(r"logit_(sums|gradients)")
+_WEIGHT_GRADIENT = re.compile(r"(?<![a-z])tgmm(?![a-z])")
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Products of scores' size in each Splash kernel: scores and values; scores, their gradient and dq;
 scores, their gradient, dk and dv."""
@@ -93,7 +95,10 @@ def _grouped(instruction, operands, moved, rows: float, chip: Chip) -> KernelCos
     product = product_of(instruction, shapes, 1)
     bound = product.rows
     used = min(float(bound), rows)
-    visited = min(used + _shared_tiles(shapes, bound), float(bound))
+    experts, shared = _shared_rows(shapes, bound)
+    if _WEIGHT_GRADIENT.search(f"{instruction.name} {instruction.op_name}"):
+        shared = min(shared, block_rows(bound, experts))
+    visited = min(used + (experts - 1) * shared, float(bound))
     # Rows beyond those used are neither read nor written; weights are, all of them.
     arrays = [*zip(shapes, (o.sizes[0] for o in operands), strict=True)]
     arrays += zip(instruction.shapes, instruction.sizes, strict=True)
@@ -121,15 +126,15 @@ def _flat(instruction, operands: Sequence[Instruction], moved, chip: Chip) -> Ke
     return KernelCost(flops, flops * filled / ((contracted + streamed) * width), moved)
 
 
-def _shared_tiles(shapes: list[Shape], bound: int) -> float:
-    """Rows that are computed twice, because a tile of them belongs to two experts.
+def _shared_rows(shapes: list[Shape], bound: int) -> tuple[int, float]:
+    """(experts, rows that two of them compute, because a tile of them belongs to both).
 
     Megablox lists its tiles' groups: as many as there are tiles, and one for every further expert.
     """
-    groups = next((s[0] - 1 for s in shapes if len(s) == 1), 0)
+    groups = next((s[0] - 1 for s in shapes if len(s) == 1), 1)
     visits = max((s[0] for s in shapes if len(s) == 1), default=0)
     tiles = visits - groups + 1
-    return (groups - 1) * bound / tiles if groups > 1 and tiles > 0 else 0.0
+    return groups, bound / tiles if groups > 1 and tiles > 0 else 0.0
 
 
 def _filled(width: float, chip: Chip) -> float:

@@ -80,7 +80,10 @@ def test_layer_and_gradient(mesh_of, chip, count):
 # Mixtral's experts, and many small ones: what a kernel holds fits into each chip's fast memory.
 @pytest.mark.parametrize(
     ("chip", "shape"),
-    [("v4", (4096, 14336, 8)), ("v4", (2048, 1024, 64)), ("v5e", (4096, 14336, 8))],
+    [
+        *(("v4", (4096, 14336, 8)), ("v4", (2048, 1024, 64))),
+        *(("v5e", (4096, 14336, 8)), ("v5e", (1024, 2816, 16))),
+    ],
 )
 def test_kernels_fit_into_fast_memory(mesh_of, chip, shape):
     module = compile_layer(mesh_of(chip), T, *shape)

@@ -1,0 +1,88 @@
+"""Tile sizes of the weight gradient's kernel, by the same arithmetic as :mod:`.tiling`.
+
+Axis legend: R rows, E experts, I and O the inner and outer width of a matrix, and the tile sizes m
+along rows, k along I and n along O.
+"""
+
+import dataclasses
+import functools
+import math
+from itertools import product
+
+from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE
+from dynmoe_jax.experts.swiglu_tiling import CORES
+from dynmoe_jax.experts.tiling import ROW_TILES, padded, row_tile, widths
+from dynmoe_jax.target import TPU_LANES
+
+BLOCK_ROWS = 256
+"""At most, of a block of a tile that experts share: what a matrix unit of v6e contracts at once."""
+
+UNIT = 256
+"""Columns of a matrix unit, at most: a tile that is no multiple leaves some of it idle."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientTiling:
+    """Tiles, rows of a block, and how many bytes of fast memory the kernel may take."""
+
+    m: int
+    k: int
+    n: int
+    block: int
+    vmem_bytes: int
+
+
+def block_rows(rows: int, experts: int) -> int:
+    """Rows of a tile that are computed together, and a second time where two experts share them."""
+    return min(row_tile(rows, experts), BLOCK_ROWS)
+
+
+@functools.cache
+def weight_gradient_tiling(
+    rows: int,
+    experts: int,
+    inner: int,
+    outer: int,
+    itemsize: int,
+    flops_per_byte: float,
+    vmem_bytes: int,
+) -> GradientTiling | None:
+    """The tiling of least time, of products or of traffic; None where no tile fits.
+
+    None fits where I or O are no multiples of 128.
+
+    Args:
+      rows: R.
+      experts: E.
+      inner: I.
+      outer: O.
+      itemsize: bytes of one number.
+      flops_per_byte: the chip's peak rate over its memory's.
+      vmem_bytes: fast memory of a core.
+    """
+    if inner % TPU_LANES or outer % TPU_LANES:
+        return None
+    block = block_rows(rows, experts)
+
+    def vmem(m, k, n):
+        # Reading and writing overlap with products: two of each.  Sides are held once more, one of
+        # them transposed; sums in float32.
+        return itemsize * (3 * m * (k + n) + 2 * k * n) + 4 * k * n
+
+    def cost(tile):
+        _, k, n = tile
+        across, down = math.ceil(outer / n), math.ceil(inner / k)
+        # A core that has a tile less waits for the other.
+        uneven = math.ceil(across * down / CORES) * CORES / (across * down)
+        area = padded(inner, k) * across * padded(n, UNIT)
+        flops = 2 * (rows + (experts - 1) * block) * area * uneven
+        moved = rows * (inner * across + outer * down) + experts * inner * outer
+        # Where two tie, the fewest steps: each costs a fixed time besides its product.
+        return max(flops / flops_per_byte, itemsize * moved), -math.prod(tile)
+
+    row_tiles = [m for m in ROW_TILES if m >= block and rows % m == 0]
+    tiles = product(row_tiles, widths(inner), widths(outer))
+    fits = [tile for tile in tiles if vmem(*tile) <= COUNTED_SHARE * vmem_bytes]
+    if not fits:
+        return None
+    return GradientTiling(*min(fits, key=cost), block, int(ALLOWED_SHARE * vmem_bytes))
