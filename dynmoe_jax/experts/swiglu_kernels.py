@@ -6,12 +6,16 @@ a chip whose products outrun its memory that is cheaper than to write, stack and
 in a step of the paper's model compiled for v5p, passes over [n, 2F] were 167 of 874 ms.
 
 For every tile of F, the grid visits the (row tile, expert) pairs that exist.  A row tile that two
-experts share is visited by both, one after the other, and each writes its own rows.
+experts share is visited by both, one after the other; the later puts back the rows of before.
+
+A tile is worked on in pieces, so that the matrix units make gate and up of the next piece while the
+vector units have those of this one.
 
 Axis legend: n rows, E experts, D model width, F hidden width of an expert, m rows and f hidden
-columns of a tile, J tiles of F.
+columns of a tile, J tiles of F, r rows of a piece, P the 128 lanes of a register.
 """
 
+import collections
 import functools
 from functools import partial
 
@@ -24,6 +28,9 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 from dynmoe_jax.experts.swiglu import BACKWARD, FORWARD, SwiGLU
 from dynmoe_jax.experts.swiglu_tiling import SwiGLUTiling, Tile
 from dynmoe_jax.target import TPU_LANES
+
+ROWS = 256
+"""Of a piece, at most; it has 128 columns of gate and as many of up."""
 
 _ROWS_BY_WIDTH = (((1,), (0,)), ((), ()))
 _ROWS_BY_TRANSPOSED = (((1,), (1,)), ((), ()))
@@ -60,6 +67,7 @@ def _forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E):
             in_specs=[blocks.rows(x_nD), *blocks.gate_and_up(x_nD), blocks.row()],
             out_specs=blocks.hidden(),
             grid=(hidden // tile.f, count),
+            scratch_shapes=[pltpu.VMEM((tile.m, tile.f), x_nD.dtype)],
         ),
         name=FORWARD,
         **_options(tiling, interpret, x_nD, weights, products=2, sides=1, results=1),
@@ -67,10 +75,22 @@ def _forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E):
     return call(*metadata, x_nD, weights.gate_up_ED2F, weights.gate_up_ED2F, weight_n1.T)
 
 
-def _forward_kernel(offset_e, expert_v, tile_v, x, gate, up, weight, hidden):
-    gate_mf, up_mf = (_product(x[...], w[...], _ROWS_BY_WIDTH) for w in (gate, up))
-    hidden_mf = jax.nn.silu(gate_mf) * up_mf * _as_column(weight[...])
-    _write(hidden, hidden_mf, _mine(offset_e, expert_v, tile_v, (hidden.shape[0], 1)))
+def _forward_kernel(offset_e, expert_v, tile_v, x, gate, up, weight, hidden, others):
+    v = pl.program_id(1)
+    begins, before = _begins(tile_v, v), _rows_before(offset_e, expert_v, tile_v, v, hidden)
+
+    @pl.when(~begins)
+    def _():
+        _copy(others, hidden)
+
+    weight_mP = _on_lanes(weight[...])
+    for rows, columns, gate_rP, up_rP in _pieces(x, gate, up):
+        hidden_rP = jax.nn.silu(gate_rP) * up_rP * weight_mP[rows]
+        hidden[rows, columns] = hidden_rP.astype(hidden.dtype)
+
+    @pl.when(~begins)
+    def _():
+        _copy(hidden, others, before)
 
 
 def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
@@ -101,6 +121,8 @@ def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
             scratch_shapes=[
                 pltpu.VMEM((2, 2, tile.m, tile.f), x_nD.dtype),
                 pltpu.SemaphoreType.DMA((2, 2)),
+                pltpu.VMEM((3, tile.m, tile.f), x_nD.dtype),
+                pltpu.VMEM((tile.m, x_nD.shape[1]), x_nD.dtype),
             ],
         ),
         name=BACKWARD,
@@ -115,12 +137,12 @@ def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
 
 def _backward_kernel(
     offset_e, expert_v, tile_v, x, dy, gate, up, down, weight,
-    hidden_out, dgate_up_out, dweight_out, held, copied, *, hidden
+    hidden_out, dgate_up_out, dweight_out, held, copied, others, x_mD, *, hidden
 ):  # fmt: skip
     v, last = pl.program_id(1), pl.num_programs(1) - 1
     tile, first_column = tile_v[v], pl.program_id(0) * held.shape[-1]
     copies = partial(_copies, held, dgate_up_out, copied, (first_column, hidden + first_column))
-    begins = (v == 0) | (tile_v[jnp.maximum(v - 1, 0)] != tile)
+    begins = _begins(tile_v, v)
     ends = (v == last) | (tile_v[jnp.minimum(v + 1, last)] != tile)
 
     @pl.when(begins & (tile >= 2))
@@ -128,22 +150,27 @@ def _backward_kernel(
         for copy in copies(tile - 2):
             copy.wait()
 
-    mine_m1, mine_1m = (
-        _mine(offset_e, expert_v, tile_v, shape) for shape in ((x.shape[0], 1), (1, x.shape[0]))
-    )
-    gate_mf, up_mf = (_product(x[...], w[...], _ROWS_BY_WIDTH) for w in (gate, up))
+    results = [hidden_out, held.at[tile % 2, 0], held.at[tile % 2, 1]]
+    before = _rows_before(offset_e, expert_v, tile_v, v, x)
+
+    @pl.when(~begins)
+    def _():
+        for i, result in enumerate(results):
+            _copy(others.at[i], result)
+
     dhidden_mf = _product(dy[...], down[...], _ROWS_BY_TRANSPOSED)
-    sigmoid_mf = jax.nn.sigmoid(gate_mf)
-    silu_mf = gate_mf * sigmoid_mf
-    hidden_mf = silu_mf * up_mf
-    weight_m1 = _as_column(weight[...])
-    _write(hidden_out, hidden_mf * weight_m1, mine_m1)
-    dweight_m1 = jnp.sum(dhidden_mf * hidden_mf, axis=-1, keepdims=True)
-    _write(dweight_out, _as_row(dweight_m1), mine_1m)
-    dhidden_mf *= weight_m1
-    dsilu_mf = sigmoid_mf + silu_mf * (1 - sigmoid_mf)
-    _write(held.at[tile % 2, 0], dhidden_mf * up_mf * dsilu_mf, mine_m1)
-    _write(held.at[tile % 2, 1], dhidden_mf * silu_mf, mine_m1)
+    # A block lies in memory as XLA lays out arrays; as the products want it, if copied once.
+    x_mD[...] = x[...]
+    pieces = _pieces(x_mD, gate, up)
+    dweight_1m = _gradients(results, pieces, dhidden_mf, _on_lanes(weight[...]))
+
+    @pl.when(~begins)
+    def _():
+        for i, result in enumerate(results):
+            _copy(result, others.at[i], before)
+
+    row_1m = jax.lax.broadcasted_iota(jnp.int32, dweight_out.shape, 1)
+    dweight_out[...] = jnp.where(row_1m < before, dweight_out[...], dweight_1m)
 
     @pl.when(ends)
     def _():
@@ -159,6 +186,25 @@ def _backward_kernel(
     def _():
         for copy in copies(tile - 1):
             copy.wait()
+
+
+def _gradients(results, pieces, dhidden_mf, weight_mP):
+    """Writes hidden and the gradients of gate and up; returns that of the weights, [1, m]."""
+    hidden_out, dgate_out, dup_out = results
+    dweight_rP = collections.defaultdict(float)
+    for rows, columns, gate_rP, up_rP in pieces:
+        dhidden_rP, weight_rP = dhidden_mf[rows, columns], weight_mP[rows]
+        sigmoid_rP = jax.nn.sigmoid(gate_rP)
+        silu_rP = gate_rP * sigmoid_rP
+        hidden_rP = silu_rP * up_rP
+        hidden_out[rows, columns] = (hidden_rP * weight_rP).astype(hidden_out.dtype)
+        dweight_rP[rows.start] += dhidden_rP * hidden_rP
+        dhidden_rP *= weight_rP
+        dsilu_rP = sigmoid_rP + silu_rP * (1 - sigmoid_rP)
+        dgate_out[rows, columns] = (dhidden_rP * up_rP * dsilu_rP).astype(dgate_out.dtype)
+        dup_out[rows, columns] = (dhidden_rP * silu_rP).astype(dup_out.dtype)
+    # The lanes are put together once.
+    return jnp.sum(jnp.concatenate(list(dweight_rP.values())).T, axis=0, keepdims=True)
 
 
 def _copies(held, dgate_up_out, copied, first_columns, tile):
@@ -233,27 +279,60 @@ def _options(tiling, interpret, x_nD, weights, *, products: int, sides: int, res
     }
 
 
+def _pieces(x, gate, up):
+    """(rows, columns, gate, up) of the pieces, all rows of a column together.
+
+    The products of a piece are begun before those of the piece before it are given out, for the
+    matrix units to work on them meanwhile.
+    """
+    m, f = x.shape[0], gate.shape[1]
+    spans = [
+        (slice(row, min(row + ROWS, m)), slice(column, column + TPU_LANES))
+        for column in range(0, f, TPU_LANES)
+        for row in range(0, m, ROWS)
+    ]
+
+    def products(rows, columns):
+        # As one product they fill a matrix unit of 256 columns.
+        gate_up_D2P = jnp.concatenate([gate[:, columns], up[:, columns]], axis=1)
+        return jnp.split(_product(x[rows], gate_up_D2P, _ROWS_BY_WIDTH), 2, axis=1)
+
+    following = products(*spans[0])
+    for at, span in enumerate(spans):
+        made = following
+        if at + 1 < len(spans):
+            following = products(*spans[at + 1])
+        yield *span, *made
+
+
+def _begins(tile_v, v):
+    """Whether a visit is the first of its row tile."""
+    return (v == 0) | (tile_v[jnp.maximum(v - 1, 0)] != tile_v[v])
+
+
+def _rows_before(offset_e, expert_v, tile_v, v, tile):
+    """How many rows of a visit's tile belong to experts before its own."""
+    return offset_e[expert_v[v]] - tile_v[v] * tile.shape[0]
+
+
+def _copy(to, source, count=None):
+    """Copies a tile, or its first rows alone, as many as count says."""
+
+    @pl.loop(0, to.shape[1] // TPU_LANES)
+    def _(block):
+        at = pl.ds(pl.multiple_of(block * TPU_LANES, TPU_LANES), TPU_LANES)
+        values = source[:, at]
+        if count is not None:
+            row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+            kept, values = (a.astype(jnp.float32) for a in (to[:, at], values))
+            values = jnp.where(row < count, values, kept).astype(to.dtype)
+        to[:, at] = values
+
+
 def _product(left, right, dimensions):
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
-def _mine(offset_e, expert_v, tile_v, shape):
-    """Whether a row of this visit's tile belongs to its expert; rows are the longer axis."""
-    v = pl.program_id(1)
-    row = tile_v[v] * max(shape) + jax.lax.broadcasted_iota(jnp.int32, shape, int(shape[0] == 1))
-    return (row >= offset_e[expert_v[v]]) & (row < offset_e[expert_v[v] + 1])
-
-
-def _as_row(values_m1):
-    """[1, m]."""
-    return jnp.broadcast_to(values_m1, (values_m1.shape[0], TPU_LANES)).T[:1]
-
-
-def _as_column(values_1m):
-    """[m, 1]."""
-    return jnp.broadcast_to(values_1m, (TPU_LANES, values_1m.shape[1])).T[:, :1]
-
-
-def _write(ref, values, mine):
-    """Writes the rows of this visit's expert, and leaves those of others."""
-    ref[...] = jnp.where(mine, values, ref[...].astype(jnp.float32)).astype(ref.dtype)
+def _on_lanes(values_1m):
+    """[m, 128]."""
+    return jnp.broadcast_to(values_1m, (TPU_LANES, values_1m.shape[1])).T

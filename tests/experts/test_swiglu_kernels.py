@@ -22,6 +22,8 @@ GROUPS = {
 R, E, D, F = 512, 5, 128, 384
 TILING = SwiGLUTiling(Tile(128, 128), Tile(128, 384), 2**26)
 OTHER = SwiGLUTiling(Tile(256, 384), Tile(256, 128), 2**26)
+# Two blocks of rows in each piece.
+TALL = SwiGLUTiling(Tile(512, 384), Tile(512, 384), 2**26)
 
 
 def draw(dtype=jnp.float32):
@@ -48,7 +50,7 @@ def both(swiglu, group_size_E, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("groups", list(GROUPS))
-@pytest.mark.parametrize("tiling", [TILING, OTHER], ids=["narrow", "wide"])
+@pytest.mark.parametrize("tiling", [TILING, OTHER, TALL], ids=["narrow", "wide", "tall"])
 def test_fused_equals_plain(tiling, groups):
     actual, raw = both(fused_swiglu(tiling, interpret=True), GROUPS[groups])
     wanted, _ = both(plain_swiglu(REFERENCE), GROUPS[groups])
