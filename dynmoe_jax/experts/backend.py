@@ -9,10 +9,11 @@ from jaxtyping import Array, Float, Int
 from dynmoe_jax import config
 from dynmoe_jax.experts.blocks import block_experts
 from dynmoe_jax.experts.capacity import capacity_experts
+from dynmoe_jax.experts.native import native_experts
 from dynmoe_jax.experts.product_choice import (
+    available_for,
     check_request,
     choose_products,
-    installed,
     make_products,
 )
 from dynmoe_jax.experts.ragged import ragged_experts
@@ -27,20 +28,25 @@ Backend = Callable[
 """(x_TD, rows, weights) -> (y_TD, rows dropped): the one signature of expert compute."""
 
 
+WHOLE = {"native": native_experts, "blocks": block_experts}
+"""What computes all of the experts by itself, rather than the products of grouped matrices."""
+
+
 def grouped_experts(moe: config.MoE, target: Target) -> Backend:
-    """The dropless backend, by blocks or by grouped products: :func:`choose_products` decides.
+    """The dropless backend: :func:`choose_products` decides what computes it.
 
     Raises:
       ConfigError: ``config.model.moe.grouped_product`` asks for what cannot run on ``target``.
     """
-    check_request(moe.grouped_product, target, installed())
+    available = available_for(target.platform)
+    check_request(moe.grouped_product, target, available)
 
     def apply(x_TD, rows, weights):
         widths = x_TD.shape[-1], weights.hidden_width
-        name = choose_products(moe.grouped_product, target, installed(), x_TD.dtype, *widths)
+        name = choose_products(moe.grouped_product, target, available, x_TD.dtype, *widths)
         saved = moe.saved_rows_per_token
-        if name == "blocks":
-            return block_experts(x_TD, rows, weights, saved_rows_per_token=saved)
+        if name in WHOLE:
+            return WHOLE[name](x_TD, rows, weights, saved_rows_per_token=saved)
         products = make_products(name, target)
         return ragged_experts(x_TD, rows, weights, products=products, saved_rows_per_token=saved)
 

@@ -9,9 +9,11 @@ import importlib.util
 import jax.numpy as jnp
 
 from dynmoe_jax import config
+from dynmoe_jax.console import warn
 from dynmoe_jax.experts.accounting import chip_of, vmem_bytes
 from dynmoe_jax.experts.grouped_products import XLA, GroupedProducts
 from dynmoe_jax.experts.megablox_products import megablox_products
+from dynmoe_jax.experts.native import library
 from dynmoe_jax.experts.tokamax_products import tokamax_products
 from dynmoe_jax.target import Target
 
@@ -20,7 +22,7 @@ MODULES = {
     "megablox": "jax.experimental.pallas.ops.tpu.megablox.gmm",
     "tokamax": "tokamax",
 }
-PLATFORMS = {"megablox": ("tpu",), "tokamax": ("gpu", "tpu")}
+PLATFORMS = {"native": ("cpu",), "megablox": ("tpu",), "tokamax": ("gpu", "tpu")}
 OTHER_FLOPS_PER_BYTE = 240.0
 """Of a TPU that is not in the table: v5e's, in the middle of those that are."""
 
@@ -29,9 +31,22 @@ LEAST_COMPUTE_CAPABILITY = 8.0
 
 
 @functools.cache
-def installed() -> frozenset[str]:
-    """The implementations that can be imported here."""
-    return frozenset(name for name, module in MODULES.items() if _exists(module))
+def available_for(platform: str) -> frozenset[str]:
+    """The implementations that can be had here, for a platform.
+
+    For a CPU the native kernels are compiled, if that has not been done before; a warning says so
+    if it cannot be.
+    """
+    found = {name for name, module in MODULES.items() if _exists(module)}
+    if platform == "cpu":
+        if reason := library.why_not():
+            warn(
+                f"Experts are computed by XLA's products, which are slower, instead of kernels "
+                f"for this CPU: {reason}."
+            )
+        else:
+            found.add("native")
+    return frozenset(found)
 
 
 def _exists(module: str) -> bool:
@@ -49,12 +64,14 @@ def choose_products(
     width: int,
     hidden_width: int,
 ) -> str:
-    """``"blocks"``, ``"megablox"``, ``"tokamax"`` or ``"xla"``.
+    """``"native"``, ``"blocks"``, ``"megablox"``, ``"tokamax"`` or ``"xla"``.
 
     What was asked for, if anything; otherwise:
 
-    1. CPU: ``blocks``, the loop over the blocks of rows used.  ``lax.ragged_dot`` is dense over
-       the experts there: 23 times slower at 16 experts (:mod:`.blocks`).
+    1. CPU: ``native``, kernels of our own (:mod:`.native`), where a C++ compiler is installed and
+       the rows are float32.  Otherwise ``blocks``, a loop over the blocks of rows used.
+       ``lax.ragged_dot`` is dense over the experts there: 23 times slower at 16 experts
+       (:mod:`.blocks`).
     2. TPU: ``megablox``.  Its three kernels visit used rows alone.  XLA's forward and input
        gradient do so too, but its weight gradient is dense with the compiler of jax 0.10 (compiled
        for v5p: 16 times the FLOPs at 16 experts), and its tile for the input gradient at D = 1024,
@@ -74,7 +91,7 @@ def choose_products(
     Args:
       requested: ``config.model.moe.grouped_product``.
       target: what the program will run on.
-      available: implementations that can be imported, see :func:`installed`.
+      available: implementations that can be had, see :func:`available_for`.
       dtype: of the rows.
       width: D.
       hidden_width: F.
@@ -84,9 +101,15 @@ def choose_products(
     """
     if requested != "auto":
         check_request(requested, target, available)
+        if requested == "native" and jnp.dtype(dtype) != jnp.float32:
+            raise config.ConfigError(
+                f"{SETTING}='native' computes in float32, not in {jnp.dtype(dtype).name}; set "
+                f"config.model.dtype='float32' or {SETTING}='auto'."
+            )
         return requested
     if target.platform == "cpu":
-        return "blocks"
+        native = "native" in available and jnp.dtype(dtype) == jnp.float32
+        return "native" if native else "blocks"
     if target.platform == "tpu":
         known = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
         return "megablox" if "megablox" in available and known else "xla"
@@ -97,7 +120,7 @@ def choose_products(
 
 def check_request(requested: str, target: Target, available: frozenset[str]) -> None:
     """Raises ConfigError, in one sentence, unless ``requested`` can run on ``target``."""
-    if requested not in MODULES:
+    if requested not in PLATFORMS:
         return
     if target.platform not in PLATFORMS[requested]:
         wanted = " or ".join(platform.upper() for platform in PLATFORMS[requested])
@@ -106,14 +129,18 @@ def check_request(requested: str, target: Target, available: frozenset[str]) -> 
             f"use {SETTING}='auto'."
         )
     if requested not in available:
-        remedy = "install it (pip install tokamax)" if requested == "tokamax" else "update JAX"
+        remedy = {
+            "native": library.why_not(),
+            "megablox": "update JAX",
+            "tokamax": "install it (pip install tokamax)",
+        }[requested]
         raise config.ConfigError(
             f"{SETTING}={requested!r} is not installed here; {remedy} or use {SETTING}='auto'."
         )
 
 
 def make_products(name: str, target: Target) -> GroupedProducts:
-    """The products of an implementation other than ``blocks``."""
+    """The products of an implementation other than ``native`` and ``blocks``."""
     if name == "megablox":
         return megablox_products(flops_per_byte(target), vmem_bytes(target))
     if name == "tokamax":

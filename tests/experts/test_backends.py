@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, rows_from_routing
+from dynmoe_jax.experts.native import library, native_experts
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.routing import TopK, TopP
 from dynmoe_jax.target import Target
@@ -18,11 +19,15 @@ from dynmoe_jax.training.mesh import make_mesh
 CPU = Target("cpu")
 BACKENDS = {
     "capacity": make_backend(config.MoE(backend="capacity", capacity_factor=1e6)),
-    "blocks": make_backend(config.MoE(backend="grouped"), CPU),
+    "native": native_experts,
+    "blocks": make_backend(config.MoE(grouped_product="blocks"), CPU),
     "ragged": make_backend(config.MoE(backend="grouped", grouped_product="xla"), CPU),
     "reference": make_backend(config.MoE(backend="reference")),
 }
 E, D, F = 4, 16, 24
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+)
 
 
 def draw_weights(seed=0, dtype=jnp.float32):
@@ -96,7 +101,7 @@ CASES = ["top_p", "top_2", "empty_experts", "one_takes_all", "zero_rows", "paddi
 @pytest.mark.parametrize(
     ("case", "tokens"), [("top_p", 1), ("top_p", 300), *((case, 37) for case in CASES[1:])]
 )
-@pytest.mark.parametrize("name", ["capacity", "blocks", "ragged"])
+@pytest.mark.parametrize("name", ["capacity", NATIVE, "blocks", "ragged"])
 def test_backend_equals_reference(name, case, tokens):
     x_TD, logits_TE, valid_T, router = draw_case(case, tokens)
     weights = draw_weights()
@@ -125,7 +130,7 @@ def test_backend_equals_reference_in_bfloat16(name):
     assert_close(actual, wanted, 2e-2)
 
 
-@pytest.mark.parametrize("name", list(BACKENDS))
+@pytest.mark.parametrize("name", ["capacity", NATIVE, "blocks", "ragged", "reference"])
 def test_padding_rows_poisoned_with_nan_change_nothing(name):
     x_TD, logits_TE, valid_T, router = draw_case("padding_tokens", 90)
     weights = draw_weights()
@@ -153,14 +158,15 @@ def test_reference_equals_a_loop_over_tokens():
         np.testing.assert_allclose(y_TD[t], y_D, rtol=1e-4, atol=1e-5)
 
 
-def test_block_gradients_agree_with_finite_differences():
+@pytest.mark.parametrize("name", [NATIVE, "blocks"])
+def test_gradients_agree_with_finite_differences(name):
     x_TD, logits_TE, valid_T, router = draw_case("top_p", 9)
     weights = draw_weights()
     # The choice of experts is discrete; the logits' gradient is the oracle test's business.
     rows = rows_from_routing(router(logits_TE, valid_T))
 
     def loss(x_TD, weight_R, weights):
-        y_TD, _ = BACKENDS["blocks"](x_TD, dataclasses.replace(rows, weight_R=weight_R), weights)
+        y_TD, _ = BACKENDS[name](x_TD, dataclasses.replace(rows, weight_R=weight_R), weights)
         return jnp.sum(jnp.sin(y_TD))
 
     check_grads(
@@ -169,9 +175,11 @@ def test_block_gradients_agree_with_finite_differences():
 
 
 @pytest.mark.parametrize("saved_rows_per_token", [0.0, 0.7])
-def test_recomputed_activations_equal_saved_ones(saved_rows_per_token):
+@pytest.mark.parametrize("name", [NATIVE, "blocks"])
+def test_recomputed_activations_equal_saved_ones(name, saved_rows_per_token):
     x_TD, logits_TE, valid_T, router = draw_case("top_p", 60)
-    backend = make_backend(config.MoE(saved_rows_per_token=saved_rows_per_token), CPU)
+    moe = config.MoE(grouped_product=name, saved_rows_per_token=saved_rows_per_token)
+    backend = make_backend(moe, CPU)
     wanted, _ = value_and_gradients(
         layer(reference_experts, router, valid_T), x_TD, logits_TE, draw_weights()
     )
@@ -181,7 +189,8 @@ def test_recomputed_activations_equal_saved_ones(saved_rows_per_token):
     assert_close(actual, wanted, 1e-5)
 
 
-def test_blocks_run_inside_shard_map_scan_and_checkpoint():
+@pytest.mark.parametrize("name", [NATIVE, "blocks"])
+def test_backend_runs_inside_shard_map_scan_and_checkpoint(name):
     x_TD, logits_TE, valid_T, router = draw_case("top_p", 32)
 
     def two_layers(backend):
@@ -196,9 +205,9 @@ def test_blocks_run_inside_shard_map_scan_and_checkpoint():
         return jax.jit(jax.grad(lambda x_TD: jnp.sum(jnp.sin(two_layers(backend)(x_TD)))))(x_TD)
 
     wanted = gradient(reference_experts)
-    assert_close(gradient(BACKENDS["blocks"]), wanted, 1e-5)
+    assert_close(gradient(BACKENDS[name]), wanted, 1e-5)
     with jax.set_mesh(make_mesh(config.Mesh(data=4), 4, jax.devices()[:4])):
-        assert_close(gradient(BACKENDS["blocks"]), wanted, 1e-5)
+        assert_close(gradient(BACKENDS[name]), wanted, 1e-5)
 
 
 def test_capacity_drops_the_latest_rows_and_counts_them():

@@ -13,14 +13,16 @@ V5P = Target("tpu", "TPU v5")
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)
 V100 = Target("gpu", "Tesla V100-SXM2-16GB", 7.0)
 AMD = Target("gpu", "AMD Instinct MI300X")
-ALL = frozenset({"megablox", "tokamax"})
+ALL = frozenset({"native", "megablox", "tokamax"})
 NONE = frozenset()
 
 
 @pytest.mark.parametrize(
     ("target", "available", "dtype", "widths", "wanted"),
     [
-        (CPU, ALL, jnp.float32, (1024, 2816), "blocks"),
+        (CPU, ALL, jnp.float32, (1000, 2800), "native"),
+        (CPU, ALL, jnp.bfloat16, (1024, 2816), "blocks"),
+        (CPU, NONE, jnp.float32, (1024, 2816), "blocks"),
         (V5P, ALL, jnp.bfloat16, (1024, 2816), "megablox"),
         (V5P, ALL, jnp.float32, (200, 72), "megablox"),
         (V5P, ALL, jnp.float16, (1024, 2816), "xla"),
@@ -51,6 +53,7 @@ def test_what_is_asked_for_is_given(requested, target, available):
     [
         ("megablox", CPU, ALL, "'megablox' needs a TPU, and this is a CPU; use"),
         ("megablox", H100, ALL, "'megablox' needs a TPU, and this is a GPU; use"),
+        ("native", H100, ALL, "'native' needs a CPU, and this is a GPU; use"),
         ("tokamax", CPU, ALL, "'tokamax' needs a GPU or TPU, and this is a CPU; use"),
         ("tokamax", H100, NONE, "'tokamax' is not installed here; install it"),
         ("megablox", V5P, NONE, "'megablox' is not installed here; update JAX"),
@@ -61,6 +64,11 @@ def test_what_cannot_be_is_refused_in_one_sentence(requested, target, available,
         product_choice.check_request(requested, target, available)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("config.model.moe.grouped_product=")
+
+
+def test_native_kernels_are_refused_in_bfloat16():
+    with pytest.raises(config.ConfigError, match="'native' computes in float32, not in bfloat16"):
+        product_choice.choose_products("native", CPU, ALL, jnp.bfloat16, 1024, 2816)
 
 
 def test_a_backend_that_cannot_be_is_refused_when_it_is_made():

@@ -1,0 +1,105 @@
+"""Dropless experts on CPU by kernels of our own: products that read expert weights in place.
+
+XLA multiplies a copy of an expert's weights, in blocks of a few static sizes, and adds to weight
+gradients that start as zeros (:mod:`..blocks`, the twin).  These kernels copy what a product needs
+into the cache, compute the rows there are, and write each weight gradient once.
+
+Axis legend: T tokens, E experts, R rows, S rows saved, W rows worked on at a time, D model width, F
+hidden width.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dynmoe_jax.experts.native import library
+from dynmoe_jax.experts.rows import Rows
+from dynmoe_jax.experts.weights import ExpertWeights
+
+WAVE_ROWS = 2048
+"""W at most."""
+
+BLOCK = 256
+"""Hidden units whose share of a combine weight's gradient is summed up apart: kColumns in C++."""
+
+
+def native_experts(
+    x_TD: Float[Array, "T D"],
+    rows: Rows,
+    weights: ExpertWeights,
+    *,
+    saved_rows_per_token: float = 2.0,
+) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+    """y_t = sum over the rows of token t of weight * expert(x_t), in float32.
+
+    Args:
+      x_TD: tokens.
+      rows: which expert computes which token.
+      weights: all experts.
+      saved_rows_per_token: S / T, how many rows keep their gate and up activations for backward.
+
+    Returns:
+      y_TD, and the number of rows that found no place (always 0 here).
+
+    Raises:
+      NotAvailableError: the kernels cannot be compiled here.
+    """
+    library.load()
+    saved = min(rows.token_R.shape[0], math.ceil(saved_rows_per_token * rows.share * x_TD.shape[0]))
+    y_TD = _apply(saved, x_TD, rows.weight_R, weights, rows.token_R, rows.group_size_E)
+    return y_TD, jnp.zeros((), jnp.int32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(saved, x_TD, weight_R, weights, token_R, group_size_E):
+    return _outputs(x_TD, weight_R, weights, token_R, group_size_E, 0)[0]
+
+
+def _forward(saved, x_TD, weight_R, weights, token_R, group_size_E):
+    operands = (x_TD, weight_R, weights, token_R, group_size_E)
+    y_TD, kept_S2F = _outputs(*operands, saved)
+    return y_TD, (*operands, kept_S2F)
+
+
+def _outputs(x_TD, weight_R, weights, token_R, group_size_E, saved: int):
+    """y_TD, and the gate and up activations of the first rows."""
+    width, hidden_width = x_TD.shape[1], weights.hidden_width
+    results = (
+        _floats(x_TD.shape),
+        _floats((saved, 2 * hidden_width)),
+        _scratch(token_R, width + 3 * hidden_width),
+    )
+    call = jax.ffi.ffi_call("dynmoe_experts", results)
+    y_TD, kept_S2F, _ = call(x_TD, token_R, weight_R, group_size_E, *_matrices(weights))
+    return y_TD, kept_S2F
+
+
+def _backward(saved, residuals, dy_TD):
+    x_TD, weight_R, weights, token_R, group_size_E, kept_S2F = residuals
+    width, hidden_width = x_TD.shape[1], weights.hidden_width
+    columns = 3 * width + 5 * hidden_width + math.ceil(hidden_width / BLOCK)
+    arrays = (x_TD, weight_R, *_matrices(weights))
+    results = (*(_floats(array.shape) for array in arrays), _scratch(token_R, columns))
+    call = jax.ffi.ffi_call("dynmoe_experts_gradient", results)
+    operands = (x_TD, token_R, weight_R, group_size_E, *_matrices(weights), kept_S2F, dy_TD)
+    dx_TD, dweight_R, dgate_up_ED2F, ddown_EFD, _ = call(*operands)
+    return dx_TD, dweight_R, ExpertWeights(dgate_up_ED2F, ddown_EFD), None, None
+
+
+_apply.defvjp(_forward, _backward)
+
+
+def _matrices(weights: ExpertWeights) -> tuple[Float[Array, "E D 2*F"], Float[Array, "E F D"]]:
+    return weights.gate_up_ED2F, weights.down_EFD
+
+
+def _floats(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _scratch(token_R: Int[Array, "R"], columns: int) -> jax.ShapeDtypeStruct:
+    """Memory of the kernels, as a result that nobody reads, so that XLA places and counts it."""
+    return _floats((columns, min(token_R.shape[0], WAVE_ROWS)))
