@@ -126,7 +126,7 @@ class Model:
     attention: str = setting(
         "auto",
         "what computes attention; auto = by platform, see docs/design.md",
-        choices=("auto", "xla", "tiled", "cudnn", "splash", "flat", "tokamax"),
+        choices=("auto", "native", "xla", "tiled", "cudnn", "splash", "flat", "tokamax"),
     )
     moe: MoE = dataclasses.field(default_factory=MoE)
 

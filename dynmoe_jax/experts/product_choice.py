@@ -9,12 +9,11 @@ import importlib.util
 import jax.numpy as jnp
 
 from dynmoe_jax import config
-from dynmoe_jax.console import warn
 from dynmoe_jax.experts.accounting import chip_of, vmem_bytes
 from dynmoe_jax.experts.grouped_products import XLA, GroupedProducts
 from dynmoe_jax.experts.megablox_products import megablox_products
-from dynmoe_jax.experts.native import library
 from dynmoe_jax.experts.tokamax_products import tokamax_products
+from dynmoe_jax.native import library
 from dynmoe_jax.target import Target
 
 SETTING = "config.model.moe.grouped_product"
@@ -32,20 +31,10 @@ LEAST_COMPUTE_CAPABILITY = 8.0
 
 @functools.cache
 def available_for(platform: str) -> frozenset[str]:
-    """The implementations that can be had here, for a platform.
-
-    For a CPU the native kernels are compiled, if that has not been done before; a warning says so
-    if it cannot be.
-    """
+    """The implementations that can be had here, for a platform."""
     found = {name for name, module in MODULES.items() if _exists(module)}
-    if platform == "cpu":
-        if reason := library.why_not():
-            warn(
-                f"Experts are computed by XLA's products, which are slower, instead of kernels "
-                f"for this CPU: {reason}."
-            )
-        else:
-            found.add("native")
+    if platform == "cpu" and library.available():
+        found.add("native")
     return frozenset(found)
 
 

@@ -23,18 +23,27 @@ from dynmoe_jax.model.attention_kernels import (
 )
 from dynmoe_jax.model.attention_tiles import tiled_attention
 from dynmoe_jax.model.flat_attention import flat_heads_attention, flat_obstacle
+from dynmoe_jax.model.native_attention import native_attention
+from dynmoe_jax.native import library
 from dynmoe_jax.target import Target
 
 SETTING = "config.model.attention"
 KERNELS: dict[str, AttentionKernel] = {
     "xla": xla_attention,
+    "native": native_attention,
     "tiled": tiled_attention,
     "cudnn": cudnn_attention,
     "splash": splash_attention,
     "flat": flat_heads_attention,
     "tokamax": tokamax_attention,
 }
-PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu",), "flat": ("tpu",), "tokamax": ("gpu", "tpu")}
+PLATFORMS = {
+    "native": ("cpu",),
+    "cudnn": ("gpu",),
+    "splash": ("tpu",),
+    "flat": ("tpu",),
+    "tokamax": ("gpu", "tpu"),
+}
 SMALL_FAST_MEMORY = ("TPU v2", "TPU v3", "TPU v4")
 """Of 16 MiB for a core; later ones have 64 or more."""
 HOPPER = 9.0
@@ -110,8 +119,11 @@ def choose_attention(
        and never holds scores of all pairs; with it a step of MaxText took 4.45 s where the older
        flash attention took 5.95 (AI-Hypercomputer/torchprime#145).
     2. NVIDIA GPU: ``cudnn``, where it knows the type, width and length (:func:`_cudnn_obstacle`).
-    3. CPU: ``tiled``, which computes little more than the pairs that attend.  Forward and backward
-       of 8 sequences of 512 positions, 8 heads of 64, on two cores: 173 ms, against 394 ms.
+    3. CPU: ``native``, kernels of our own, where a C++ compiler is installed and the type is
+       float32; otherwise ``tiled``.  Both compute little more than the pairs that attend.  Forward
+       and backward of 8 sequences of 512 positions, 8 heads of 64, on two cores: with ``tiled``
+       173 ms, against 394 ms; on other ones with ``native`` 90 ms, against 232 with ``tiled``, and
+       0.1 s to compile instead of 3.9.
     4. Anything else: ``xla``, which takes any shape.
 
     Args:
@@ -127,6 +139,7 @@ def choose_attention(
       ConfigError: what was asked for cannot be.
     """
     obstacles = {
+        "native": _native_obstacle(target, dtype),
         "cudnn": _cudnn_obstacle(target, dtype, length, width),
         "splash": _splash_obstacle(length),
         "flat": _flat_obstacle(target, dtype, length, width, heads, kv_heads),
@@ -142,7 +155,14 @@ def choose_attention(
         return next((name for name in ("flat", "splash") if not obstacles[name]), "xla")
     if target.platform == "gpu":
         return "xla" if obstacles["cudnn"] else "cudnn"
-    return "tiled"
+    return "tiled" if obstacles["native"] else "native"
+
+
+def _native_obstacle(target: Target, dtype: jnp.dtype) -> str:
+    if jnp.dtype(dtype) != jnp.float32:
+        return f"config.model.dtype='float32', not {jnp.dtype(dtype).name}"
+    missing = target.platform == "cpu" and not library.available()
+    return f"compiled kernels ({library.why_not()})" if missing else ""
 
 
 def _splash_obstacle(length: int) -> str:

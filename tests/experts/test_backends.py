@@ -10,8 +10,9 @@ from jax.test_util import check_grads
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, rows_from_routing
-from dynmoe_jax.experts.native import library, native_experts
+from dynmoe_jax.experts.native import native_experts
 from dynmoe_jax.experts.reference import reference_experts
+from dynmoe_jax.native import library
 from dynmoe_jax.routing import TopK, TopP
 from dynmoe_jax.target import Target
 from dynmoe_jax.training.mesh import make_mesh

@@ -13,6 +13,8 @@ from dynmoe_jax import config
 from dynmoe_jax.model.attention_choice import KERNELS, choose_attention, make_attention
 from dynmoe_jax.model.attention_kernels import splash_attention, splash_block, xla_attention
 from dynmoe_jax.model.attention_tiles import tile_edges, tiled_attention
+from dynmoe_jax.model.native_attention import native_attention
+from dynmoe_jax.native import library
 from dynmoe_jax.target import Target
 
 CPU = Target("cpu", "cpu")
@@ -28,6 +30,7 @@ L, WIDTH = 256, 16
 SEGMENTS_BL = np.stack(
     [np.repeat([1, 2, 3, 0], [50, 150, 30, 26]), np.repeat([1, 2], [128, 128])]
 ).astype(np.int32)
+needs_native = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
 SPLASH = partial(splash_attention, interpret=True)
 
 
@@ -91,6 +94,50 @@ def test_tiled_equals_xla(heads, kv_heads, length):
     )
 
 
+@needs_native
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("length", [2, 37, 200, 256])
+def test_native_equals_xla(heads, kv_heads, length):
+    inputs = [x[:, :length] for x in draw(heads, kv_heads)]
+    segments = SEGMENTS_BL[:, :length]
+    assert_close(
+        value_and_gradients(native_attention, *inputs, segments=segments),
+        value_and_gradients(xla_attention, *inputs, segments=segments),
+        1e-5,
+    )
+
+
+@needs_native
+def test_native_with_segments_in_any_order():
+    # A segment that goes on after another one: keys between the two belong to neither tile's span.
+    segments = np.tile(np.repeat([3, 1, 3, 2], 32), (2, 2)).astype(np.int32)
+    inputs = draw(2, 1)
+    assert_close(
+        value_and_gradients(native_attention, *inputs, segments=segments),
+        value_and_gradients(xla_attention, *inputs, segments=segments),
+        1e-5,
+    )
+
+
+@needs_native
+def test_native_does_not_read_other_segments():
+    # From the first tile of the second segment on: tiles start at the first of their segments.
+    segments = np.repeat([[1, 2]], 128, axis=1).astype(np.int32)
+    query, key, value, _ = (x[:1] for x in draw(2, 2))
+    value = value.at[:, :128].set(jnp.nan)
+    mixed = jax.jit(native_attention)(query, key, value, segments)
+    assert np.all(np.isnan(mixed[:, :128]))
+    assert np.all(np.isfinite(mixed[:, 128:]))
+
+
+@needs_native
+def test_native_with_scores_beyond_the_range_of_exponentials():
+    query, key, value, mix = draw(2, 2)
+    inputs = 40 * query, 40 * key, value, mix
+    actual = jax.jit(native_attention)(*inputs[:3], SEGMENTS_BL)
+    assert_close(actual, xla_attention(*inputs[:3], SEGMENTS_BL), 1e-5)
+
+
 def test_tiled_in_bfloat16():
     wide = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in draw(4, 2)]
     narrow = [x.astype(jnp.bfloat16) for x in wide]
@@ -132,7 +179,7 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 @pytest.mark.parametrize(
     ("target", "dtype", "length", "width", "wanted"),
     [
-        (CPU, F32, 2048, 64, "tiled"),
+        pytest.param(CPU, F32, 37, 20, "native", marks=needs_native),
         (CPU, BF16, 37, 20, "tiled"),
         (V5P, BF16, 2048, 64, "flat"),
         (V5P, F32, 384, 128, "flat"),
@@ -159,6 +206,8 @@ def test_auto(target, dtype, length, width, wanted):
     ("requested", "target", "dtype", "length", "width", "message"),
     [
         ("splash", CPU, BF16, 2048, 64, "'splash' needs a TPU, and this is a CPU; use"),
+        ("native", H100, F32, 2048, 64, "'native' needs a CPU, and this is a GPU; use"),
+        ("native", CPU, BF16, 2048, 64, "needs config.model.dtype='float32', not bfloat16; use"),
         ("cudnn", V5P, BF16, 2048, 64, "'cudnn' needs a GPU, and this is a TPU; use"),
         ("tokamax", CPU, BF16, 2048, 64, "'tokamax' needs a GPU or TPU, and this is a CPU; use"),
         ("splash", V5P, BF16, 200, 64, "a multiple of 128 positions, not 200; use"),
@@ -194,7 +243,7 @@ def test_the_rule_is_followed_when_attention_is_traced(monkeypatch):
         monkeypatch.setitem(KERNELS, name, lambda *_, name=name: called.append(name))
     make_attention("auto", V5P)(*draw(2, 2, BF16)[:3], SEGMENTS_BL)
     make_attention("auto", H100)(*draw(2, 2, BF16)[:3], SEGMENTS_BL)
-    make_attention("auto", CPU)(*draw(2, 2)[:3], SEGMENTS_BL)
+    make_attention("auto", CPU)(*draw(2, 2, BF16)[:3], SEGMENTS_BL)
     assert called == ["splash", "cudnn", "tiled"]
 
 

@@ -1,7 +1,7 @@
 """Dropless experts on CPU by kernels of our own: products that read expert weights in place.
 
 XLA multiplies a copy of an expert's weights, in blocks of a few static sizes, and adds to weight
-gradients that start as zeros (:mod:`..blocks`, the twin).  These kernels copy what a product needs
+gradients that start as zeros (:mod:`.blocks`, the twin).  These kernels copy what a product needs
 into the cache, compute the rows there are, and write each weight gradient once.
 
 Axis legend: T tokens, E experts, R rows, S rows saved, W rows worked on at a time, D model width, F
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.experts.native import library
 from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights
+from dynmoe_jax.native import library
 
 WAVE_ROWS = 2048
 """W at most."""

@@ -23,6 +23,9 @@ constexpr int64_t kHeight = 16 * kTileRows;        // of a piece of A, if it is 
 template <int kRows, bool kCopied>
 void tile(int64_t depth, const float* __restrict a, int64_t a_stride,
           const float* __restrict panel, float* __restrict c, int64_t c_stride, bool add) {
+  // Needed in the end, by then it is here.
+  for (int r = 0; r < kRows; r++)
+    for (int v = 0; v < kTileVectors; v++) __builtin_prefetch(c + r * c_stride + v * kLanes, 1);
   Vector sums[kRows][kTileVectors] = {};
   for (int64_t k = 0; k < depth; k++) {
     Vector row[kTileVectors];
@@ -62,6 +65,45 @@ inline void narrow_tile(Tile tile, int64_t rows, int64_t columns, int64_t depth,
       float* to = c + r * c_stride + j;
       *to = add ? *to + whole[r * kPanel + j] : whole[r * kPanel + j];
     }
+}
+
+constexpr int kFewRows = 8;
+constexpr int kUnrolled = 4;  // rows of b at a time: as many streams from memory
+
+// c[kRows, columns] = or += a[kRows, depth] b[depth, columns], where b is read once, as it lies.
+// A few rows cost no more than that, and a copy of b would.
+template <int kRows>
+void few_rows(int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
+              int64_t b_stride, float* c, int64_t c_stride, bool add) {
+  for (int64_t k0 = 0; k0 < depth; k0 += kUnrolled, add = true) {
+    const float* row[kUnrolled];
+    float number[kRows][kUnrolled];
+    for (int u = 0; u < kUnrolled; u++) {
+      const int64_t k = std::min(k0 + u, depth - 1);
+      row[u] = b + k * b_stride;
+      for (int r = 0; r < kRows; r++) number[r][u] = k0 + u < depth ? a[r * a_stride + k] : 0.0f;
+    }
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t n = columns - j;
+      Vector sums[kRows];
+      for (int r = 0; r < kRows; r++) sums[r] = add ? load(c + r * c_stride + j, n) : Vector{};
+      for (int u = 0; u < kUnrolled; u++) {
+        __builtin_prefetch(row[u] + j + kUnrolled * b_stride);
+        const Vector numbers = load(row[u] + j, n);
+        for (int r = 0; r < kRows; r++) sums[r] += filled(number[r][u]) * numbers;
+      }
+      for (int r = 0; r < kRows; r++) store(c + r * c_stride + j, sums[r], n);
+    }
+  }
+}
+
+using FewRows = void (*)(int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*,
+                         int64_t, bool);
+
+template <int... i>
+FewRows few_rows_of(int rows, std::integer_sequence<int, i...>) {
+  static constexpr FewRows kernels[] = {few_rows<i + 1>...};
+  return kernels[rows - 1];
 }
 
 // b[depth, columns] as panels [depth, kPanel], the last one filled up with zeros.
@@ -143,6 +185,10 @@ using Turned = Side<true>;
 template <bool kATurned, bool kBTurned>
 void product(int64_t rows, int64_t columns, int64_t depth, Side<kATurned> a, Side<kBTurned> b,
              float* c, int64_t c_stride, bool add) {
+  if constexpr (!kATurned && !kBTurned)
+    if (rows <= kFewRows)
+      return few_rows_of(rows, std::make_integer_sequence<int, kFewRows>())(
+          columns, depth, a.data, a.stride, b.data, b.stride, c, c_stride, add);
   Pieces& pieces = Pieces::of_this_thread();
   const auto sizes = std::make_integer_sequence<int, kTileRows>();
   for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {

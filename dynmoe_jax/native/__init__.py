@@ -1,0 +1,1 @@
+"""Kernels for CPUs in C++, which XLA calls through its foreign function interface."""

@@ -1,0 +1,100 @@
+"""The kernels for CPUs against the oracle, at sizes that leave something over everywhere."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynmoe_jax.experts import ExpertWeights, native
+from dynmoe_jax.experts.reference import reference_experts
+from dynmoe_jax.experts.rows import Slots, rows_from_slots
+from dynmoe_jax.native import library
+
+pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+
+
+def draw(tokens, width, hidden_width, experts, slots, seed=0):
+    """(x_TD, rows, weights); tokens choose 0 to ``slots`` of all experts but the last."""
+    rng = np.random.default_rng(seed)
+    expert_TK = np.argsort(rng.random((tokens, experts - 1)), axis=1)[:, :slots]
+    used_TK = np.arange(slots) < rng.integers(0, slots + 1, (tokens, 1))
+    weight_TK = np.where(used_TK, rng.random((tokens, slots)), 0)
+    chosen = Slots(
+        jnp.asarray(np.where(used_TK, expert_TK, experts), jnp.int32),
+        jnp.asarray(weight_TK, jnp.float32),
+        experts,
+    )
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape) / shape[-2] ** 0.5, jnp.float32)
+
+    weights = ExpertWeights(
+        normal(experts, width, 2 * hidden_width), normal(experts, hidden_width, width)
+    )
+    return normal(tokens, width), rows_from_slots(chosen, tokens * slots), weights
+
+
+def value_and_gradients(backend, x_TD, rows, weights):
+    mix_TD = jax.random.normal(jax.random.key(0), x_TD.shape)
+
+    def loss(x_TD, weight_R, weights):
+        y_TD, _ = backend(x_TD, dataclasses.replace(rows, weight_R=weight_R), weights)
+        return jnp.sum(mix_TD * y_TD), y_TD
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (_, y_TD), gradients = run(x_TD, rows.weight_R, weights)
+    return y_TD, *jax.tree.leaves(gradients)
+
+
+def assert_equal_to_reference(case, **settings):
+    def backend(*arguments):
+        return native.native_experts(*arguments, **settings)
+
+    actual = value_and_gradients(backend, *case)
+    wanted = value_and_gradients(reference_experts, *case)
+    for a, w in zip(actual, wanted, strict=True):
+        assert np.linalg.norm(a - w) <= 1e-5 * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 8, 4, 2), (37, 24, 40, 5, 3), (300, 72, 200, 6, 4)])
+@pytest.mark.parametrize("saved", [0.0, 0.3, 10.0])
+def test_widths_of_all_kinds(shape, saved):
+    assert_equal_to_reference(draw(*shape), saved_rows_per_token=saved)
+
+
+@pytest.mark.parametrize(("width", "hidden_width"), [(1, 1), (33, 17), (300, 31), (31, 530)])
+def test_widths_that_are_no_multiple_of_anything(width, hidden_width):
+    # More columns than a piece of a product has, deeper than one, and less than a vector.
+    assert_equal_to_reference(draw(90, width, hidden_width, 3, 2))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7, 8, 9, 15])
+def test_a_few_rows_take_a_path_of_their_own(tokens):
+    assert_equal_to_reference(draw(tokens, 21, 37, 2, 1, seed=tokens))
+
+
+@pytest.mark.parametrize("wave", [1, 7, 50, 100])
+@pytest.mark.parametrize("saved", [0.0, 0.7])
+def test_experts_that_are_cut_into_waves(monkeypatch, wave, saved):
+    # Experts of about 40 rows: some span waves, their weight gradients add up.
+    monkeypatch.setattr(native, "WAVE_ROWS", wave)
+    assert_equal_to_reference(draw(100, 12, 20, 4, 2), saved_rows_per_token=saved)
+
+
+def test_large_activations():
+    # The exponential is exact to rounding, and neither end of it overflows.
+    x_TD, rows, weights = draw(40, 16, 24, 3, 2)
+    assert_equal_to_reference((300 * x_TD, rows, weights))
+
+
+def test_what_it_returns_does_not_depend_on_what_was_there():
+    # Results start as whatever memory holds; only what is written may count.
+    case = draw(64, 24, 40, 5, 3)
+    first = value_and_gradients(native.native_experts, *case)
+    for scale in (jnp.nan, 1e30):
+        jax.block_until_ready(jnp.full((1000, 1000), scale))
+        again = value_and_gradients(native.native_experts, *case)
+        for a, b in zip(first, again, strict=True):
+            np.testing.assert_array_equal(a, b)
