@@ -4,6 +4,10 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
+pytest.register_assert_rewrite("tests.close")
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")

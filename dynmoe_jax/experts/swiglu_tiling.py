@@ -6,15 +6,11 @@ along rows and f along F.
 
 import dataclasses
 import functools
-import math
 from functools import partial
 
 from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE
-from dynmoe_jax.experts.tiling import ROW_TILES, row_tile
+from dynmoe_jax.experts.tiling import ROW_TILES, roofline, row_tile, uneven
 from dynmoe_jax.target import TPU_LANES
-
-CORES = 2
-"""Of a chip, at most; they share the tiles of F."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +66,12 @@ def swiglu_tiling(
             return 2 * itemsize * (read + results * m * f) + 4 * (products + 3) * m * f
 
         def seconds(m, f):
-            # A core that has a tile less of F waits for the other.
             tiles = hidden_width // f
-            uneven = math.ceil(tiles / CORES) * CORES / tiles
-            flops = 2 * products * rows * width * hidden_width * uneven
+            flops = 2 * products * rows * width * hidden_width * uneven(tiles)
             moved = tiles * sides * rows * width + results * rows * hidden_width
             moved += products * experts * width * hidden_width
             # Where two tie, the fewest visits: each costs a fixed time besides its products.
-            return max(flops / flops_per_byte, itemsize * moved), -f
+            return roofline(flops, itemsize * moved, flops_per_byte), -f
 
         columns = [
             f for f in range(TPU_LANES, hidden_width + 1, TPU_LANES) if hidden_width % f == 0

@@ -13,6 +13,9 @@ from collections.abc import Callable
 
 Tiling = tuple[int, int, int]
 
+CORES = 2
+"""Of a chip, at most; they share the tiles of a kernel."""
+
 ROW_TILES = (512, 256, 128)
 ROW_MULTIPLE = ROW_TILES[0]
 """What R must be a multiple of, so that every row tile divides it."""
@@ -105,13 +108,22 @@ def _fastest(
         m, k, n = tiling
         # A ragged tile is computed in full.
         flops = 2 * (rows + (experts - 1) * m) * padded(inner, k) * padded(outer, n)
-        seconds = max(flops / flops_per_byte, itemsize * traffic(m, k, n))
         # Where two tie, the fewest steps: each costs a fixed time besides its product.
-        return seconds, -m * k * n
+        return roofline(flops, itemsize * traffic(m, k, n), flops_per_byte), -m * k * n
 
     m = row_tile(rows, experts)
     tilings = [(m, k, n) for k in widths(inner) for n in widths(outer)]
     return min((t for t in tilings if vmem(*t) <= VMEM_BYTES), key=cost)
+
+
+def roofline(flops: float, bytes_moved: float, flops_per_byte: float) -> float:
+    """The time of products or of traffic, whichever is longer, in bytes that memory moves in it."""
+    return max(flops / flops_per_byte, bytes_moved)
+
+
+def uneven(tiles: int) -> float:
+    """How much longer ``tiles`` take because a core that has one less waits for the other."""
+    return math.ceil(tiles / CORES) * CORES / tiles
 
 
 def padded(width: int, tile: int) -> int:

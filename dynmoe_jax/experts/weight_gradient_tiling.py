@@ -10,8 +10,7 @@ import math
 from itertools import product
 
 from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE
-from dynmoe_jax.experts.swiglu_tiling import CORES
-from dynmoe_jax.experts.tiling import ROW_TILES, padded, row_tile, widths
+from dynmoe_jax.experts.tiling import ROW_TILES, padded, roofline, row_tile, uneven, widths
 from dynmoe_jax.target import TPU_LANES
 
 BLOCK_ROWS = 256
@@ -72,13 +71,11 @@ def weight_gradient_tiling(
     def cost(tile):
         _, k, n = tile
         across, down = math.ceil(outer / n), math.ceil(inner / k)
-        # A core that has a tile less waits for the other.
-        uneven = math.ceil(across * down / CORES) * CORES / (across * down)
         area = padded(inner, k) * across * padded(n, UNIT)
-        flops = 2 * (rows + (experts - 1) * block) * area * uneven
+        flops = 2 * (rows + (experts - 1) * block) * area * uneven(across * down)
         moved = rows * (inner * across + outer * down) + experts * inner * outer
         # Where two tie, the fewest steps: each costs a fixed time besides its product.
-        return max(flops / flops_per_byte, itemsize * moved), -math.prod(tile)
+        return roofline(flops, itemsize * moved, flops_per_byte), -math.prod(tile)
 
     row_tiles = [m for m in ROW_TILES if m >= block and rows % m == 0]
     tiles = product(row_tiles, widths(inner), widths(outer))

@@ -15,6 +15,7 @@
 #include <limits>
 #include <vector>
 
+#include "memory.h"
 #include "product.h"
 #include "tasks.h"
 #include "xla/ffi/api/ffi.h"
@@ -97,15 +98,14 @@ struct Tile {
 
 Vector where(Integers mask, Vector x, float other) { return mask ? x : filled(other); }
 
-// Memory of a thread for the scores of a tile, twice; it grows to the longest sequence.
+// Two arrays of scores [keys, kTile] that belong to the thread.
 struct Scores {
-  std::vector<float> numbers;
+  float *first, *second;
 
-  static float* of_this_thread(int64_t keys, int which) {
-    thread_local Scores scores[2];
-    std::vector<float>& numbers = scores[which].numbers;
-    if (static_cast<int64_t>(numbers.size()) < keys * kTile) numbers.resize(keys * kTile);
-    return numbers.data();
+  explicit Scores(int64_t keys) {
+    thread_local Memory memory[2];
+    first = memory[0].hold(keys * kTile);
+    second = memory[1].hold(keys * kTile);
   }
 };
 
@@ -141,7 +141,7 @@ void forward(ffi::ThreadPool& pool, const Shape& s, const float* query, const fl
       const int64_t queries = tile.queries(), keys = tile.keys();
       const int64_t at_query = s.query(b, h) + tile.query * q_stride;
       const int64_t at_key = s.key(b, g) + tile.key * k_stride;
-      float* scores = Scores::of_this_thread(keys, 0);
+      float* scores = Scores(keys).first;
       float sum[kTile];
       product(keys, queries, s.width, Plain{key + at_key, k_stride},
               Turned{query + at_query, q_stride}, scores, kTile, false);
@@ -192,8 +192,7 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const float* query, const f
       const int64_t queries = tile.queries(), keys = tile.keys();
       const int64_t at_query = s.query(b, h) + tile.query * q_stride;
       const int64_t at_key = s.key(b, g) + tile.key * k_stride;
-      float* probs = Scores::of_this_thread(keys, 0);
-      float* dscores = Scores::of_this_thread(keys, 1);
+      const auto [probs, dscores] = Scores(keys);
       product(keys, queries, s.width, Plain{key + at_key, k_stride},
               Turned{query + at_query, q_stride}, probs, kTile, false);
       product(keys, queries, s.width, Plain{value + at_key, k_stride},

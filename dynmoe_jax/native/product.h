@@ -7,9 +7,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <new>
+#include <utility>
 
+#include "memory.h"
 #include "vectors.h"
 
 namespace dynmoe {
@@ -147,24 +147,16 @@ inline void copy_groups(const float* a, int64_t stride, int64_t depth, int64_t r
   }
 }
 
-// Where a thread keeps the pieces that it copies.
-class Pieces {
- public:
-  static Pieces& of_this_thread() {
-    thread_local Pieces pieces;
-    return pieces;
+// Where the thread copies pieces of both sides to.
+static_assert(kHeight % kTileRows == 0 && kColumns % kPanel == 0);
+struct Copies {
+  float *a, *b;
+
+  Copies() {
+    thread_local Memory memory[2];
+    a = memory[0].hold(kHeight * kDepth);
+    b = memory[1].hold(kColumns * kDepth);
   }
-
-  float* a() { return numbers_.get(); }
-  float* b() { return numbers_.get() + kHeight * kDepth; }
-
- private:
-  struct Free {
-    void operator()(float* numbers) const { operator delete[](numbers, std::align_val_t(64)); }
-  };
-  static constexpr int64_t kNumbers = kDepth * (kHeight + kColumns + kPanel);
-  std::unique_ptr<float[], Free> numbers_{
-      static_cast<float*>(operator new[](kNumbers * sizeof(float), std::align_val_t(64)))};
 };
 
 // One side of a product: element (i, j) is data[i * stride + j], turned data[j * stride + i].
@@ -189,23 +181,23 @@ void product(int64_t rows, int64_t columns, int64_t depth, Side<kATurned> a, Sid
     if (rows <= kFewRows)
       return few_rows_of(rows, std::make_integer_sequence<int, kFewRows>())(
           columns, depth, a.data, a.stride, b.data, b.stride, c, c_stride, add);
-  Pieces& pieces = Pieces::of_this_thread();
+  const Copies copies;
   const auto sizes = std::make_integer_sequence<int, kTileRows>();
   for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {
     const int64_t wide = std::min(kColumns, columns - j0);
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
       const int64_t deep = std::min(kDepth, depth - k0);
       const bool more = add || k0 > 0;
-      (kBTurned ? turn_panels : copy_panels)(b.at(k0, j0), b.stride, deep, wide, pieces.b());
+      (kBTurned ? turn_panels : copy_panels)(b.at(k0, j0), b.stride, deep, wide, copies.b);
       for (int64_t i0 = 0; i0 < rows; i0 += kHeight) {
         const int64_t high = std::min(kHeight, rows - i0);
-        if (kATurned) copy_groups(a.at(i0, k0), a.stride, deep, high, pieces.a());
+        if (kATurned) copy_groups(a.at(i0, k0), a.stride, deep, high, copies.a);
         for (int64_t j = 0; j < wide; j += kPanel)
           for (int64_t i = 0; i < high; i += kTileRows) {
             const int64_t n = std::min<int64_t>(kTileRows, high - i);
             const Tile tile = tile_of<kATurned>(n, sizes);
-            const float* from = kATurned ? pieces.a() + i * deep : a.at(i0 + i, k0);
-            const float* panel = pieces.b() + j * deep;
+            const float* from = kATurned ? copies.a + i * deep : a.at(i0 + i, k0);
+            const float* panel = copies.b + j * deep;
             float* to = c + (i0 + i) * c_stride + j0 + j;
             if (wide - j >= kPanel)
               tile(deep, from, a.stride, panel, to, c_stride, more);

@@ -16,6 +16,7 @@ from dynmoe_jax.native import library
 from dynmoe_jax.routing import TopK, TopP
 from dynmoe_jax.target import Target
 from dynmoe_jax.training.mesh import make_mesh
+from tests.close import assert_close
 
 CPU = Target("cpu")
 BACKENDS = {
@@ -87,13 +88,6 @@ def value_and_gradients(run, x_TD, logits_TE, weights):
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
     (_, (y_TD, dropped)), gradients = grad(x_TD, logits_TE, weights)
     return (y_TD, gradients), dropped
-
-
-def assert_close(actual, wanted, tolerance):
-    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.all(np.isfinite(a))
-        assert np.linalg.norm(a - w) <= tolerance * max(np.linalg.norm(w), 1e-30)
 
 
 CASES = ["top_p", "top_2", "empty_experts", "one_takes_all", "zero_rows", "padding_tokens"]

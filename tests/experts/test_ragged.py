@@ -17,6 +17,7 @@ from dynmoe_jax.experts.ragged import PartBounds, part_bounds, ragged_experts
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.routing import TopK, TopP
 from dynmoe_jax.training.mesh import make_mesh
+from tests.close import assert_close
 
 E, D, F = 4, 16, 24
 
@@ -76,13 +77,6 @@ def gradients(backend, x_TD, logits_TE, weights, router=None, edit=lambda rows: 
     (_, (y_TD, dropped)), wanted = run(x_TD, logits_TE, weights)
     assert dropped == 0
     return y_TD, wanted
-
-
-def assert_close(actual, wanted, tolerance=1e-5):
-    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.all(np.isfinite(a))
-        assert np.linalg.norm(a - w) <= tolerance * max(np.linalg.norm(w), 1e-30)
 
 
 @pytest.mark.parametrize("saved", [0.0, 0.8, 1.0, 2.0, 9.0])

@@ -16,6 +16,7 @@ from dynmoe_jax.model.attention_tiles import tile_edges, tiled_attention
 from dynmoe_jax.model.native_attention import native_attention
 from dynmoe_jax.native import library
 from dynmoe_jax.target import Target
+from tests.close import assert_close
 
 CPU = Target("cpu", "cpu")
 V4 = Target("tpu", "TPU v4")
@@ -48,13 +49,6 @@ def value_and_gradients(attend, query, key, value, mix, segments=SEGMENTS_BL):
     run = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
     (_, mixed), gradients = jax.jit(run)(query, key, value)
     return mixed, gradients
-
-
-def assert_close(actual, wanted, tolerance):
-    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.all(np.isfinite(a))
-        assert np.linalg.norm(a - w) <= tolerance * np.linalg.norm(w)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (2, 1)])

@@ -14,6 +14,7 @@ from dynmoe_jax.model.cross_entropy import cross_entropy_sums
 from dynmoe_jax.model.cross_entropy_kernels import logit_gradients, logit_sums
 from dynmoe_jax.model.cross_entropy_tiles import Tiles, cross_entropy_tiles
 from dynmoe_jax.target import Target, compile_for
+from tests.close import assert_close
 
 B, L, D, V = 3, 200, 128, 700  # 600 tokens fill up 5 tiles of 128; 700 columns 3 tiles of 256
 Z_WEIGHT = 0.1
@@ -66,12 +67,6 @@ def value_and_gradients(function, arguments):
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     return jax.tree.leaves(run(x_BLD, output_DV))
-
-
-def assert_close(actual, wanted, tolerance=1e-5):
-    for a, w in zip(actual, wanted, strict=True):
-        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.linalg.norm(a - w) <= tolerance * np.linalg.norm(w)
 
 
 @pytest.mark.parametrize("vocabulary", [V, 768, 256])

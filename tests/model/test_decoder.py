@@ -11,6 +11,7 @@ from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
 from dynmoe_jax.model.rotary import Places
 from dynmoe_jax.routing import ROUTERS, TopP
+from tests.close import assert_close
 
 B, L = 2, 8
 TOKENS = np.random.default_rng(0).integers(0, 32, (B, L))
@@ -29,11 +30,6 @@ def loss_and_gradients(decoder):
 
 def shapes_of(model):
     return {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
-
-
-def assert_close(actual, wanted, tolerance):
-    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
-        assert np.linalg.norm(a - w) <= tolerance * max(np.linalg.norm(w), 1e-30)
 
 
 def test_first_of_every_two_layers_is_moe(small, draw, run):

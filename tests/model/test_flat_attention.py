@@ -18,6 +18,7 @@ from dynmoe_jax.model.layers import rms_norm
 from dynmoe_jax.model.rotary import Places, rotary_table, rotate
 from dynmoe_jax.model.sharding import by_batch_and_head
 from dynmoe_jax.target import Target, compile_for
+from tests.close import assert_close
 
 B, L, THETA = 2, 384, 10000.0  # three tiles of 128
 # Segments that end inside a tile, one that spans all tiles, and padding (0) at the end.
@@ -67,13 +68,6 @@ def value_and_gradients(mix, inputs, dmixed, *rest):
         return mixed, *pull_back(dmixed)
 
     return run(inputs, dmixed, *rest[:2])
-
-
-def assert_close(actual, wanted, tolerance):
-    for a, w in zip(actual, wanted, strict=True):
-        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.all(np.isfinite(a))
-        assert np.linalg.norm(a - w) <= tolerance * np.linalg.norm(w)
 
 
 # One head to a block of lanes, or two; of a group's query heads all, some, or halves of two groups

@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
@@ -14,6 +13,7 @@ from dynmoe_jax.model.norm import forked, forked_by_kernels
 from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.model.token_tiles import token_tile
 from dynmoe_jax.target import Target, compile_for
+from tests.close import assert_close
 
 B, L, D, EPSILON = 4, 80, 128, 1e-2
 
@@ -42,12 +42,6 @@ def value_and_gradients(fork):
         return *value, *pull_back(gradients)
 
     return run
-
-
-def assert_close(actual, wanted, tolerance):
-    for a, w in zip(actual, wanted, strict=True):
-        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.linalg.norm(a - w) <= tolerance * np.linalg.norm(w)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])

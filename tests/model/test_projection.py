@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
@@ -13,6 +12,7 @@ from dynmoe_jax.model import projection
 from dynmoe_jax.model.projection import projected, projected_by_kernels, projection_tile
 from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.target import Target, compile_for
+from tests.close import assert_close
 
 B, L, D, EPSILON = 4, 256, 128, 1e-2
 COLUMNS = (384, 128, 128)
@@ -47,12 +47,6 @@ def value_and_gradients(project):
         return jax.tree.leaves((value, pull_back(gradients)))
 
     return run
-
-
-def assert_close(actual, wanted, tolerance):
-    for a, w in zip(actual, wanted, strict=True):
-        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.linalg.norm(a - w) <= tolerance * np.linalg.norm(w)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])

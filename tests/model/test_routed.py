@@ -15,6 +15,7 @@ from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.model.routed import routed, routed_by_kernels, summands
 from dynmoe_jax.model.token_tiles import over_tiles
 from dynmoe_jax.target import Target, compile_for
+from tests.close import assert_close
 
 B, L, D, E, EPSILON = 4, 80, 128, 6, 1e-2
 
@@ -46,12 +47,6 @@ def value_and_gradients(fork):
         return *value, *pull_back(gradients)
 
     return run
-
-
-def assert_close(actual, wanted, tolerance):
-    for a, w in zip(actual, wanted, strict=True):
-        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.linalg.norm(a - w) <= tolerance * np.linalg.norm(w)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from dynmoe_jax import config
 from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend
 from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.routing import TopP
+from dynmoe_jax.routing import TopK, TopP
 from dynmoe_jax.target import Target
 
 # The paper's shape: 16 experts, p = 0.4, so at most K = 7 experts per token.
@@ -28,12 +28,15 @@ def arguments(mesh, tokens, D=D, F=F, E=E):
     return x_TD, array((tokens, E), jnp.float32, ("data",)), weights
 
 
-def compile_layer(mesh, tokens, D=D, F=F, E=E):
+PAPER = TopP(E, 0.4)
+
+
+def compile_layer(mesh, tokens, D=D, F=F, E=E, router=PAPER):
     """Router, rows, experts, and the gradients of all of them."""
     backend = make_backend(config.MoE(), Target.of(mesh.devices.flat[0]))
 
     def loss(x_TD, logits_TE, weights):
-        routing = TopP(E, 0.4)(logits_TE, jnp.ones(tokens, bool))
+        routing = router(logits_TE, jnp.ones(tokens, bool))
         y_TD, _ = apply_experts(x_TD, routing, weights, backend)
         return jnp.sum(jnp.square(y_TD.astype(jnp.float32)))
 
@@ -78,6 +81,7 @@ def test_layer_and_gradient(mesh_of, chip, count):
 
 
 # Mixtral's experts, and many small ones: what a kernel holds fits into each chip's fast memory.
+# Two experts per token are S rows: no chunks, whose kernels would be compiled once more.
 @pytest.mark.parametrize(
     ("chip", "shape"),
     [
@@ -86,7 +90,7 @@ def test_layer_and_gradient(mesh_of, chip, count):
     ],
 )
 def test_kernels_fit_into_fast_memory(mesh_of, chip, shape):
-    module = compile_layer(mesh_of(chip), T, *shape)
+    module = compile_layer(mesh_of(chip), T, *shape, TopK(shape[-1], 2))
     kernels = {i.name for _, _, i in module.instructions() if i.is_kernel}
     for name in ("grouped_swiglu_gradient", "sum_of_rows", "tgmm"):
         assert any(name in kernel for kernel in kernels), kernels
