@@ -128,6 +128,12 @@ class Model:
         "what computes attention; auto = by platform, see docs/design.md",
         choices=("auto", "native", "xla", "tiled", "cudnn", "splash", "flat", "tokamax"),
     )
+    unroll: int = setting(
+        0,
+        "layers (groups of them, where every n-th is MoE) that the loop over layers takes at a "
+        "time; 0 = by platform, see docs/design.md",
+        low=0,
+    )
     moe: MoE = dataclasses.field(default_factory=MoE)
 
     @property

@@ -38,7 +38,7 @@ FREE_TO_CHANGE = (
     "data.max_broken_fraction", "data.tokenizer_megabytes",
     # Where they lie may change: what is in them is compared by hash.
     "data.sources", "data.tokenizer",
-    "model.dtype", "model.remat", "model.attention", "model.max_seq_len",
+    "model.dtype", "model.remat", "model.attention", "model.max_seq_len", "model.unroll",
     "model.moe.backend", "model.moe.capacity_factor", "model.moe.rows_per_token",
     "model.moe.saved_rows_per_token", "model.moe.grouped_product", "model.moe.transport",
     "model.moe.tokens_per_pair",
