@@ -47,7 +47,9 @@ def rotary_table(
     if current_target().platform == "tpu" and TPU_LANES % width == 0:
         frequency = jnp.tile(frequency, TPU_LANES // width)
     angle = positions_BL[..., None].astype(jnp.float32) * frequency
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    table = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    # Otherwise XLA works the table out again in whatever reads it, for each head of each layer.
+    return jax.lax.optimization_barrier(table)
 
 
 def rotate(
