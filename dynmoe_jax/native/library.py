@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,9 +40,14 @@ def load() -> None:
     """Compiles the kernels, unless that has been done before, and registers them.
 
     Raises:
-      NotAvailableError: there is no compiler, or it could not compile them.
+      NotAvailableError: there is no compiler, it could not compile them, or what it compiled cannot
+        be loaded.
     """
-    library = ctypes.cdll.LoadLibrary(str(_compiled()))
+    path = _compiled()
+    try:
+        library = ctypes.cdll.LoadLibrary(str(path))
+    except OSError as error:
+        raise NotAvailableError(f"{path} cannot be loaded ({error}); delete it") from error
     for name in HANDLERS:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
@@ -69,10 +75,10 @@ def available() -> bool:
 
 def _compiled() -> Path:
     """The library, which is compiled unless one of the same sources is there."""
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if not compiler:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++")]
+    if not compiler[0]:
         raise NotAvailableError("there is no C++ compiler; install GCC or Clang")
-    command = [compiler, *FLAGS, _for_this_machine(), "-isystem", jax.ffi.include_dir()]
+    command = [*compiler, *FLAGS, _for_this_machine(), "-isystem", jax.ffi.include_dir()]
     # The macros that the compiler defines by itself name its version and all instructions of this
     # machine: a home directory may be shared by unlike ones.
     macros = _output([*command, "-dM", "-E", "-x", "c++", os.devnull])

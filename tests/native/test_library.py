@@ -59,6 +59,14 @@ def test_a_compiler_that_is_not_there(fresh, monkeypatch, tmp_path):
     assert "nothing does not run (No such file or directory)" in fresh.why_not()
 
 
+def test_a_library_that_cannot_be_loaded(fresh, monkeypatch, tmp_path):
+    # One that was damaged, say; CXX may have arguments, as where a cache goes before the compiler.
+    monkeypatch.setenv("CXX", f"env {compiler(tmp_path, 'echo')}")
+    monkeypatch.setattr(library, "_compile", lambda _, path: path.write_text("damaged"))
+    assert "cannot be loaded" in fresh.why_not()
+    assert fresh.why_not().endswith("; delete it")
+
+
 def test_a_compiler_that_fails(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv(
         "CXX", compiler(tmp_path, "echo 'error: unrecognized option -std=c++20' >&2; exit 1")
