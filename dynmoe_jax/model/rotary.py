@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dynmoe_jax.axes import on_one_device
 from dynmoe_jax.target import TPU_LANES, current_target
 
 
@@ -48,8 +49,10 @@ def rotary_table(
         frequency = jnp.tile(frequency, TPU_LANES // width)
     angle = positions_BL[..., None].astype(jnp.float32) * frequency
     table = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    # Otherwise XLA works the table out again in whatever reads it, for each head of each layer.
-    return jax.lax.optimization_barrier(table)
+    # Otherwise XLA works the table out again in whatever reads it, for each head of each layer that
+    # is not in a loop.  On a mesh layers are, and with the barrier eight simulated CPU devices
+    # started collectives in unlike orders and waited for each other for ever, in most runs.
+    return jax.lax.optimization_barrier(table) if on_one_device() else table
 
 
 def rotate(
