@@ -28,8 +28,8 @@ Backend = Callable[
 """(x_TD, rows, weights) -> (y_TD, rows dropped): the one signature of expert compute."""
 
 
-WHOLE = {"native": native_experts, "blocks": block_experts}
-"""What computes all of the experts by itself, rather than the products of grouped matrices."""
+CPU_EXPERTS = {"native": native_experts, "blocks": block_experts}
+"""These compute whole experts; other names are of grouped products, for :func:`ragged_experts`."""
 
 
 def grouped_experts(moe: config.MoE, target: Target) -> Backend:
@@ -45,8 +45,8 @@ def grouped_experts(moe: config.MoE, target: Target) -> Backend:
         widths = x_TD.shape[-1], weights.hidden_width
         name = choose_products(moe.grouped_product, target, available, x_TD.dtype, *widths)
         saved = moe.saved_rows_per_token
-        if name in WHOLE:
-            return WHOLE[name](x_TD, rows, weights, saved_rows_per_token=saved)
+        if name in CPU_EXPERTS:
+            return CPU_EXPERTS[name](x_TD, rows, weights, saved_rows_per_token=saved)
         products = make_products(name, target)
         return ragged_experts(x_TD, rows, weights, products=products, saved_rows_per_token=saved)
 

@@ -13,7 +13,6 @@ Axis legend: T tokens, E experts, R rows, S rows saved, b rows of one block, D m
 hidden width.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -50,7 +49,7 @@ def block_experts(
     Returns:
       y_TD, and the number of rows that found no place (always 0 here).
     """
-    saved = min(rows.token_R.shape[0], math.ceil(saved_rows_per_token * rows.share * x_TD.shape[0]))
+    saved = rows.kept(x_TD.shape[0], saved_rows_per_token)
     y_TD = _apply(saved, x_TD, rows.weight_R, weights, rows.token_R, rows.group_size_E)
     return y_TD, jnp.zeros((), jnp.int32)
 

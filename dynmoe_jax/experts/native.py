@@ -48,7 +48,7 @@ def native_experts(
       NotAvailableError: the kernels cannot be compiled here.
     """
     library.load()
-    saved = min(rows.token_R.shape[0], math.ceil(saved_rows_per_token * rows.share * x_TD.shape[0]))
+    saved = rows.kept(x_TD.shape[0], saved_rows_per_token)
     y_TD = _apply(saved, x_TD, rows.weight_R, weights, rows.token_R, rows.group_size_E)
     return y_TD, jnp.zeros((), jnp.int32)
 

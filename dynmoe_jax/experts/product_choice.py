@@ -118,14 +118,12 @@ def check_request(requested: str, target: Target, available: frozenset[str]) -> 
             f"use {SETTING}='auto'."
         )
     if requested not in available:
-        remedy = {
-            "native": library.why_not(),
-            "megablox": "update JAX",
-            "tokamax": "install it (pip install tokamax)",
-        }[requested]
-        raise config.ConfigError(
-            f"{SETTING}={requested!r} is not installed here; {remedy} or use {SETTING}='auto'."
-        )
+        if requested == "native":
+            why = f"cannot be had here: {library.why_not()};"
+        else:
+            remedy = "install it (pip install tokamax)" if requested == "tokamax" else "update JAX"
+            why = f"is not installed here; {remedy} or"
+        raise config.ConfigError(f"{SETTING}={requested!r} {why} use {SETTING}='auto'.")
 
 
 def make_products(name: str, target: Target) -> GroupedProducts:

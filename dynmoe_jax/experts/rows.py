@@ -92,6 +92,13 @@ class Rows:
         end_E = jnp.cumsum(self.group_size_E)
         return jnp.searchsorted(end_E, jnp.arange(self.token_R.shape[0]), side="right")
 
+    def kept(self, tokens: int, rows_per_token: float) -> int:
+        """S, of how many rows something is kept for backward: ``rows_per_token`` for T tokens.
+
+        Fewer where these rows are for a share of the experts, and R at most.
+        """
+        return min(self.token_R.shape[0], math.ceil(rows_per_token * self.share * tokens))
+
     @property
     def start_E(self) -> Int[Array, "E"]:
         """First row of each expert."""

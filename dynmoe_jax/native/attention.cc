@@ -233,13 +233,12 @@ ffi::Error forward_handler(ffi::ThreadPool pool, Floats query, Floats key, Float
 }
 
 ffi::Error backward_handler(ffi::ThreadPool pool, Floats query, Floats key, Floats value,
-                            Numbers ids, Floats mixed, Floats log_sum, Floats dmixed,
-                            Result dquery, Result dkey, Result dvalue) {
+                            Numbers ids, Floats mixed, Floats log_sum, Floats dmixed, Result dquery,
+                            Result dkey, Result dvalue) {
   const Shape shape = shape_of(query, key);
   backward(pool, shape, query.typed_data(), key.typed_data(), value.typed_data(),
            Segments(ids.typed_data(), shape), mixed.typed_data(), log_sum.typed_data(),
-           dmixed.typed_data(),
-           {dquery->typed_data(), dkey->typed_data(), dvalue->typed_data()});
+           dmixed.typed_data(), {dquery->typed_data(), dkey->typed_data(), dvalue->typed_data()});
   return ffi::Error::Success();
 }
 

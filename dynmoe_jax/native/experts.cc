@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <initializer_list>
 #include <vector>
 
 #include "product.h"
@@ -30,11 +32,10 @@ int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // [i * size, (i + 1) * size) within [0, n)
 struct Block {
   int64_t begin, size;
-  Block(int64_t i, int64_t n, int64_t size)
-      : begin(i * size), size(std::min(size, n - i * size)) {}
+  Block(int64_t i, int64_t n, int64_t size) : begin(i * size), size(std::min(size, n - i * size)) {}
 };
 
-// Rows that follow each other and belong to one expert.
+// Rows of a wave, from `begin` on, that belong to one expert.
 struct Piece {
   int64_t expert, begin, rows;
   bool first;  // of the expert's rows: weight gradients start here
@@ -56,12 +57,12 @@ std::vector<Wave> waves(const int32_t* group_size, int64_t experts, int64_t most
   for (int64_t expert = 0; expert < experts; expert++) {
     bool first = true;
     for (int64_t rest = group_size[expert]; rest > 0; first = false) {
-      int64_t begin = wave.begin + wave.rows;
+      const int64_t begin = wave.begin + wave.rows;
       if (begin == saved || wave.rows == most || (rest <= most && wave.rows + rest > most))
         finish();
       const int64_t until_saved = begin < saved ? saved - begin : rest;
       const int64_t rows = std::min({rest, most - wave.rows, until_saved});
-      wave.pieces.push_back({expert, begin, rows, first});
+      wave.pieces.push_back({expert, wave.rows, rows, first});
       wave.rows += rows;
       rest -= rows;
     }
@@ -69,6 +70,12 @@ std::vector<Wave> waves(const int32_t* group_size, int64_t experts, int64_t most
   finish();
   return all;
 }
+
+// What is computed for some rows, a block of columns at a time.
+struct Work {
+  int64_t columns;
+  std::function<void(const Piece&, const Block&)> task;
+};
 
 // The operands that both directions have.
 struct Experts {
@@ -84,12 +91,19 @@ struct Experts {
   const float* gate_up_of(const Piece& p) const { return gate_up + p.expert * width * 2 * hidden; }
   const float* down_of(const Piece& p) const { return down + p.expert * hidden * width; }
 
-  // task(piece, block) for all pieces of a wave and all blocks of so many columns.
-  template <typename Task>
-  void for_each_block(const Wave& wave, int64_t columns, const Task& task) const {
-    const int64_t per_piece = blocks(columns, kColumns);
-    for_each_task(pool, wave.pieces.size() * per_piece, [&](int64_t i) {
-      task(wave.pieces[i / per_piece], Block(i % per_piece, columns, kColumns));
+  // All works of one phase: each for every piece of a wave and every block of its columns.
+  void for_each_block(const Wave& wave, std::initializer_list<Work> works) const {
+    const int64_t pieces = wave.pieces.size();
+    int64_t count = 0;
+    for (const Work& work : works) count += pieces * blocks(work.columns, kColumns);
+    for_each_task(pool, count, [&](int64_t i) {
+      for (const Work& work : works) {
+        const int64_t per_piece = blocks(work.columns, kColumns);
+        if (i < pieces * per_piece)
+          return work.task(wave.pieces[i / per_piece],
+                           Block(i % per_piece, work.columns, kColumns));
+        i -= pieces * per_piece;
+      }
     });
   }
 
@@ -152,23 +166,23 @@ void forward(const Experts& e, int64_t saved, Scratch scratch, float* y, float* 
   for (const Wave& wave : waves(e.group_size, e.experts, scratch.rows, saved)) {
     float* gate_up = wave.begin < saved ? kept + wave.begin * 2 * F : unsaved;
     e.gather(wave, e.x, rows);
-    e.for_each_block(wave, F, [&](const Piece& piece, const Block& block) {
-      const int64_t begin = piece.begin - wave.begin;
-      e.times_gate_up(piece, block, rows + begin * D, gate_up + begin * 2 * F);
-      for (int64_t r = begin; r < begin + piece.rows; r++)
+    const auto activate = [&](const Piece& piece, const Block& block) {
+      e.times_gate_up(piece, block, rows + piece.begin * D, gate_up + piece.begin * 2 * F);
+      for (int64_t r = piece.begin; r < piece.begin + piece.rows; r++)
         for (int64_t f = block.begin; f < block.begin + block.size; f += kLanes) {
           const int64_t n = block.begin + block.size - f;
           const Vector gate = load(gate_up + r * 2 * F + f, n);
           const Vector up = load(gate_up + r * 2 * F + F + f, n);
           store(hidden + r * F + f, gate * sigmoid(gate) * up, n);
         }
-    });
-    e.for_each_block(wave, D, [&](const Piece& piece, const Block& block) {
-      const int64_t begin = piece.begin - wave.begin;
+    };
+    e.for_each_block(wave, {{F, activate}});
+    const auto project_down = [&](const Piece& piece, const Block& block) {
       const Plain matrix{e.down_of(piece) + block.begin, D};
-      product(piece.rows, block.size, F, Plain{hidden + begin * F, F}, matrix,
-              rows + begin * D + block.begin, D, false);
-    });
+      product(piece.rows, block.size, F, Plain{hidden + piece.begin * F, F}, matrix,
+              rows + piece.begin * D + block.begin, D, false);
+    };
+    e.for_each_block(wave, {{D, project_down}});
     e.scatter_add(wave, rows, e.weight, y);
   }
 }
@@ -201,8 +215,8 @@ int64_t backward_columns(const Experts& e) {
   return 3 * e.width + 5 * e.hidden + blocks(e.hidden, kColumns);
 }
 
-void backward(const Experts& e, int64_t saved, Scratch scratch, const float* dy,
-              const float* kept, const Gradients& gradient) {
+void backward(const Experts& e, int64_t saved, Scratch scratch, const float* dy, const float* kept,
+              const Gradients& gradient) {
   const int64_t D = e.width, F = e.hidden;
   float* rows = scratch.take(D);
   float* drows = scratch.take(D);  // of y
@@ -216,48 +230,39 @@ void backward(const Experts& e, int64_t saved, Scratch scratch, const float* dy,
     const float* gate_up = is_saved ? kept + wave.begin * 2 * F : unsaved;
     e.gather(wave, e.x, rows);
     e.gather(wave, dy, drows);
-    e.for_each_block(wave, F, [&](const Piece& piece, const Block& block) {
-      const int64_t begin = piece.begin - wave.begin;
+    const auto differentiate = [&](const Piece& piece, const Block& block) {
       if (!is_saved)
-        e.times_gate_up(piece, block, rows + begin * D, unsaved + begin * 2 * F);
+        e.times_gate_up(piece, block, rows + piece.begin * D, unsaved + piece.begin * 2 * F);
       const Turned matrix{e.down_of(piece) + block.begin * D, D};
-      product(piece.rows, block.size, D, Plain{drows + begin * D, D}, matrix,
-              dgate_up + begin * 2 * F + F + block.begin, 2 * F, false);
-      // <dy, hidden down> = <dy down^T, hidden>: the gradient of a row's weight needs no product.
+      product(piece.rows, block.size, D, Plain{drows + piece.begin * D, D}, matrix,
+              dgate_up + piece.begin * 2 * F + F + block.begin, 2 * F, false);
+      // <dy, hidden down> = <dy down^T, hidden>: a row's weight needs no product of its own.
       float* part = dweight + block.begin / kColumns * scratch.rows;
-      for (int64_t r = begin; r < begin + piece.rows; r++) {
+      for (int64_t r = piece.begin; r < piece.begin + piece.rows; r++) {
         const int64_t gate = r * 2 * F + block.begin, up = gate + F;
-        part[r] = swiglu_gradient(block.size, e.weight[wave.begin + r], gate_up + gate,
-                                  gate_up + up, dgate_up + gate, dgate_up + up,
-                                  hidden + r * F + block.begin);
+        part[r] =
+            swiglu_gradient(block.size, e.weight[wave.begin + r], gate_up + gate, gate_up + up,
+                            dgate_up + gate, dgate_up + up, hidden + r * F + block.begin);
       }
-    });
-    // Three lists of tasks in one phase, the longest tasks first.
-    const int64_t pieces = wave.pieces.size();
-    const int64_t narrow = blocks(D, kColumns), wide = blocks(2 * F, kColumns);
-    for_each_task(e.pool, pieces * (2 * narrow + wide), [&](int64_t i) {
-      const bool of_rows = i < pieces * narrow;
-      if (!of_rows) i -= pieces * narrow;
-      const bool of_down = !of_rows && i < pieces * narrow;
-      if (!of_rows && !of_down) i -= pieces * narrow;
-      const int64_t count = of_rows || of_down ? narrow : wide;
-      const Piece& piece = wave.pieces[i / count];
-      const Block block(i % count, of_rows || of_down ? D : 2 * F, kColumns);
-      const int64_t begin = piece.begin - wave.begin;
-      if (of_rows) {
-        const Turned matrix{e.gate_up_of(piece) + block.begin * 2 * F, 2 * F};
-        product(piece.rows, block.size, 2 * F, Plain{dgate_up + begin * 2 * F, 2 * F}, matrix,
-                dx + begin * D + block.begin, D, false);
-      } else if (of_down) {
-        product(F, block.size, piece.rows, Turned{hidden + begin * F, F},
-                Plain{drows + begin * D + block.begin, D},
-                gradient.down + piece.expert * F * D + block.begin, D, !piece.first);
-      } else {
-        product(D, block.size, piece.rows, Turned{rows + begin * D, D},
-                Plain{dgate_up + begin * 2 * F + block.begin, 2 * F},
-                gradient.gate_up + piece.expert * D * 2 * F + block.begin, 2 * F, !piece.first);
-      }
-    });
+    };
+    e.for_each_block(wave, {{F, differentiate}});
+    const auto of_rows = [&](const Piece& piece, const Block& block) {
+      const Turned matrix{e.gate_up_of(piece) + block.begin * 2 * F, 2 * F};
+      product(piece.rows, block.size, 2 * F, Plain{dgate_up + piece.begin * 2 * F, 2 * F}, matrix,
+              dx + piece.begin * D + block.begin, D, false);
+    };
+    const auto of_down = [&](const Piece& piece, const Block& block) {
+      product(F, block.size, piece.rows, Turned{hidden + piece.begin * F, F},
+              Plain{drows + piece.begin * D + block.begin, D},
+              gradient.down + piece.expert * F * D + block.begin, D, !piece.first);
+    };
+    const auto of_gate_up = [&](const Piece& piece, const Block& block) {
+      product(D, block.size, piece.rows, Turned{rows + piece.begin * D, D},
+              Plain{dgate_up + piece.begin * 2 * F + block.begin, 2 * F},
+              gradient.gate_up + piece.expert * D * 2 * F + block.begin, 2 * F, !piece.first);
+    };
+    // In one phase, the longest tasks first: fewer threads wait at its end.
+    e.for_each_block(wave, {{D, of_rows}, {D, of_down}, {2 * F, of_gate_up}});
     e.scatter_add(wave, dx, nullptr, gradient.x);
     for (int64_t r = 0; r < wave.rows; r++) {
       float sum = 0;
@@ -308,8 +313,8 @@ ffi::Error forward_handler(ffi::ThreadPool pool, Floats x, Numbers token, Floats
 }
 
 ffi::Error backward_handler(ffi::ThreadPool pool, Floats x, Numbers token, Floats weight,
-                            Numbers group_size, Floats gate_up, Floats down, Floats kept,
-                            Floats dy, Result dx, Result dweight, Result dgate_up, Result ddown,
+                            Numbers group_size, Floats gate_up, Floats down, Floats kept, Floats dy,
+                            Result dx, Result dweight, Result dgate_up, Result ddown,
                             Result scratch) {
   const Experts experts = experts_of(pool, x, token, weight, group_size, gate_up, down);
   const Scratch space = scratch_of(scratch);
@@ -332,12 +337,12 @@ ffi::Error backward_handler(ffi::ThreadPool pool, Floats x, Numbers token, Float
 auto operands() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
-      .Arg<Floats>()    // x
-      .Arg<Numbers>()   // token
-      .Arg<Floats>()    // weight
-      .Arg<Numbers>()   // group_size
-      .Arg<Floats>()    // gate_up
-      .Arg<Floats>();   // down
+      .Arg<Floats>()   // x
+      .Arg<Numbers>()  // token
+      .Arg<Floats>()   // weight
+      .Arg<Numbers>()  // group_size
+      .Arg<Floats>()   // gate_up
+      .Arg<Floats>();  // down
 }
 
 }  // namespace

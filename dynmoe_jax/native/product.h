@@ -21,8 +21,8 @@ constexpr int64_t kHeight = 16 * kTileRows;        // of a piece of A, if it is 
 
 // c[kRows, kPanel] = or += a[kRows, depth] panel[depth, kPanel]
 template <int kRows, bool kCopied>
-void tile(int64_t depth, const float* __restrict a, int64_t a_stride,
-          const float* __restrict panel, float* __restrict c, int64_t c_stride, bool add) {
+void tile(int64_t depth, const float* __restrict a, int64_t a_stride, const float* __restrict panel,
+          float* __restrict c, int64_t c_stride, bool add) {
   // Needed in the end, by then it is here.
   for (int r = 0; r < kRows; r++)
     for (int v = 0; v < kTileVectors; v++) __builtin_prefetch(c + r * c_stride + v * kLanes, 1);
@@ -46,18 +46,18 @@ void tile(int64_t depth, const float* __restrict a, int64_t a_stride,
     }
 }
 
-using Tile = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
+using TileKernel = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
 
 template <bool kCopied, int... i>
-Tile tile_of(int rows, std::integer_sequence<int, i...>) {
-  static constexpr Tile tiles[] = {tile<i + 1, kCopied>...};
+TileKernel tile_of(int rows, std::integer_sequence<int, i...>) {
+  static constexpr TileKernel tiles[] = {tile<i + 1, kCopied>...};
   return tiles[rows - 1];
 }
 
 // The same for the last columns, of which there are fewer than a panel has.
-inline void narrow_tile(Tile tile, int64_t rows, int64_t columns, int64_t depth, const float* a,
-                        int64_t a_stride, const float* panel, float* c, int64_t c_stride,
-                        bool add) {
+inline void narrow_tile(TileKernel tile, int64_t rows, int64_t columns, int64_t depth,
+                        const float* a, int64_t a_stride, const float* panel, float* c,
+                        int64_t c_stride, bool add) {
   float whole[kTileRows * kPanel];
   tile(depth, a, a_stride, panel, whole, kPanel, false);
   for (int64_t r = 0; r < rows; r++)
@@ -107,8 +107,7 @@ FewRows few_rows_of(int rows, std::integer_sequence<int, i...>) {
 }
 
 // b[depth, columns] as panels [depth, kPanel], the last one filled up with zeros.
-inline void copy_panels(const float* b, int64_t stride, int64_t depth, int64_t columns,
-                        float* to) {
+inline void copy_panels(const float* b, int64_t stride, int64_t depth, int64_t columns, float* to) {
   for (int64_t j = 0; j < columns; j += kPanel)
     for (int64_t k = 0; k < depth; k++, to += kPanel)
       for (int64_t v = 0; v < kPanel; v += kLanes) {
@@ -118,8 +117,7 @@ inline void copy_panels(const float* b, int64_t stride, int64_t depth, int64_t c
 }
 
 // The same of b stored as [columns, depth].
-inline void turn_panels(const float* b, int64_t stride, int64_t depth, int64_t columns,
-                        float* to) {
+inline void turn_panels(const float* b, int64_t stride, int64_t depth, int64_t columns, float* to) {
   Vector rows[kLanes];
   for (int64_t j = 0; j < columns; j += kPanel, to += kPanel * depth)
     for (int64_t v = 0; v < kPanel; v += kLanes)
@@ -195,7 +193,7 @@ void product(int64_t rows, int64_t columns, int64_t depth, Side<kATurned> a, Sid
         for (int64_t j = 0; j < wide; j += kPanel)
           for (int64_t i = 0; i < high; i += kTileRows) {
             const int64_t n = std::min<int64_t>(kTileRows, high - i);
-            const Tile tile = tile_of<kATurned>(n, sizes);
+            const TileKernel tile = tile_of<kATurned>(n, sizes);
             const float* from = kATurned ? copies.a + i * deep : a.at(i0 + i, k0);
             const float* panel = copies.b + j * deep;
             float* to = c + (i0 + i) * c_stride + j0 + j;

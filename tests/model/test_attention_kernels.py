@@ -76,26 +76,16 @@ def test_splash_on_a_mesh():
     assert_close(actual, wanted, 1e-5)
 
 
+@pytest.mark.parametrize(
+    "attend", [tiled_attention, pytest.param(native_attention, marks=needs_native)]
+)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
 @pytest.mark.parametrize("length", [2, 37, 200, 256])
-def test_tiled_equals_xla(heads, kv_heads, length):
+def test_kernels_for_cpus_equal_xla(attend, heads, kv_heads, length):
     inputs = [x[:, :length] for x in draw(heads, kv_heads)]
     segments = SEGMENTS_BL[:, :length]
     assert_close(
-        value_and_gradients(tiled_attention, *inputs, segments=segments),
-        value_and_gradients(xla_attention, *inputs, segments=segments),
-        1e-5,
-    )
-
-
-@needs_native
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
-@pytest.mark.parametrize("length", [2, 37, 200, 256])
-def test_native_equals_xla(heads, kv_heads, length):
-    inputs = [x[:, :length] for x in draw(heads, kv_heads)]
-    segments = SEGMENTS_BL[:, :length]
-    assert_close(
-        value_and_gradients(native_attention, *inputs, segments=segments),
+        value_and_gradients(attend, *inputs, segments=segments),
         value_and_gradients(xla_attention, *inputs, segments=segments),
         1e-5,
     )
