@@ -1,0 +1,228 @@
+// A matrix product on one thread by the matrix unit of Intel's CPUs (AMX), as exact as by vectors.
+//
+// The unit multiplies bfloat16 and adds in float32.  A float32 has 24 bits, three times as many as
+// a bfloat16: a number is the sum of a high, a middle and a low part, and of the nine products of
+// parts six reach the bits that a float32 has.  XLA calls that BF16_BF16_F32_X6 and does so on TPUs
+// where the highest precision is asked for.  (Henry, Tang, Heinecke, "Leveraging the bfloat16
+// Artificial Intelligence Datatype For Higher-Precision Computations", 2019.)
+//
+// Both sides are split and copied, in pieces that stay in the second-level cache.  Infinity comes
+// out as NaN, and what is below 1e-38 as zero.
+
+#pragma once
+
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#define DYNMOE_AMX 1
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "memory.h"
+#include "sides.h"
+#include "vectors.h"
+
+namespace dynmoe {
+
+// With fewer rows vectors are faster: both sides are copied, and what is copied is used too little.
+constexpr int64_t kRowsForAmx = 32;
+
+// A register of the unit is 16 rows of 16 pairs of bfloat16, of which a pair is one after the other
+// in depth, 16 apart.
+constexpr int64_t kSide = 16;
+constexpr int64_t kPairs = kSide * kSide;
+constexpr int64_t kParts = 3;
+constexpr int64_t kSplit = kParts * kPairs;  // numbers of memory that 16 x 32 split ones take
+static_assert(kSide == kLanes);
+
+constexpr int64_t kAmxDepth = 512;   // of a piece of either side: 768 kB of B
+constexpr int64_t kAmxHeight = 128;  // of a piece of A: 384 kB
+
+// The kernel gives a process the unit's registers when it asks for them.
+inline bool may_use_amx() {
+  constexpr int kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTiles) == 0;
+  return granted;
+}
+
+// The three parts of 16 pairs, kPairs apart.
+inline void split(Vector first, Vector second, float* to) {
+  typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+  for (int part = 0; part < kParts; part++) {
+    Bits a, b;
+    std::memcpy(&a, &first, sizeof a);
+    std::memcpy(&b, &second, sizeof b);
+    if (part + 1 < kParts) {  // to the nearest; what is left in the end has few enough bits
+      a += 0x8000;
+      b += 0x8000;
+    }
+    a &= 0xffff0000;
+    b &= 0xffff0000;
+    const Bits pairs = (a >> 16) | b;
+    std::memcpy(to + part * kPairs, &pairs, sizeof pairs);
+    Vector rounded;
+    std::memcpy(&rounded, &a, sizeof a);
+    first -= rounded;
+    std::memcpy(&rounded, &b, sizeof b);
+    second -= rounded;
+  }
+}
+
+// Splits a matrix whose lines lie along the depth, or, if not, across it: for each 16 lines and 32
+// of the depth three registers.  Their rows are lines, or, if turned, pairs.
+template <bool kAlong, bool kTurn>
+void split_lines(const float* from, int64_t stride, int64_t lines, int64_t depth, float* to) {
+  for (int64_t i = 0; i < lines; i += kSide)
+    for (int64_t k = 0; k < depth; k += 2 * kSide, to += kSplit) {
+      const auto row = [&](int64_t r, int64_t half) {
+        const int64_t line = kAlong ? i + r : i, deep = kAlong ? k + half : k + half + r;
+        if (line >= lines || deep >= depth) return Vector{};
+        return kAlong ? load(from + line * stride + deep, depth - deep)
+                      : load(from + deep * stride + line, lines - line);
+      };
+      if constexpr (kTurn) {
+        Vector first[kSide], second[kSide];
+        for (int64_t r = 0; r < kSide; r++) first[r] = row(r, 0);
+        for (int64_t r = 0; r < kSide; r++) second[r] = row(r, kSide);
+        transpose(first);
+        transpose(second);
+        for (int64_t r = 0; r < kSide; r++) split(first[r], second[r], to + r * kSide);
+      } else {
+        for (int64_t r = 0; r < kSide; r++) split(row(r, 0), row(r, kSide), to + r * kSide);
+      }
+    }
+}
+
+struct alignas(64) AmxRegisters {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline constexpr AmxRegisters kAmxRegisters;
+
+// Registers 0 to 3 are sums, 4 and 5 parts of A, 6 and 7 of B.
+template <bool kHigh>
+inline void multiply() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kHigh) {
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// c[32, 32] = or += a[32, depth] b[depth, 32] of split sides; without kHigh, a and c have 16 rows.
+// Parts change one side at a time: with another thread on the core, loads cost as much as products.
+template <bool kHigh>
+void amx_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride, bool add) {
+  asm volatile("" ::: "memory");  // the sides have been written: the compiler doesn't see loads
+  const int64_t split_line = (depth + 2 * kSide - 1) / (2 * kSide) * kSplit, row = 64;
+  const float *a_low = a + split_line, *b_right = b + split_line;
+  float* c_low = c + kSide * c_stride;
+  const int64_t bytes = c_stride * sizeof(float);
+  _tile_zero(0);
+  _tile_zero(1);
+  if (add) {
+    _tile_loadd(0, c, bytes);
+    _tile_loadd(1, c + kSide, bytes);
+  }
+  if constexpr (kHigh) {
+    _tile_zero(2);
+    _tile_zero(3);
+    if (add) {
+      _tile_loadd(2, c_low, bytes);
+      _tile_loadd(3, c_low + kSide, bytes);
+    }
+  }
+  const auto load_a = [&](int64_t at) {
+    _tile_loadd(4, a + at, row);
+    if constexpr (kHigh) _tile_loadd(5, a_low + at, row);
+  };
+  const auto load_b = [&](int64_t at) {
+    _tile_loadd(6, b + at, row);
+    _tile_loadd(7, b_right + at, row);
+  };
+  constexpr int64_t high = 0, middle = kPairs, low = 2 * kPairs;
+  for (int64_t k = 0; k < split_line; k += kSplit) {
+    load_a(k + low);
+    load_b(k + high);
+    multiply<kHigh>();
+    load_a(k + middle);
+    multiply<kHigh>();
+    load_b(k + middle);
+    multiply<kHigh>();
+    load_a(k + high);
+    multiply<kHigh>();
+    load_b(k + low);
+    multiply<kHigh>();
+    load_b(k + high);
+    multiply<kHigh>();
+  }
+  _tile_stored(0, c, bytes);
+  _tile_stored(1, c + kSide, bytes);
+  if constexpr (kHigh) {
+    _tile_stored(2, c_low, bytes);
+    _tile_stored(3, c_low + kSide, bytes);
+  }
+}
+
+// The same where c has fewer rows or columns.
+template <bool kHigh>
+void narrow_amx_tile(int64_t rows, int64_t columns, int64_t depth, const float* a, const float* b,
+                     float* c, int64_t c_stride, bool add) {
+  constexpr int64_t wide = 2 * kSide;
+  alignas(64) float whole[wide * wide];
+  amx_tile<kHigh>(depth, a, b, whole, wide, false);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      float* to = c + r * c_stride + j;
+      const Vector sums = load(whole + r * wide + j);
+      store(to, add ? load(to, columns - j) + sums : sums, columns - j);
+    }
+}
+
+// c[rows, columns] = or += a[rows, depth] b[depth, columns]
+template <bool kATurned, bool kBTurned>
+void product_by_amx(int64_t rows, int64_t columns, int64_t depth, Side<kATurned> a,
+                    Side<kBTurned> b, float* c, int64_t c_stride, bool add) {
+  constexpr int64_t wide = 2 * kSide;
+  thread_local Memory memory[2];
+  float* a_split = memory[0].hold(kAmxHeight * kAmxDepth / 2 * kParts);
+  float* b_split = memory[1].hold(kColumns * kAmxDepth / 2 * kParts);
+  _tile_loadconfig(&kAmxRegisters);
+  for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {
+    const int64_t width = std::min(kColumns, columns - j0);
+    for (int64_t k0 = 0; k0 < depth; k0 += kAmxDepth) {
+      const int64_t deep = std::min(kAmxDepth, depth - k0);
+      const int64_t split_line = (deep + wide - 1) / wide * kSplit;
+      const bool more = add || k0 > 0;
+      split_lines<kBTurned, kBTurned>(b.at(k0, j0), b.stride, width, deep, b_split);
+      for (int64_t i0 = 0; i0 < rows; i0 += kAmxHeight) {
+        const int64_t height = std::min(kAmxHeight, rows - i0);
+        split_lines<!kATurned, kATurned>(a.at(i0, k0), a.stride, height, deep, a_split);
+        for (int64_t i = 0; i < height; i += wide)
+          for (int64_t j = 0; j < width; j += wide) {
+            const float* a_tile = a_split + i / kSide * split_line;
+            const float* b_tile = b_split + j / kSide * split_line;
+            float* to = c + (i0 + i) * c_stride + j0 + j;
+            const int64_t n = std::min(wide, height - i), m = std::min(wide, width - j);
+            if (n == wide && m == wide)
+              amx_tile<true>(deep, a_tile, b_tile, to, c_stride, more);
+            else if (n > kSide)
+              narrow_amx_tile<true>(n, m, deep, a_tile, b_tile, to, c_stride, more);
+            else
+              narrow_amx_tile<false>(n, m, deep, a_tile, b_tile, to, c_stride, more);
+          }
+      }
+    }
+  }
+  _tile_release();  // registers that hold nothing need not be kept when threads change
+}
+
+}  // namespace dynmoe
+
+#endif
