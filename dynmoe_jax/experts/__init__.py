@@ -3,19 +3,21 @@
 Every backend has the signature of :data:`Backend` and is tested against :mod:`.reference`.
 """
 
-from dynmoe_jax.experts.backend import Backend, make_backend
+from dynmoe_jax.experts.backend import Backend, make_backend, reads_in_stack
 from dynmoe_jax.experts.parallel import apply_experts
 from dynmoe_jax.experts.rows import Rows, row_bound, rows_from_routing
 from dynmoe_jax.experts.transport_choice import make_transport
-from dynmoe_jax.experts.weights import ExpertWeights, swiglu
+from dynmoe_jax.experts.weights import ExpertWeights, InStack, swiglu
 
 __all__ = [
     "Backend",
     "ExpertWeights",
+    "InStack",
     "Rows",
     "apply_experts",
     "make_backend",
     "make_transport",
+    "reads_in_stack",
     "row_bound",
     "rows_from_routing",
     "swiglu",

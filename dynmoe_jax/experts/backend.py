@@ -4,9 +4,11 @@ import functools
 from collections.abc import Callable
 from functools import partial
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
+from dynmoe_jax.axes import on_one_device
 from dynmoe_jax.experts.blocks import block_experts
 from dynmoe_jax.experts.capacity import capacity_experts
 from dynmoe_jax.experts.native import native_experts
@@ -27,6 +29,8 @@ Backend = Callable[
 ]
 """(x_TD, rows, weights) -> (y_TD, rows dropped): the one signature of expert compute."""
 
+
+GROUPED = ("auto", "grouped")
 
 CPU_EXPERTS = {"native": native_experts, "blocks": block_experts}
 """These compute whole experts; other names are of grouped products, for :func:`ragged_experts`."""
@@ -53,6 +57,22 @@ def grouped_experts(moe: config.MoE, target: Target) -> Backend:
     return apply
 
 
+def reads_in_stack(moe: config.MoE, width: int, dtype: jnp.dtype) -> bool:
+    """Whether experts are read where an :class:`InStack` says, by the backend of the settings.
+
+    Args:
+      moe: the settings.
+      width: D.
+      dtype: of the computation.
+    """
+    target = current_target()
+    if moe.backend not in GROUPED or not on_one_device():
+        return False
+    available = available_for(target.platform)
+    widths = width, moe.hidden_width
+    return choose_products(moe.grouped_product, target, available, dtype, *widths) == "native"
+
+
 def make_backend(moe: config.MoE, target: Target | None = None) -> Backend:
     """The backend that ``config.model.moe.backend`` names; ``auto`` is ``grouped``.
 
@@ -71,7 +91,7 @@ def make_backend(moe: config.MoE, target: Target | None = None) -> Backend:
 
 @functools.cache
 def _backend(moe: config.MoE, target: Target) -> Backend:
-    if moe.backend in ("auto", "grouped"):
+    if moe.backend in GROUPED:
         return grouped_experts(moe, target)
     return {
         "capacity": partial(capacity_experts, factor=moe.capacity_factor),

@@ -4,10 +4,11 @@ XLA multiplies a copy of an expert's weights, in blocks of a few static sizes, a
 gradients that start as zeros (:mod:`.blocks`, the twin).  These kernels copy what a product needs
 into the cache, compute the rows there are, and write each weight gradient once.
 
-Axis legend: T tokens, E experts, R rows, S rows saved, W rows worked on at a time, D model width, F
-hidden width.
+Axis legend: T tokens, N layers, E experts, R rows, S rows saved, W rows worked on at a time, D
+model width, F hidden width.
 """
 
+import dataclasses
 import math
 from functools import partial
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.experts.rows import Rows
-from dynmoe_jax.experts.weights import ExpertWeights
+from dynmoe_jax.experts.weights import ExpertWeights, InStack
 from dynmoe_jax.native import library
 
 WAVE_ROWS = 2048
@@ -49,51 +50,60 @@ def native_experts(
     """
     library.load()
     saved = rows.kept(x_TD.shape[0], saved_rows_per_token)
-    y_TD = _apply(saved, x_TD, rows.weight_R, weights, rows.token_R, rows.group_size_E)
+    place = weights.in_stack
+    weights = dataclasses.replace(weights, in_stack=None)
+    y_TD = _apply(saved, x_TD, rows.weight_R, weights, place, rows.token_R, rows.group_size_E)
     return y_TD, jnp.zeros((), jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(saved, x_TD, weight_R, weights, token_R, group_size_E):
-    return _outputs(x_TD, weight_R, weights, token_R, group_size_E, 0)[0]
+def _apply(saved, x_TD, weight_R, weights, place, token_R, group_size_E):
+    return _outputs(x_TD, weight_R, _in_place(weights, place), token_R, group_size_E, 0)[0]
 
 
-def _forward(saved, x_TD, weight_R, weights, token_R, group_size_E):
-    operands = (x_TD, weight_R, weights, token_R, group_size_E)
+def _forward(saved, x_TD, weight_R, weights, place, token_R, group_size_E):
+    # In a stack, the layer's own arrays are not kept: nobody reads them, so nobody copies them.
+    operands = (x_TD, weight_R, _in_place(weights, place), token_R, group_size_E)
     y_TD, kept_S2F = _outputs(*operands, saved)
     return y_TD, (*operands, kept_S2F)
 
 
-def _outputs(x_TD, weight_R, weights, token_R, group_size_E, saved: int):
+def _outputs(x_TD, weight_R, place: InStack, token_R, group_size_E, saved: int):
     """y_TD, and the gate and up activations of the first rows."""
-    width, hidden_width = x_TD.shape[1], weights.hidden_width
+    hidden_width, width = place.down_NEFD.shape[2:]
     results = (
         _floats(x_TD.shape),
         _floats((saved, 2 * hidden_width)),
         _scratch(token_R, width + 3 * hidden_width),
     )
     call = jax.ffi.ffi_call("dynmoe_experts", results)
-    y_TD, kept_S2F, _ = call(x_TD, token_R, weight_R, group_size_E, *_matrices(weights))
+    y_TD, kept_S2F, _ = call(x_TD, token_R, weight_R, group_size_E, *_arrays(place))
     return y_TD, kept_S2F
 
 
 def _backward(saved, residuals, dy_TD):
-    x_TD, weight_R, weights, token_R, group_size_E, kept_S2F = residuals
-    width, hidden_width = x_TD.shape[1], weights.hidden_width
+    x_TD, weight_R, place, token_R, group_size_E, kept_S2F = residuals
+    hidden_width, width = place.down_NEFD.shape[2:]
     columns = 3 * width + 5 * hidden_width + math.ceil(hidden_width / BLOCK)
-    arrays = (x_TD, weight_R, *_matrices(weights))
-    results = (*(_floats(array.shape) for array in arrays), _scratch(token_R, columns))
+    shapes = x_TD.shape, weight_R.shape, place.gate_up_NED2F.shape[1:], place.down_NEFD.shape[1:]
+    results = (*map(_floats, shapes), _scratch(token_R, columns))
     call = jax.ffi.ffi_call("dynmoe_experts_gradient", results)
-    operands = (x_TD, token_R, weight_R, group_size_E, *_matrices(weights), kept_S2F, dy_TD)
+    operands = (x_TD, token_R, weight_R, group_size_E, *_arrays(place), kept_S2F, dy_TD)
     dx_TD, dweight_R, dgate_up_ED2F, ddown_EFD, _ = call(*operands)
-    return dx_TD, dweight_R, ExpertWeights(dgate_up_ED2F, ddown_EFD), None, None
+    return dx_TD, dweight_R, ExpertWeights(dgate_up_ED2F, ddown_EFD), None, None, None
 
 
 _apply.defvjp(_forward, _backward)
 
 
-def _matrices(weights: ExpertWeights) -> tuple[Float[Array, "E D 2*F"], Float[Array, "E F D"]]:
-    return weights.gate_up_ED2F, weights.down_EFD
+def _in_place(weights: ExpertWeights, place: InStack | None) -> InStack:
+    """The stack that the weights lie in, or one of their own."""
+    alone = weights.gate_up_ED2F[None], weights.down_EFD[None]
+    return place or InStack(*alone, jnp.zeros((), jnp.int32))
+
+
+def _arrays(place: InStack) -> tuple[Array, Array, Array]:
+    return place.gate_up_NED2F, place.down_NEFD, place.layer
 
 
 def _floats(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

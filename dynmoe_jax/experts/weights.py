@@ -1,13 +1,32 @@
 """The parameters of all experts of one layer.
 
-Axis legend: E experts, D model width, F hidden width of an expert.
+Axis legend: N layers, E experts, D model width, F hidden width of an expert.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InStack:
+    """Where the experts of a layer lie among those of all layers.
+
+    XLA copies a layer out of the stack for whoever reads it.  A kernel that reads the stack itself
+    spares that, and the memory of the copy.
+
+    Attributes:
+      gate_up_NED2F: of all layers.
+      down_NEFD: of all layers.
+      layer: which one.
+    """
+
+    gate_up_NED2F: Float[Array, "N E D 2*F"]
+    down_NEFD: Float[Array, "N E F D"]
+    layer: Int[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -20,10 +39,13 @@ class ExpertWeights:
         they are one matrix product.  (As [E, D, 2, F] a TPU lays it out in tiles of two rows, which
         no product takes: compiled for v5p, copies to another layout were 30% of a training step.)
       down_EFD: output projection.
+      in_stack: the same numbers in place, for kernels that read them there; gradients go to the
+        other two arrays.
     """
 
     gate_up_ED2F: Float[Array, "E D 2*F"]
     down_EFD: Float[Array, "E F D"]
+    in_stack: InStack | None = None
 
     @property
     def num_experts(self) -> int:

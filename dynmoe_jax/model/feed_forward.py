@@ -12,7 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.axes import EXPERT, MODEL, mesh_sizes
-from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, make_transport, swiglu
+from dynmoe_jax.experts import (
+    ExpertWeights,
+    InStack,
+    apply_experts,
+    make_backend,
+    make_transport,
+    swiglu,
+)
 from dynmoe_jax.model.layers import compute_dtype, matrix
 from dynmoe_jax.model.routed import routed
 from dynmoe_jax.model.sharding import by_token, split_columns, whole_parameter
@@ -56,11 +63,14 @@ class MoEFeedForward(nnx.Module):
         self.route = make_router(model.moe)
         self.backend = make_backend(model.moe)
 
-    def weights(self) -> ExpertWeights:
-        """All experts, in the compute type."""
-        return ExpertWeights(
-            self.gate_up_ED2F[...].astype(self.dtype), self.down_EFD[...].astype(self.dtype)
-        )
+    def weights(self, in_stack: InStack | None = None) -> ExpertWeights:
+        """All experts, in the compute type.
+
+        Args:
+          in_stack: where these are among the experts of all layers, if that is known.
+        """
+        matrices = self.gate_up_ED2F[...], self.down_EFD[...]
+        return ExpertWeights(*(array.astype(self.dtype) for array in matrices), in_stack)
 
     def project(
         self, norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dynmoe_jax import config
 from dynmoe_jax.axes import on_one_device
 from dynmoe_jax.collectives import behind, gradients_together
+from dynmoe_jax.experts import InStack, reads_in_stack
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
 from dynmoe_jax.model.layers import added, compute_dtype, matrix, rms_norm
@@ -106,9 +107,15 @@ class Layer(nnx.Module):
         self.feed_forward = feed_forward(model, rngs=rngs)
         self.is_moe = is_moe
 
-    def __call__(self, x_BLD, places):
-        """Returns (x_BLD, None) or, for an MoE layer, (x_BLD, (routing, rows dropped))."""
-        weights = self.feed_forward.weights() if self.is_moe else None
+    def __call__(self, x_BLD, places, in_stack=None):
+        """Returns (x_BLD, None) or, for an MoE layer, (x_BLD, (routing, rows dropped)).
+
+        Args:
+          x_BLD: the residual stream.
+          places: documents and positions.
+          in_stack: where the experts of an MoE layer lie in a stack, if that is known.
+        """
+        weights = self.feed_forward.weights(in_stack) if self.is_moe else None
         x_BLD, weights = self.attend(x_BLD, places, weights)
         return self.feed(x_BLD, places.segment_ids_BL, weights)
 
@@ -143,11 +150,11 @@ class LayerGroup(nnx.Module):
     def __init__(self, model: config.Model, is_moe: Sequence[bool], *, rngs: nnx.Rngs):
         self.layers = nnx.List(Layer(model, moe, rngs=rngs) for moe in is_moe)
 
-    def __call__(self, x_BLD, places):
-        """Returns (x_BLD, what the group's MoE layer recorded)."""
+    def __call__(self, x_BLD, places, in_stack=None):
+        """Returns (x_BLD, what the group's MoE layer recorded); arguments as those of a layer."""
         record = None
         for layer in self.layers:
-            x_BLD, routed = layer(x_BLD, places)
+            x_BLD, routed = layer(x_BLD, places, in_stack)
             record = routed or record
         return x_BLD, record
 
@@ -224,9 +231,12 @@ class Decoder(nnx.Module):
     def _scan(self, stack: LayerGroup, x_BLD, places: Places):
         """(x_BLD behind all groups of a stack, what their MoE layers recorded)."""
         structure, params = nnx.split(stack)
+        whole = self._experts_in_place(stack)
 
-        def apply_group(x_BLD, params):
-            x_BLD, record = nnx.merge(structure, params)(x_BLD, places)
+        def apply_group(x_BLD, inputs):
+            params, i = inputs
+            in_stack = whole and InStack(*whole, i)
+            x_BLD, record = nnx.merge(structure, params)(x_BLD, places, in_stack)
             return split_by_batch(x_BLD), record
 
         policy = remat_policy(self.config.remat)
@@ -234,7 +244,17 @@ class Decoder(nnx.Module):
             apply_group = jax.checkpoint(apply_group, policy=policy, prevent_cse=False)
         groups = jax.tree.leaves(params)[0].shape[0]
         unroll = groups_at_a_time(self.config, groups)
-        return jax.lax.scan(apply_group, x_BLD, params, unroll=unroll)
+        return jax.lax.scan(apply_group, x_BLD, (params, jnp.arange(groups)), unroll=unroll)
+
+    def _experts_in_place(self, stack: LayerGroup) -> tuple[Array, Array] | None:
+        """The matrices of all experts of a stack, for kernels that read them where they are."""
+        moe = [layer.feed_forward for layer in stack.layers if layer.is_moe]
+        model = self.config
+        if not moe or not reads_in_stack(model.moe, model.width, compute_dtype(model)):
+            return None
+        # Gradients reach the layers' own weights.
+        matrices = moe[0].gate_up_ED2F[...], moe[0].down_EFD[...]
+        return jax.tree.map(jax.lax.stop_gradient, matrices)
 
     def __call__(
         self,

@@ -5,8 +5,8 @@
 // follows the other, each a list of independent tasks.  No two tasks of a phase write to the same
 // place and sums are in an order of their own, so results do not depend on the number of threads.
 //
-// T tokens, R rows, S rows whose gate and up activations are kept, E experts, D width, F hidden
-// width, W rows of a wave.
+// T tokens, R rows, N layers, S rows whose gate and up activations are kept, E experts, D width, F
+// hidden width, W rows of a wave.
 
 #include <algorithm>
 #include <cstdint>
@@ -274,6 +274,7 @@ void backward(const Experts& e, int64_t saved, Scratch scratch, const float* dy,
 
 using Floats = ffi::Buffer<ffi::F32>;
 using Numbers = ffi::Buffer<ffi::S32>;
+using Number = ffi::BufferR0<ffi::S32>;
 using Result = ffi::Result<Floats>;
 
 Scratch scratch_of(Result& array) {
@@ -286,25 +287,27 @@ ffi::Error wrong_scratch() {
 
 void clear(Result& array) { std::memset(array->typed_data(), 0, array->size_bytes()); }
 
+// gate_up [N, E, D, 2F] and down [N, E, F, D] are those of all layers.
 Experts experts_of(ffi::ThreadPool& pool, Floats& x, Numbers& token, Floats& weight,
-                   Numbers& group_size, Floats& gate_up, Floats& down) {
-  const auto shape = down.dimensions();
+                   Numbers& group_size, Floats& gate_up, Floats& down, Number& layer) {
+  const auto shape = down.dimensions();  // [N, E, F, D]
+  const int64_t before = layer.typed_data()[0] * shape[1] * shape[2] * shape[3];
   return {pool,
           x.typed_data(),
           token.typed_data(),
           weight.typed_data(),
           group_size.typed_data(),
-          gate_up.typed_data(),
-          down.typed_data(),
+          gate_up.typed_data() + 2 * before,
+          down.typed_data() + before,
+          shape[3],
           shape[2],
-          shape[1],
-          shape[0]};
+          shape[1]};
 }
 
 ffi::Error forward_handler(ffi::ThreadPool pool, Floats x, Numbers token, Floats weight,
-                           Numbers group_size, Floats gate_up, Floats down, Result y, Result kept,
-                           Result scratch) {
-  const Experts experts = experts_of(pool, x, token, weight, group_size, gate_up, down);
+                           Numbers group_size, Floats gate_up, Floats down, Number layer, Result y,
+                           Result kept, Result scratch) {
+  const Experts experts = experts_of(pool, x, token, weight, group_size, gate_up, down, layer);
   const Scratch space = scratch_of(scratch);
   if (!space.holds(forward_columns(experts))) return wrong_scratch();
   clear(y);
@@ -313,10 +316,10 @@ ffi::Error forward_handler(ffi::ThreadPool pool, Floats x, Numbers token, Floats
 }
 
 ffi::Error backward_handler(ffi::ThreadPool pool, Floats x, Numbers token, Floats weight,
-                            Numbers group_size, Floats gate_up, Floats down, Floats kept, Floats dy,
-                            Result dx, Result dweight, Result dgate_up, Result ddown,
-                            Result scratch) {
-  const Experts experts = experts_of(pool, x, token, weight, group_size, gate_up, down);
+                            Numbers group_size, Floats gate_up, Floats down, Number layer,
+                            Floats kept, Floats dy, Result dx, Result dweight, Result dgate_up,
+                            Result ddown, Result scratch) {
+  const Experts experts = experts_of(pool, x, token, weight, group_size, gate_up, down, layer);
   const Scratch space = scratch_of(scratch);
   if (!space.holds(backward_columns(experts))) return wrong_scratch();
   clear(dx);
@@ -342,7 +345,8 @@ auto operands() {
       .Arg<Floats>()   // weight
       .Arg<Numbers>()  // group_size
       .Arg<Floats>()   // gate_up
-      .Arg<Floats>();  // down
+      .Arg<Floats>()   // down
+      .Arg<Number>();  // layer
 }
 
 }  // namespace
