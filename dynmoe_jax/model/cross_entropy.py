@@ -25,6 +25,7 @@ from dynmoe_jax.axes import BATCH, MODEL, mesh_axes_at, mesh_sizes, on_one_devic
 from dynmoe_jax.collectives import each_device, gathered
 from dynmoe_jax.model.cross_entropy_kernels import logit_gradients, logit_sums
 from dynmoe_jax.model.cross_entropy_tiles import Tiles, cross_entropy_tiles
+from dynmoe_jax.model.products import contracted
 
 
 def cross_entropy_sums(
@@ -131,7 +132,7 @@ def _chunk(options: _Options, output_DV, chunk):
     axis = options.vocabulary_axis
     # Positions that do not count may hold anything, and 0 * NaN is NaN.
     x_BCD = jnp.where(valid_BC[..., None], x_BCD, 0)
-    logits_BCV = jnp.einsum("bcd,dv->bcv", x_BCD, output_DV, preferred_element_type=jnp.float32)
+    logits_BCV = contracted(x_BCD, output_DV, (2,), (0,))
     most_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
     if axis:
         most_BC1 = jax.lax.pmax(most_BC1, axis)
@@ -168,10 +169,8 @@ def _forward(options, x_NBCD, output_DV, targets_NBC, valid_NBC):
     def step(carry, chunk):
         total, doutput_DV = carry
         value, nll_BC, x_BCD, dlogits_BCV = _chunk(options, output_DV, chunk)
-        dx_BCD = jnp.einsum("bcv,dv->bcd", dlogits_BCV, output_DV)
-        doutput_DV += jnp.einsum(
-            "bcd,bcv->dv", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32
-        )
+        dx_BCD = contracted(dlogits_BCV, output_DV, (2,), (1,), x_BCD.dtype)
+        doutput_DV += contracted(x_BCD, dlogits_BCV, (0, 1), (0, 1))
         return (total + value, doutput_DV), (nll_BC, dx_BCD)
 
     start = (jnp.float32(0), jnp.zeros(output_DV.shape, jnp.float32))

@@ -21,6 +21,7 @@ from dynmoe_jax.experts import (
     swiglu,
 )
 from dynmoe_jax.model.layers import compute_dtype, matrix
+from dynmoe_jax.model.products import times
 from dynmoe_jax.model.routed import routed
 from dynmoe_jax.model.sharding import by_token, split_columns, whole_parameter
 from dynmoe_jax.routing import Routing, make_router
@@ -133,6 +134,6 @@ def _swiglu_of_all(
     gate_up_D2F = whole_parameter("gate_up_D2F", gate_up_D2F[...], dtype)
     down_FD = whole_parameter("down_FD", down_FD[...], dtype)
     if mesh_sizes()[MODEL] == 1:
-        return swiglu(x_TD @ gate_up_D2F) @ down_FD
+        return times(swiglu(times(x_TD, gate_up_D2F)), down_FD)
     gate_DF, up_DF = (split_columns(half) for half in jnp.split(gate_up_D2F, 2, axis=-1))
     return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD

@@ -25,6 +25,7 @@ from dynmoe_jax.axes import BATCH, MODEL, batch_devices, mesh_sizes, on_one_devi
 from dynmoe_jax.collectives import COMPUTED_AGAIN, each_device, gathered
 from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE, vmem_bytes
 from dynmoe_jax.model.norm import forked, gradients_of_rows, unit_rows
+from dynmoe_jax.model.products import times
 from dynmoe_jax.model.sharding import whole_parameter
 from dynmoe_jax.target import TPU_LANES, current_target
 
@@ -52,7 +53,7 @@ def projected(
     if sizes[MODEL] > 1 or not tile:
         x_BLD, normed_BLD = forked(norm, x_BLD)
         return x_BLD, tuple(
-            normed_BLD @ whole_parameter(name, matrix, x_BLD.dtype, (width, -1))
+            times(normed_BLD, whole_parameter(name, matrix, x_BLD.dtype, (width, -1)))
             for name, matrix in matrices.items()
         )
     # The cast comes first, so that bfloat16 travels.

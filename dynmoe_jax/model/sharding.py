@@ -26,6 +26,7 @@ from dynmoe_jax.axes import (
     parameter_spec,
 )
 from dynmoe_jax.collectives import GATHERED, each_device, gathered, sum_over
+from dynmoe_jax.model.products import times
 
 
 def split_by_batch(x_BX: Array) -> Array:
@@ -83,7 +84,7 @@ def times_parameter(
     """
     sizes, matrix = mesh_sizes(), (x_BLX.shape[-1], parameter.shape[-1])
     if on_one_device() or sizes[MODEL] > 1:
-        return x_BLX @ whole_parameter(name, parameter, x_BLX.dtype, matrix)
+        return times(x_BLX, whole_parameter(name, parameter, x_BLX.dtype, matrix))
     spec = parameter_spec(name, parameter.shape, sizes)
 
     def on_each_device(x_BLX, part):

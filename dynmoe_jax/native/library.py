@@ -27,6 +27,7 @@ HANDLERS = (
     "dynmoe_attention_gradient",
     "dynmoe_experts",
     "dynmoe_experts_gradient",
+    "dynmoe_product",
 )
 FLAGS = ("-std=c++20", "-O3", "-fPIC")
 
@@ -36,8 +37,11 @@ class NotAvailableError(Exception):
 
 
 @functools.cache
-def load() -> None:
+def load() -> ctypes.CDLL:
     """Compiles the kernels, unless that has been done before, and registers them.
+
+    Returns:
+      the library.
 
     Raises:
       NotAvailableError: there is no compiler, it could not compile them, or what it compiled cannot
@@ -51,6 +55,7 @@ def load() -> None:
     for name in HANDLERS:
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return library
 
 
 @functools.cache
@@ -71,6 +76,16 @@ def available() -> bool:
             f"XLA computes experts and attention, slower than kernels for this CPU would: {reason}."
         )
     return not reason
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether this CPU has a matrix unit, and the kernels multiply on it."""
+    if not available():
+        return False
+    asked = load().dynmoe_has_matrix_unit
+    asked.restype = ctypes.c_bool
+    return asked()
 
 
 def _compiled() -> Path:

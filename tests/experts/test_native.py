@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts import ExpertWeights, native
+from dynmoe_jax.experts import ExpertWeights, InStack, native
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.experts.rows import Slots, rows_from_slots
 from dynmoe_jax.native import library
@@ -98,3 +98,25 @@ def test_what_it_returns_does_not_depend_on_what_was_there():
         again = value_and_gradients(native.native_experts, *case)
         for a, b in zip(first, again, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_experts_that_are_read_in_a_stack(layer):
+    x_TD, rows, weights = draw(40, 24, 16, 4, 2)
+
+    def stacked(array):
+        # NaN wherever another layer lies.
+        return jnp.full((3, *array.shape), jnp.nan).at[layer].set(array)
+
+    place = InStack(
+        stacked(weights.gate_up_ED2F), stacked(weights.down_EFD), jnp.asarray(layer, jnp.int32)
+    )
+
+    def in_stack(x_TD, rows, weights):
+        # What lies in the layer's own arrays is not read, but gradients are theirs.
+        alone = jax.tree.map(lambda array: array + jnp.nan, weights)
+        return native.native_experts(x_TD, rows, dataclasses.replace(alone, in_stack=place))
+
+    case = x_TD, rows, weights
+    wanted = value_and_gradients(reference_experts, *case)
+    assert_close(value_and_gradients(in_stack, *case), wanted)

@@ -1,5 +1,7 @@
 """The stack: which layers it has, that the scan is a loop, how it is initialised."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,20 @@ def test_the_loop_over_layers_keeps_no_copy_of_the_experts(small, draw):
     loop = next(e for e in program.eqns if e.primitive.name == "scan")
     assert stacked in [read.aval.shape for read in loop.invars]
     assert stacked not in [kept.aval.shape for kept in loop.outvars]
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_no_layers_experts_are_copied_out_of_their_stack(small, draw, unroll):
+    structure, params = nnx.split(draw(small(num_layers=3, unroll=unroll)))
+
+    def loss(params):
+        return jnp.sum(nnx.merge(structure, params)(TOKENS, SEGMENTS, POSITIONS).logits ** 2)
+
+    text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+    assert "dynmoe_experts" in text
+    # Of one layer, gate_up is [4, 16, 24] and down [4, 12, 16].
+    assert not re.findall(r"= f32\[(?:1,)?4,(?:16,24|12,16)\]\S* (?:dynamic-)?slice\(", text)
 
 
 def test_tied_embeddings(small, draw, run):

@@ -121,5 +121,6 @@ def test_kernels_refuse_memory_of_another_size():
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     call = jax.ffi.ffi_call("dynmoe_experts", results)
     numbers = jnp.zeros(R, jnp.int32), jnp.zeros(R), jnp.zeros(E, jnp.int32)
+    stack = jnp.zeros((1, E, D, 2 * F)), jnp.zeros((1, E, F, D)), jnp.int32(0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="another number of columns"):
-        call(jnp.zeros((T, D)), *numbers, jnp.zeros((E, D, 2 * F)), jnp.zeros((E, F, D)))
+        call(jnp.zeros((T, D)), *numbers, *stack)
