@@ -25,10 +25,12 @@ template <bool kATurned, bool kBTurned>
 void multiply_all(ffi::ThreadPool& pool, int64_t rows, int64_t columns, int64_t depth,
                   Side<kATurned> a, Side<kBTurned> b, float* c) {
   const int64_t height = rows_of_task(rows, columns, pool.num_threads());
-  const int64_t blocks = (rows + height - 1) / height;
+  // The last one has what is left over: a few rows by themselves would be added up in another way.
+  const int64_t blocks = std::max<int64_t>(1, rows / height);
   for_each_task(pool, blocks * ((columns + kColumns - 1) / kColumns), [&](int64_t i) {
     const int64_t row = i % blocks * height, column = i / blocks * kColumns;
-    product(std::min(height, rows - row), std::min(kColumns, columns - column), depth,
+    const bool last = i % blocks == blocks - 1;
+    product(last ? rows - row : height, std::min(kColumns, columns - column), depth,
             Side<kATurned>{a.at(row, 0), a.stride}, Side<kBTurned>{b.at(0, column), b.stride},
             c + row * columns + column, columns, false);
   });
