@@ -98,8 +98,9 @@ _apply.defvjp(_forward, _backward)
 
 def _in_place(weights: ExpertWeights, place: InStack | None) -> InStack:
     """The stack that the weights lie in, or one of their own."""
-    alone = weights.gate_up_ED2F[None], weights.down_EFD[None]
-    return place or InStack(*alone, jnp.zeros((), jnp.int32))
+    if place:
+        return place
+    return InStack(weights.gate_up_ED2F[None], weights.down_EFD[None], jnp.zeros((), jnp.int32))
 
 
 def _arrays(place: InStack) -> tuple[Array, Array, Array]:

@@ -7,7 +7,6 @@ Axis legend: X all leading axes of the left side together, D the axis summed ove
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +89,6 @@ def _backward(residuals, dy_XY):
 _times.defvjp(_forward, _backward)
 
 
-@partial(jax.jit, static_argnums=(2, 3), inline=True)
 def _product(left, right, left_turned: bool = False, right_turned: bool = False):
     """The product of two matrices, of which each may be stored turned."""
     shape = left.shape[left_turned], right.shape[not right_turned]
