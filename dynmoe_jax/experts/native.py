@@ -23,8 +23,8 @@ from dynmoe_jax.native import library
 WAVE_ROWS = 2048
 """W at most."""
 
-BLOCK = 256
-"""Hidden units whose share of a combine weight's gradient is summed up apart: kColumns in C++."""
+BLOCK = 64
+"""Hidden units whose share of a combine weight's gradient is summed up apart: kFewColumns in C++."""
 
 
 def native_experts(

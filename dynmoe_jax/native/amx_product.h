@@ -37,10 +37,11 @@ constexpr int64_t kSide = 16;
 constexpr int64_t kPairs = kSide * kSide;
 constexpr int64_t kParts = 3;
 constexpr int64_t kSplit = kParts * kPairs;  // numbers of memory that 16 x 32 split ones take
+constexpr int64_t kWide = 2 * kSide;         // columns of C at a time
 static_assert(kSide == kLanes);
 
-constexpr int64_t kAmxDepth = 512;   // of a piece of either side: 768 kB of B
-constexpr int64_t kAmxHeight = 128;  // of a piece of A: 384 kB
+// Pieces of the sides that stay in the second-level cache: 96 kB of A, 768 kB of B.
+constexpr int64_t kAmxHeight = 64, kAmxDepth = 256, kAmxColumns = 512;
 
 // The kernel gives a process the unit's registers when it asks for them.
 inline bool may_use_amx() {
@@ -72,29 +73,43 @@ inline void split(Vector first, Vector second, float* to) {
   }
 }
 
+// Three registers of 16 lines and 32 of the depth, which begin at `from`.
+template <bool kAlong, bool kTurn>
+void split_block(const float* from, int64_t stride, int64_t lines, int64_t depth, float* to) {
+  const auto row = [&](int64_t r, int64_t half) {
+    const int64_t line = kAlong ? r : 0, deep = kAlong ? half : half + r;
+    if (line >= lines || deep >= depth) return Vector{};
+    return kAlong ? load(from + line * stride + deep, depth - deep)
+                  : load(from + deep * stride + line, lines - line);
+  };
+  if constexpr (kTurn) {
+    Vector first[kSide], second[kSide];
+    for (int64_t r = 0; r < kSide; r++) first[r] = row(r, 0);
+    for (int64_t r = 0; r < kSide; r++) second[r] = row(r, kSide);
+    transpose(first);
+    transpose(second);
+    for (int64_t r = 0; r < kSide; r++) split(first[r], second[r], to + r * kSide);
+  } else {
+    for (int64_t r = 0; r < kSide; r++) split(row(r, 0), row(r, kSide), to + r * kSide);
+  }
+}
+
 // Splits a matrix whose lines lie along the depth, or, if not, across it: for each 16 lines and 32
 // of the depth three registers.  Their rows are lines, or, if turned, pairs.
 template <bool kAlong, bool kTurn>
 void split_lines(const float* from, int64_t stride, int64_t lines, int64_t depth, float* to) {
-  for (int64_t i = 0; i < lines; i += kSide)
-    for (int64_t k = 0; k < depth; k += 2 * kSide, to += kSplit) {
-      const auto row = [&](int64_t r, int64_t half) {
-        const int64_t line = kAlong ? i + r : i, deep = kAlong ? k + half : k + half + r;
-        if (line >= lines || deep >= depth) return Vector{};
-        return kAlong ? load(from + line * stride + deep, depth - deep)
-                      : load(from + deep * stride + line, lines - line);
-      };
-      if constexpr (kTurn) {
-        Vector first[kSide], second[kSide];
-        for (int64_t r = 0; r < kSide; r++) first[r] = row(r, 0);
-        for (int64_t r = 0; r < kSide; r++) second[r] = row(r, kSide);
-        transpose(first);
-        transpose(second);
-        for (int64_t r = 0; r < kSide; r++) split(first[r], second[r], to + r * kSide);
-      } else {
-        for (int64_t r = 0; r < kSide; r++) split(row(r, 0), row(r, kSide), to + r * kSide);
-      }
-    }
+  const int64_t line_blocks = (lines + kSide - 1) / kSide, depths = (depth + kWide - 1) / kWide;
+  const auto block = [&](int64_t i, int64_t k) {
+    split_block<kAlong, kTurn>(from + (kAlong ? i * stride + k : k * stride + i), stride, lines - i,
+                               depth - k, to + (i / kSide * depths + k / kWide) * kSplit);
+  };
+  // As it lies in memory.
+  if constexpr (kAlong)
+    for (int64_t i = 0; i < line_blocks; i++)
+      for (int64_t k = 0; k < depths; k++) block(i * kSide, k * kWide);
+  else
+    for (int64_t k = 0; k < depths; k++)
+      for (int64_t i = 0; i < line_blocks; i++) block(i * kSide, k * kWide);
 }
 
 struct alignas(64) AmxRegisters {
@@ -104,25 +119,17 @@ struct alignas(64) AmxRegisters {
 };
 inline constexpr AmxRegisters kAmxRegisters;
 
-// Registers 0 to 3 are sums, 4 and 5 parts of A, 6 and 7 of B.
-template <bool kHigh>
-inline void multiply() {
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  if constexpr (kHigh) {
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-}
-
-// c[32, 32] = or += a[32, depth] b[depth, 32] of split sides; without kHigh, a and c have 16 rows.
-// Parts change one side at a time: with another thread on the core, loads cost as much as products.
-template <bool kHigh>
-void amx_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride, bool add) {
+// c[16, 32] = or += a[16, depth] b[depth, 32] of split sides.  Registers 0 and 1 are sums, 2 is a
+// part of A, 3 one of B.
+//
+// Only four of the unit's eight registers hold anything.  While the other thread of the core uses
+// the unit too, no more than that are free to load one operand behind the products of another: 24
+// products and their loads take 1,560 cycles with all eight in use and 840 with four, where 430 is
+// what the unit takes.  Of neighbouring products one side is the same: 13 loads serve 12 products.
+inline void amx_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,
+                     bool add) {
   asm volatile("" ::: "memory");  // the sides have been written: the compiler doesn't see loads
   const int64_t split_line = (depth + 2 * kSide - 1) / (2 * kSide) * kSplit, row = 64;
-  const float *a_low = a + split_line, *b_right = b + split_line;
-  float* c_low = c + kSide * c_stride;
   const int64_t bytes = c_stride * sizeof(float);
   _tile_zero(0);
   _tile_zero(1);
@@ -130,57 +137,41 @@ void amx_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c
     _tile_loadd(0, c, bytes);
     _tile_loadd(1, c + kSide, bytes);
   }
-  if constexpr (kHigh) {
-    _tile_zero(2);
-    _tile_zero(3);
-    if (add) {
-      _tile_loadd(2, c_low, bytes);
-      _tile_loadd(3, c_low + kSide, bytes);
-    }
-  }
-  const auto load_a = [&](int64_t at) {
-    _tile_loadd(4, a + at, row);
-    if constexpr (kHigh) _tile_loadd(5, a_low + at, row);
-  };
-  const auto load_b = [&](int64_t at) {
-    _tile_loadd(6, b + at, row);
-    _tile_loadd(7, b_right + at, row);
-  };
   constexpr int64_t high = 0, middle = kPairs, low = 2 * kPairs;
-  for (int64_t k = 0; k < split_line; k += kSplit) {
-    load_a(k + low);
-    load_b(k + high);
-    multiply<kHigh>();
-    load_a(k + middle);
-    multiply<kHigh>();
-    load_b(k + middle);
-    multiply<kHigh>();
-    load_a(k + high);
-    multiply<kHigh>();
-    load_b(k + low);
-    multiply<kHigh>();
-    load_b(k + high);
-    multiply<kHigh>();
+  for (const float* end = a + split_line; a < end; a += kSplit, b += kSplit) {
+    const float* b_right = b + split_line;
+    const auto of_a = [&](int64_t part) { _tile_loadd(2, a + part, row); };
+    const auto left = [&] { _tile_dpbf16ps(0, 2, 3); };
+    const auto right = [&] { _tile_dpbf16ps(1, 2, 3); };
+    const auto of_left = [&](int64_t part) { _tile_loadd(3, b + part, row); };
+    const auto of_right = [&](int64_t part) { _tile_loadd(3, b_right + part, row); };
+    of_a(low);
+    of_left(high), left();
+    of_right(high), right();
+    of_a(middle), right();
+    of_left(high), left();
+    of_left(middle), left();
+    of_right(middle), right();
+    of_a(high), right();
+    of_left(middle), left();
+    of_left(low), left();
+    of_right(low), right();
+    of_right(high), right();
+    of_left(high), left();
   }
   _tile_stored(0, c, bytes);
   _tile_stored(1, c + kSide, bytes);
-  if constexpr (kHigh) {
-    _tile_stored(2, c_low, bytes);
-    _tile_stored(3, c_low + kSide, bytes);
-  }
 }
 
 // The same where c has fewer rows or columns.
-template <bool kHigh>
-void narrow_amx_tile(int64_t rows, int64_t columns, int64_t depth, const float* a, const float* b,
-                     float* c, int64_t c_stride, bool add) {
-  constexpr int64_t wide = 2 * kSide;
-  alignas(64) float whole[wide * wide];
-  amx_tile<kHigh>(depth, a, b, whole, wide, false);
+inline void narrow_amx_tile(int64_t rows, int64_t columns, int64_t depth, const float* a,
+                            const float* b, float* c, int64_t c_stride, bool add) {
+  alignas(64) float whole[kSide * kWide];
+  amx_tile(depth, a, b, whole, kWide, false);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t j = 0; j < columns; j += kLanes) {
       float* to = c + r * c_stride + j;
-      const Vector sums = load(whole + r * wide + j);
+      const Vector sums = load(whole + r * kWide + j);
       store(to, add ? load(to, columns - j) + sums : sums, columns - j);
     }
 }
@@ -189,33 +180,30 @@ void narrow_amx_tile(int64_t rows, int64_t columns, int64_t depth, const float* 
 template <bool kATurned, bool kBTurned>
 void product_by_amx(int64_t rows, int64_t columns, int64_t depth, Side<kATurned> a,
                     Side<kBTurned> b, float* c, int64_t c_stride, bool add) {
-  constexpr int64_t wide = 2 * kSide;
   thread_local Memory memory[2];
   float* a_split = memory[0].hold(kAmxHeight * kAmxDepth / 2 * kParts);
-  float* b_split = memory[1].hold(kColumns * kAmxDepth / 2 * kParts);
+  float* b_split = memory[1].hold(kAmxColumns * kAmxDepth / 2 * kParts);
   _tile_loadconfig(&kAmxRegisters);
-  for (int64_t j0 = 0; j0 < columns; j0 += kColumns) {
-    const int64_t width = std::min(kColumns, columns - j0);
+  for (int64_t j0 = 0; j0 < columns; j0 += kAmxColumns) {
+    const int64_t width = std::min(kAmxColumns, columns - j0);
     for (int64_t k0 = 0; k0 < depth; k0 += kAmxDepth) {
       const int64_t deep = std::min(kAmxDepth, depth - k0);
-      const int64_t split_line = (deep + wide - 1) / wide * kSplit;
+      const int64_t split_line = (deep + 2 * kSide - 1) / (2 * kSide) * kSplit;
       const bool more = add || k0 > 0;
       split_lines<kBTurned, kBTurned>(b.at(k0, j0), b.stride, width, deep, b_split);
       for (int64_t i0 = 0; i0 < rows; i0 += kAmxHeight) {
         const int64_t height = std::min(kAmxHeight, rows - i0);
         split_lines<!kATurned, kATurned>(a.at(i0, k0), a.stride, height, deep, a_split);
-        for (int64_t i = 0; i < height; i += wide)
-          for (int64_t j = 0; j < width; j += wide) {
+        for (int64_t i = 0; i < height; i += kSide)
+          for (int64_t j = 0; j < width; j += kWide) {
             const float* a_tile = a_split + i / kSide * split_line;
             const float* b_tile = b_split + j / kSide * split_line;
             float* to = c + (i0 + i) * c_stride + j0 + j;
-            const int64_t n = std::min(wide, height - i), m = std::min(wide, width - j);
-            if (n == wide && m == wide)
-              amx_tile<true>(deep, a_tile, b_tile, to, c_stride, more);
-            else if (n > kSide)
-              narrow_amx_tile<true>(n, m, deep, a_tile, b_tile, to, c_stride, more);
+            const int64_t n = std::min(kSide, height - i), m = std::min(kWide, width - j);
+            if (n == kSide && m == kWide)
+              amx_tile(deep, a_tile, b_tile, to, c_stride, more);
             else
-              narrow_amx_tile<false>(n, m, deep, a_tile, b_tile, to, c_stride, more);
+              narrow_amx_tile(n, m, deep, a_tile, b_tile, to, c_stride, more);
           }
       }
     }

@@ -14,9 +14,9 @@ namespace ffi = xla::ffi;
 
 // Rows of a task: many, so that a copy of the other side serves many, but tasks for all threads.
 int64_t rows_of_task(int64_t rows, int64_t columns, int64_t threads) {
-  constexpr int64_t kMost = 512, kLeast = 128, kTasksOfThread = 2;
+  constexpr int64_t kMost = 512, kLeast = 128;
   int64_t size = kMost;
-  while (size > kLeast && rows / size * (columns / kColumns + 1) < kTasksOfThread * threads)
+  while (size > kLeast && rows / size * blocks(columns, kColumnsOfTask) < kTasksOfThread * threads)
     size /= 2;
   return size;
 }
@@ -26,11 +26,11 @@ void multiply_all(ffi::ThreadPool& pool, int64_t rows, int64_t columns, int64_t 
                   Side<kATurned> a, Side<kBTurned> b, float* c) {
   const int64_t height = rows_of_task(rows, columns, pool.num_threads());
   // The last one has what is left over: a few rows by themselves would be added up in another way.
-  const int64_t blocks = std::max<int64_t>(1, rows / height);
-  for_each_task(pool, blocks * ((columns + kColumns - 1) / kColumns), [&](int64_t i) {
-    const int64_t row = i % blocks * height, column = i / blocks * kColumns;
-    const bool last = i % blocks == blocks - 1;
-    product(last ? rows - row : height, std::min(kColumns, columns - column), depth,
+  const int64_t parts = std::max<int64_t>(1, rows / height);
+  for_each_task(pool, parts * blocks(columns, kColumnsOfTask), [&](int64_t i) {
+    const int64_t row = i % parts * height, column = i / parts * kColumnsOfTask;
+    const bool last = i % parts == parts - 1;
+    product(last ? rows - row : height, std::min(kColumnsOfTask, columns - column), depth,
             Side<kATurned>{a.at(row, 0), a.stride}, Side<kBTurned>{b.at(0, column), b.stride},
             c + row * columns + column, columns, false);
   });

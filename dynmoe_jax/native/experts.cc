@@ -24,10 +24,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kRowsOfTask = 128;
-constexpr int64_t kColumnsOfTask = 64;
-
-int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+constexpr int64_t kRowsOfGather = 128;
+constexpr int64_t kFewColumns = 64;  // the least that a task has
 
 // [i * size, (i + 1) * size) within [0, n)
 struct Block {
@@ -94,14 +92,18 @@ struct Experts {
   // All works of one phase: each for every piece of a wave and every block of its columns.
   void for_each_block(const Wave& wave, std::initializer_list<Work> works) const {
     const int64_t pieces = wave.pieces.size();
-    int64_t count = 0;
-    for (const Work& work : works) count += pieces * blocks(work.columns, kColumns);
-    for_each_task(pool, count, [&](int64_t i) {
+    const auto count = [&](int64_t size) {
+      int64_t tasks = 0;
+      for (const Work& work : works) tasks += pieces * blocks(work.columns, size);
+      return tasks;
+    };
+    int64_t size = kColumnsOfTask;
+    while (size > kFewColumns && count(size) < kTasksOfThread * pool.num_threads()) size /= 2;
+    for_each_task(pool, count(size), [&](int64_t i) {
       for (const Work& work : works) {
-        const int64_t per_piece = blocks(work.columns, kColumns);
+        const int64_t per_piece = blocks(work.columns, size);
         if (i < pieces * per_piece)
-          return work.task(wave.pieces[i / per_piece],
-                           Block(i % per_piece, work.columns, kColumns));
+          return work.task(wave.pieces[i / per_piece], Block(i % per_piece, work.columns, size));
         i -= pieces * per_piece;
       }
     });
@@ -109,8 +111,8 @@ struct Experts {
 
   // to[W, D] = the tokens of the rows of a wave
   void gather(const Wave& wave, const float* from, float* to) const {
-    for_each_task(pool, blocks(wave.rows, kRowsOfTask), [&](int64_t i) {
-      const Block block(i, wave.rows, kRowsOfTask);
+    for_each_task(pool, blocks(wave.rows, kRowsOfGather), [&](int64_t i) {
+      const Block block(i, wave.rows, kRowsOfGather);
       for (int64_t r = block.begin; r < block.begin + block.size; r++)
         std::memcpy(to + r * width, from + token[wave.begin + r] * width, width * sizeof(float));
     });
@@ -118,8 +120,8 @@ struct Experts {
 
   // to[T, D] += the rows of a wave, times `factor` if there is one
   void scatter_add(const Wave& wave, const float* from, const float* factor, float* to) const {
-    for_each_task(pool, blocks(width, kColumnsOfTask), [&](int64_t i) {
-      const Block block(i, width, kColumnsOfTask);
+    for_each_task(pool, blocks(width, kFewColumns), [&](int64_t i) {
+      const Block block(i, width, kFewColumns);
       for (int64_t r = 0; r < wave.rows; r++) {
         const Vector times = filled(factor ? factor[wave.begin + r] : 1.0f);
         const float* row = from + r * width + block.begin;
@@ -212,7 +214,7 @@ float swiglu_gradient(int64_t units, float weight, const float* gate_, const flo
 }
 
 int64_t backward_columns(const Experts& e) {
-  return 3 * e.width + 5 * e.hidden + blocks(e.hidden, kColumns);
+  return 3 * e.width + 5 * e.hidden + blocks(e.hidden, kFewColumns);
 }
 
 void backward(const Experts& e, int64_t saved, Scratch scratch, const float* dy, const float* kept,
@@ -223,7 +225,7 @@ void backward(const Experts& e, int64_t saved, Scratch scratch, const float* dy,
   float* dx = scratch.take(D);
   float* hidden = scratch.take(F);
   float* dgate_up = scratch.take(2 * F);
-  float* dweight = scratch.take(blocks(F, kColumns));
+  float* dweight = scratch.take(blocks(F, kFewColumns));
   float* unsaved = scratch.take(2 * F);
   for (const Wave& wave : waves(e.group_size, e.experts, scratch.rows, saved)) {
     const bool is_saved = wave.begin < saved;
@@ -237,13 +239,14 @@ void backward(const Experts& e, int64_t saved, Scratch scratch, const float* dy,
       product(piece.rows, block.size, D, Plain{drows + piece.begin * D, D}, matrix,
               dgate_up + piece.begin * 2 * F + F + block.begin, 2 * F, false);
       // <dy, hidden down> = <dy down^T, hidden>: a row's weight needs no product of its own.
-      float* part = dweight + block.begin / kColumns * scratch.rows;
-      for (int64_t r = piece.begin; r < piece.begin + piece.rows; r++) {
-        const int64_t gate = r * 2 * F + block.begin, up = gate + F;
-        part[r] =
-            swiglu_gradient(block.size, e.weight[wave.begin + r], gate_up + gate, gate_up + up,
-                            dgate_up + gate, dgate_up + up, hidden + r * F + block.begin);
-      }
+      // Its sums are of as many columns whatever a task has.
+      for (int64_t r = piece.begin; r < piece.begin + piece.rows; r++)
+        for (int64_t f = block.begin; f < block.begin + block.size; f += kFewColumns) {
+          const int64_t units = std::min(kFewColumns, F - f), gate = r * 2 * F + f, up = gate + F;
+          dweight[f / kFewColumns * scratch.rows + r] =
+              swiglu_gradient(units, e.weight[wave.begin + r], gate_up + gate, gate_up + up,
+                              dgate_up + gate, dgate_up + up, hidden + r * F + f);
+        }
     };
     e.for_each_block(wave, {{F, differentiate}});
     const auto of_rows = [&](const Piece& piece, const Block& block) {
@@ -266,7 +269,7 @@ void backward(const Experts& e, int64_t saved, Scratch scratch, const float* dy,
     e.scatter_add(wave, dx, nullptr, gradient.x);
     for (int64_t r = 0; r < wave.rows; r++) {
       float sum = 0;
-      for (int64_t b = 0; b < blocks(F, kColumns); b++) sum += dweight[b * scratch.rows + r];
+      for (int64_t b = 0; b < blocks(F, kFewColumns); b++) sum += dweight[b * scratch.rows + r];
       gradient.weight[wave.begin + r] = sum;
     }
   }
