@@ -37,11 +37,17 @@ constexpr int64_t kSide = 16;
 constexpr int64_t kPairs = kSide * kSide;
 constexpr int64_t kParts = 3;
 constexpr int64_t kSplit = kParts * kPairs;  // numbers of memory that 16 x 32 split ones take
-constexpr int64_t kWide = 2 * kSide;         // columns of C at a time
+constexpr int64_t kDeep = 2 * kSide;
 static_assert(kSide == kLanes);
 
-// Pieces of the sides that stay in the second-level cache: 96 kB of A, 768 kB of B.
-constexpr int64_t kAmxHeight = 64, kAmxDepth = 256, kAmxColumns = 512;
+// Pieces of the sides that stay in the second-level cache: 72 kB of A, 576 kB of B.  What 16 lines
+// of either have stays in the first.
+constexpr int64_t kAmxHeight = 64, kAmxDepth = 192, kAmxColumns = 512;
+
+// Numbers of memory that a split side takes.
+constexpr int64_t split_size(int64_t lines, int64_t depth) {
+  return (lines + kSide - 1) / kSide * ((depth + kDeep - 1) / kDeep) * kSplit;
+}
 
 // The kernel gives a process the unit's registers when it asks for them.
 inline bool may_use_amx() {
@@ -98,18 +104,17 @@ void split_block(const float* from, int64_t stride, int64_t lines, int64_t depth
 // of the depth three registers.  Their rows are lines, or, if turned, pairs.
 template <bool kAlong, bool kTurn>
 void split_lines(const float* from, int64_t stride, int64_t lines, int64_t depth, float* to) {
-  const int64_t line_blocks = (lines + kSide - 1) / kSide, depths = (depth + kWide - 1) / kWide;
   const auto block = [&](int64_t i, int64_t k) {
     split_block<kAlong, kTurn>(from + (kAlong ? i * stride + k : k * stride + i), stride, lines - i,
-                               depth - k, to + (i / kSide * depths + k / kWide) * kSplit);
+                               depth - k, to + split_size(i, depth) + k / kDeep * kSplit);
   };
   // As it lies in memory.
   if constexpr (kAlong)
-    for (int64_t i = 0; i < line_blocks; i++)
-      for (int64_t k = 0; k < depths; k++) block(i * kSide, k * kWide);
+    for (int64_t i = 0; i < lines; i += kSide)
+      for (int64_t k = 0; k < depth; k += kDeep) block(i, k);
   else
-    for (int64_t k = 0; k < depths; k++)
-      for (int64_t i = 0; i < line_blocks; i++) block(i * kSide, k * kWide);
+    for (int64_t k = 0; k < depth; k += kDeep)
+      for (int64_t i = 0; i < lines; i += kSide) block(i, k);
 }
 
 struct alignas(64) AmxRegisters {
@@ -119,61 +124,45 @@ struct alignas(64) AmxRegisters {
 };
 inline constexpr AmxRegisters kAmxRegisters;
 
-// c[16, 32] = or += a[16, depth] b[depth, 32] of split sides.  Registers 0 and 1 are sums, 2 is a
-// part of A, 3 one of B.
+// c[16, 16] = or += a[16, depth] b[depth, 16] of split sides.  Register 0 has the sums, 1 a part of
+// A, 2 one of B.
 //
-// Only four of the unit's eight registers hold anything.  While the other thread of the core uses
-// the unit too, no more than that are free to load one operand behind the products of another: 24
-// products and their loads take 1,560 cycles with all eight in use and 840 with four, where 430 is
-// what the unit takes.  Of neighbouring products one side is the same: 13 loads serve 12 products.
+// No more than these three of the unit's eight registers hold anything.  While the other thread of
+// the core uses the unit too, only what both leave empty is free to load one operand behind the
+// products of another: 24 products and their loads take 1,560 cycles with all eight in use and 730
+// with three, where 430 is what the unit takes.
 inline void amx_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,
                      bool add) {
   asm volatile("" ::: "memory");  // the sides have been written: the compiler doesn't see loads
-  const int64_t split_line = (depth + 2 * kSide - 1) / (2 * kSide) * kSplit, row = 64;
-  const int64_t bytes = c_stride * sizeof(float);
-  _tile_zero(0);
-  _tile_zero(1);
-  if (add) {
-    _tile_loadd(0, c, bytes);
-    _tile_loadd(1, c + kSide, bytes);
-  }
+  const int64_t row = 64, bytes = c_stride * sizeof(float);
   constexpr int64_t high = 0, middle = kPairs, low = 2 * kPairs;
-  for (const float* end = a + split_line; a < end; a += kSplit, b += kSplit) {
-    const float* b_right = b + split_line;
-    const auto of_a = [&](int64_t part) { _tile_loadd(2, a + part, row); };
-    const auto left = [&] { _tile_dpbf16ps(0, 2, 3); };
-    const auto right = [&] { _tile_dpbf16ps(1, 2, 3); };
-    const auto of_left = [&](int64_t part) { _tile_loadd(3, b + part, row); };
-    const auto of_right = [&](int64_t part) { _tile_loadd(3, b_right + part, row); };
-    of_a(low);
-    of_left(high), left();
-    of_right(high), right();
-    of_a(middle), right();
-    of_left(high), left();
-    of_left(middle), left();
-    of_right(middle), right();
-    of_a(high), right();
-    of_left(middle), left();
-    of_left(low), left();
-    of_right(low), right();
-    of_right(high), right();
-    of_left(high), left();
+  _tile_zero(0);
+  if (add) _tile_loadd(0, c, bytes);
+  for (const float* end = a + split_size(kSide, depth); a < end; a += kSplit, b += kSplit) {
+    const auto of_a = [&](int64_t part) { _tile_loadd(1, a + part, row); };
+    const auto of_b = [&](int64_t part) { _tile_loadd(2, b + part, row); };
+    const auto multiply = [] { _tile_dpbf16ps(0, 1, 2); };
+    // Of neighbours one side is the same: 7 loads for 6 products.
+    of_a(low), of_b(high), multiply();
+    of_a(middle), multiply();
+    of_b(middle), multiply();
+    of_a(high), multiply();
+    of_b(low), multiply();
+    of_b(high), multiply();
   }
   _tile_stored(0, c, bytes);
-  _tile_stored(1, c + kSide, bytes);
 }
 
 // The same where c has fewer rows or columns.
 inline void narrow_amx_tile(int64_t rows, int64_t columns, int64_t depth, const float* a,
                             const float* b, float* c, int64_t c_stride, bool add) {
-  alignas(64) float whole[kSide * kWide];
-  amx_tile(depth, a, b, whole, kWide, false);
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      float* to = c + r * c_stride + j;
-      const Vector sums = load(whole + r * kWide + j);
-      store(to, add ? load(to, columns - j) + sums : sums, columns - j);
-    }
+  alignas(64) float whole[kPairs];
+  amx_tile(depth, a, b, whole, kSide, false);
+  for (int64_t r = 0; r < rows; r++) {
+    float* to = c + r * c_stride;
+    const Vector sums = load(whole + r * kSide);
+    store(to, add ? load(to, columns) + sums : sums, columns);
+  }
 }
 
 // c[rows, columns] = or += a[rows, depth] b[depth, columns]
@@ -181,26 +170,25 @@ template <bool kATurned, bool kBTurned>
 void product_by_amx(int64_t rows, int64_t columns, int64_t depth, Side<kATurned> a,
                     Side<kBTurned> b, float* c, int64_t c_stride, bool add) {
   thread_local Memory memory[2];
-  float* a_split = memory[0].hold(kAmxHeight * kAmxDepth / 2 * kParts);
-  float* b_split = memory[1].hold(kAmxColumns * kAmxDepth / 2 * kParts);
+  float* a_split = memory[0].hold(split_size(kAmxHeight, kAmxDepth));
+  float* b_split = memory[1].hold(split_size(kAmxColumns, kAmxDepth));
   _tile_loadconfig(&kAmxRegisters);
   for (int64_t j0 = 0; j0 < columns; j0 += kAmxColumns) {
     const int64_t width = std::min(kAmxColumns, columns - j0);
     for (int64_t k0 = 0; k0 < depth; k0 += kAmxDepth) {
       const int64_t deep = std::min(kAmxDepth, depth - k0);
-      const int64_t split_line = (deep + 2 * kSide - 1) / (2 * kSide) * kSplit;
       const bool more = add || k0 > 0;
       split_lines<kBTurned, kBTurned>(b.at(k0, j0), b.stride, width, deep, b_split);
       for (int64_t i0 = 0; i0 < rows; i0 += kAmxHeight) {
         const int64_t height = std::min(kAmxHeight, rows - i0);
         split_lines<!kATurned, kATurned>(a.at(i0, k0), a.stride, height, deep, a_split);
         for (int64_t i = 0; i < height; i += kSide)
-          for (int64_t j = 0; j < width; j += kWide) {
-            const float* a_tile = a_split + i / kSide * split_line;
-            const float* b_tile = b_split + j / kSide * split_line;
+          for (int64_t j = 0; j < width; j += kSide) {
+            const float* a_tile = a_split + split_size(i, deep);
+            const float* b_tile = b_split + split_size(j, deep);
             float* to = c + (i0 + i) * c_stride + j0 + j;
-            const int64_t n = std::min(kSide, height - i), m = std::min(kWide, width - j);
-            if (n == kSide && m == kWide)
+            const int64_t n = std::min(kSide, height - i), m = std::min(kSide, width - j);
+            if (n == kSide && m == kSide)
               amx_tile(deep, a_tile, b_tile, to, c_stride, more);
             else
               narrow_amx_tile(n, m, deep, a_tile, b_tile, to, c_stride, more);
