@@ -24,7 +24,7 @@ WAVE_ROWS = 2048
 """W at most."""
 
 BLOCK = 64
-"""Hidden units whose share of a combine weight's gradient is summed up apart: kFewColumns in C++."""
+"""Hidden units whose share of a combine weight's gradient is one sum: kFewColumns in C++."""
 
 
 def native_experts(
