@@ -129,8 +129,8 @@ inline constexpr AmxRegisters kAmxRegisters;
 //
 // No more than these three of the unit's eight registers hold anything.  While the other thread of
 // the core uses the unit too, only what both leave empty is free to load one operand behind the
-// products of another: 24 products and their loads take 1,560 cycles with all eight in use and 730
-// with three, where 430 is what the unit takes.
+// products of another: 24 products and their loads take 1,620 cycles with all eight in use and 792
+// with three, where 430 is what the unit takes (benchmarks/RESULTS.md, "The matrix unit").
 inline void amx_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,
                      bool add) {
   asm volatile("" ::: "memory");  // the sides have been written: the compiler doesn't see loads
