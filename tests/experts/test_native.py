@@ -1,6 +1,10 @@
 """The kernels for CPUs against the oracle, at sizes that leave something over everywhere."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -120,3 +124,32 @@ def test_experts_that_are_read_in_a_stack(layer):
     case = x_TD, rows, weights
     wanted = value_and_gradients(reference_experts, *case)
     assert_close(value_and_gradients(in_stack, *case), wanted)
+
+
+ROOT = Path(__file__).parents[2]
+
+# The more threads, the narrower the tasks.
+THREADS = """
+import hashlib, os, sys
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[: int(sys.argv[1])])
+from dynmoe_jax.experts.native import native_experts
+from tests.experts.test_native import draw, value_and_gradients
+results = value_and_gradients(native_experts, *draw(200, 640, 330, 3, 2))
+print(hashlib.sha256(b"".join(map(bytes, map(memoryview, results)))).hexdigest())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no threads")
+@pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
+def test_results_do_not_depend_on_the_number_of_threads():
+    def bits(threads):
+        command = [sys.executable, "-c", THREADS, str(threads)]
+        # Eight devices would have eight threads, on however many cores.
+        alone = os.environ | {"XLA_FLAGS": ""}
+        run = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=alone, cwd=ROOT
+        )
+        return run.stdout.split()[-1]
+
+    assert bits(1) == bits(2)
