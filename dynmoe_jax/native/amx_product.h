@@ -37,16 +37,16 @@ constexpr int64_t kSide = 16;
 constexpr int64_t kPairs = kSide * kSide;
 constexpr int64_t kParts = 3;
 constexpr int64_t kSplit = kParts * kPairs;  // numbers of memory that 16 x 32 split ones take
-constexpr int64_t kDeep = 2 * kSide;
+constexpr int64_t kDeep = 2 * kSide;         // of the depth, in a register
 static_assert(kSide == kLanes);
 
 // Pieces of the sides that stay in the second-level cache: 72 kB of A, 576 kB of B.  What 16 lines
 // of either have stays in the first.
-constexpr int64_t kAmxHeight = 64, kAmxDepth = 192, kAmxColumns = 512;
+constexpr int64_t kAmxHeight = 64, kAmxDepth = 192, kAmxColumns = kColumnsOfTask;
 
 // Numbers of memory that a split side takes.
 constexpr int64_t split_size(int64_t lines, int64_t depth) {
-  return (lines + kSide - 1) / kSide * ((depth + kDeep - 1) / kDeep) * kSplit;
+  return blocks(lines, kSide) * blocks(depth, kDeep) * kSplit;
 }
 
 // The kernel gives a process the unit's registers when it asks for them.
@@ -127,8 +127,8 @@ inline constexpr AmxRegisters kAmxRegisters;
 // c[16, 16] = or += a[16, depth] b[depth, 16] of split sides.  Register 0 has the sums, 1 a part of
 // A, 2 one of B.
 //
-// No more than these three of the unit's eight registers hold anything.  While the other thread of
-// the core uses the unit too, only what both leave empty is free to load one operand behind the
+// No more than these three of the unit's eight registers hold anything.  On a busy core, as if its
+// other thread used the unit too, only what is left empty seems free to load one operand behind the
 // products of another: 24 products and their loads take 1,620 cycles with all eight in use and 792
 // with three, where 430 is what the unit takes (benchmarks/RESULTS.md, "The matrix unit").
 inline void amx_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,

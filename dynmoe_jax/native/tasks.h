@@ -11,11 +11,7 @@
 
 namespace dynmoe {
 
-// Columns of a task of a product: many, because a task copies the whole other side for them.
-constexpr int64_t kColumnsOfTask = 512;
 constexpr int64_t kTasksOfThread = 4;  // at least, so that all threads end at about the same time
-
-inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Calls task(i) for all i below count, and returns when all are done.
 //
