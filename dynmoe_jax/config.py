@@ -48,7 +48,7 @@ class MoE:
     grouped_product: str = setting(
         "auto",
         "what the grouped backend multiplies with; auto = by platform, see docs/design.md",
-        choices=("auto", "native", "blocks", "xla", "megablox", "tokamax"),
+        choices=("auto", "native", "blocks", "xla", "megablox", "triton", "tokamax"),
     )
     capacity_factor: float = setting(
         1.25,

@@ -13,6 +13,7 @@ from dynmoe_jax.experts.accounting import chip_of, vmem_bytes
 from dynmoe_jax.experts.grouped_products import XLA, GroupedProducts
 from dynmoe_jax.experts.megablox_products import megablox_products
 from dynmoe_jax.experts.tokamax_products import tokamax_products
+from dynmoe_jax.experts.triton_tiling import WIDTH_MULTIPLE, shared_bytes
 from dynmoe_jax.native import library
 from dynmoe_jax.target import Target
 
@@ -20,8 +21,14 @@ SETTING = "config.model.moe.grouped_product"
 MODULES = {
     "megablox": "jax.experimental.pallas.ops.tpu.megablox.gmm",
     "tokamax": "tokamax",
+    "triton": "jax.experimental.pallas.triton",
 }
-PLATFORMS = {"native": ("cpu",), "megablox": ("tpu",), "tokamax": ("gpu", "tpu")}
+PLATFORMS = {
+    "native": ("cpu",),
+    "megablox": ("tpu",),
+    "tokamax": ("gpu", "tpu"),
+    "triton": ("gpu",),
+}
 OTHER_FLOPS_PER_BYTE = 240.0
 """Of a TPU that is not in the table: v5e's, in the middle of those that are."""
 
@@ -53,7 +60,7 @@ def choose_products(
     width: int,
     hidden_width: int,
 ) -> str:
-    """``"native"``, ``"blocks"``, ``"megablox"``, ``"tokamax"`` or ``"xla"``.
+    """``"native"``, ``"blocks"``, ``"megablox"``, ``"triton"``, ``"tokamax"`` or ``"xla"``.
 
     What was asked for, if anything; otherwise:
 
@@ -70,12 +77,15 @@ def choose_products(
        gate, up and SwiGLU, where D and F are multiples of 128 and a tile of whole rows fits into
        the fast memory (:mod:`.swiglu_tiling`).
        Types other than bfloat16 and float32, which Megablox does not know: ``xla``.
-    3. NVIDIA GPU from Ampere on, tokamax installed, widths that are multiples of 128 (which its
-       tiles divide): ``tokamax``.  XLA's lowering is dense: in jaxlib 0.10.1 and 0.10.2 forward as
-       well (22 TFLOP/s, where 1470 were possible, on a B200: marin-community/marin#7012), and the
-       weight gradient by design (openxla/xla#40189).  JAX's own Triton lowering is in no wheel
-       from 0.10.0 to 0.11.2 (jax-ml/jax#40888).
-    4. Any other GPU: ``blocks``, because it is never dense.  Not measured there.
+    3. NVIDIA GPU from Ampere on, numbers of 16 bits, widths that are multiples of 128:
+       ``triton``, kernels of our own (:mod:`.triton_products`), also fused with SwiGLU.  XLA's
+       lowering is dense: in jaxlib 0.10.1 and 0.10.2 forward as well (22 TFLOP/s, where 1470 were
+       possible, on a B200: marin-community/marin#7012), and the weight gradient by design
+       (openxla/xla#40189).  JAX's own Triton lowering is in no wheel from 0.10.0 to 0.11.2
+       (jax-ml/jax#40888).  tokamax's kernels leave gate and up to passes of their own and transpose
+       weights.  Not measured: there was no GPU.
+    4. The same in float32, tokamax installed: ``tokamax``.
+    5. Any other GPU: ``blocks``, because it is never dense.  Not measured there.
 
     Args:
       requested: ``config.model.moe.grouped_product``.
@@ -90,11 +100,7 @@ def choose_products(
     """
     if requested != "auto":
         check_request(requested, target, available)
-        if requested == "native" and jnp.dtype(dtype) != jnp.float32:
-            raise config.ConfigError(
-                f"{SETTING}='native' computes in float32, not in {jnp.dtype(dtype).name}; set "
-                f"config.model.dtype='float32' or {SETTING}='auto'."
-            )
+        _check_numbers(requested, jnp.dtype(dtype), width, hidden_width)
         return requested
     if target.platform == "cpu":
         native = "native" in available and jnp.dtype(dtype) == jnp.float32
@@ -102,9 +108,11 @@ def choose_products(
     if target.platform == "tpu":
         known = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
         return "megablox" if "megablox" in available and known else "xla"
-    fits = target.compute_capability >= LEAST_COMPUTE_CAPABILITY
-    even = width % 128 == 0 and hidden_width % 128 == 0
-    return "tokamax" if "tokamax" in available and fits and even else "blocks"
+    if _uneven(width, hidden_width) or target.compute_capability < LEAST_COMPUTE_CAPABILITY:
+        return "blocks"
+    if "triton" in available and jnp.dtype(dtype).itemsize == 2:
+        return "triton"
+    return "tokamax" if "tokamax" in available else "blocks"
 
 
 def check_request(requested: str, target: Target, available: frozenset[str]) -> None:
@@ -126,10 +134,39 @@ def check_request(requested: str, target: Target, available: frozenset[str]) -> 
         raise config.ConfigError(f"{SETTING}={requested!r} {why} use {SETTING}='auto'.")
 
 
+def _check_numbers(requested: str, dtype: jnp.dtype, width: int, hidden_width: int) -> None:
+    """Raises ConfigError unless kernels of our own know such numbers and widths."""
+    if requested == "native" and dtype != jnp.float32:
+        raise config.ConfigError(
+            f"{SETTING}='native' computes in float32, not in {dtype.name}; set "
+            f"config.model.dtype='float32' or {SETTING}='auto'."
+        )
+    if requested == "triton" and dtype.itemsize != 2:
+        raise config.ConfigError(
+            f"{SETTING}='triton' computes in bfloat16, not in {dtype.name}; set "
+            f"config.model.dtype='bfloat16' or {SETTING}='auto'."
+        )
+    if requested == "triton" and (uneven := _uneven(width, hidden_width)):
+        raise config.ConfigError(
+            f"{SETTING}='triton' needs widths that are multiples of {WIDTH_MULTIPLE}, and one is "
+            f"{uneven}; change it or use {SETTING}='auto'."
+        )
+
+
+def _uneven(*widths: int) -> int | None:
+    """A width that is no multiple of 128."""
+    return next((width for width in widths if width % WIDTH_MULTIPLE), None)
+
+
 def make_products(name: str, target: Target) -> GroupedProducts:
     """The products of an implementation other than ``native`` and ``blocks``."""
     if name == "megablox":
         return megablox_products(flops_per_byte(target), vmem_bytes(target))
+    if name == "triton":
+        # Not installed everywhere, and JAX says that it will go.
+        from dynmoe_jax.experts.triton_products import triton_products
+
+        return triton_products(shared_bytes(target.compute_capability))
     if name == "tokamax":
         return tokamax_products(target.platform)
     return {"xla": XLA}[name]

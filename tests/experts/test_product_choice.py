@@ -13,7 +13,7 @@ V5P = Target("tpu", "TPU v5")
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)
 V100 = Target("gpu", "Tesla V100-SXM2-16GB", 7.0)
 AMD = Target("gpu", "AMD Instinct MI300X")
-ALL = frozenset({"native", "megablox", "tokamax"})
+ALL = frozenset({"native", "megablox", "tokamax", "triton"})
 NONE = frozenset()
 
 
@@ -27,7 +27,10 @@ NONE = frozenset()
         (V5P, ALL, jnp.float32, (200, 72), "megablox"),
         (V5P, ALL, jnp.float16, (1024, 2816), "xla"),
         (V5P, frozenset({"tokamax"}), jnp.bfloat16, (1024, 2816), "xla"),
-        (H100, ALL, jnp.bfloat16, (1024, 2816), "tokamax"),
+        (H100, ALL, jnp.bfloat16, (1024, 2816), "triton"),
+        (H100, ALL, jnp.float32, (1024, 2816), "tokamax"),
+        (H100, frozenset({"triton"}), jnp.float32, (1024, 2816), "blocks"),
+        (H100, frozenset({"tokamax"}), jnp.bfloat16, (1024, 2816), "tokamax"),
         (H100, NONE, jnp.bfloat16, (1024, 2816), "blocks"),
         (H100, ALL, jnp.bfloat16, (1000, 2816), "blocks"),
         (H100, ALL, jnp.bfloat16, (1024, 2800), "blocks"),
@@ -54,6 +57,8 @@ def test_what_is_asked_for_is_given(requested, target, available):
         ("megablox", CPU, ALL, "'megablox' needs a TPU, and this is a CPU; use"),
         ("megablox", H100, ALL, "'megablox' needs a TPU, and this is a GPU; use"),
         ("native", H100, ALL, "'native' needs a CPU, and this is a GPU; use"),
+        ("triton", CPU, ALL, "'triton' needs a GPU, and this is a CPU; use"),
+        ("triton", V5P, ALL, "'triton' needs a GPU, and this is a TPU; use"),
         ("tokamax", CPU, ALL, "'tokamax' needs a GPU or TPU, and this is a CPU; use"),
         ("tokamax", H100, NONE, "'tokamax' is not installed here; install it"),
         ("megablox", V5P, NONE, "'megablox' is not installed here; update JAX"),
@@ -69,6 +74,18 @@ def test_what_cannot_be_is_refused_in_one_sentence(requested, target, available,
 def test_native_kernels_are_refused_in_bfloat16():
     with pytest.raises(config.ConfigError, match="'native' computes in float32, not in bfloat16"):
         product_choice.choose_products("native", CPU, ALL, jnp.bfloat16, 1024, 2816)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "message"),
+    [
+        (jnp.float32, (1024, 2816), "'triton' computes in bfloat16, not in float32; set"),
+        (jnp.bfloat16, (1024, 2800), "widths that are multiples of 128, and one is 2800; change"),
+    ],
+)
+def test_gpu_kernels_are_refused_for_numbers_they_do_not_know(dtype, widths, message):
+    with pytest.raises(config.ConfigError, match=message):
+        product_choice.choose_products("triton", H100, ALL, dtype, *widths)
 
 
 def test_a_backend_that_cannot_be_is_refused_when_it_is_made():
