@@ -16,7 +16,7 @@ from dynmoe_jax.experts.swiglu import plain_swiglu
 from dynmoe_jax.experts.triton_products import triton_products
 from dynmoe_jax.experts.triton_swiglu import triton_swiglu
 from dynmoe_jax.experts.triton_tiling import Tile, Tiles, shared_bytes, tiles_for, visits_of
-from dynmoe_jax.experts.triton_visit import grid_of
+from dynmoe_jax.experts.triton_visit import Visit, grid_of
 from dynmoe_jax.routing import TopP
 from tests.close import assert_close
 
@@ -122,6 +122,26 @@ def test_layer_equals_the_reference(saved):
 
     backend = partial(ragged_experts, products=PRODUCTS, saved_rows_per_token=saved)
     assert_close(gradients(backend), gradients(reference_experts), 1e-4)
+
+
+def test_a_tile_writes_no_rows_of_others():
+    # Programs run one after the other here, and at once on a GPU.  What none writes is NaN here.
+    x_RD, dy_RD, weight_R1, weights = draw()
+    group_size_E = jnp.array([0, 0, 70, 0, 0], jnp.int32)
+    swiglu = triton_swiglu(TILES, interpret=True)
+    results = (
+        PRODUCTS.forward(x_RD, weights.gate_up_ED2F, group_size_E),
+        *swiglu.forward(x_RD, weight_R1, weights, group_size_E),
+        *swiglu.backward(x_RD, dy_RD, weight_R1, weights, group_size_E, None),
+    )
+    for result in results:
+        assert np.all(np.isfinite(result[:70]))
+        assert np.all(np.isnan(result[70:]))
+
+
+def test_a_tile_reads_no_rows_of_others():
+    visit = Visit(Tile(8, 128, 64, 4, 3), *(jnp.int32(n) for n in (0, 30, 33, 0)))
+    np.testing.assert_array_equal(visit.row_m, [30, 31, 32, 32, 32, 32, 32, 32])
 
 
 def test_visits_by_hand():
