@@ -1,7 +1,7 @@
 """The half of an expert before its last product: gate and up, SwiGLU, combine weight.
 
 One interface: in terms of grouped products here, or fused with them
-(:mod:`.swiglu_kernels`), of which this is the twin.
+(:mod:`.swiglu_kernels` for TPU, :mod:`.triton_swiglu` for GPU), of which this is the twin.
 
 Axis legend: n rows of one part, E experts, D model width, F hidden width of an expert.
 """
@@ -18,7 +18,9 @@ from dynmoe_jax.experts.grouped_products import GroupedProducts
 from dynmoe_jax.experts.weights import ExpertWeights
 
 FORWARD, BACKWARD = "grouped_swiglu", "grouped_swiglu_gradient"
-"""Names of the fused kernels, by which the planner knows them."""
+KEPT_BACKWARD = "grouped_hidden_gradient"
+"""Names of the fused kernels, by which the planner knows them.  The last does not compute gate and
+up again."""
 
 Kept = Float[Array, "n 2*F"] | None
 

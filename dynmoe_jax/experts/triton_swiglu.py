@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from dynmoe_jax.experts.swiglu import BACKWARD, FORWARD, SwiGLU
+from dynmoe_jax.experts.swiglu import FORWARD, KEPT_BACKWARD, SwiGLU
 from dynmoe_jax.experts.triton_products import product
 from dynmoe_jax.experts.triton_tiling import Tiles, dividing, visits_of
 from dynmoe_jax.experts.triton_visit import Visit, grid_of, options
@@ -96,7 +96,7 @@ def _backward(tiles, interpret, gate_up_n2F, dy_nD, weight_n1, weights, group_si
             jax.ShapeDtypeStruct((column_tiles, rows), jnp.float32),
         ),
         grid=grid_of(column_tiles, visits[0].shape[0], width * tile.c * dy_nD.dtype.itemsize),
-        name=BACKWARD,
+        name=KEPT_BACKWARD,
         **options(tile, interpret),
     )(*visits, dy_nD, weights.down_EFD, gate_up_n2F, weight_n1[:, 0])
     return hidden_nF, dgate_up_n2F, jnp.sum(dweight_Jn, axis=0)[:, None]

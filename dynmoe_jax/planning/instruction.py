@@ -18,6 +18,9 @@ _UNKNOWN_CYCLES = 2**63 - 1
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _INDEX = re.compile(r"\bindex=(\d+)")
+_KERNEL = re.compile(
+    r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|triton_kernel_call_ffi)"'
+)
 _FAST_MEMORY = re.compile(r"S\([1-9]\d*\)")
 
 
@@ -90,8 +93,8 @@ class Instruction:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether it is a Pallas kernel on TPU."""
-        return 'custom_call_target="tpu_custom_call"' in self.text
+        """Whether it is a Pallas kernel on TPU or GPU."""
+        return _KERNEL.search(self.text) is not None
 
 
 def parse_instruction(name: str, text: str) -> Instruction:

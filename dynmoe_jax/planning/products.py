@@ -9,13 +9,16 @@ import math
 import re
 from collections.abc import Sequence
 
-from dynmoe_jax.experts.swiglu import BACKWARD, FORWARD
+from dynmoe_jax.experts.swiglu import BACKWARD, FORWARD, KEPT_BACKWARD
 from dynmoe_jax.planning.instruction import Instruction, Shape, dimensions
 
-_GROUPED_KERNEL = re.compile(r"(?<![a-z])t?gmm(?![a-z])|ragged-dot|ragged_dot|grouped_swiglu")
-_FUSED_PRODUCTS = {FORWARD: 2, BACKWARD: 3}
+_GROUPED_KERNEL = re.compile(
+    r"(?<![a-z])t?gmm(?![a-z])|ragged-dot|ragged_dot"
+    r"|grouped_(?:swiglu|hidden_gradient|product|weight_gradient)"
+)
+_FUSED_PRODUCTS = {FORWARD: 2, BACKWARD: 3, KEPT_BACKWARD: 1}
 """Products of D with F in the kernels that fuse SwiGLU: gate and up; with them the gradient of what
-is hidden."""
+is hidden; this alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,8 @@ def product_of(instruction: Instruction, shapes: Sequence[Shape], times: int) ->
 
 def fused_products(instruction: Instruction) -> int:
     """Products of one width that a kernel which fuses SwiGLU computes; 0 of anything else."""
-    found = re.search(rf"{FORWARD}(_gradient)?", f"{instruction.name} {instruction.op_name}")
+    pattern = rf"{BACKWARD}|{FORWARD}|{KEPT_BACKWARD}"
+    found = re.search(pattern, f"{instruction.name} {instruction.op_name}")
     return _FUSED_PRODUCTS[found[0]] if found and instruction.is_kernel else 0
 
 
