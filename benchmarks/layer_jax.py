@@ -20,6 +20,7 @@ METHODS: dict[str, Callable[[], Backend]] = {
     "ours": lambda: make_backend(config.MoE(backend="grouped")),
     "ours_recompute": lambda: make_backend(config.MoE(backend="grouped", saved_rows_per_token=0.0)),
     "jax_ragged_dot": lambda: make_backend(config.MoE(grouped_product="xla")),
+    "jax_tokamax": lambda: make_backend(config.MoE(grouped_product="tokamax")),
     "jax_capacity": lambda: make_backend(config.MoE(backend="capacity", capacity_factor=1.25)),
 }
 

@@ -25,7 +25,9 @@ TORCH_METHODS = {
     "hf_eager": "transformers",
     "hf_grouped_mm": "transformers",
 }
-JAX_METHODS = ("ours", "ours_recompute", "dense", "jax_capacity", "jax_ragged_dot")
+DEFAULT_METHODS = ("ours", "ours_recompute", "dense", "jax_capacity", "jax_ragged_dot")
+JAX_METHODS = (*DEFAULT_METHODS, "jax_tokamax")
+"""The last one needs an accelerator, and tokamax."""
 DIRECTIONS = ("forward", "train")
 DEFAULT_CHOICES = {
     "decode": ("top_1", "top_2", "top_7", "top_p_2"),
@@ -116,7 +118,7 @@ def main(argv: list[str]) -> dict:
     names = flags.choices.split(",") if flags.choices else DEFAULT_CHOICES.get(flags.preset)
     chosen = [available[name] for name in names or available]
     installed = [m for m, package in TORCH_METHODS.items() if importlib.util.find_spec(package)]
-    methods = flags.methods.split(",") if flags.methods else [*JAX_METHODS, *installed]
+    methods = flags.methods.split(",") if flags.methods else [*DEFAULT_METHODS, *installed]
     directions = flags.directions.split(",")
 
     ours = [m for m in methods if m in JAX_METHODS]
