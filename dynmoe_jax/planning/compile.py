@@ -13,7 +13,7 @@ from jax.stages import Compiled
 from dynmoe_jax import config
 from dynmoe_jax.planning.hlo import Module
 from dynmoe_jax.target import Target, compile_for
-from dynmoe_jax.training.compilation import TPU_OPTIONS
+from dynmoe_jax.training.compilation import options_of
 from dynmoe_jax.training.mesh import batch_sharding, replicated, state_shardings
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
@@ -60,7 +60,7 @@ def state_shapes(cfg: config.Config, mesh: Mesh) -> TrainState:
 
 
 def compile_step(cfg: config.Config, mesh: Mesh) -> CompiledStep:
-    """Lowers and compiles the step that training runs on TPUs.
+    """Lowers and compiles the step that training runs.
 
     Args:
       cfg: all settings.
@@ -73,7 +73,8 @@ def compile_step(cfg: config.Config, mesh: Mesh) -> CompiledStep:
     schedule = make_schedule(cfg.optimizer, cfg.train.steps)
     optimizer = make_optimizer(cfg.optimizer, schedule)
     state = state_shapes(cfg, mesh)
-    with compile_for(Target.of(mesh.devices.flat[0])), jax.set_mesh(mesh):
+    target = Target.of(mesh.devices.flat[0])
+    with compile_for(target), jax.set_mesh(mesh):
         rows = jax.ShapeDtypeStruct(
             (cfg.train.batch_size, cfg.data.seq_len), jnp.int32, sharding=batch_sharding(mesh)
         )
@@ -83,7 +84,7 @@ def compile_step(cfg: config.Config, mesh: Mesh) -> CompiledStep:
             make_train_step(cfg, optimizer, schedule),
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
-            compiler_options=TPU_OPTIONS,
+            compiler_options=options_of(target),
         )
         compiled = _compile(step.lower(state, batch))
     module = Module(compiled.as_text())

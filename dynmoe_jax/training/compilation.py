@@ -52,13 +52,18 @@ CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 of copies, and 0.4 of 2.5 GB of work space (`benchmarks.train_step`, top-2)."""
 
 
+def options_of(target: Target) -> dict[str, str | bool]:
+    """XLA's options for a training step on ``target``."""
+    return {"tpu": TPU_OPTIONS, "cpu": CPU_OPTIONS}.get(target.platform, {})
+
+
 @functools.cache
 def compiler_options(target: Target) -> dict[str, str | bool]:
-    """XLA's options for a training step on ``target``; a version that does not know them gets none.
+    """Those of :func:`options_of`; a version of XLA that does not know them gets none.
 
     They decide about speed alone.
     """
-    options = {"tpu": TPU_OPTIONS, "cpu": CPU_OPTIONS}.get(target.platform, {})
+    options = options_of(target)
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except (jax.errors.JaxRuntimeError, ValueError) as error:
