@@ -73,6 +73,7 @@ class Canvas:
     def picture(self, figure: "Figure", title: str, caption: str) -> Picture:
         """The figure as a part of the page."""
         import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
 
         number = next(self._numbers)
         target = io.StringIO()
@@ -81,7 +82,10 @@ class Canvas:
         with matplotlib.rc_context({"svg.hashsalt": str(number)}), warnings.catch_warnings():
             # matplotlib's font lacks many scripts; the reader's browser has its own.
             warnings.filterwarnings("ignore", "Glyph .* missing")
-            figure.savefig(target, format="svg", transparent=True, metadata=nothing)
+            for part in (figure, *figure.axes):
+                part.patch.set(facecolor="none", edgecolor="none")
+            # figure.savefig would lay out and draw everything once before.
+            FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
         return Picture(title, caption, _inline(target.getvalue(), f"figure{number}-"))
 
 

@@ -186,14 +186,15 @@ def advice(need: Need, limit: int, cfg: config.Config, data_devices: int) -> str
         room /= 2
     else:
         room -= logits
-    parts = [
+    parts = (
         m
         for m in range(cfg.train.microbatches + 1, cfg.train.batch_size // data_devices + 1)
         if cfg.train.batch_size % (m * data_devices) == 0
         and of_tokens * cfg.train.microbatches / m <= room
-    ]
-    if parts:
-        ways.append(f"raise config.train.microbatches from {cfg.train.microbatches} to {parts[0]}")
+    )
+    # The first alone: of a large batch there are very many.
+    if least := next(parts, 0):
+        ways.append(f"raise config.train.microbatches from {cfg.train.microbatches} to {least}")
     layers, width = cfg.model.num_layers, cfg.model.width
     if cfg.model.remat != "layer" and of_tokens / layers + 4 * layers * tokens * width <= room:
         ways.append(f"set config.model.remat='layer' (now {cfg.model.remat!r})")
