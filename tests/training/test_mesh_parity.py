@@ -52,9 +52,13 @@ CASES = {
 
 
 def meshes(devices):
-    """Sizes along (slice, data, expert, model) that multiply to ``devices``."""
+    """Sizes along (slice, data, expert, model) that multiply to ``devices``.
+
+    Of two axes, one of 2 and one of 4, the second is the longer one.
+    """
     factors = [n for n in (1, 2, 4, 8) if n <= devices]
-    return [s for s in itertools.product(factors, repeat=4) if math.prod(s) == devices]
+    sizes = [s for s in itertools.product(factors, repeat=4) if math.prod(s) == devices]
+    return [s for s in sizes if [n for n in s if n > 1] != [4, 2]]
 
 
 def batch():
