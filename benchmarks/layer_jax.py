@@ -4,7 +4,6 @@ Axis legend: T tokens, D model width, E experts, F hidden width.
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,13 +15,20 @@ from dynmoe_jax.experts import Backend, ExpertWeights, apply_experts, make_backe
 from dynmoe_jax.model.layers import compute_dtype
 from dynmoe_jax.routing import Router, TopK, TopP
 
-METHODS: dict[str, Callable[[], Backend]] = {
-    "ours": lambda: make_backend(config.MoE(backend="grouped")),
-    "ours_recompute": lambda: make_backend(config.MoE(backend="grouped", saved_rows_per_token=0.0)),
-    "jax_ragged_dot": lambda: make_backend(config.MoE(grouped_product="xla")),
-    "jax_tokamax": lambda: make_backend(config.MoE(grouped_product="tokamax")),
-    "jax_capacity": lambda: make_backend(config.MoE(backend="capacity", capacity_factor=1.25)),
+METHODS = {
+    "ours": {"backend": "grouped"},
+    "ours_recompute": {"backend": "grouped", "saved_rows_per_token": 0.0},
+    "jax_ragged_dot": {"grouped_product": "xla"},
+    "jax_tokamax": {"grouped_product": "tokamax"},
+    "jax_capacity": {"backend": "capacity", "capacity_factor": 1.25},
 }
+"""Settings of ``config.model.moe``."""
+
+
+def backend_of(method: str, choice: Choice) -> Backend:
+    """The expert compute of a method, for a run with that router."""
+    router = {"router": "top_k", "top_k": choice.k} if choice.k else {"router": "top_p"}
+    return make_backend(config.MoE(**METHODS[method], **router))
 
 
 def make_router(choice: Choice, num_experts: int) -> Router:

@@ -77,7 +77,7 @@ def jax_cases(preset: Preset, chosen, methods, directions, dtype: str = "auto"):
                 layer = layer_jax.dense_layer
                 layer_parameters = layer_jax.dense_parameters(arrays, hidden_width)
             else:
-                layer = layer_jax.moe_layer(choice, layer_jax.METHODS[method]())
+                layer = layer_jax.moe_layer(choice, layer_jax.backend_of(method, choice))
                 layer_parameters = parameters
             for direction in directions:
                 cases[f"{method}/{choice.name}/{direction}"] = layer_jax.Compiled(

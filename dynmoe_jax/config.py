@@ -63,11 +63,11 @@ class MoE:
         low=0.0,
     )
     saved_rows_per_token: float = setting(
-        2.0,
+        -1.0,
         "rows whose hidden activations are kept for backward, others are recomputed (TPU kernels "
-        "that fuse SwiGLU keep none)",
+        "that fuse SwiGLU keep none); -1 = k of top_k, 2 of top_p",
         unit="rows/token",
-        low=0.0,
+        low=-1.0,
     )
     every_n_layers: int = setting(
         1, "one of every n layers is MoE, the others dense; 0 = a dense model", low=0

@@ -3,7 +3,7 @@
 Every backend has the signature of :data:`Backend` and is tested against :mod:`.reference`.
 """
 
-from dynmoe_jax.experts.backend import Backend, make_backend, reads_in_stack
+from dynmoe_jax.experts.backend import Backend, make_backend, reads_in_stack, saved_rows_per_token
 from dynmoe_jax.experts.parallel import apply_experts
 from dynmoe_jax.experts.rows import Rows, row_bound, rows_from_routing
 from dynmoe_jax.experts.transport_choice import make_transport
@@ -20,5 +20,6 @@ __all__ = [
     "reads_in_stack",
     "row_bound",
     "rows_from_routing",
+    "saved_rows_per_token",
     "swiglu",
 ]

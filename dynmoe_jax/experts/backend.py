@@ -18,7 +18,7 @@ from dynmoe_jax.experts.product_choice import (
     choose_products,
     make_products,
 )
-from dynmoe_jax.experts.ragged import ragged_experts
+from dynmoe_jax.experts.ragged import USUAL_ROWS_PER_TOKEN, ragged_experts
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights
@@ -48,13 +48,31 @@ def grouped_experts(moe: config.MoE, target: Target) -> Backend:
     def apply(x_TD, rows, weights):
         widths = x_TD.shape[-1], weights.hidden_width
         name = choose_products(moe.grouped_product, target, available, x_TD.dtype, *widths)
-        saved = moe.saved_rows_per_token
+        saved = saved_rows_per_token(moe)
         if name in CPU_EXPERTS:
             return CPU_EXPERTS[name](x_TD, rows, weights, saved_rows_per_token=saved)
-        products = make_products(name, target)
-        return ragged_experts(x_TD, rows, weights, products=products, saved_rows_per_token=saved)
+        return ragged_experts(
+            *(x_TD, rows, weights),
+            products=make_products(name, target),
+            saved_rows_per_token=saved,
+            usual_rows_per_token=usual_rows_per_token(moe),
+        )
 
     return apply
+
+
+def usual_rows_per_token(moe: config.MoE) -> float:
+    """How many rows a token has, as a rule: k of top-k, a little more than the paper's of top-p."""
+    return float(moe.top_k) if moe.router == "top_k" else USUAL_ROWS_PER_TOKEN
+
+
+def saved_rows_per_token(moe: config.MoE) -> float:
+    """What ``config.model.moe.saved_rows_per_token`` says, or those that there usually are.
+
+    Top-8 with two rows kept would compute gate and up of the other six twice.
+    """
+    asked = moe.saved_rows_per_token
+    return asked if asked >= 0 else usual_rows_per_token(moe)
 
 
 def reads_in_stack(moe: config.MoE, width: int, dtype: jnp.dtype) -> bool:

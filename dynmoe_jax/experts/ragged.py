@@ -8,9 +8,9 @@ Kernels visit used rows alone, but element-wise arithmetic and memory follow the
 So the rows are cut: the first S, always computed, whose gate and up activations are kept for
 backward, unless to compute them again is cheaper (:mod:`.swiglu_kernels`); and the rest, in chunks
 of n rows, of which a loop visits those that are used and whose activations backward recomputes.  A
-trained router seldom needs one.  S is ``saved_rows_per_token`` times T, less where other devices
-have the other experts.  (Where ``remat`` recomputes whole layers, what is kept here lives no longer
-than the backward pass of one layer.)
+trained router seldom needs one.  S is ``saved_rows_per_token`` times T (the usual number of rows if
+that is 0), less where other devices have the other experts.  (Where ``remat`` recomputes whole
+layers, what is kept here lives no longer than the backward pass of one layer.)
 
 Axis legend: T tokens, K slots per token, E experts, R rows, S rows kept, n rows of one part, D
 model width, F hidden width of an expert.
@@ -31,7 +31,7 @@ from dynmoe_jax.experts.swiglu import SwiGLU, plain_swiglu
 from dynmoe_jax.experts.weights import ExpertWeights
 
 USUAL_ROWS_PER_TOKEN = 2.0
-"""Where to cut if no rows are saved.  The paper reports a mean of 1.76 experts."""
+"""Of top-p.  The paper reports a mean of 1.76 experts."""
 
 
 def ragged_experts(
@@ -40,7 +40,8 @@ def ragged_experts(
     weights: ExpertWeights,
     *,
     products: GroupedProducts,
-    saved_rows_per_token: float = 2.0,
+    saved_rows_per_token: float = USUAL_ROWS_PER_TOKEN,
+    usual_rows_per_token: float = USUAL_ROWS_PER_TOKEN,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """y_t = sum over the rows of token t of weight * expert(x_t).
 
@@ -50,12 +51,14 @@ def ragged_experts(
       weights: all experts.
       products: the kernels.
       saved_rows_per_token: S / T, how many rows keep their gate and up activations for backward.
+      usual_rows_per_token: S / T if none do.
 
     Returns:
       y_TD, and the number of rows that found no place (always 0 here).
     """
     tokens = math.ceil(x_TD.shape[0] * rows.share)
-    bounds = part_bounds(rows.token_R.shape[0], tokens, saved_rows_per_token, products.row_multiple)
+    cut = saved_rows_per_token or usual_rows_per_token
+    bounds = part_bounds(rows.token_R.shape[0], tokens, cut, products.row_multiple)
     missing = bounds.rows - rows.token_R.shape[0]
     padded = dataclasses.replace(
         rows,
@@ -114,12 +117,12 @@ class PartBounds:
         return jnp.maximum(0, -(-(rows - self.first) // self.chunk))
 
 
-def part_bounds(rows: int, tokens: int, saved_rows_per_token: float, multiple: int) -> PartBounds:
+def part_bounds(rows: int, tokens: int, rows_per_token: float, multiple: int) -> PartBounds:
     """One part if it holds all rows, otherwise S rows and chunks of a quarter of S.
 
     All are rounded up to what the kernels ask for.
     """
-    first = (saved_rows_per_token or USUAL_ROWS_PER_TOKEN) * tokens
+    first = rows_per_token * tokens
     first, everything, chunk = (
         max(1, math.ceil(n / multiple)) * multiple for n in (first, rows, first / 4)
     )

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from dynmoe_jax import config
+from dynmoe_jax.experts import saved_rows_per_token
 from dynmoe_jax.experts.accounting import expert_weight_bytes, layer_cost
 from dynmoe_jax.planning.collectives import Transfer
 from dynmoe_jax.planning.compile import with_shardings
@@ -194,7 +195,7 @@ class _Step:
         heads = model.head_width * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor
         hidden = model.hidden_width
         if self.moe_layers:
-            rows = model.moe.saved_rows_per_token or self.experts
+            rows = saved_rows_per_token(model.moe) or self.experts
             hidden = max(
                 hidden * (self.moe_layers < model.num_layers), rows * model.moe.hidden_width
             )

@@ -70,7 +70,7 @@ def test_torch_loop_computes_the_same_layer():
     for choice in choose("top_2", "top_p_2"):
         loop = layer_torch.LoopOverExperts(arrays)
         loop.choice = choice
-        layer = layer_jax.moe_layer(choice, layer_jax.METHODS["ours"]())
+        layer = layer_jax.moe_layer(choice, layer_jax.backend_of("ours", choice))
         placed = layer_jax.on_device(arrays, "float32")
         wanted = layer(placed.x_TD, layer_jax.moe_parameters(placed))
         actual = loop(torch.from_numpy(arrays.x_TD)).detach().numpy()

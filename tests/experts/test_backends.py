@@ -10,7 +10,13 @@ import pytest
 from jax.test_util import check_grads
 
 from dynmoe_jax import config
-from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend, rows_from_routing
+from dynmoe_jax.experts import (
+    ExpertWeights,
+    apply_experts,
+    make_backend,
+    rows_from_routing,
+    saved_rows_per_token,
+)
 from dynmoe_jax.experts.native import native_experts
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.native import library
@@ -174,11 +180,35 @@ def test_gradients_agree_with_finite_differences(name):
     )
 
 
-@pytest.mark.parametrize("saved_rows_per_token", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("moe", "wanted"),
+    [
+        (config.MoE(router="top_k", top_k=8), 8.0),
+        (config.MoE(router="top_k", top_k=8, saved_rows_per_token=0.0), 0.0),
+        (config.MoE(router="top_p"), 2.0),
+        (config.MoE(router="top_p", saved_rows_per_token=1.5), 1.5),
+    ],
+)
+def test_rows_that_are_kept(moe, wanted):
+    assert saved_rows_per_token(moe) == wanted
+
+
+@pytest.mark.parametrize("saved", [-1.0, 0.0])
+def test_top_k_is_one_part_on_accelerators(saved):
+    """A loop over chunks of rows, each computed in turn, is for rows that are seldom there."""
+    moe = config.MoE(
+        router="top_k", top_k=E, num_experts=E, grouped_product="xla", saved_rows_per_token=saved
+    )
+    x_TD, logits_TE, valid_T, _ = draw_case("top_p", 32)
+    run = layer(make_backend(moe, Target("tpu", "TPU v5")), TopK(E, E), valid_T)
+    assert "while" not in str(jax.make_jaxpr(run)(x_TD, logits_TE, draw_weights()))
+
+
+@pytest.mark.parametrize("saved", [0.0, 0.7])
 @pytest.mark.parametrize("name", [NATIVE, "blocks"])
-def test_recomputed_activations_equal_saved_ones(name, saved_rows_per_token):
+def test_recomputed_activations_equal_saved_ones(name, saved):
     x_TD, logits_TE, valid_T, router = draw_case("top_p", 60)
-    moe = config.MoE(grouped_product=name, saved_rows_per_token=saved_rows_per_token)
+    moe = config.MoE(grouped_product=name, saved_rows_per_token=saved)
     backend = make_backend(moe, CPU)
     actual, _ = value_and_gradients(
         layer(backend, router, valid_T), x_TD, logits_TE, draw_weights()

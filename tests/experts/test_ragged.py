@@ -291,8 +291,6 @@ def test_parts_by_hand():
     assert part_bounds(2100, 300, 2.0, 1) == PartBounds(600, 150, 10)
     # A budget or a top-2 router leaves nothing for a second part.
     assert part_bounds(600, 300, 2.0, 512).chunks == 0
-    # Nothing is saved, yet the rest is still cut off.
-    assert part_bounds(2100, 300, 0.0, 1) == PartBounds(600, 150, 10)
     # Row 600 is the first of the first chunk, row 750 that of the second.
     used = [
         int(part_bounds(2100, 300, 2.0, 1).used_chunks(jnp.int32(n))) for n in (0, 600, 601, 751)
