@@ -9,13 +9,13 @@ from dynmoe_jax.model.parameters import count_parameters
 from dynmoe_jax.planning.planner import Request, plan_run
 from dynmoe_jax.planning.report import print_plan
 
-B, L, D, F, E, V = 8, 1024, 512, 512, 4, 4096
+B, L, D, F, E, V = 8, 512, 256, 256, 4, 1024
 CONFIG = config.Config(
     model=config.Model(
         num_layers=3,
         width=D,
-        num_heads=4,
-        num_kv_heads=4,
+        num_heads=2,
+        num_kv_heads=2,
         head_width=128,
         vocab_size=V,
         max_seq_len=L,
