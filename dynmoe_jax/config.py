@@ -126,7 +126,7 @@ class Model:
     attention: str = setting(
         "auto",
         "what computes attention; auto = by platform, see docs/design.md",
-        choices=("auto", "native", "xla", "tiled", "cudnn", "splash", "flat", "tokamax"),
+        choices=("auto", "native", "xla", "tiled", "triton", "cudnn", "splash", "flat", "tokamax"),
     )
     unroll: int = setting(
         0,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dynmoe_jax import config
+from dynmoe_jax.experts.triton_tiling import shared_bytes
 from dynmoe_jax.model.attention_kernels import (
     SPLASH_BLOCKS,
     AttentionKernel,
@@ -24,6 +25,12 @@ from dynmoe_jax.model.attention_kernels import (
 from dynmoe_jax.model.attention_tiles import tiled_attention
 from dynmoe_jax.model.flat_attention import flat_heads_attention, flat_obstacle
 from dynmoe_jax.model.native_attention import native_attention
+from dynmoe_jax.model.triton_attention import (
+    LARGE_WIDTH_BYTES,
+    POSITIONS,
+    WIDTHS,
+    triton_attention,
+)
 from dynmoe_jax.native import library
 from dynmoe_jax.target import Target
 
@@ -32,6 +39,7 @@ KERNELS: dict[str, AttentionKernel] = {
     "xla": xla_attention,
     "native": native_attention,
     "tiled": tiled_attention,
+    "triton": triton_attention,
     "cudnn": cudnn_attention,
     "splash": splash_attention,
     "flat": flat_heads_attention,
@@ -39,6 +47,7 @@ KERNELS: dict[str, AttentionKernel] = {
 }
 PLATFORMS = {
     "native": ("cpu",),
+    "triton": ("gpu",),
     "cudnn": ("gpu",),
     "splash": ("tpu",),
     "flat": ("tpu",),
@@ -118,7 +127,9 @@ def choose_attention(
        Otherwise ``splash``, if one of its tiles divides L.  It skips the blocks above the diagonal
        and never holds scores of all pairs; with it a step of MaxText took 4.45 s where the older
        flash attention took 5.95 (AI-Hypercomputer/torchprime#145).
-    2. NVIDIA GPU: ``cudnn``, where it knows the type, width and length (:func:`_cudnn_obstacle`).
+    2. NVIDIA GPU: ``triton``, kernels of our own, where they know type, width and length
+       (:func:`_triton_obstacle`); otherwise ``cudnn``, where it does (:func:`_cudnn_obstacle`),
+       whose segments are a mask of all pairs.  Not measured: there was no GPU.
     3. CPU: ``native``, kernels of our own, where a C++ compiler is installed and the type is
        float32; otherwise ``tiled``.  Both compute little more than the pairs that attend.  Forward
        and backward of 8 sequences of 512 positions, 8 heads of 64, on two cores: with ``tiled``
@@ -140,6 +151,7 @@ def choose_attention(
     """
     obstacles = {
         "native": _native_obstacle(target, dtype),
+        "triton": _triton_obstacle(target, dtype, length, width),
         "cudnn": _cudnn_obstacle(target, dtype, length, width),
         "splash": _splash_obstacle(length),
         "flat": _flat_obstacle(target, dtype, length, width, heads, kv_heads),
@@ -154,7 +166,7 @@ def choose_attention(
     if target.platform == "tpu":
         return next((name for name in ("flat", "splash") if not obstacles[name]), "xla")
     if target.platform == "gpu":
-        return "xla" if obstacles["cudnn"] else "cudnn"
+        return next((name for name in ("triton", "cudnn") if not obstacles[name]), "xla")
     return "tiled" if obstacles["native"] else "native"
 
 
@@ -175,6 +187,20 @@ def _flat_obstacle(target: Target, dtype: jnp.dtype, length, width, heads, kv_he
     if any(kind in target.kind for kind in SMALL_FAST_MEMORY):
         return "a TPU whose fast memory holds whole sequences, v5 or later"
     return flat_obstacle(length, width, heads, kv_heads, dtype)
+
+
+def _triton_obstacle(target: Target, dtype: jnp.dtype, length: int, width: int) -> str:
+    if target.compute_capability < AMPERE:
+        return "an NVIDIA GPU of compute capability 8.0 or more"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"config.model.dtype='bfloat16', not {jnp.dtype(dtype).name}"
+    small = shared_bytes(target.compute_capability) < LARGE_WIDTH_BYTES
+    widths = WIDTHS[:-1] if small else WIDTHS
+    if width not in widths:
+        return f"a config.model.head_width of {', '.join(map(str, widths))} here, not {width}"
+    if length % POSITIONS:
+        return f"sequences of a multiple of {POSITIONS} positions, not {length}"
+    return ""
 
 
 def _cudnn_obstacle(target: Target, dtype: jnp.dtype, length: int, width: int) -> str:

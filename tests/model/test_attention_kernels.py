@@ -23,6 +23,7 @@ V4 = Target("tpu", "TPU v4")
 V5P = Target("tpu", "TPU v5")
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)
 A100 = Target("gpu", "NVIDIA A100-SXM4-80GB", 8.0)
+RTX = Target("gpu", "NVIDIA GeForce RTX 4090", 8.9)
 V100 = Target("gpu", "Tesla V100-SXM2-16GB", 7.0)
 AMD = Target("gpu", "AMD Instinct MI300X")
 
@@ -171,12 +172,17 @@ BF16, F32 = jnp.bfloat16, jnp.float32
         (V5P, BF16, 8192, 64, "splash"),
         (V5P, BF16, 2048, 96, "splash"),
         (V5P, BF16, 200, 64, "xla"),
-        (H100, BF16, 2048, 64, "cudnn"),
+        (H100, BF16, 2048, 64, "triton"),
+        (H100, BF16, 2048, 128, "triton"),
+        (RTX, BF16, 2048, 64, "triton"),
+        (RTX, BF16, 2048, 128, "cudnn"),
         (H100, BF16, 2048, 256, "cudnn"),
+        (H100, BF16, 2000, 64, "cudnn"),
         (H100, F32, 2048, 64, "xla"),
         (H100, BF16, 2047, 64, "xla"),
         (H100, BF16, 2048, 68, "xla"),
-        (A100, BF16, 2048, 128, "cudnn"),
+        (A100, BF16, 2048, 128, "triton"),
+        (A100, BF16, 2048, 96, "cudnn"),
         (A100, BF16, 2048, 136, "xla"),
         (V100, BF16, 2048, 64, "xla"),
         (AMD, BF16, 2048, 64, "xla"),
@@ -192,6 +198,12 @@ def test_auto(target, dtype, length, width, wanted):
         ("splash", CPU, BF16, 2048, 64, "'splash' needs a TPU, and this is a CPU; use"),
         ("native", H100, F32, 2048, 64, "'native' needs a CPU, and this is a GPU; use"),
         ("native", CPU, BF16, 2048, 64, "needs config.model.dtype='float32', not bfloat16; use"),
+        ("triton", V5P, BF16, 2048, 64, "'triton' needs a GPU, and this is a TPU; use"),
+        ("triton", H100, F32, 2048, 64, "needs config.model.dtype='bfloat16', not float32; use"),
+        ("triton", H100, BF16, 2048, 96, "head_width of 32, 64, 128 here, not 96; use"),
+        ("triton", RTX, BF16, 2048, 128, "head_width of 32, 64 here, not 128; use"),
+        ("triton", H100, BF16, 2000, 64, "a multiple of 128 positions, not 2000; use"),
+        ("triton", V100, BF16, 2048, 64, "compute capability 8.0 or more; use"),
         ("cudnn", V5P, BF16, 2048, 64, "'cudnn' needs a GPU, and this is a TPU; use"),
         ("tokamax", CPU, BF16, 2048, 64, "'tokamax' needs a GPU or TPU, and this is a CPU; use"),
         ("splash", V5P, BF16, 200, 64, "a multiple of 128 positions, not 200; use"),
@@ -228,6 +240,7 @@ def test_the_rule_is_followed_when_attention_is_traced(monkeypatch):
     make_attention("auto", V5P)(*draw(2, 2, BF16)[:3], SEGMENTS_BL)
     make_attention("auto", H100)(*draw(2, 2, BF16)[:3], SEGMENTS_BL)
     make_attention("auto", CPU)(*draw(2, 2, BF16)[:3], SEGMENTS_BL)
+    # Heads of 16.
     assert called == ["splash", "cudnn", "tiled"]
 
 
