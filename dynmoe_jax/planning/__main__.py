@@ -3,10 +3,12 @@
     python -m dynmoe_jax.planning --config=configs/paper/moe_dynamic.py --topology=v5p:4x4x4
 
 compiles the real training step ahead of time for a TPU slice, on a machine without a TPU (extra
-tpu-aot), and shows whether it fits, how long a step takes, and where the time goes.
+tpu-aot), and shows whether it fits, how long a step takes, and where the time goes.  With --compile
+it does so for GPUs (extra gpu-aot).
 
   --topology=NAME          a TPU slice such as v5p:4x4x4 or v6e:8x8, or GPUs such as h100:8 or
                            h100:4x8 (nodes x GPUs of one), which are planned by arithmetic
+  --compile                compile the step for GPUs, too
   --search                 try the meshes of that topology and rank them
   --experts_per_token=N    mean experts of a token; by default k of top-k, 1.76 of top-p (what the
                            paper reports of its trained model)
@@ -40,6 +42,7 @@ def parse(argv: Sequence[str]) -> tuple[Request, bool, Path | None]:
     topology = flags.DEFINE_string("topology", "", "the hardware", flag_values=values)
     search = flags.DEFINE_bool("search", False, "rank meshes", flag_values=values)
     experts = flags.DEFINE_float("experts_per_token", None, "mean experts", flag_values=values)
+    compiled = flags.DEFINE_bool("compile", False, "compile for GPUs", flag_values=values)
     path = flags.DEFINE_string("json", "", "where figures go", flag_values=values)
     try:
         rest = values(list(argv), known_only=True)
@@ -50,7 +53,7 @@ def parse(argv: Sequence[str]) -> tuple[Request, bool, Path | None]:
         raise config.ConfigError(
             "--topology is missing: name the hardware, such as --topology=v5p:4x4x4."
         )
-    request = Request(cfg, topology.value, experts.value)
+    request = Request(cfg, topology.value, experts.value, compiled.value)
     return request, search.value, Path(path.value).expanduser() if path.value else None
 
 

@@ -1,7 +1,8 @@
-"""A plan by arithmetic alone, for GPUs: a roofline of every part of the model.
+"""A plan for GPUs: a roofline of every operation, or of every part of the model.
 
-Nothing is compiled, so nothing is known of what a compiler would add.  A part of the model takes
-the time of its products at the peak rate or of its bytes through main memory, whichever is longer.
+By arithmetic nothing is known of what a compiler would add: a part of the model takes the time of
+its products at the peak rate or of its bytes through main memory, whichever is longer.  Compiled
+(:mod:`.gpu_roofline`), the same is counted for every operation.  What travels is arithmetic.
 
 Axis legend: T tokens, L positions, R rows, E experts, D model width, F hidden width, H heads, G
 key/value heads, W head width, N layers, V vocabulary.
@@ -11,17 +12,19 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import saved_rows_per_token
 from dynmoe_jax.experts.accounting import expert_weight_bytes, layer_cost
 from dynmoe_jax.planning.collectives import Transfer
-from dynmoe_jax.planning.compile import with_shardings
-from dynmoe_jax.planning.memory import MemoryPlan, remedy, shard_bytes
+from dynmoe_jax.planning.compile import compile_step, state_shapes, with_shardings
+from dynmoe_jax.planning.gpu_roofline import GpuRoofline
+from dynmoe_jax.planning.memory import MemoryPlan, memory_plan, remedy, shard_bytes
 from dynmoe_jax.planning.plan import FlopsPlan, Plan, TimePlan, analytic_flops, new_plan, traffic_of
 from dynmoe_jax.planning.schedule import Operation
 from dynmoe_jax.planning.topology import Topology
+from dynmoe_jax.planning.tpu import dense_over_experts
 from dynmoe_jax.training.mesh import state_shardings
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state
@@ -29,9 +32,15 @@ from dynmoe_jax.training.step import TrainState, init_state
 _BYTES = 2
 """Of a number in the compute type."""
 _DEAREST = 10
-_ASSUMPTIONS = (
+_ARITHMETIC = (
     "Arithmetic, nothing is compiled: every part of the model takes its products at the peak rate "
-    "or its bytes through main memory, so a real step takes longer.",
+    "or its bytes through main memory, so a real step takes longer."
+)
+_COMPILED = (
+    "Memory and operations of the compiled step; each takes its products at the peak rate or its "
+    "bytes through main memory, so a real step takes longer.  What travels is arithmetic."
+)
+_ASSUMPTIONS = (
     "Gathers of parameters and sums of gradients run beside compute, as far as it lasts; exchanges "
     "of tokens and sums over config.mesh.model are waited for.",
     "Utilisation = analytic FLOPs (forward and backward, no recomputation) over peak x step time.",
@@ -39,7 +48,11 @@ _ASSUMPTIONS = (
 
 
 def plan_on_gpu(
-    cfg: config.Config, topology: Topology, sizes: dict[str, int], experts: float
+    cfg: config.Config,
+    topology: Topology,
+    sizes: dict[str, int],
+    experts: float,
+    mesh: Mesh | None = None,
 ) -> Plan:
     """The figures of a step on boxes of GPUs that NVLink joins, and a network between them.
 
@@ -48,28 +61,66 @@ def plan_on_gpu(
       topology: boxes of GPUs.
       sizes: devices along each mesh axis, outer ones first.
       experts: mean experts of a token.
+      mesh: of described devices, to compile the step for; None: by arithmetic.
     """
     step = _Step(cfg, topology, sizes, experts)
-    operations, transfers = step.operations(), step.transfers()
+    compiled = _compiled(step, mesh) if mesh else None
+    operations = compiled.operations if compiled else step.operations()
+    transfers = step.transfers()
     compute = sum(operation.total for operation in operations)
+    kernels = sum(operation.total for operation in operations if "kernel " in operation.what)
     hidden = sum(n * t.seconds for n, t, _ in transfers if t.axes in ("data", "slice"))
     waited = sum(n * t.seconds for n, t, _ in transfers if t.axes not in ("data", "slice"))
     exposed = waited + max(0.0, hidden - compute)
     dear = [*operations, *(operation for _, _, operation in transfers)]
     analytic = analytic_flops(cfg, experts, topology.devices)
-    recomputed = analytic / 3 if cfg.model.remat == "layer" else 0.0
+    again = analytic / 3 if cfg.model.remat == "layer" else 0.0
+    flops = compiled.flops if compiled else FlopsPlan(analytic, None, again)
     return new_plan(
         cfg,
         topology,
         sizes,
         experts,
-        memory=step.memory(),
-        flops=FlopsPlan(analytic, None, recomputed),
-        time=TimePlan(compute, hidden + waited, exposed),
+        memory=compiled.memory if compiled else step.memory(),
+        flops=flops,
+        time=TimePlan(compute, hidden + waited, exposed, kernels),
         traffic=traffic_of(transfers),
         operations=tuple(sorted(dear, key=lambda o: -o.total)[:_DEAREST]),
-        assumptions=_ASSUMPTIONS,
+        compile_seconds=compiled.seconds if compiled else 0.0,
+        assumptions=(_COMPILED if compiled else _ARITHMETIC, *_ASSUMPTIONS),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """What the compiler made of a step."""
+
+    operations: list[Operation]
+    memory: MemoryPlan
+    flops: FlopsPlan
+    seconds: float
+
+
+def _compiled(step: "_Step", mesh: Mesh) -> _Compiled:
+    cfg, chip = step.cfg, step.topology.chip
+    compiled = compile_step(cfg, mesh)
+    roofline = GpuRoofline(compiled.module, chip, step.experts * step.tokens)
+    state = state_shapes(cfg, mesh)
+    limit, devices = chip.memory_bytes, step.batch_devices
+    module = compiled.module
+    flops = FlopsPlan(
+        analytic_flops(cfg, step.experts, step.topology.devices),
+        roofline.flops,
+        roofline.recomputed,
+        module.flops() - module.flops(usual=True),
+        tuple(dense_over_experts(module, cfg.model, step.sizes)),
+    )
+    memory = memory_plan(cfg, state, compiled, limit, devices)
+    # XLA for GPU unrolls the loops that would tell them apart: the share is that of arithmetic.
+    room = memory.activations + memory.temporaries
+    kept = min(room, step.memory().activations)
+    memory = dataclasses.replace(memory, activations=kept, temporaries=room - kept)
+    return _Compiled(roofline.operations, memory, flops, compiled.seconds)
 
 
 @dataclasses.dataclass(frozen=True)

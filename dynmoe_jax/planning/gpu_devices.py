@@ -6,6 +6,7 @@ import os
 
 import jax
 
+from dynmoe_jax import config
 from dynmoe_jax.experts.triton_tiling import shared_bytes
 from dynmoe_jax.planning.topology import Topology
 
@@ -61,7 +62,13 @@ def why_not() -> str:
 
 
 def describe_gpus(topology: Topology) -> list[jax.Device]:
-    """The devices of boxes of GPUs that need not be there; :func:`why_not` must have nothing."""
+    """The devices of boxes of GPUs that need not be there.
+
+    Raises:
+      ConfigError: the compiler for GPUs is not installed.
+    """
+    if reason := why_not():
+        raise config.ConfigError(f"--compile: {reason}, which brings the compiler for GPUs.")
     boxes, each = topology.sizes if len(topology.sizes) == 2 else (1, topology.devices)
     return describe(GPUS[topology.chip_name], f"1x{boxes}x{each}")
 

@@ -151,6 +151,20 @@ class Module:
                 for called in self.branches(instruction, usual):
                     yield from self.scheduled(called, usual)
 
+    def source_of(self, computation: str, instruction: Instruction) -> str:
+        """The function that it comes from, or what is fused into it, or what it reads."""
+        if found := self.sources.module(instruction.frame):
+            return found
+        for called in instruction.called:
+            for inner in reversed(self.computations[called].values()):
+                if found := self.sources.module(inner.frame):
+                    return found
+        known = self.computations[computation]
+        for name in instruction.operands:
+            if name in known and (found := self.sources.module(known[name].frame)):
+                return found
+        return ""
+
     def operand_shapes(self, computation: str, instruction: Instruction) -> list[Shape]:
         """First shapes of the operands."""
         known = self.computations[computation]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dynmoe_jax import config
 from dynmoe_jax.console import stage
 from dynmoe_jax.planning.gpu import plan_on_gpu
+from dynmoe_jax.planning.gpu_devices import describe_gpus
 from dynmoe_jax.planning.plan import Plan, expected_experts
 from dynmoe_jax.planning.search import Search, candidate_meshes
 from dynmoe_jax.planning.topology import Topology, describe_devices, parse_topology
@@ -21,11 +22,13 @@ class Request:
       cfg: all settings.
       topology: name of the hardware.
       experts_per_token: mean experts of a token; None: see :func:`expected_experts`.
+      compile: whether to compile for GPUs too; for TPUs it always does.
     """
 
     cfg: config.Config
     topology: str
     experts_per_token: float | None = None
+    compile: bool = False
 
 
 def plan_run(request: Request) -> Plan:
@@ -35,10 +38,10 @@ def plan_run(request: Request) -> Plan:
       ConfigError: topology, mesh and model do not go together.
     """
     topology = _topology(request)
-    planned = _planner(topology)
+    planned = _planner(topology, request.compile)
     sizes = mesh_shape(request.cfg.mesh, topology.devices)
     check_divides(request.cfg.model, sizes)
-    if not topology.is_tpu:
+    if not (topology.is_tpu or request.compile):
         return planned(request, sizes)
     with stage(f"Compiling the training step for {topology.name}"):
         return planned(request, sizes)
@@ -51,7 +54,7 @@ def search_meshes(request: Request) -> Search:
       ConfigError: topology and model do not go together, or no mesh obeys the rules.
     """
     topology = _topology(request)
-    planned = _planner(topology)
+    planned = _planner(topology, request.compile)
     candidates, refused = candidate_meshes(request.cfg, topology)
     if not candidates:
         reasons = "; ".join(f"{text}: {why}" for text, why in refused.items())
@@ -68,24 +71,23 @@ def _topology(request: Request) -> Topology:
     return parse_topology(request.topology, max(1, request.cfg.mesh.slice))
 
 
-def _planner(topology: Topology) -> Callable[[Request, dict[str, int]], Plan]:
-    if not topology.is_tpu:
+def _planner(topology: Topology, compiled: bool) -> Callable[[Request, dict[str, int]], Plan]:
+    devices = None
+    if topology.is_tpu:
+        devices = describe_devices(topology)
+    elif compiled:
+        devices = describe_gpus(topology)
 
-        def on_gpu(request, sizes):
-            cfg = with_mesh(request.cfg, sizes)
-            experts = expected_experts(cfg.model.moe, request.experts_per_token)
-            return _noted(plan_on_gpu(cfg, topology, sizes, experts), request)
-
-        return on_gpu
-    devices = describe_devices(topology)
-
-    def on_tpu(request, sizes):
+    def planned(request, sizes):
         cfg = with_mesh(request.cfg, sizes)
         experts = expected_experts(cfg.model.moe, request.experts_per_token)
-        mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches, devices)
-        return _noted(plan_on_tpu(cfg, topology, mesh, experts), request)
+        batch = cfg.train.batch_size // cfg.train.microbatches
+        mesh = make_mesh(cfg.mesh, batch, devices) if devices else None
+        if topology.is_tpu:
+            return _noted(plan_on_tpu(cfg, topology, mesh, experts), request)
+        return _noted(plan_on_gpu(cfg, topology, sizes, experts, mesh), request)
 
-    return on_tpu
+    return planned
 
 
 def _noted(plan: Plan, request: Request) -> Plan:

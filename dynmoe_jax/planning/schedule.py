@@ -183,27 +183,12 @@ class Schedule:
     def _operation(self, instruction, computation, times, seconds) -> Operation:
         return Operation(
             instruction.name,
-            self._source(instruction, computation),
+            self._module.source_of(computation, instruction),
             _what(instruction),
             times,
             seconds,
             instruction.cycles,
         )
-
-    def _source(self, instruction: Instruction, computation: str) -> str:
-        """Its own module, or that of what is fused into it, or of what it reads."""
-        sources = self._module.sources
-        if found := sources.module(instruction.frame):
-            return found
-        for called in instruction.called:
-            for inner in reversed(self._module.computations[called].values()):
-                if found := sources.module(inner.frame):
-                    return found
-        known = self._module.computations[computation]
-        for name in instruction.operands:
-            if name in known and (found := sources.module(known[name].frame)):
-                return found
-        return ""
 
     def _record_transfer(self, transfer, instruction, started, times) -> None:
         module = self._module.sources.module(started.frame)
