@@ -8,8 +8,8 @@ import pytest
 from dynmoe_jax import config
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.model.flops import training_flops
-from dynmoe_jax.planning import gpu_devices
 from dynmoe_jax.planning import __main__ as command
+from dynmoe_jax.planning import gpu_devices
 from dynmoe_jax.planning.memory import MemoryPlan
 from dynmoe_jax.planning.plan import expected_experts
 from dynmoe_jax.planning.planner import Request, plan_run, search_meshes, with_mesh
