@@ -23,12 +23,19 @@ _FREE = (
     "call", "optimization-barrier", "after-all", "iota", "partition-id", "replica-id",
 )  # fmt: skip
 _COLLECTIVE = re.compile(r"^(?:all-|reduce-scatter|ragged-all-to-all|collective-|async-)")
-_ATTENTION = re.compile(r"attention_(?:forward|to_keys|to_queries)")
+_ATTENTION = re.compile(
+    r"attention_(?:forward|to_keys|to_queries)|__cudnn\$fmha[A-Za-z]*Backward|__cudnn\$fmha"
+)
 _ATTENTION_PRODUCTS = {
-    "attention_forward": (2, 0), "attention_to_keys": (3, 1), "attention_to_queries": (1, 2),
-}  # fmt: skip
+    "attention_forward": (2, 0),
+    "attention_to_keys": (3, 1),
+    "attention_to_queries": (1, 2),
+    "__cudnn$fmha": (2, 0),
+}
 """Products of scores or of as many numbers: for the first time, and again."""
-_KERNEL = re.compile(r"(?:grouped|attention)_[a-z_]+")
+_BACKWARD_OF_CUDNN = (4, 1)
+_GROUPED = re.compile(r"grouped_[a-z_]+")
+_SLICES = ("dynamic-slice", "gather")
 _PASSES_ON = ("bitcast", "reshape", "convert")
 
 
@@ -86,9 +93,10 @@ class GpuRoofline:
 
     def _cost(self, computation: str, instruction: Instruction) -> Cost:
         moved = self._moved(computation, instruction)
-        if instruction.is_kernel and (found := _ATTENTION.search(instruction.op_name)):
+        if found := _attention(instruction):
             shapes = self._module.operand_shapes(computation, instruction)
-            first, again = (n * _pairs(shapes) for n in _ATTENTION_PRODUCTS[found[0]])
+            products = _ATTENTION_PRODUCTS.get(found, _BACKWARD_OF_CUDNN)
+            first, again = (n * _pairs(shapes) for n in products)
             return self._cost_of(instruction, first, again, moved)
         if instruction.is_kernel:
             return self._grouped_cost(computation, instruction, moved)
@@ -140,7 +148,7 @@ class GpuRoofline:
         moved, updated = 0.0, 0
         for number, operand in enumerate(operands):
             users = list(_users(inside, parameters[number].name))
-            if users and all(u.opcode in ("dynamic-slice", "gather") for u, _ in users):
+            if users and all(u.opcode in _SLICES and at == 0 for u, at in users):
                 moved += sum(sum(u.sizes) for u, _ in users)
             elif any(u.opcode == "dynamic-update-slice" and at == 0 for u, at in users):
                 updated += sum(operand.sizes)
@@ -177,6 +185,14 @@ def _computes_again(instruction: Instruction, product: Product) -> bool:
     return names and forward
 
 
+def _attention(instruction: Instruction) -> str:
+    """The kernel of attention that an instruction is; empty for anything else."""
+    if instruction.opcode != "custom-call":
+        return ""
+    found = _ATTENTION.search(f"{instruction.op_name} {instruction.text}")
+    return found[0] if found else ""
+
+
 def _pairs(shapes: Sequence[Shape]) -> float:
     """FLOPs of one product over the pairs of positions that attend: about a half of all."""
     batch, length, heads, width = next(shape for shape in shapes if len(shape) == 4)
@@ -184,7 +200,9 @@ def _pairs(shapes: Sequence[Shape]) -> float:
 
 
 def _what(instruction: Instruction) -> str:
+    if attention := _attention(instruction):
+        return f"kernel {attention}"
     if instruction.is_kernel:
-        found = _KERNEL.search(instruction.op_name)
+        found = _GROUPED.search(instruction.op_name)
         return f"kernel {found[0]}" if found else "kernel"
     return instruction.op_name.rsplit("/", 1)[-1] or instruction.opcode
