@@ -58,14 +58,12 @@ PRESETS = {
         seq_len=32,
     ),
     # The paper's model of 3.5B parameters.  Compiled for an H100: 42 GB of state, 23 GB for
-    # gradients and what backward needs of 32 sequences, if it computes layers again.  By the
-    # roofline of each operation (`dynmoe_jax.planning --compile`) that reaches 50% of the peak,
-    # element-wise arithmetic, gate and up alone (12 sequences fit) 42%, and nothing (4) 22%: what
-    # does not depend on the batch counts for more.  From 67 GB on XLA makes room by computing
-    # arrays several times, which sums over microbatches (14 GB) would force it to.
+    # gradients and what backward needs of 14 sequences, if it computes element-wise arithmetic,
+    # gate and up again.  Of more, XLA makes room by computing arrays several times, and sums over
+    # microbatches would take 14 GB.
     "paper": Preset(
-        config.Model(remat="layer"),
-        batch_size=32,
+        config.Model(remat="elementwise", unroll=24, moe=config.MoE(saved_rows_per_token=0.0)),
+        batch_size=14,
         seq_len=2048,
     ),
 }

@@ -127,6 +127,8 @@ def test_unrolled_layers_compute_the_same(small, draw):
         ({}, "cpu", True, 13, 1),
         ({}, "cpu", False, 12, 1),
         ({"dtype": "bfloat16"}, "cpu", True, 12, 1),
+        ({}, "gpu", False, 12, 12),
+        ({}, "gpu", False, 13, 1),
         ({}, "tpu", True, 12, 1),
         ({"unroll": 3}, "tpu", True, 12, 3),
     ],
