@@ -20,7 +20,7 @@ from dynmoe_jax.experts.grouped_products import REFERENCE
 from dynmoe_jax.experts.swiglu import plain_swiglu
 from dynmoe_jax.experts.triton_products import triton_products
 from dynmoe_jax.experts.triton_swiglu import triton_swiglu
-from dynmoe_jax.experts.triton_tiling import shared_bytes, tiles_for
+from dynmoe_jax.experts.triton_tiling import tiles_for
 from dynmoe_jax.model.attention_kernels import xla_attention
 from dynmoe_jax.model.triton_attention import triton_attention
 from dynmoe_jax.target import current_target
@@ -41,7 +41,7 @@ def draw(number: int, *shape: int) -> jax.Array:
 
 def expert_cases(rows: int, interpret: bool = False) -> Iterator[Case]:
     """(name, kernel's result, twin's result), each for the rows used; one expert has none."""
-    memory = shared_bytes(current_target().compute_capability)
+    memory = current_target().shared_bytes
     share = rows // (2 * E)
     sizes = [share * (i % 4) for i in range(E)]
     group_size_E, used = jnp.array(sizes, jnp.int32), sum(sizes)

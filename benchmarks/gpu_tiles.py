@@ -25,7 +25,7 @@ from benchmarks.timing import interleave, show_progress
 from dynmoe_jax.experts import ExpertWeights
 from dynmoe_jax.experts.triton_products import triton_products
 from dynmoe_jax.experts.triton_swiglu import triton_swiglu
-from dynmoe_jax.experts.triton_tiling import Tile, Tiles, shared_bytes, tiles_for
+from dynmoe_jax.experts.triton_tiling import Tile, Tiles, tiles_for
 from dynmoe_jax.target import current_target
 
 CANDIDATES = (
@@ -162,7 +162,7 @@ def measure(
     """A record for each kernel and tile, and why others could not be compiled."""
     arrays = draw(preset)
     rows, experts = arrays.x_RD.shape[0], preset.num_experts
-    usual = tiles_for(rows, experts, shared_bytes(current_target().compute_capability))
+    usual = tiles_for(rows, experts, current_target().shared_bytes)
     cases, tile_of, refused = {}, {}, {}
     for name in names:
         chosen = getattr(usual, KERNELS[name].field)

@@ -32,6 +32,13 @@ class Target:
     kind: str = ""
     compute_capability: float = 0.0
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that a program on an NVIDIA GPU may have (CUDA programming guide)."""
+        if self.compute_capability in (8.0, 8.7):
+            return 163 * 2**10
+        return (227 if 9 <= self.compute_capability < 12 else 99) * 2**10
+
     @classmethod
     def of(cls, device: jax.Device) -> "Target":
         """The kind of a device, real or described by ``jax.experimental.topologies``."""

@@ -13,7 +13,7 @@ from dynmoe_jax.experts.accounting import chip_of, vmem_bytes
 from dynmoe_jax.experts.grouped_products import XLA, GroupedProducts
 from dynmoe_jax.experts.megablox_products import megablox_products
 from dynmoe_jax.experts.tokamax_products import tokamax_products
-from dynmoe_jax.experts.triton_tiling import WIDTH_MULTIPLE, shared_bytes
+from dynmoe_jax.experts.triton_tiling import WIDTH_MULTIPLE
 from dynmoe_jax.native import library
 from dynmoe_jax.target import Target
 
@@ -166,7 +166,7 @@ def make_products(name: str, target: Target) -> GroupedProducts:
         # Not installed everywhere, and JAX says that it will go.
         from dynmoe_jax.experts.triton_products import triton_products
 
-        return triton_products(shared_bytes(target.compute_capability))
+        return triton_products(target.shared_bytes)
     if name == "tokamax":
         return tokamax_products(target.platform)
     return {"xla": XLA}[name]

@@ -25,7 +25,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from dynmoe_jax.experts.grouped_products import GroupedProducts
 from dynmoe_jax.experts.triton_tiling import Tile, Tiles, dividing, tiles_for, visits_of
-from dynmoe_jax.experts.triton_visit import Visit, at, dot, grid_of, options
+from dynmoe_jax.experts.triton_visit import Visit, at, grid_of
+from dynmoe_jax.triton import dot, options
 
 NAME, GRADIENT = "grouped_product", "grouped_weight_gradient"
 
@@ -85,7 +86,7 @@ def product(tile: Tile, x_RI, w_EIO, group_size_E, *, transposed=False, interpre
         out_shape=jax.ShapeDtypeStruct((rows, outer), x_RI.dtype),
         grid=grid_of(outer // tile.c, visits[0].shape[0], bytes_of_tile),
         name=NAME,
-        **options(tile, interpret),
+        **options(tile.warps, tile.stages, interpret),
     )(*visits, x_RI, w_EIO)
 
 
@@ -113,7 +114,7 @@ def gradient(tile: Tile, x_RI, dy_RO, group_size_E, *, interpret=False):
         out_shape=jax.ShapeDtypeStruct((experts, inner, outer), x_RI.dtype),
         grid=(inner // tile.m, outer // tile.c, experts),
         name=GRADIENT,
-        **options(tile, interpret),
+        **options(tile.warps, tile.stages, interpret),
     )(end_E - group_size_E, end_E, x_RI, dy_RO)
 
 

@@ -21,7 +21,8 @@ from jax.experimental.pallas import triton as plgpu
 from dynmoe_jax.experts.swiglu import FORWARD, KEPT_BACKWARD, SwiGLU
 from dynmoe_jax.experts.triton_products import product
 from dynmoe_jax.experts.triton_tiling import Tiles, dividing, visits_of
-from dynmoe_jax.experts.triton_visit import Visit, grid_of, options
+from dynmoe_jax.experts.triton_visit import Visit, grid_of
+from dynmoe_jax.triton import options
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def _forward(tiles, interpret, x_nD, weight_n1, weights, group_size_E):
         ),
         grid=grid_of(hidden // tile.c, visits[0].shape[0], bytes_of_tile),
         name=FORWARD,
-        **options(tile, interpret),
+        **options(tile.warps, tile.stages, interpret),
     )(*visits, x_nD, weights.gate_up_ED2F, weight_n1[:, 0])
 
 
@@ -97,7 +98,7 @@ def _backward(tiles, interpret, gate_up_n2F, dy_nD, weight_n1, weights, group_si
         ),
         grid=grid_of(column_tiles, visits[0].shape[0], width * tile.c * dy_nD.dtype.itemsize),
         name=KEPT_BACKWARD,
-        **options(tile, interpret),
+        **options(tile.warps, tile.stages, interpret),
     )(*visits, dy_nD, weights.down_EFD, gate_up_n2F, weight_n1[:, 0])
     return hidden_nF, dgate_up_n2F, jnp.sum(dweight_Jn, axis=0)[:, None]
 

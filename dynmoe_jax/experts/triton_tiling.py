@@ -57,13 +57,6 @@ class Tiles:
     dswiglu: Tile
 
 
-def shared_bytes(compute_capability: float) -> int:
-    """Shared memory that a program may have, from the CUDA programming guide."""
-    if compute_capability in (8.0, 8.7):
-        return 163 * 2**10
-    return (227 if 9 <= compute_capability < 12 else 99) * 2**10
-
-
 @functools.cache
 def tiles_for(rows: int, experts: int, shared_bytes: int) -> Tiles:
     """Tiles for R rows of E experts.

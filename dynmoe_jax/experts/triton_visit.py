@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from dynmoe_jax.experts.triton_tiling import Tile
+from dynmoe_jax.triton import dot
 
 PANEL_BYTES = 16 * 2**20
 """Of an expert's matrix that is worked on while the rows go by: it has to stay in the second-level
@@ -110,12 +111,6 @@ def at(x_RI: Ref, row_m: jax.Array, columns: pl.Slice) -> Ref:
     return x_RI.at[row_m[:, None], (columns.start + jnp.arange(columns.size))[None, :]]
 
 
-def dot(a: jax.Array, b: jax.Array, **transposed: bool) -> jax.Array:
-    """The product of two tiles, float32; of float32 exactly so, not of its first bits."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return plgpu.dot(a, b, precision=exact, **transposed)
-
-
 def grid_of(column_tiles: int, visits: int, bytes_of_tile: int) -> tuple[int, int, int]:
     """Programs in the order in which they start: tiles of a panel, visits, panels.
 
@@ -130,11 +125,3 @@ def grid_of(column_tiles: int, visits: int, bytes_of_tile: int) -> tuple[int, in
     fits = max(1, PANEL_BYTES // bytes_of_tile)
     panel = max(n for n in range(1, min(column_tiles, fits) + 1) if column_tiles % n == 0)
     return panel, visits, column_tiles // panel
-
-
-def options(tile: Tile, interpret: bool) -> dict[str, Any]:
-    """Of every call."""
-    return {
-        "compiler_params": plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        "interpret": interpret,
-    }

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.triton_tiling import shared_bytes
 from dynmoe_jax.model.attention_kernels import (
     SPLASH_BLOCKS,
     AttentionKernel,
@@ -194,7 +193,7 @@ def _triton_obstacle(target: Target, dtype: jnp.dtype, length: int, width: int) 
         return "an NVIDIA GPU of compute capability 8.0 or more"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"config.model.dtype='bfloat16', not {jnp.dtype(dtype).name}"
-    small = shared_bytes(target.compute_capability) < LARGE_WIDTH_BYTES
+    small = target.shared_bytes < LARGE_WIDTH_BYTES
     widths = WIDTHS[:-1] if small else WIDTHS
     if width not in widths:
         return f"a config.model.head_width of {', '.join(map(str, widths))} here, not {width}"

@@ -22,6 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from dynmoe_jax.triton import dot, options
+
 WIDTHS = (32, 64, 128)
 """Of heads: what tiles are made of."""
 
@@ -92,7 +94,7 @@ def _forward(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
         ),
         grid=(length // tile.queries, batch * heads),
         name="attention_forward",
-        **_options(tile, interpret),
+        **options(tile.warps, tile.stages, interpret),
     )(first_BI, segment_ids_BL, query_BLHW, key_BLGW, value_BLGW)
     residuals = query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, mixed_BLHW, log_sum_BHL
     return mixed_BLHW, residuals
@@ -112,7 +114,7 @@ def _backward(interpret, residuals, dmixed_BLHW):
         out_shape=tuple(jax.ShapeDtypeStruct(key_BLGW.shape, key_BLGW.dtype) for _ in range(2)),
         grid=(length // TO_KEYS.keys, batch * kv_heads),
         name="attention_to_keys",
-        **_options(TO_KEYS, interpret),
+        **options(TO_KEYS.warps, TO_KEYS.stages, interpret),
     )(last_BJ, segment_ids_BL, *operands)
     first_BI, _ = spans(segment_ids_BL, TO_QUERIES.queries, TO_QUERIES.keys)
     dquery_BLHW = pl.pallas_call(
@@ -120,7 +122,7 @@ def _backward(interpret, residuals, dmixed_BLHW):
         out_shape=jax.ShapeDtypeStruct(query_BLHW.shape, query_BLHW.dtype),
         grid=(length // TO_QUERIES.queries, batch * heads),
         name="attention_to_queries",
-        **_options(TO_QUERIES, interpret),
+        **options(TO_QUERIES.warps, TO_QUERIES.stages, interpret),
     )(first_BI, segment_ids_BL, *operands)
     return dquery_BLHW, dkey_BLGW, dvalue_BLGW, None
 
@@ -181,14 +183,14 @@ def _forward_kernel(
     def visit(j, carry):
         most_q, sum_q, mixed_qW = carry
         k = _places(j, tile.keys)
-        score_qk = _dot(query_qW, _rows(key_BLGW, b, k, g), trans_b=True) * shape.scale
+        score_qk = dot(query_qW, _rows(key_BLGW, b, k, g), trans_b=True) * shape.scale
         attends_qk = _attends(q, segment_q, k, plgpu.load(segment_BL.at[b, k]))
         score_qk = jnp.where(attends_qk, score_qk, _NOWHERE)
         more_q = jnp.maximum(most_q, jnp.max(score_qk, axis=1))
         share_q = jnp.exp2(most_q - more_q)
         prob_qk = jnp.exp2(score_qk - more_q[:, None])
         value_kW = _rows(value_BLGW, b, k, g)
-        mixed_qW = mixed_qW * share_q[:, None] + _dot(prob_qk.astype(value_kW.dtype), value_kW)
+        mixed_qW = mixed_qW * share_q[:, None] + dot(prob_qk.astype(value_kW.dtype), value_kW)
         return more_q, sum_q * share_q + jnp.sum(prob_qk, axis=1), mixed_qW
 
     start = (
@@ -218,14 +220,14 @@ def _to_keys_kernel(
         dkey_kW, dvalue_kW = carry
         h, q = g * shape.sharing + n // count, _places(first + n % count, tile.queries)
         query_qW, dmixed_qW = _rows(query_BLHW, b, q, h), _rows(dmixed_BLHW, b, q, h)
-        score_kq = _dot(key_kW, query_qW, trans_b=True) * shape.scale
+        score_kq = dot(key_kW, query_qW, trans_b=True) * shape.scale
         attends_qk = _attends(q, plgpu.load(segment_BL.at[b, q]), k, segment_k)
         log_sum_q, delta_q = (plgpu.load(x.at[b, h, q]) for x in (log_sum_BHL, delta_BHL))
         prob_kq = jnp.where(attends_qk.T, jnp.exp2(score_kq - log_sum_q[None, :]), 0.0)
-        dvalue_kW += _dot(prob_kq.astype(dmixed_qW.dtype), dmixed_qW)
-        dprob_kq = _dot(value_kW, dmixed_qW, trans_b=True)
+        dvalue_kW += dot(prob_kq.astype(dmixed_qW.dtype), dmixed_qW)
+        dprob_kq = dot(value_kW, dmixed_qW, trans_b=True)
         dscore_kq = prob_kq * (dprob_kq - delta_q[None, :])
-        return dkey_kW + _dot(dscore_kq.astype(query_qW.dtype), query_qW), dvalue_kW
+        return dkey_kW + dot(dscore_kq.astype(query_qW.dtype), query_qW), dvalue_kW
 
     zeros_kW = jnp.zeros((tile.keys, shape.width), jnp.float32)
     sums = jax.lax.fori_loop(0, count * shape.sharing, visit, (zeros_kW, zeros_kW))
@@ -247,12 +249,12 @@ def _to_queries_kernel(
     def visit(j, dquery_qW):
         k = _places(j, tile.keys)
         key_kW, value_kW = _rows(key_BLGW, b, k, g), _rows(value_BLGW, b, k, g)
-        score_qk = _dot(query_qW, key_kW, trans_b=True) * shape.scale
+        score_qk = dot(query_qW, key_kW, trans_b=True) * shape.scale
         attends_qk = _attends(q, segment_q, k, plgpu.load(segment_BL.at[b, k]))
         prob_qk = jnp.where(attends_qk, jnp.exp2(score_qk - log_sum_q[:, None]), 0.0)
-        dprob_qk = _dot(dmixed_qW, value_kW, trans_b=True)
+        dprob_qk = dot(dmixed_qW, value_kW, trans_b=True)
         dscore_qk = prob_qk * (dprob_qk - delta_q[:, None])
-        return dquery_qW + _dot(dscore_qk.astype(key_kW.dtype), key_kW)
+        return dquery_qW + dot(dscore_qk.astype(key_kW.dtype), key_kW)
 
     zeros_qW = jnp.zeros((tile.queries, shape.width), jnp.float32)
     end = pl.cdiv((i + 1) * tile.queries, tile.keys)
@@ -287,15 +289,3 @@ def _store(x_BLHW: Any, b: Array, places: Int[Array, "q"], h: Array, x_qW: Array
 
 def _at(x_BLHW, b, places, h):
     return x_BLHW.at[b, places[:, None], h, jnp.arange(x_BLHW.shape[3])[None, :]]
-
-
-def _dot(a: Array, b: Array, **transposed: bool) -> Array:
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return plgpu.dot(a, b, precision=exact, **transposed)
-
-
-def _options(tile: AttentionTile, interpret: bool) -> dict[str, Any]:
-    return {
-        "compiler_params": plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        "interpret": interpret,
-    }

@@ -19,12 +19,12 @@ from dynmoe_jax.experts import saved_rows_per_token
 from dynmoe_jax.experts.accounting import expert_weight_bytes, layer_cost
 from dynmoe_jax.planning.collectives import Transfer
 from dynmoe_jax.planning.compile import compile_step, state_shapes, with_shardings
+from dynmoe_jax.planning.dense import dense_over_experts
 from dynmoe_jax.planning.gpu_roofline import GpuRoofline
 from dynmoe_jax.planning.memory import MemoryPlan, memory_plan, remedy, shard_bytes
 from dynmoe_jax.planning.plan import FlopsPlan, Plan, TimePlan, analytic_flops, new_plan, traffic_of
 from dynmoe_jax.planning.schedule import Operation
 from dynmoe_jax.planning.topology import Topology
-from dynmoe_jax.planning.tpu import dense_over_experts
 from dynmoe_jax.training.mesh import state_shardings
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state

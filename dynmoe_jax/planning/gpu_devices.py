@@ -7,8 +7,8 @@ import os
 import jax
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.triton_tiling import shared_bytes
 from dynmoe_jax.planning.topology import Topology
+from dynmoe_jax.target import Target
 
 PLUGIN = "jax-cuda13-plugin"
 _NO_GPU_HERE = {
@@ -86,7 +86,7 @@ def describe(gpu: Gpu, shape: str) -> list[jax.Device]:
 
 def _target_config(gpu: Gpu) -> str:
     major, minor = gpu.compute_capability.split(".")
-    shared = shared_bytes(float(gpu.compute_capability))
+    shared = Target("gpu", gpu.kind, float(gpu.compute_capability)).shared_bytes
     threads = 1536 if (major, minor) == ("8", "9") else 2048
     return f"""
         gpu_device_info {{

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts import ExpertWeights
 from dynmoe_jax.experts.grouped_products import REFERENCE
 from dynmoe_jax.experts.swiglu import plain_swiglu
 from dynmoe_jax.experts.swiglu_kernels import fused_swiglu
 from dynmoe_jax.experts.swiglu_tiling import SwiGLUTiling, Tile, swiglu_tiling
+from tests.experts.grouped_case import draw
 
 GROUPS = {
     # Tiles of 128 rows: shared by two and by three experts, an expert of several tiles, a last
@@ -19,20 +19,10 @@ GROUPS = {
     "one_takes_all": [0, 0, 512, 0, 0],
     "one_row": [0, 0, 0, 1, 0],
 }
-R, E, D, F = 512, 5, 128, 384
 TILING = SwiGLUTiling(Tile(128, 128), Tile(128, 384), 2**26)
 OTHER = SwiGLUTiling(Tile(256, 384), Tile(256, 128), 2**26)
 # Two blocks of rows in each piece.
 TALL = SwiGLUTiling(Tile(512, 384), Tile(512, 384), 2**26)
-
-
-def draw(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 5)
-    x_RD, dy_RD = (jax.random.normal(k, (R, D)).astype(dtype) for k in keys[:2])
-    weight_R1 = jax.random.uniform(keys[2], (R, 1))
-    gate_up_ED2F = (jax.random.normal(keys[3], (E, D, 2 * F)) / 11).astype(dtype)
-    down_EFD = (jax.random.normal(keys[4], (E, F, D)) / 20).astype(dtype)
-    return x_RD, dy_RD, weight_R1, ExpertWeights(gate_up_ED2F, down_EFD)
 
 
 def both(swiglu, group_size_E, dtype=jnp.float32):

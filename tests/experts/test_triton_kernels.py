@@ -15,10 +15,12 @@ from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.experts.swiglu import plain_swiglu
 from dynmoe_jax.experts.triton_products import triton_products
 from dynmoe_jax.experts.triton_swiglu import triton_swiglu
-from dynmoe_jax.experts.triton_tiling import Tile, Tiles, shared_bytes, tiles_for, visits_of
+from dynmoe_jax.experts.triton_tiling import Tile, Tiles, tiles_for, visits_of
 from dynmoe_jax.experts.triton_visit import Visit, grid_of
 from dynmoe_jax.routing import TopP
+from dynmoe_jax.target import Target
 from tests.close import assert_close
+from tests.experts.grouped_case import E, R, draw
 
 GROUPS = {
     "uneven": [100, 0, 5, 300, 30],
@@ -27,20 +29,10 @@ GROUPS = {
     "one_row": [0, 0, 0, 1, 0],
     "no_rows": [0, 0, 0, 0, 0],
 }
-R, E, D, F = 512, 5, 128, 384
 TILE = Tile(64, 128, 64, 4, 3)
 # Tiles that do not divide a width are made smaller; sums over one and over two pieces.
 TILES = Tiles(TILE, Tile(256, 128, 64, 4, 3), dataclasses.replace(TILE, c=256), TILE)
 PRODUCTS = triton_products(0, TILES, interpret=True)
-
-
-def draw(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 5)
-    x_RD, dy_RD = (jax.random.normal(k, (R, D)).astype(dtype) for k in keys[:2])
-    weight_R1 = jax.random.uniform(keys[2], (R, 1))
-    gate_up_ED2F = (jax.random.normal(keys[3], (E, D, 2 * F)) / 11).astype(dtype)
-    down_EFD = (jax.random.normal(keys[4], (E, F, D)) / 20).astype(dtype)
-    return x_RD, dy_RD, weight_R1, ExpertWeights(gate_up_ED2F, down_EFD)
 
 
 def spoil(x_RD, used):
@@ -174,10 +166,14 @@ def test_grids_by_hand():
     assert grid_of(3, 100, 2**30) == (1, 100, 3)
 
 
+def gpu(capability):
+    return Target("gpu", compute_capability=capability)
+
+
 @pytest.mark.parametrize("capability", [8.0, 8.6, 8.9, 9.0, 10.0, 12.0])
 @pytest.mark.parametrize("rows", [16, 1000, 2**16, 2**20])
 def test_tiles_fit(capability, rows):
-    memory = shared_bytes(capability)
+    memory = gpu(capability).shared_bytes
     for tile in dataclasses.astuple(tiles_for(rows, 16, memory)):
         m, c, k, warps, stages = tile
         assert 2 * k * (m + c) * stages <= memory
@@ -186,8 +182,8 @@ def test_tiles_fit(capability, rows):
 
 
 def test_tiles_by_hand():
-    h100 = tiles_for(65536, 16, shared_bytes(9.0))
+    h100 = tiles_for(65536, 16, gpu(9.0).shared_bytes)
     assert (h100.product, h100.dswiglu) == (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3))
     # An RTX 4090 has 99 kB.  Four rows for each expert: the smallest tile.
-    assert tiles_for(65536, 16, shared_bytes(8.9)).product == Tile(128, 256, 32, 8, 3)
-    assert tiles_for(64, 16, shared_bytes(9.0)).product == Tile(16, 128, 64, 4, 3)
+    assert tiles_for(65536, 16, gpu(8.9).shared_bytes).product == Tile(128, 256, 32, 8, 3)
+    assert tiles_for(64, 16, gpu(9.0).shared_bytes).product == Tile(16, 128, 64, 4, 3)
