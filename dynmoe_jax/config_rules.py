@@ -78,6 +78,11 @@ def _check_moe(model: Any) -> None:
             "config.model.moe.shared_gate=True has no shared expert to weigh; set "
             "config.model.moe.shared_hidden_width."
         )
+    if -1 < moe.saved_rows_per_token < 0:
+        raise ConfigError(
+            f"config.model.moe.saved_rows_per_token={moe.saved_rows_per_token:g} must be 0 or more,"
+            " or -1 for as many as the router usually chooses."
+        )
 
 
 def _check_checkpoints(config: Any) -> None:

@@ -185,6 +185,7 @@ def test_a_group_is_not_a_value():
     [
         ({"model.num_heads": 6, "model.num_kv_heads": 4}, "num_kv_heads=4 must divide"),
         ({"model.head_width": 5}, "head_width=5 must be even"),
+        ({"model.moe.saved_rows_per_token": -0.5}, "=-0.5 must be 0 or more, or -1 for as many"),
         ({"model.num_layers": 6, "model.moe.every_n_layers": 4}, "every_n_layers=4 must divide"),
         (
             {"model.moe.router": "top_k", "model.moe.top_k": 9, "model.moe.num_experts": 8},
