@@ -13,23 +13,21 @@ from jaxtyping import Array
 
 from dynmoe_jax import config
 from dynmoe_jax.model.attention_kernels import (
+    LARGE_WIDTH_BYTES,
     SPLASH_BLOCKS,
+    TRITON_POSITIONS,
+    TRITON_WIDTHS,
     AttentionKernel,
     cudnn_attention,
     splash_attention,
     splash_block,
     tokamax_attention,
+    triton_attention,
     xla_attention,
 )
 from dynmoe_jax.model.attention_tiles import tiled_attention
 from dynmoe_jax.model.flat_attention import flat_heads_attention, flat_obstacle
 from dynmoe_jax.model.native_attention import native_attention
-from dynmoe_jax.model.triton_attention import (
-    LARGE_WIDTH_BYTES,
-    POSITIONS,
-    WIDTHS,
-    triton_attention,
-)
 from dynmoe_jax.native import library
 from dynmoe_jax.target import Target
 
@@ -194,11 +192,13 @@ def _triton_obstacle(target: Target, dtype: jnp.dtype, length: int, width: int) 
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"config.model.dtype='bfloat16', not {jnp.dtype(dtype).name}"
     small = target.shared_bytes < LARGE_WIDTH_BYTES
-    widths = WIDTHS[:-1] if small else WIDTHS
+    widths = TRITON_WIDTHS[:-1] if small else TRITON_WIDTHS
     if width not in widths:
         return f"a config.model.head_width of {', '.join(map(str, widths))} here, not {width}"
-    if length % POSITIONS:
-        return f"sequences of a multiple of {POSITIONS} positions, not {length}"
+    if length % TRITON_POSITIONS:
+        return f"sequences of a multiple of {TRITON_POSITIONS} positions, not {length}"
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "a version of JAX with Pallas for Triton"
     return ""
 
 

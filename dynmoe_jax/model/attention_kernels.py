@@ -51,6 +51,24 @@ def cudnn_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
     )
 
 
+TRITON_WIDTHS = (32, 64, 128)
+"""Of heads: what tiles of our kernels for GPU are made of."""
+
+TRITON_POSITIONS = 128
+"""What L must be a multiple of: no tile is larger."""
+
+LARGE_WIDTH_BYTES = 160 * 2**10
+"""Shared memory that heads of 128 take, as an A100 and an H100 have it; smaller ones take half."""
+
+
+def triton_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
+    """Kernels of our own for NVIDIA GPUs, :mod:`.triton_attention`."""
+    # Not before it is wanted: JAX says that what they are written in will go.
+    from dynmoe_jax.model import triton_attention as kernels
+
+    return kernels.triton_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
+
+
 def splash_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, *, interpret=False):
     """The Splash kernels that JAX ships for TPU; ``interpret`` runs them on a CPU, for tests.
 

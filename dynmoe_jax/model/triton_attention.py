@@ -24,15 +24,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.triton import dot, options
 
-WIDTHS = (32, 64, 128)
-"""Of heads: what tiles are made of."""
-
-POSITIONS = 128
-"""What L must be a multiple of: no tile is larger."""
-
-LARGE_WIDTH_BYTES = 160 * 2**10
-"""Shared memory that heads of 128 take, as an A100 and an H100 have it; smaller ones take half."""
-
 _NOWHERE = -1e30
 """A score of pairs that do not attend: exp2 of it is 0, and of its difference to itself 1, which
 the first score of a pair that does takes back to 0."""
