@@ -11,6 +11,7 @@ from jax._src import distributed
 from dynmoe_jax.cluster import watch
 from dynmoe_jax.cluster.agreement import has_peers, is_first
 from dynmoe_jax.cluster.place import Place
+from dynmoe_jax.cluster.simulated import provide_threads
 from dynmoe_jax.config_fields import ConfigError
 from dynmoe_jax.console import console
 
@@ -35,6 +36,7 @@ def joined(place: Place, exits: list[Callable[[int], None]]) -> Iterator[None]:
     Raises:
       ConfigError: there seems to be a cluster, but what JAX finds of it is not enough.
     """
+    provide_threads()
     looking = _join(place)
     if looking is None:
         yield

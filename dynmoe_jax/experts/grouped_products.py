@@ -90,7 +90,7 @@ def products_of(name: str, ragged_dot_general: Callable, row_multiple: int = 1) 
 XLA = products_of("xla", jax.lax.ragged_dot_general)
 """XLA's own.  Forward and input gradient are kernels on TPU and dense over the experts elsewhere;
 so is the weight gradient, on TPU as well with the compiler of jax 0.10 (16 times the FLOPs at 16
-experts: compiled for v5p with libtpu 0.0.42; grouped with libtpu 0.0.52)."""
+experts: compiled for v5p with libtpu 0.0.42; grouped with 0.0.50, of jax 0.12)."""
 
 
 def _member_RE(rows: int, group_size_E: Int[Array, "E"]) -> Float[Array, "R E"]:

@@ -36,6 +36,9 @@ _ATTENTION_PRODUCTS = {
 _BACKWARD_OF_CUDNN = (4, 1)
 _GROUPED = re.compile(r"grouped_[a-z_]+")
 _SLICES = ("dynamic-slice", "gather")
+_FUSIONS = ("fusion", "fusion-start")
+"""XLA of JAX 0.11 starts those that write into a stack, and computes on until their end."""
+_ENDS = "-done"
 _PASSES_ON = ("bitcast", "reshape", "convert")
 
 
@@ -74,9 +77,7 @@ class GpuRoofline:
         self.flops = self.recomputed = 0.0
         scheduled = set(module.scheduled())
         for times, computation, instruction in module.instructions(usual=True):
-            if computation not in scheduled or instruction.opcode in _FREE:
-                continue
-            if _COLLECTIVE.match(instruction.opcode):
+            if computation not in scheduled or _costs_nothing(instruction.opcode):
                 continue
             cost = self._cost(computation, instruction)
             self.flops += times * cost.flops
@@ -137,13 +138,14 @@ class GpuRoofline:
         operands = [known[name] for name in instruction.operands if name in known]
         if instruction.opcode == "dynamic-update-slice":
             return 2.0 * sum(operands[1].sizes)
-        if instruction.opcode != "fusion":
+        if instruction.opcode not in _FUSIONS:
             return float(sum(sum(o.sizes) for o in operands) + sum(instruction.sizes))
         return self._moved_by_fusion(instruction, operands)
 
     def _moved_by_fusion(self, instruction: Instruction, operands: list[Instruction]) -> float:
         """A fusion reads slices of what it slices, and writes slices into what it updates."""
-        inside = self._module.computations[instruction.called[0]]
+        called = instruction.called[0]
+        inside = self._module.computations[called]
         parameters = {_number(i): i for i in inside.values() if i.opcode == "parameter"}
         moved, updated = 0.0, 0
         for number, operand in enumerate(operands):
@@ -154,11 +156,16 @@ class GpuRoofline:
                 updated += sum(operand.sizes)
             else:
                 moved += sum(operand.sizes)
-        written = sum(instruction.sizes) - updated
+        written = sum(inside[self._module.roots[called]].sizes) - updated
         if updated:
             updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice"]
             written += sum(sum(inside[u.operands[1]].sizes) for u in updates)
         return moved + max(0.0, written)
+
+
+def _costs_nothing(opcode: str) -> bool:
+    """Whether it moves no bytes, or moves them between devices, or began before."""
+    return opcode in _FREE or opcode.endswith(_ENDS) or _COLLECTIVE.match(opcode) is not None
 
 
 def _users(computation: dict[str, Instruction], name: str):

@@ -72,7 +72,8 @@ def test_attention_never_holds_all_scores(module):
 
 @pytest.mark.parametrize(("chip", "width"), [("h100", 128), ("a100", 128), ("rtx4090", 64)])
 def test_attention_fits(mesh_of, chip, width):
-    sharding = NamedSharding(mesh_of(chip), P())
+    mesh = mesh_of(chip)
+    sharding = NamedSharding(mesh, P())
 
     def array(shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -82,5 +83,6 @@ def test_attention_fits(mesh_of, chip, width):
         return jax.vjp(attend, query, key, value)[1](dmixed)
 
     query, key = array((2, L, 4, width)), array((2, L, 2, width))
-    run = jax.jit(gradients).lower(query, key, key, array((2, L), jnp.int32), query)
+    with jax.set_mesh(mesh):  # says for which GPU to trace
+        run = jax.jit(gradients).lower(query, key, key, array((2, L), jnp.int32), query)
     assert run.compile().as_text().count("custom_call_target=") == 3

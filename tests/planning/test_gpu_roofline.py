@@ -50,6 +50,9 @@ ENTRY %main (s: f32[8,100], n: s32[]) -> f32[8,100] {{
   %again = bf16[64,256]{{1,0}} custom-call(%n, %x, %w), {kernel("grouped_product", "transpose")}
   %keys = bf16[2,128,4,32]{{3,2,1,0}} custom-call(%n, %q), {kernel("attention_to_keys")}
   %all = f32[8,100]{{1,0}} all-reduce(%s)
+  %begun = ((f32[8,100]{{1,0}}, f32[1,100]{{1,0}}, s32[]), f32[8,100]{{1,0}}, u32[]) \
+fusion-start(%s, %cut, %n), kind=kLoop, calls=%updated
+  %ended = f32[8,100]{{1,0}} fusion-done(%begun)
   ROOT %end = f32[8,100]{{1,0}} fusion(%s, %cut, %n), kind=kLoop, calls=%updated
 }}
 """
@@ -70,6 +73,11 @@ def test_a_slice_counts_what_it_reads_and_writes(roofline):
     # A row of 400 bytes in and out, and a number of 4; out of and into a stack of 3,200.
     assert seconds(roofline, "cut") == pytest.approx(0.804)
     assert seconds(roofline, "end") == pytest.approx(0.804)
+
+
+def test_what_others_compute_beside_counts_once(roofline):
+    assert seconds(roofline, "begun") == pytest.approx(0.804)
+    assert not any(o.name == "ended" for o in roofline.operations)
 
 
 def test_a_product_takes_its_bytes_or_its_flops(roofline):
