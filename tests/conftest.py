@@ -43,6 +43,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+def pytest_collection_modifyitems(items):
+    # The longest files first: begun last, one of them would keep a single worker busy at the end.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish():
     gc.freeze()
     # Traced programs are many small objects, of which most stay: every 700 are too few to look.

@@ -7,6 +7,8 @@ from dynmoe_jax.model.parameters import count_parameters
 from dynmoe_jax.planning.planner import Request, plan_run
 from dynmoe_jax.planning.report import print_plan
 
+pytestmark = pytest.mark.slow
+
 B, L, D, F, E, V = 8, 1024, 512, 512, 4, 4096
 CONFIG = config.Config(
     model=config.Model(

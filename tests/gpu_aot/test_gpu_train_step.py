@@ -14,6 +14,8 @@ from dynmoe_jax.model.triton_attention import triton_attention
 from dynmoe_jax.planning.compile import compile_step
 from dynmoe_jax.training.mesh import make_mesh
 
+pytestmark = pytest.mark.slow
+
 # The paper's experts, two for each token, with everything else small.
 B, L, D, F, E, K, V = 8, 640, 256, 512, 16, 2, 4096
 MODEL = config.Model(

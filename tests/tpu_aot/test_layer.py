@@ -14,6 +14,8 @@ from dynmoe_jax.planning.hlo import Module
 from dynmoe_jax.routing import TopK, TopP
 from dynmoe_jax.target import Target
 
+pytestmark = pytest.mark.slow
+
 # The paper's shape: 16 experts, p = 0.4, so at most K = 7 experts per token.  More tokens would get
 # tiles of the same rows, and take longer to compile.
 T, D, F, E, K = 2048, 1024, 2816, 16, 7

@@ -14,6 +14,8 @@ from dynmoe_jax.target import Target, compile_for
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 # The paper's model, p = 0.4 of 16 experts, with everything else small.
 B, L, D, F, E, K, V, CHUNK = 2, 512, 256, 512, 16, 7, 3968, 128
 MODEL = config.Model(

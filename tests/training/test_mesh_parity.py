@@ -16,6 +16,8 @@ from dynmoe_jax.model import Decoder
 from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.mesh import batch_sharding, make_mesh, state_shardings
 
+pytestmark = pytest.mark.slow
+
 B, L, V = 8, 8, 32
 MODEL = config.Model(
     num_layers=2,
