@@ -164,7 +164,7 @@ class GpuRoofline:
 
 
 def _costs_nothing(opcode: str) -> bool:
-    """Whether it moves no bytes, or moves them between devices, or began before."""
+    """Whether it moves no bytes, or between devices, or waits for what was counted at its start."""
     return opcode in _FREE or opcode.endswith(_ENDS) or _COLLECTIVE.match(opcode) is not None
 
 

@@ -24,6 +24,7 @@ HEADS = {"query_DHW": 0, "key_DGW": 1, "value_DGW": 1}
         ("v5p", 1024, (1024, 1024), jnp.bfloat16),
         ("v5p", 1024, (1024, 256), jnp.float32),
         ("v5p", 2048, (1024, 256), jnp.bfloat16),
+        ("v6e", 2048, (2048, 2048), jnp.bfloat16),
         ("v6e", 4096, (2048, 256), jnp.bfloat16),
     ],
 )
