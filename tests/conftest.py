@@ -43,6 +43,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", action="store_true", help="try many more cases in tests that fuzz")
+
+
+@pytest.fixture(scope="session")
+def fuzz_cases(request):
+    """``fuzz_cases(few, many)``: the number of cases to try, ``many`` with ``--fuzz``."""
+    return lambda few, many: many if request.config.getoption("--fuzz") else few
+
+
 def pytest_collection_modifyitems(items):
     # The longest files first: begun last, one of them would keep a single worker busy at the end.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
