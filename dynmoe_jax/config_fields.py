@@ -7,6 +7,7 @@ The settings themselves are in :mod:`dynmoe_jax.config`, what they ask of each o
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,6 +28,8 @@ def setting(
     default: Any,
     help: str,
     *,
+    defines_model: bool,
+    fixed_in_run: bool,
     unit: str = "",
     low: float | None = None,
     high: float | None = None,
@@ -38,6 +41,9 @@ def setting(
     Args:
       default: its value unless a config file or the command line says otherwise.
       help: one line for people.
+      defines_model: the setting is part of what the model computes: a run that begins with the
+        model of another one takes it over, and export writes it down or refuses it.
+      fixed_in_run: a run that was begun with one value cannot be continued with another.
       unit: what the number counts, e.g. ``"tokens"``.
       low: smallest value allowed.
       high: largest value allowed.
@@ -45,7 +51,18 @@ def setting(
       choices: the strings allowed, if only some are.
     """
     rules = {"low": low, "high": high, "above": above, "choices": choices}
+    rules |= {"defines_model": defines_model, "fixed_in_run": fixed_in_run}
     return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **rules})
+
+
+model_setting = functools.partial(setting, defines_model=True, fixed_in_run=True)
+"""Declares a setting of the function that a model computes, or of its parameters."""
+
+run_setting = functools.partial(setting, defines_model=False, fixed_in_run=True)
+"""Declares a setting that a run keeps from its first step to its last, such as its batches."""
+
+free_setting = functools.partial(setting, defines_model=False, fixed_in_run=False)
+"""Declares a setting that may change whenever a run is continued."""
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
-from dynmoe_jax.config_fields import check_value, setting, walk
+from dynmoe_jax.config_fields import check_value, free_setting, walk
 
 _STOPS_PADDED_TO = 4
 NO_TOKEN = -1
@@ -27,22 +27,22 @@ MOST_BY_DEFAULT = 256
 class Sampling:
     """How tokens are drawn.  The only home of these defaults."""
 
-    max_tokens: int = setting(
+    max_tokens: int = free_setting(
         0,
         f"tokens to write at most; 0 = as many as the model has room for, up to {MOST_BY_DEFAULT}",
         unit="tokens",
         low=0,
     )
-    temperature: float = setting(0.8, "logits are divided by it; 0 = greedy", low=0.0)
-    top_k: int = setting(0, "draw from so many most probable tokens; 0 = all", low=0)
-    nucleus: float = setting(
+    temperature: float = free_setting(0.8, "logits are divided by it; 0 = greedy", low=0.0)
+    top_k: int = free_setting(0, "draw from so many most probable tokens; 0 = all", low=0)
+    nucleus: float = free_setting(
         1.0,
         "draw from the fewest most probable tokens that hold this share; 1 = all (elsewhere top-p, "
         "here the name of a router)",
         above=0.0,
         high=1.0,
     )
-    seed: int = setting(0, "of the draws", low=0, high=2**31 - 1)
+    seed: int = free_setting(0, "of the draws", low=0, high=2**31 - 1)
 
     def __post_init__(self):
         for path, field, value in walk(self):

@@ -1,6 +1,5 @@
 """Which foreign architecture a model has."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,18 +60,23 @@ def architecture_for(model: config.Model) -> Architecture:
 
 
 def what_is_computed(model: config.Model) -> dict[str, Any]:
-    """The settings that decide what a model computes, by name; not how, nor what is never used."""
-    moe = model.moe
-    found = dataclasses.asdict(model)
-    for name in ("moe", "dtype", "remat", "attention"):
-        del found[name]
-    layers = moe_layers(model)
-    found["moe.every_n_layers"] = layers
-    if len(layers) == model.num_layers:
-        del found["hidden_width"]
-    if layers:
-        bound = moe.router if moe.router in ("top_p", "top_k") else "router"
-        names = ("router", bound, "num_experts", "hidden_width", "renormalize", "routed_scale")
-        names += ("shared_hidden_width", "shared_gate")
-        found |= {f"moe.{name}": getattr(moe, name) for name in names}
-    return {name: found[name] for name in sorted(found)}
+    """The settings that define a model, by name, without those that have no effect in it."""
+    settings = {
+        path: value
+        for path, field, value in config.walk(model)
+        if field.metadata["defines_model"] and not _has_no_effect(path, model)
+    }
+    # Which layers have experts has three settings, and more than one way to say it.
+    settings["moe.every_n_layers"] = moe_layers(model)
+    return settings
+
+
+def _has_no_effect(path: str, model: config.Model) -> bool:
+    """Whether a setting does nothing in a model because of what others say."""
+    if path in ("moe.layer_offset", "moe.dense_first_layers"):
+        return True
+    if path == "hidden_width":
+        return len(moe_layers(model)) == model.num_layers
+    if path in ("moe.top_k", "moe.top_p"):
+        return path != f"moe.{model.moe.router}" or not moe_layers(model)
+    return path.startswith("moe.") and not moe_layers(model)

@@ -31,21 +31,6 @@ ITEMS = ("state", "data", "config")
 IMPORTED = "imported"
 """Of a position in the data that is none: what the model was imported from."""
 
-FREE_TO_CHANGE = (
-    "checkpoint.", "evaluation.", "logging.", "loss.", "mesh.", "optimizer.",
-    "train.steps", "train.log_every_steps", "train.microbatches", "train.max_skipped_in_a_row",
-    "train.spike_", "train.collapse_steps", "train.compilation_cache", "data.directory",
-    "data.max_broken_fraction", "data.tokenizer_megabytes",
-    # Where they lie may change: what is in them is compared by hash.
-    "data.sources", "data.tokenizer",
-    "model.dtype", "model.remat", "model.attention", "model.max_seq_len", "model.unroll",
-    "model.moe.backend", "model.moe.capacity_factor", "model.moe.rows_per_token",
-    "model.moe.saved_rows_per_token", "model.moe.grouped_product", "model.moe.transport",
-    "model.moe.tokens_per_pair",
-)  # fmt: skip
-"""Settings (or groups of them) that may differ between a checkpoint and the run that resumes."""
-
-
 _CLOCK_STEPS = 10
 """Several processes agree every so many steps on what the clock of process 0 says."""
 
@@ -197,6 +182,7 @@ class Checkpoints:
           step: which checkpoint.
           state_like: a tree of arrays or of ShapeDtypeStructs with shardings.
         """
+        self._check_all_asked_for(step, state_like)
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state_like)
         args = ocp.args.Composite(state=_restore(like), data=ocp.args.JsonRestore())
         restored = self._read(step, args)
@@ -204,8 +190,22 @@ class Checkpoints:
 
     def params(self, step: int, params_like: nnx.State) -> nnx.State:
         """The parameters alone, placed like ``params_like``, without the optimizer's state."""
-        args = _restore({"params": params_like}, partial_restore=True)
+        like = {"params": params_like}
+        self._check_all_asked_for(step, like, within="params")
+        args = _restore(like, partial_restore=True)
         return self._read(step, ocp.args.Composite(state=args))["state"]["params"]
+
+    def _check_all_asked_for(self, step: int, like: Any, within: str = "") -> None:
+        """Raises CheckpointError for stored arrays that would be left out without a word."""
+        with self._readable(step):
+            stored = self._manager.item_metadata(step)["state"].tree
+        stored = {name for name in _array_names(stored) if name.startswith(within)}
+        left_out = sorted(stored - _array_names(like))
+        if left_out:
+            raise CheckpointError(
+                f"The checkpoint {self.folder(step)} holds {', '.join(left_out)}, which the model "
+                "of its settings does not have; restore the settings that it was trained with."
+            )
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
@@ -251,14 +251,25 @@ class Checkpoints:
             ) from error
 
     def _read(self, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
-        try:
+        with self._readable(step):
             return self._manager.restore(step, args=args)
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Turns an error of reading a checkpoint into one sentence."""
+        try:
+            yield
         except Exception as error:
             folder = self.folder(step)
             raise CheckpointError(
                 f"The checkpoint {folder} cannot be read ({_shortly(error)}); move it away to go "
                 "on from the one before."
             ) from error
+
+
+def _array_names(tree: Any) -> set[str]:
+    """Dotted paths; a parameter saved within a dataclass has a key "value" more than in a dict."""
+    return {name.removesuffix(".value") for name in ocp.tree.to_flat_dict(tree, sep=".")}
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -332,8 +343,8 @@ def check_not_imported(workdir: Path) -> None:
 def check_compatible(saved: config.Config, current: config.Config, workdir: Path) -> None:
     """Raises ConfigError if the run in ``workdir`` cannot go on with other settings."""
     old = {path: value for path, _, value in config.walk(saved)}
-    for path, _, value in config.walk(current):
-        if value != old[path] and not path.startswith(FREE_TO_CHANGE):
+    for path, field, value in config.walk(current):
+        if value != old[path] and field.metadata["fixed_in_run"]:
             raise config.ConfigError(
                 f"config.{path}={value!r} differs from {old[path]!r} of the checkpoint in "
                 f"{workdir}; set it back, or start a new run with another --workdir."

@@ -11,7 +11,7 @@ import optax
 from dynmoe_jax import config
 from dynmoe_jax.console import console
 from dynmoe_jax.data import find_tokenizer, open_tokenizer
-from dynmoe_jax.training.checkpoint import FOLDER, FREE_TO_CHANGE, saved_config
+from dynmoe_jax.training.checkpoint import FOLDER, saved_config
 from dynmoe_jax.training.load import opened_run
 from dynmoe_jax.training.step import TrainState, first_state
 
@@ -81,8 +81,8 @@ def _folder(cfg: config.Config) -> Path:
 def _with_model(cfg: config.Config, model: config.Model) -> config.Config:
     """``cfg`` with what decides what a model is; lengths of both are allowed."""
     settings = config.to_dict(cfg)
-    for path, _, value in config.walk(model, "model."):
-        if not path.startswith(FREE_TO_CHANGE):
+    for path, field, value in config.walk(model, "model."):
+        if field.metadata["defines_model"]:
             _, *groups, name = path.split(".")
             inner = settings["model"]
             for group in groups:

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what may change between runs, and a trained run loaded for use."""
 
+import dataclasses
 import gc
 import sys
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.training.checkpoint import (
-    FREE_TO_CHANGE,
+    CheckpointError,
     Checkpoints,
     check_compatible,
     make_folder,
@@ -82,6 +83,15 @@ def test_state_is_placed_as_asked(opened, state):
     assert {leaf.sharding for leaf in jax.tree.leaves(restored)} == {everywhere}
 
 
+def test_arrays_that_the_model_does_not_ask_for_are_an_error_that_names_them(opened, state):
+    asked = [leaf for leaf in state.params.flat_state() if leaf[0][-1] != "output_HWD"]
+    asked = nnx.from_flat_state(asked)
+    with pytest.raises(CheckpointError, match=r"holds \S*attention\.output_HWD, which the model"):
+        opened.params(4, asked)
+    with pytest.raises(CheckpointError, match="output_HWD"):
+        opened.restore(4, dataclasses.replace(state, params=asked))
+
+
 def test_saving_a_step_again_changes_nothing(opened, state, settings):
     opened.save(4, jax.tree.map(jnp.zeros_like, state), {"row": 0}, settings)
     restored, position = opened.restore(4, state)
@@ -94,11 +104,6 @@ def test_half_written_checkpoint_is_not_continued_from(workdir, state):
     checkpoints = Checkpoints(workdir, config.Checkpoint())
     assert checkpoints.latest_step() == 4
     checkpoints.close()
-
-
-def test_settings_that_may_change_exist():
-    names = config.setting_names()
-    assert not [free for free in FREE_TO_CHANGE if not any(n.startswith(free) for n in names)]
 
 
 def test_every_setting_that_makes_another_model_or_stream_is_refused(settings, change, tmp_path):

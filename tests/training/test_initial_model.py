@@ -1,14 +1,20 @@
 """A run that begins with the model of another one: what comes from there, and what is refused."""
 
+import contextlib
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.data import open_tokenizer, train_tokenizer
-from dynmoe_jax.training.initial_model import with_initial_model
+from dynmoe_jax.model import parameter_shapes
+from dynmoe_jax.training.checkpoint import Checkpoints
+from dynmoe_jax.training.initial_model import initial_state, with_initial_model
+from dynmoe_jax.training.step import init_state
 from dynmoe_jax.training.summary import read_summary
 from dynmoe_jax.training.text import TRAINED
 from dynmoe_jax.training.trainer import train
@@ -44,6 +50,29 @@ def test_parameters_settings_and_tokenizer_are_those_of_the_folder(
     summary = read_summary(folder)
     assert (summary.step, summary.complete) == (2, True)
     assert with_initial_model(tuned, folder).model == change(settings, model__dtype="float32").model
+
+
+def test_biases_come_along(settings, change, tokenizer, tmp_path):
+    biased = change(settings, model__attention_bias=True)
+    draw = lambda x: jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    params = jax.tree.map(draw, parameter_shapes(biased.model))
+    parent = tmp_path / "biased"
+    parent.mkdir()
+    tokenizer.save(parent / TRAINED)
+    with contextlib.closing(Checkpoints(parent, config.Checkpoint())) as checkpoints:
+        checkpoints.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint}, biased)
+    cfg = change(settings, train__init_from=str(parent))
+    cfg = with_initial_model(cfg, tmp_path / "new")
+    optimizer = optax.sgd(0.1)
+    shapes = jax.eval_shape(partial(init_state, cfg.model, optimizer), jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    begun = initial_state(cfg, optimizer, shapes).params
+    found, wanted = dict(begun.flat_state()), dict(params.flat_state())
+    assert found.keys() == wanted.keys()
+    assert {path[-1] for path in found} >= {"query_bias_HW", "key_bias_GW", "value_bias_GW"}
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(found[path][...], leaf[...], err_msg=str(path))
 
 
 def test_what_cannot_be_begun_with_is_refused(tuned, change, workdir, tmp_path):
