@@ -38,9 +38,10 @@ def offences(source):
                 yield node.lineno, "allow_pickle"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_file_runs_no_code_from_data(path):
-    assert list(offences(path.read_text(encoding="utf-8"))) == []
+def test_no_file_runs_code_from_data():
+    found = {str(path): list(offences(path.read_text(encoding="utf-8"))) for path in FILES}
+    assert len(found) > 100
+    assert not {path: lines for path, lines in found.items() if lines}
 
 
 @pytest.mark.parametrize(

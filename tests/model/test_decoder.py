@@ -15,7 +15,6 @@ from dynmoe_jax.model.rotary import Places
 from dynmoe_jax.model.transformer import groups_at_a_time
 from dynmoe_jax.native import library
 from dynmoe_jax.routing import ROUTERS, TopP
-from dynmoe_jax.target import Target, compile_for
 from dynmoe_jax.training.mesh import make_mesh
 from tests.close import assert_close
 
@@ -118,27 +117,6 @@ def test_unrolled_layers_compute_the_same(small, draw):
         unrolled_loss, unrolled = loss_and_gradients(draw(small(num_layers=3, unroll=unroll)))
         np.testing.assert_allclose(unrolled_loss, loss, rtol=1e-6)
         assert_close(unrolled, gradients, 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "platform", "kernels", "groups", "wanted"),
-    [
-        ({}, "cpu", True, 12, 12),
-        ({}, "cpu", True, 13, 1),
-        ({}, "cpu", False, 12, 1),
-        ({"dtype": "bfloat16"}, "cpu", True, 12, 1),
-        ({}, "gpu", False, 12, 12),
-        ({}, "gpu", False, 13, 1),
-        ({}, "tpu", True, 12, 1),
-        ({"unroll": 3}, "tpu", True, 12, 3),
-    ],
-)
-def test_how_many_layers_are_unrolled(
-    monkeypatch, small, changes, platform, kernels, groups, wanted
-):
-    monkeypatch.setattr(library, "available", lambda: kernels)
-    with compile_for(Target(platform)):
-        assert groups_at_a_time(small(**changes), groups) == wanted
 
 
 def test_nothing_is_unrolled_on_a_mesh(monkeypatch, small):

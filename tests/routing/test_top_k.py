@@ -73,9 +73,3 @@ def test_every_router_of_the_settings_can_be_made():
         assert routing.expert_TK.shape == (T, router.slots)
         assert routing.num_experts == E
         assert router.causal
-
-
-def test_settings_reach_the_router():
-    moe = config.MoE(router="top_p", num_experts=E, top_p=0.7, renormalize=True)
-    assert make_router(moe) == TopP(E, 0.7, True)
-    assert make_router(config.MoE(router="top_k", num_experts=E, top_k=3)) == TopK(E, 3, False)

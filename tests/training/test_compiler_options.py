@@ -13,11 +13,6 @@ from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 
 
-def test_each_platform_gets_its_own():
-    assert compiler_options(Target("cpu")) == CPU_OPTIONS
-    assert compiler_options(Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)) == {}
-
-
 def test_a_compiler_that_does_not_know_them_gets_none(capsys):
     # The compiler at hand is one for CPU.
     assert compiler_options(Target("tpu", "of another version")) == {}

@@ -54,13 +54,12 @@ CASES = {
 
 
 def meshes(devices):
-    """Sizes along (slice, data, expert, model) that multiply to ``devices``.
+    """Sizes along (slice, data, expert, model) of ``devices``: of eight, every three axes of 2.
 
-    Of two axes, one of 2 and one of 4, the second is the longer one.
+    So every pair of axes meets, beside each of the two others.
     """
-    factors = [n for n in (1, 2, 4, 8) if n <= devices]
-    sizes = [s for s in itertools.product(factors, repeat=4) if math.prod(s) == devices]
-    return [s for s in sizes if [n for n in s if n > 1] != [4, 2]]
+    sizes = itertools.product((1, 2), repeat=4)
+    return [s for s in sizes if math.prod(s) == devices]
 
 
 def batch():
@@ -142,7 +141,7 @@ class TestTwoDevices:  # those of four are among those of eight, beside an axis 
         check_pieces(check("top_p", sizes, wanted), sizes)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 4, 1), (1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
 @pytest.mark.parametrize("case", ["top_k", "exchange"])
 def test_other_routers_and_transports(case, sizes, wanted):
     check(case, sizes, wanted)
