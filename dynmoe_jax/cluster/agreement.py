@@ -11,8 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-# The only way to the key-value store: JAX 0.10 has no public one (Orbax goes this way, too).
-from jax._src import distributed
+from dynmoe_jax.compat import process_group
 
 _FOREVER_MS = 1000 * 60 * 60 * 24 * 30
 """Whoever would be waited for longer has died, which ends the waiting: see :mod:`.watch`."""
@@ -22,12 +21,12 @@ _calls = itertools.count()
 
 def is_first() -> bool:
     """Whether this is process 0; a process by itself is."""
-    return distributed.global_state.process_id == 0
+    return process_group().process_id == 0
 
 
 def has_peers() -> bool:
     """Whether several processes train together."""
-    return distributed.global_state.num_processes > 1
+    return process_group().num_processes > 1
 
 
 def broadcast(value: Any) -> Any:
@@ -38,7 +37,7 @@ def broadcast(value: Any) -> Any:
     """
     if not has_peers():
         return value
-    client, key = distributed.global_state.client, f"dynmoe_jax/broadcast/{next(_calls)}"
+    client, key = process_group().client, f"dynmoe_jax/broadcast/{next(_calls)}"
     if is_first():
         client.key_value_set(key, json.dumps(value))
     else:
@@ -57,13 +56,13 @@ def gather(value: Any) -> list[Any] | None:
     """
     if not has_peers():
         return [value]
-    client, key = distributed.global_state.client, f"dynmoe_jax/gather/{next(_calls)}"
-    own = distributed.global_state.process_id
+    client, key = process_group().client, f"dynmoe_jax/gather/{next(_calls)}"
+    own = process_group().process_id
     if not is_first():
         client.key_value_set(f"{key}/{own}", json.dumps(value))
         return None
     values = [value]
-    for other in range(1, distributed.global_state.num_processes):
+    for other in range(1, process_group().num_processes):
         values.append(json.loads(client.blocking_key_value_get(f"{key}/{other}", _FOREVER_MS)))
         client.key_value_delete(f"{key}/{other}")
     return values

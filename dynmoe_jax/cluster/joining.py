@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import jax
-from jax._src import distributed
 
 from dynmoe_jax.cluster import watch
 from dynmoe_jax.cluster.agreement import has_peers, is_first
 from dynmoe_jax.cluster.place import Place
 from dynmoe_jax.cluster.simulated import provide_threads
+from dynmoe_jax.compat import process_group
 from dynmoe_jax.config_fields import ConfigError
 from dynmoe_jax.console import console
 
@@ -48,7 +48,7 @@ def joined(place: Place, exits: list[Callable[[int], None]]) -> Iterator[None]:
         exits.append(watch.leave)
         if watch.publish(_sentence(error)) and not is_first():
             console.quiet = False
-            number, host = distributed.global_state.process_id, socket.gethostname()
+            number, host = process_group().process_id, socket.gethostname()
             console.print(f"Process {number} on {host}:", markup=False)
         raise
     finally:
@@ -102,7 +102,7 @@ def _too_late(place: Place) -> str:
             f"was started with --coordinator={place.coordinator} and a --process_id of its own."
         )
     if place.coordinator is None:
-        found = distributed.global_state.coordinator_address
+        found = process_group().coordinator_address
         return (
             f"The other processes of the cluster around this one were not reached at {found} "
             f"{within}; check that all were started, and that this port is open between the "

@@ -23,7 +23,6 @@ from dynmoe_jax.training.integrity import find_damage, write_checksums
 from dynmoe_jax.training.pace import Pace, paced_types
 from dynmoe_jax.training.retention import METRIC, heldout_loss, keep_policy, save_policy
 from dynmoe_jax.training.snapshot import Snapshot
-from dynmoe_jax.training.telemetry import leave_bytes_uncounted
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
@@ -56,7 +55,6 @@ class Checkpoints:
         self._saving: int | None = None
         self._pace, self._snapshot = Pace.of_this_machine(), Snapshot()
         logging.getLogger("absl").addFilter(_tells_news)
-        leave_bytes_uncounted()
         best = {"best_fn": heldout_loss, "best_mode": "min"}
         if checkpoint is None:
             options = ocp.CheckpointManagerOptions(

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dynmoe_jax.compat import array_metadata_store
 from dynmoe_jax.training.streamed import StreamedArray
 
 _BYTES_PER_SECOND_AND_CORE = 25e6
@@ -97,8 +98,7 @@ class _PacedArrays(ocp.type_handlers.ArrayHandler):
 
     def __init__(self, pace: Pace):
         usual = ocp.type_handlers.get_type_handler(jax.Array)
-        # Orbax (0.12) has no public name for the store of what it notes about each array.
-        super().__init__(array_metadata_store=usual._array_metadata_store)
+        super().__init__(array_metadata_store=array_metadata_store(usual))
         self._pace = pace
 
     async def serialize(self, values: Sequence, infos: Sequence, args: Any = None) -> Sequence:

@@ -9,6 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from dynmoe_jax.compat import SlicewiseHandler
+
 _SMALL_BYTES = 1 << 20
 """Chunks below this make reading slow, says Orbax."""
 
@@ -48,12 +50,8 @@ class StreamedArray:
         return ocp.SaveArgs(chunk_byte_size=slice_bytes, shard_axes=(0,))
 
 
-class _Handler(ocp.type_handlers.NumpyHandler):
-    """Writes one slice at a time, of all arrays together.
-
-    Orbax has no public place for this: ``_open_and_write`` is its own (0.12), and a test that saves
-    and restores notices if it goes.
-    """
+class _Handler(SlicewiseHandler):
+    """Writes one slice at a time, of all arrays together."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -68,7 +66,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         self._turn = asyncio.Lock()
         return await super().serialize(values, infos, args)
 
-    async def _open_and_write(self, value, tspec, ts_context):
+    async def write_array(self, value, tspec, ts_context):
         array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         for index in range(value.shape[0]) if value.by_slice else [None]:
             async with self._turn:

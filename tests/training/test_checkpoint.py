@@ -52,7 +52,7 @@ def test_only_the_newest_are_kept(opened, workdir):
 
 
 def test_saves_leave_nothing_behind(opened, state, settings):
-    """But the four strings for each array that TensorStore never frees (training/telemetry.py)."""
+    """But what TensorStore never frees: four strings for each array, and Orbax's counters."""
     blocks = []
     gc.freeze()  # what earlier tests left is not looked through eight times
     for step in range(5, 13):
@@ -61,7 +61,7 @@ def test_saves_leave_nothing_behind(opened, state, settings):
         gc.collect()
         blocks.append(sys.getallocatedblocks())
     arrays = len(jax.tree.leaves(state))
-    assert np.median(np.diff(blocks[2:])) < 4 * (arrays + 10) + 100
+    assert np.median(np.diff(blocks[2:])) < 4 * (arrays + 10) + 400
 
 
 def test_state_position_and_settings_come_back_together(opened, state, settings):
