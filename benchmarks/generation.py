@@ -7,6 +7,7 @@ A Llama of SmolLM2-135M's shape with random weights, or the one that ``--model``
 the same prompts of random tokens by as many tokens, greedily, and none ends early.  ``prompt`` is a
 run that writes one token, so what a run takes beyond it is decoding.  ``read`` adds up the weights
 once: the least that a step can take.  Of a model that is named, the written tokens are compared.
+Needs the extra ``bench``, but with ``--alone``.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.columns import columns
+from benchmarks.command import need, run
 from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, interleave, ratio, show_progress
 
@@ -197,6 +199,8 @@ def table(seconds, shape: Shape, batches: list[int]) -> str:
 def main(argv: list[str]) -> dict:
     """Measures, prints table and marks, writes the JSON and returns what it holds."""
     flags = parse(argv)
+    if not flags.alone:
+        need("bench")
     pin_threads(flags.threads)
     from benchmarks.worker import Worker
 
@@ -237,4 +241,4 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(lambda: main(sys.argv[1:]))
