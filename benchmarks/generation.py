@@ -107,7 +107,7 @@ def our_decoder(shape: Shape):
     return Decoder(model, rngs=nnx.Rngs(0))
 
 
-def our_cases(shape: Shape, batches: list[int]):
+def our_cases(decoder, shape: Shape, batches: list[int]):
     """(seconds of our runs by ``ours/batch/what`` and of reading all weights once, tokens written
     last by batch)."""
     import jax
@@ -117,7 +117,6 @@ def our_cases(shape: Shape, batches: list[int]):
     from dynmoe_jax.inference.generate import Generator
     from dynmoe_jax.inference.sampling import Sampling
 
-    decoder = our_decoder(shape)
     generator = Generator(decoder)
     last: dict[int, list[list[int]]] = {}
 
@@ -209,7 +208,10 @@ def main(argv: list[str]) -> dict:
     batches = [int(batch) for batch in flags.batches.split(",")]
     if flags.model:
         shape = dataclasses.replace(shape, model=flags.model)
-    cases, written = our_cases(shape, batches)
+    decoder = our_decoder(shape)
+    # The prompts are of tokens that the model has.
+    shape = dataclasses.replace(shape, vocab_size=decoder.config.vocab_size)
+    cases, written = our_cases(decoder, shape, batches)
     worker = None
     if not flags.alone:
         asked = {"shape": dataclasses.asdict(shape), "batches": batches, "threads": flags.threads}

@@ -70,8 +70,9 @@ def rise(saved: config.Config, cfg: config.Config, step: int) -> tuple[float, fl
 
 def _choose(cfg: config.Config, workdir: Path, newest: int) -> tuple[int, int, bool]:
     """(step to go on after, step up to which a checkpoint is kept, whether others were moved)."""
+    start = decay_start(cfg.optimizer, cfg.train.steps) or 0
     if not newest:
-        return 0, decay_start(cfg.optimizer, cfg.train.steps) or 0, False
+        return 0, start, False
     # A reader of its own, which waits for no other process.
     with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
         saved, step, moved = _settings(checkpoints, newest), newest, False
@@ -83,12 +84,13 @@ def _choose(cfg: config.Config, workdir: Path, newest: int) -> tuple[int, int, b
                 _tell_way_back(found, newest, _set_aside(workdir, checkpoints, found, newest))
         if risen and step == newest:
             _tell_rise(saved, cfg, newest, risen)
-        return step, _to_keep(cfg, checkpoints, step), moved
+        keeps = cfg.optimizer.schedule == _STABLE
+        return step, _to_keep(checkpoints, step, start) if keeps else 0, moved
 
 
 def _tell_way_back(step: int, newest: int, aside: Path) -> None:
     console.print(
-        f"Going on from step {step:,}, where the learning rate began to fall; the checkpoint of "
+        f"Going on from step {step:,}, before the learning rate fell; the checkpoint of "
         f"step {newest:,}, where it was lower, is kept in {aside}",
         soft_wrap=True,
         markup=False,
@@ -164,9 +166,8 @@ def _set_aside(workdir: Path, checkpoints: Checkpoints, step: int, newest: int) 
     return aside
 
 
-def _to_keep(cfg: config.Config, checkpoints: Checkpoints, step: int) -> int:
-    """The step after which the rate falls: of a run that was made shorter, where it stands."""
-    start = decay_start(cfg.optimizer, cfg.train.steps) or 0
+def _to_keep(checkpoints: Checkpoints, step: int, start: int) -> int:
+    """The step after which the rate falls, ``start`` unless a run was made shorter after it."""
     for done in reversed([done for done in checkpoints.steps() if start < done <= step]):
         saved = _settings(checkpoints, done)
         fallen = saved and decay_start(saved.optimizer, saved.train.steps)

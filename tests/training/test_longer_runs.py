@@ -71,7 +71,7 @@ def test_longer_run_is_the_run_that_was_asked_for_so_many_steps_from_the_start(
     aside = workdir / DECAYED_FOLDER / "10"
     said = [line for line in printed.splitlines() if "Going on from step 8" in line]
     assert said == [
-        "Going on from step 8, where the learning rate began to fall; the checkpoint of step 10, "
+        "Going on from step 8, before the learning rate fell; the checkpoint of step 10, "
         f"where it was lower, is kept in {aside}"
     ]
     assert "after step 8" in printed
@@ -133,7 +133,7 @@ def test_run_is_made_longer_twice(run, wsd, change, tmp_path):
     assert run(wsd) == (0, [16, 20], "")
     done, kept, said = run(change(wsd, train__steps=30))
     assert (done, kept) == (16, [24, 30])
-    assert "Going on from step 16, where" in said
+    assert "Going on from step 16, before" in said
     assert run(change(wsd, train__steps=30)) == (30, [24, 30], "")
     done, kept, said = run(change(wsd, train__steps=40))
     assert (done, kept) == (24, [32, 40])
