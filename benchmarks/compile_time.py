@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled
 
+from benchmarks.command import run
 from dynmoe_jax import config
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

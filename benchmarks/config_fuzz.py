@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled, Traced
 
+from benchmarks.command import run
 from dynmoe_jax import config
 from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

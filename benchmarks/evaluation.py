@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.columns import columns
-from benchmarks.evaluation_cases import Asked, Case, answers, from_pretrained, points, tasks_of
+from benchmarks.command import need, run
+from benchmarks.evaluation_cases import Asked, Case, answers, points, tasks_of
 from benchmarks.machine import pin_threads, with_machine
+from benchmarks.pretrained import from_pretrained
 from benchmarks.timing import Mark, interleave, ratio, show_progress
 
 TASKS = (
@@ -186,6 +188,7 @@ def _row(found: dict) -> tuple[str, ...]:
 def main(argv: list[str]) -> dict:
     """Measures, prints table and mark, writes the JSON and returns what it holds."""
     flags = parse(argv)
+    need("bench", "eval")
     pin_threads(flags.threads)
     from benchmarks.worker import Worker
 
@@ -217,4 +220,4 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(lambda: main(sys.argv[1:]))

@@ -32,14 +32,6 @@ class Asked:
     softmax: str = "float32"
 
 
-def from_pretrained(kind: Any, path: str, **more: Any) -> Any:
-    """Transformers' ``kind`` from a folder or a GGUF file."""
-    file = Path(path)
-    if file.suffix == ".gguf":
-        return kind.from_pretrained(file.parent, gguf_file=file.name, **more)
-    return kind.from_pretrained(file, **more)
-
-
 def tasks_of(asked: Asked) -> dict[str, list]:
     """The harness's tasks on local items."""
     from dynmoe_jax.evaluation.local_tasks import load_tasks

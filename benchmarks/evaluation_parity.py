@@ -16,6 +16,7 @@ import json
 import sys
 
 from benchmarks.columns import columns
+from benchmarks.command import need, run
 from benchmarks.evaluation import add_case_flags, largest_difference, our_cases
 from benchmarks.evaluation_cases import Asked, answers, points
 from benchmarks.machine import pin_threads, with_machine
@@ -72,6 +73,7 @@ def _row(found: dict) -> tuple[str, ...]:
 def main(argv: list[str]) -> list[dict]:
     """Compares, prints each task as it is done and a table; returns what the table holds."""
     flags = parse(argv)
+    need("bench", "eval")
     pin_threads(flags.threads)
     from benchmarks.worker import Worker
 
@@ -114,4 +116,4 @@ def main(argv: list[str]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(lambda: main(sys.argv[1:]))

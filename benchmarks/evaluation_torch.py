@@ -13,7 +13,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.evaluation_cases import Asked, Case, answers, from_pretrained, points, tasks_of
+from benchmarks.evaluation_cases import Asked, Case, answers, points, tasks_of
+from benchmarks.pretrained import from_pretrained
 from benchmarks.worker import serve
 
 

@@ -7,6 +7,7 @@ A Llama of SmolLM2-135M's shape with random weights, or the one that ``--model``
 the same prompts of random tokens by as many tokens, greedily, and none ends early.  ``prompt`` is a
 run that writes one token, so what a run takes beyond it is decoding.  ``read`` adds up the weights
 once: the least that a step can take.  Of a model that is named, the written tokens are compared.
+Needs the extra ``bench``, but with ``--alone``.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.columns import columns
+from benchmarks.command import need, run
 from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, interleave, ratio, show_progress
 
@@ -105,7 +107,7 @@ def our_decoder(shape: Shape):
     return Decoder(model, rngs=nnx.Rngs(0))
 
 
-def our_cases(shape: Shape, batches: list[int]):
+def our_cases(decoder, shape: Shape, batches: list[int]):
     """(seconds of our runs by ``ours/batch/what`` and of reading all weights once, tokens written
     last by batch)."""
     import jax
@@ -115,7 +117,6 @@ def our_cases(shape: Shape, batches: list[int]):
     from dynmoe_jax.inference.generate import Generator
     from dynmoe_jax.inference.sampling import Sampling
 
-    decoder = our_decoder(shape)
     generator = Generator(decoder)
     last: dict[int, list[list[int]]] = {}
 
@@ -197,6 +198,8 @@ def table(seconds, shape: Shape, batches: list[int]) -> str:
 def main(argv: list[str]) -> dict:
     """Measures, prints table and marks, writes the JSON and returns what it holds."""
     flags = parse(argv)
+    if not flags.alone:
+        need("bench")
     pin_threads(flags.threads)
     from benchmarks.worker import Worker
 
@@ -205,7 +208,10 @@ def main(argv: list[str]) -> dict:
     batches = [int(batch) for batch in flags.batches.split(",")]
     if flags.model:
         shape = dataclasses.replace(shape, model=flags.model)
-    cases, written = our_cases(shape, batches)
+    decoder = our_decoder(shape)
+    # The prompts are of tokens that the model has.
+    shape = dataclasses.replace(shape, vocab_size=decoder.config.vocab_size)
+    cases, written = our_cases(decoder, shape, batches)
     worker = None
     if not flags.alone:
         asked = {"shape": dataclasses.asdict(shape), "batches": batches, "threads": flags.threads}
@@ -237,4 +243,4 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(lambda: main(sys.argv[1:]))

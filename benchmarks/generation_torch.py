@@ -10,8 +10,8 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.evaluation_cases import from_pretrained
 from benchmarks.generation import WHAT, Shape, prompts
+from benchmarks.pretrained import from_pretrained
 from benchmarks.worker import serve
 
 

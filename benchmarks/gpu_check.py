@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.columns import columns
+from benchmarks.command import run
 from dynmoe_jax.experts import ExpertWeights
 from dynmoe_jax.experts.grouped_products import REFERENCE
 from dynmoe_jax.experts.swiglu import plain_swiglu
@@ -128,4 +129,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(lambda: main(sys.argv[1:]))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.columns import columns
+from benchmarks.command import run
 from benchmarks.layer_cases import PRESETS, Preset
 from benchmarks.machine import with_machine
 from benchmarks.timing import interleave, show_progress
@@ -236,4 +237,4 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(lambda: main(sys.argv[1:]))

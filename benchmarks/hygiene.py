@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command import run
 from dynmoe_jax.huge_pages import restart_with_huge_pages
 
 ROOT = Path(__file__).parents[1]
@@ -205,4 +206,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    main()
+    run(main)

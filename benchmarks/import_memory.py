@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command import run
 from dynmoe_jax import config
 from dynmoe_jax.console import console
 from dynmoe_jax.interop import load_hf
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from benchmarks.command import run
 from benchmarks.kill_victim import PHASES, Start, start
 from dynmoe_jax.console import console
 from dynmoe_jax.training.metrics import read_metrics
@@ -196,4 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

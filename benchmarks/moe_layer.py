@@ -10,21 +10,17 @@ Mixtral block.  All peers see the same tokens, router and weights, and the same 
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+from benchmarks.command import missing, need, run
 from benchmarks.layer_cases import PRESETS, Preset, choices, draw
 from benchmarks.machine import Copy, pin_threads, with_machine
 from benchmarks.timing import interleave, show_progress
 from dynmoe_jax.huge_pages import restart_with_huge_pages
 
-TORCH_METHODS = {
-    "torch_loop": "torch",
-    "hf_eager": "transformers",
-    "hf_grouped_mm": "transformers",
-}
+TORCH_METHODS = ("torch_loop", "hf_eager", "hf_grouped_mm")
 DEFAULT_METHODS = ("ours", "ours_recompute", "dense", "jax_capacity", "jax_ragged_dot")
 JAX_METHODS = (*DEFAULT_METHODS, "jax_tokamax")
 """The last one needs an accelerator, and tokamax."""
@@ -105,6 +101,10 @@ def torch_worker(preset: Preset, chosen, methods, directions, threads: int, tuna
 def main(argv: list[str]) -> dict:
     """Measures, prints tables, writes the JSON and returns what it holds."""
     flags = parse(argv)
+    installed = () if missing("bench") else TORCH_METHODS
+    methods = flags.methods.split(",") if flags.methods else [*DEFAULT_METHODS, *installed]
+    if not set(TORCH_METHODS).isdisjoint(methods):
+        need("bench")
     pin_threads(flags.threads)
     import jax
 
@@ -117,8 +117,6 @@ def main(argv: list[str]) -> dict:
     available = choices(preset, draw(preset))
     names = flags.choices.split(",") if flags.choices else DEFAULT_CHOICES.get(flags.preset)
     chosen = [available[name] for name in names or available]
-    installed = [m for m, package in TORCH_METHODS.items() if importlib.util.find_spec(package)]
-    methods = flags.methods.split(",") if flags.methods else [*DEFAULT_METHODS, *installed]
     directions = flags.directions.split(",")
 
     ours = [m for m in methods if m in JAX_METHODS]
@@ -150,4 +148,4 @@ def main(argv: list[str]) -> dict:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    main(sys.argv[1:])
+    run(lambda: main(sys.argv[1:]))

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.command import run
 from benchmarks.kill_campaign import write_corpus
 from benchmarks.kill_victim import ROOT
 from dynmoe_jax.command_line import EXIT_PREEMPTED
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

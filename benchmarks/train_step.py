@@ -10,7 +10,6 @@ Mixtral of the same shape, trained by PyTorch's fused AdamW, runs in a process o
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.columns import columns
+from benchmarks.command import missing, need, run
 from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, Ratio, interleave, ratio, show_progress
 from dynmoe_jax.huge_pages import restart_with_huge_pages
@@ -137,6 +137,12 @@ def _row(record: dict) -> tuple[str, ...]:
 def main(argv: list[str]) -> dict:
     """Measures, prints table and marks, writes the JSON and returns what it holds."""
     flags = parse(argv)
+    defaults = ["top_p_2"] if flags.preset == "paper" else list(JAX_METHODS)
+    if flags.preset != "paper" and not missing("bench"):
+        defaults += TORCH_METHODS
+    methods = flags.methods.split(",") if flags.methods else defaults
+    if not set(TORCH_METHODS).isdisjoint(methods):
+        need("bench")
     pin_threads(flags.threads)
     from benchmarks.train_cases import PRESETS, cases
     from benchmarks.train_jax import TrainCase
@@ -146,10 +152,6 @@ def main(argv: list[str]) -> dict:
     preset = dataclasses.replace(
         PRESETS[flags.preset], **{name: value for name, value in overrides.items() if value}
     )
-    defaults = ["top_p_2"] if flags.preset == "paper" else list(JAX_METHODS)
-    if flags.preset != "paper" and importlib.util.find_spec("transformers"):
-        defaults += TORCH_METHODS
-    methods = flags.methods.split(",") if flags.methods else defaults
     available = cases(preset)
     jax_cases = {m: TrainCase(preset, available[m]) for m in methods if m in JAX_METHODS}
     workers = {
@@ -177,4 +179,4 @@ def main(argv: list[str]) -> dict:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    main(sys.argv[1:])
+    run(lambda: main(sys.argv[1:]))

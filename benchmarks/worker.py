@@ -12,6 +12,12 @@ from collections.abc import Callable, Mapping
 from dynmoe_jax.huge_pages import TUNABLES
 
 
+class WorkerError(RuntimeError):
+    """A process has ended early; the message is one sentence, what happened stands above it."""
+
+    exit_code = 1
+
+
 class Worker:
     """Runs ``python -m MODULE ARGUMENTS`` and times its cases from here.
 
@@ -48,7 +54,10 @@ class Worker:
     def _read(self):
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}.")
+            raise WorkerError(
+                f"`python -m {self.process.args[2]}` ended with exit code {self.process.wait()}; "
+                "what it said stands above."
+            )
         return json.loads(line)
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dynmoe_jax import config
+from dynmoe_jax.absent_accelerators import leave_out_absent_accelerators
 from dynmoe_jax.cluster.place import Place, place_from
 from dynmoe_jax.console import console
 
@@ -88,6 +89,7 @@ def exit_code(program: Callable[[], int], bad_input: tuple[type[Exception], ...]
       program: returns its exit code.
       bad_input: as in :func:`run`.
     """
+    leave_out_absent_accelerators()
     try:
         return program()
     except (config.ConfigError, *bad_input) as error:

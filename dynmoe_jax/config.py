@@ -160,9 +160,15 @@ class Model:
         return (self.num_layers - self.moe.dense_first_layers) // (self.moe.every_n_layers or 1)
 
     @property
+    def moe_layers(self) -> range:
+        """The layers with experts, counted from 0; the only place that says which."""
+        first, every = self.moe.dense_first_layers + self.moe.layer_offset, self.moe.every_n_layers
+        return range(first, self.num_layers, every) if every else range(0)
+
+    @property
     def num_moe_layers(self) -> int:
         """N, layers with experts."""
-        return self.num_groups if self.moe.every_n_layers else 0
+        return len(self.moe_layers)
 
 
 @dataclasses.dataclass(frozen=True)

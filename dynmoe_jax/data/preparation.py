@@ -27,6 +27,7 @@ _SUMMARY = "summary.json"
 _BROKEN_PRINTED = 10
 _BROKEN_LISTED = 1000
 _MOST_DOMAINS = 1000
+_SAMPLED_CHARACTERS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +98,12 @@ class Prepared:
         return self._open_split(split) if amount.documents else ()
 
     def sample_texts(self, megabytes: float) -> Iterator[str]:
-        """Training texts up to this many MB, as evenly over the domains as their sizes allow."""
-        readers = {
-            domain: (example["text"].decode() for example in self.open_train(domain))
-            for domain in self.domains
-        }
+        """Training texts up to this many MB, as evenly over the domains as their sizes allow.
+
+        A text that is longer than ``_SAMPLED_CHARACTERS`` comes in parts, which are as good as
+        texts to whoever counts words.
+        """
+        readers = {domain: _in_parts(self.open_train(domain)) for domain in self.domains}
         given = dict.fromkeys(self.domains, 0)
         while readers and sum(given.values()) < megabytes * 1e6:
             domain = min(readers, key=given.__getitem__)
@@ -111,6 +113,13 @@ class Prepared:
             else:
                 given[domain] += len(text.encode())
                 yield text
+
+
+def _in_parts(examples: Sequence[dict]) -> Iterator[str]:
+    for example in examples:
+        text = example["text"].decode()
+        for start in range(0, len(text), _SAMPLED_CHARACTERS):
+            yield text[start : start + _SAMPLED_CHARACTERS]
 
 
 def prepare(data: config.Data, directory: Path) -> Prepared:

@@ -15,8 +15,14 @@ from dynmoe_jax.data.errors import DataError
 
 # Stretches of text that the trainer sees as one "sentence"; no piece crosses their borders.
 _TRAINING_BYTES = 4000
+# A longer line is cut, so that stretches are filled however many bytes its characters have.
+_LINE_CHARACTERS = _TRAINING_BYTES // 4
 # SentencePiece writes a space as this character, and reads this character as a space.
 _SPACE = "▁"
+# The trainer leaves out every sentence with this character, its own mark of what is unknown.
+_UNKNOWN = "▅"
+_RESERVED = re.compile(f"[{_SPACE}{_UNKNOWN}]")
+_LINE_ENDS = "\r\n"
 
 
 class SentencePieceTokenizer:
@@ -156,22 +162,43 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
 
 
 def _stretches(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in stretches of whole lines; a line that is too long for the trainer is cut."""
+    """The texts in stretches of whole lines, where those are short enough.
+
+    Nothing is left out but what the trainer cannot see: the two characters that mean something else
+    to it, which :meth:`SentencePieceTokenizer.encode` writes as bytes, and line ends at the end of
+    a text.
+    """
     for text in texts:
         stretch = ""
-        for line in text.splitlines(keepends=True):
-            if len((stretch + line).encode()) > _TRAINING_BYTES:
-                if stretch:
-                    yield stretch
-                stretch = ""
-            # At most 4 bytes a character.
-            stretch += line[: _TRAINING_BYTES // 4] if len(line) > _TRAINING_BYTES // 4 else line
-        if stretch:
-            yield stretch
+        for part in _parts(text):
+            if not part or len((stretch + part).encode()) > _TRAINING_BYTES:
+                # It strips line ends from the end of a sentence: they begin the next one.
+                shown = stretch.rstrip(_LINE_ENDS)
+                if shown:
+                    yield shown
+                stretch = stretch[len(shown) :] if shown and part else ""
+            stretch += part
+        if shown := stretch.rstrip(_LINE_ENDS):
+            yield shown
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Lines, or parts of long ones; empty where a reserved character stood."""
+    for line in text.splitlines(keepends=True):
+        for number, clear in enumerate(_RESERVED.split(line)):
+            if number:
+                yield ""
+            for start in range(0, len(clear), _LINE_CHARACTERS):
+                yield clear[start : start + _LINE_CHARACTERS]
 
 
 def _untrainable(vocab_size: int, error: RuntimeError) -> DataError:
     setting = f"config.model.vocab_size={vocab_size}"
+    if "sentences_.empty()" in str(error):
+        return DataError(
+            "config.data.sources gives no text to train a tokenizer on; name other sources, or a "
+            "tokenizer with config.data.tokenizer."
+        )
     limit = re.search(r"set it to a value <= (\d+)", str(error))
     if limit:
         return DataError(

@@ -8,9 +8,7 @@ from dynmoe_jax.interop.errors import CheckpointError
 
 def moe_layers(model: config.Model) -> list[int]:
     """The layers of a model that have experts."""
-    moe = model.moe
-    start = moe.dense_first_layers + moe.layer_offset
-    return list(range(start, model.num_layers, moe.every_n_layers)) if moe.every_n_layers else []
+    return list(model.moe_layers)
 
 
 def grouping(layers: list[int], num_layers: int) -> dict[str, int]:

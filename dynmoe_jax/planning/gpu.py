@@ -144,27 +144,30 @@ class _Step:
         return train.batch_size * self.cfg.data.seq_len / train.microbatches / self.batch_devices
 
     @property
-    def moe_layers(self) -> int:
-        """Layers with experts."""
-        every = self.cfg.model.moe.every_n_layers
-        return self.cfg.model.num_layers // every if every else 0
-
-    @property
     def passes(self) -> float:
         """Forward passes that forward and backward of a layer cost: recomputing adds one."""
         return 4.0 if self.cfg.model.remat == "layer" else 3.0
 
     def operations(self) -> list[Operation]:
         """Parts of the model with their time."""
-        model, T, tensor = self.cfg.model, self.tokens, self.sizes["model"]
-        dense = model.num_layers - self.moe_layers
+        model, moe, T = self.cfg.model, self.cfg.model.moe, self.tokens
+        sparse, tensor = model.num_moe_layers, self.sizes["model"]
         scores = 2 * T * self.cfg.data.seq_len * model.num_heads * model.head_width
-        rows, experts = T * self.experts, model.moe.num_experts // self.sizes["expert"]
+        router = 2 * T * model.width * (moe.num_experts + moe.shared_gate)
+        of_experts = T * self.experts, moe.num_experts // self.sizes["expert"], moe.hidden_width
+        shared = "model.feed_forward: MoEFeedForward.shared"
         parts = [
             self._part("model.attention: Attention", "projections", model.num_layers, self._heads),
             self._part("model.attention: Attention", "scores", model.num_layers, scores / tensor),
-            self._feed_forward("model.feed_forward: DenseFeedForward", dense, T, 1),
-            self._feed_forward("experts.parallel: apply_experts", self.moe_layers, rows, experts),
+            self._part("model.routed: routed", "router", sparse, router),
+            self._feed_forward(
+                "model.feed_forward: DenseFeedForward",
+                "feed-forward",
+                model.num_layers - sparse,
+                (T, 1, model.hidden_width),
+            ),
+            self._feed_forward("experts.parallel: apply_experts", "experts", sparse, of_experts),
+            self._feed_forward(shared, "shared expert", sparse, (T, 1, moe.shared_hidden_width)),
             self._part(
                 "model.cross_entropy: cross_entropy_sums",
                 "logits",
@@ -190,15 +193,16 @@ class _Step:
         seconds = (passes or self.passes) * flops / self.topology.chip.flops_per_s
         return Operation("", module, what, layers * self.cfg.train.microbatches, seconds)
 
-    def _feed_forward(self, module, layers, rows, experts) -> Operation:
-        model = self.cfg.model
-        moe = module.startswith("experts")
-        hidden = (model.moe.hidden_width if moe else model.hidden_width) // self.sizes["model"]
-        cost = layer_cost(rows, experts, model.width, hidden, backward=True)
-        again = layer_cost(rows, experts, model.width, hidden) if self.passes > 3 else None
+    def _feed_forward(self, module, what, layers, size: tuple[float, int, int]) -> Operation:
+        """SwiGLU of (rows, experts, their hidden width) in each of some layers."""
+        rows, experts, hidden = size
+        if not hidden:  # no shared expert
+            return Operation("", module, what, 0, 0.0)
+        of = rows, experts, self.cfg.model.width, hidden // self.sizes["model"]
+        again = layer_cost(*of) if self.passes > 3 else None
         chip = self.topology.chip
-        seconds = cost.roofline_s(chip) + (again.roofline_s(chip) if again else 0.0)
-        what = "experts" if moe else "feed-forward"
+        seconds = layer_cost(*of, backward=True).roofline_s(chip)
+        seconds += again.roofline_s(chip) if again else 0.0
         return Operation("", module, what, layers * self.cfg.train.microbatches, seconds)
 
     def transfers(self) -> list[tuple[int, Transfer, Operation]]:
@@ -208,7 +212,7 @@ class _Step:
         mine = shard_bytes(state.params) * self.sizes["data"]
         gathered = mine * _BYTES / 4 / model.num_layers
         stream = self.tokens * model.width * _BYTES
-        layers, moe = model.num_layers * parts, self.moe_layers * parts
+        layers, moe = model.num_layers * parts, model.num_moe_layers * parts
         every = [
             ("data", "all-gather", 2 * layers, gathered),
             ("data", "reduce-scatter", layers, gathered),
@@ -238,34 +242,46 @@ class _Step:
         seconds += (boxes - 1) / boxes * size / (inside * chip.network_bytes_per_s)
         return Transfer(kind, axis, passes * (members - 1) / members * size, passes * seconds)
 
+    def _kinds_of_layers(self) -> list[tuple[int, float, int]]:
+        """(layers, hidden width that a token keeps, bytes of matrices) of the feed-forwards."""
+        model, moe = self.cfg.model, self.cfg.model.moe
+        tensor, sparse = self.sizes["model"], model.num_moe_layers
+        kept = (saved_rows_per_token(moe) or self.experts) * moe.hidden_width
+        experts = expert_weight_bytes(
+            moe.num_experts // self.sizes["expert"],
+            model.width,
+            moe.hidden_width // tensor,
+            _BYTES,
+        )
+        shared = expert_weight_bytes(1, model.width, moe.shared_hidden_width // tensor, _BYTES)
+        dense = expert_weight_bytes(1, model.width, model.hidden_width // tensor, _BYTES)
+        kinds = [
+            (model.num_layers - sparse, float(model.hidden_width), dense),
+            (sparse, kept + moe.shared_hidden_width, experts + shared),
+        ]
+        return [kind for kind in kinds if kind[0]]
+
     def memory(self) -> MemoryPlan:
         """Bytes by kind: those of the state exact, the others estimated."""
         model, T, tensor = self.cfg.model, self.tokens, self.sizes["model"]
         state = _state_shapes(self.cfg, self.sizes)
         parameters, optimizer = shard_bytes(state.params), shard_bytes(state.optimizer)
         heads = model.head_width * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor
-        hidden = model.hidden_width
-        if self.moe_layers:
-            rows = saved_rows_per_token(model.moe) or self.experts
-            hidden = max(
-                hidden * (self.moe_layers < model.num_layers), rows * model.moe.hidden_width
-            )
-        # Norms' inputs and outputs, the stream between the halves; queries to mixed values; gate
-        # and up.
-        layer = _BYTES * T * (5 * model.width + heads + 2 * hidden / tensor)
         stream = _BYTES * T * model.width
-        kept = stream if self.cfg.model.remat == "layer" else layer
-        experts = model.moe.num_experts // self.sizes["expert"]
-        weights = expert_weight_bytes(
-            experts, model.width, model.moe.hidden_width // tensor, _BYTES
-        )
+        kept, layer, weights = 0.0, 0.0, 0.0
+        for layers, hidden, matrices in self._kinds_of_layers():
+            # Norms' inputs and outputs, the stream between the halves; queries to mixed values;
+            # gate and up.
+            of_kind = _BYTES * T * (5 * model.width + heads + 2 * hidden / tensor)
+            kept += layers * (stream if self.cfg.model.remat == "layer" else of_kind)
+            layer, weights = max(layer, of_kind), max(weights, matrices)
         logits = 3 * 4 * model.vocab_size / tensor * min(self.cfg.loss.chunk_tokens, T)
         # Gradients, the parameters of a layer and their gradients, and one layer at work.
         work = parameters + 2 * weights + logits + layer
         found = MemoryPlan(
             parameters,
             optimizer,
-            int(model.num_layers * kept),
+            int(kept),
             int(work),
             int(4 * 4 * T * self.cfg.train.microbatches),
             int(self.topology.chip.memory_bytes),

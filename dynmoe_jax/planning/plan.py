@@ -205,8 +205,7 @@ def new_plan(
 def analytic_flops(cfg: config.Config, experts: float, devices: int) -> float:
     """Of one device in one step, if tokens use so many experts."""
     tokens = cfg.train.batch_size * cfg.data.seq_len
-    every = cfg.model.moe.every_n_layers
-    rows = tokens * experts * (cfg.model.num_layers // every if every else 0)
+    rows = tokens * experts * cfg.model.num_moe_layers
     return training_flops(cfg.model, tokens, cfg.data.seq_len, rows) / devices
 
 

@@ -9,6 +9,7 @@ import os
 import re
 
 import jax
+from packaging.requirements import Requirement
 
 from dynmoe_jax import config
 from dynmoe_jax.experts.accounting import CHIPS, Chip
@@ -122,9 +123,11 @@ def describe_devices(topology: Topology) -> list[jax.Device]:
     """The devices of TPU slices that need not be there.
 
     Raises:
-      ConfigError: there is no such slice, or the compiler for TPUs is not installed.
+      ConfigError: there is no such slice, or the compiler for TPUs is not installed, or not the
+        one that JAX asks for.
     """
-    _check_compiler()
+    if reason := why_not():
+        raise config.ConfigError(f"--topology: {reason}.")
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
@@ -148,13 +151,20 @@ def describe_devices(topology: Topology) -> list[jax.Device]:
     return list(described.devices)
 
 
-def _check_compiler() -> None:
+def why_not() -> str:
+    """Why nothing can be compiled for a TPU here; empty if it can."""
     try:
-        importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise config.ConfigError(
-            "--topology: to plan for a TPU its compiler is needed; pip install -e '.[tpu-aot]'."
-        ) from error
+        version = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "to plan for a TPU its compiler is needed; pip install -e '.[tpu-aot]'"
+    # Another one writes HLO that this jaxlib cannot read.
+    for wanted in map(Requirement, importlib.metadata.requires("jax") or ()):
+        if wanted.name == "libtpu" and not wanted.specifier.contains(version, prereleases=True):
+            return (
+                f"libtpu {version} is not the one that JAX {jax.__version__} asks for; "
+                f"pip install 'libtpu{wanted.specifier}'"
+            )
+    return ""
 
 
 @contextlib.contextmanager

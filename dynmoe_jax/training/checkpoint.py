@@ -21,7 +21,13 @@ from dynmoe_jax.cluster import agreement
 from dynmoe_jax.training.disk import not_writable
 from dynmoe_jax.training.integrity import find_damage, write_checksums
 from dynmoe_jax.training.pace import Pace, paced_types
-from dynmoe_jax.training.retention import METRIC, heldout_loss, keep_policy, save_policy
+from dynmoe_jax.training.retention import (
+    METRIC,
+    BeforeDecay,
+    heldout_loss,
+    keep_policy,
+    save_policy,
+)
 from dynmoe_jax.training.snapshot import Snapshot
 
 FOLDER = "checkpoints"
@@ -53,6 +59,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, checkpoint: config.Checkpoint | None):
         self._workdir, self._settings = workdir, checkpoint
         self._saving: int | None = None
+        self._before_decay = BeforeDecay()
         self._pace, self._snapshot = Pace.of_this_machine(), Snapshot()
         logging.getLogger("absl").addFilter(_tells_news)
         best = {"best_fn": heldout_loss, "best_mode": "min"}
@@ -63,7 +70,7 @@ class Checkpoints:
         else:
             options = ocp.CheckpointManagerOptions(
                 save_decision_policy=save_policy(checkpoint),
-                preservation_policy=keep_policy(checkpoint),
+                preservation_policy=keep_policy(checkpoint, self._before_decay),
                 cleanup_tmp_directories=True,
                 # Called when all is written but not yet renamed.
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._list_files),
@@ -104,11 +111,18 @@ class Checkpoints:
         best = self._manager.best_step()
         return best if best is not None and METRIC in (self._manager.metrics(best) or {}) else None
 
+    def keep_before_decay(self, step: int) -> None:
+        """Has a checkpoint of a step written, after which the learning rate falls, and the newest
+        one up to it kept."""
+        self._before_decay.step = step
+
     def due(self, step: int) -> bool:
         """Whether the settings ask for a checkpoint after this step.
 
         Every process has to ask at every step: where clocks have a say, process 0 decides.
         """
+        if step == self._before_decay.step:
+            return True
         every = self._settings.every_steps
         if not agreement.has_peers() or not self._settings.every_minutes:
             return self._manager.should_save(step)

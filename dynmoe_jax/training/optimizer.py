@@ -12,18 +12,34 @@ def make_schedule(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
     The warm-up is cut short if it would take more than half of the run.
     """
     peak, final = optimizer.learning_rate, optimizer.learning_rate * optimizer.final_fraction
-    warmup = min(optimizer.warmup_steps, steps // 2)
+    warmup, start = _warmup(optimizer, steps), decay_start(optimizer, steps)
     # The first step already learns: the ramp goes from peak/(warmup+1), not from 0.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    if optimizer.schedule == "constant":
+    if start is None:
         return optax.join_schedules([ramp, optax.constant_schedule(peak)], [warmup])
     if optimizer.schedule == "warmup_cosine":
         decay = optax.cosine_decay_schedule(peak, max(1, steps - warmup), optimizer.final_fraction)
         return optax.join_schedules([ramp, decay], [warmup])
-    start = max(warmup, steps - round(steps * optimizer.decay_fraction))
     decay = optax.linear_schedule(peak, final, max(1, steps - start))
     flat = optax.constant_schedule(peak)
     return optax.join_schedules([ramp, flat, decay], [warmup, start])
+
+
+def decay_start(optimizer: config.Optimizer, steps: int) -> int | None:
+    """Steps after which the learning rate of a run of so many steps falls; None if it never does.
+
+    The step after still has the peak, every later one less.
+    """
+    warmup = _warmup(optimizer, steps)
+    if optimizer.schedule == "constant":
+        return None
+    if optimizer.schedule == "warmup_cosine":
+        return warmup
+    return max(warmup, steps - round(steps * optimizer.decay_fraction))
+
+
+def _warmup(optimizer: config.Optimizer, steps: int) -> int:
+    return min(optimizer.warmup_steps, steps // 2)
 
 
 def make_optimizer(

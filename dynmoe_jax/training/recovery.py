@@ -1,5 +1,7 @@
 """From which checkpoint a run goes on: the newest one that is whole."""
 
+from pathlib import Path
+
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import warn
 from dynmoe_jax.training.checkpoint import ITEMS, CheckpointError, Checkpoints
@@ -55,14 +57,20 @@ def _move_damaged(checkpoints: Checkpoints) -> tuple[int | None, bool]:
     """(step of the newest whole checkpoint, whether newer ones were moved away)."""
     step, damaged = newest_whole(checkpoints)
     for bad, damage in damaged.items():
-        folder = checkpoints.folder(bad)
-        moved = folder.parents[1] / DAMAGED_FOLDER / folder.name
-        while moved.exists():
-            moved = moved.with_name(moved.name + "_again")
-        moved.parent.mkdir(exist_ok=True)
-        folder.rename(moved)
+        moved = move_damaged(checkpoints, bad)
         warn(damaged_sentence(bad, f"{damage}; moved to {moved}", step))
     return step, bool(damaged)
+
+
+def move_damaged(checkpoints: Checkpoints, step: int) -> Path:
+    """Moves a checkpoint out of the way and returns where it lies now."""
+    folder = checkpoints.folder(step)
+    moved = folder.parents[1] / DAMAGED_FOLDER / folder.name
+    while moved.exists():
+        moved = moved.with_name(moved.name + "_again")
+    moved.parent.mkdir(exist_ok=True)
+    folder.rename(moved)
+    return moved
 
 
 def damaged_sentence(damaged: int, what: str, step: int) -> str:

@@ -1,13 +1,32 @@
 """When a checkpoint is written and which ones are kept: the settings as Orbax's policies."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from orbax.checkpoint import checkpoint_managers as ocm
 
 from dynmoe_jax import config
 
 METRIC = "heldout_loss"
+
+
+@dataclasses.dataclass
+class BeforeDecay(ocm.PreservationPolicy):
+    """Keeps the newest checkpoint that a longer run can go on from.
+
+    Attributes:
+      step: after which the learning rate falls; None in a run that keeps no such checkpoint.
+    """
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
+        """Whether each of the checkpoints stays."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        before = [] if self.step is None else [step for step in steps if step <= self.step]
+        return [step == max(before, default=None) for step in steps]
 
 
 def save_policy(checkpoint: config.Checkpoint) -> ocm.SaveDecisionPolicy:
@@ -21,9 +40,10 @@ def save_policy(checkpoint: config.Checkpoint) -> ocm.SaveDecisionPolicy:
     return ocm.AnySavePolicy(policies)
 
 
-def keep_policy(checkpoint: config.Checkpoint) -> ocm.PreservationPolicy:
-    """The newest, the best, and one every so many steps or hours: whichever rule wants one."""
-    policies: list[ocm.PreservationPolicy] = [ocm.LatestN(checkpoint.keep)]
+def keep_policy(checkpoint: config.Checkpoint, before_decay: BeforeDecay) -> ocm.PreservationPolicy:
+    """The newest, the best, one every so many steps or hours, and the one before the decay of the
+    learning rate: whichever rule wants one."""
+    policies: list[ocm.PreservationPolicy] = [ocm.LatestN(checkpoint.keep), before_decay]
     if checkpoint.keep_best:
         policies.append(
             ocm.BestN(

@@ -39,6 +39,7 @@ from dynmoe_jax.training.initial_model import initial_state, with_initial_model
 from dynmoe_jax.training.interrupt import Stopped, StopRequest, stop_on_signal
 from dynmoe_jax.training.lock import locked
 from dynmoe_jax.training.logbook import Logbook
+from dynmoe_jax.training.longer import before_decay
 from dynmoe_jax.training.memory import Memory, OutOfMemory
 from dynmoe_jax.training.mesh import (
     batch_sharding,
@@ -172,6 +173,7 @@ def _train(
 ) -> int:
     """The run itself, on a mesh, with its checkpoints open."""
     done = recover(checkpoints, cfg.checkpoint.verify) or 0
+    done = before_decay(cfg, workdir, checkpoints, done)
     _print_settings(cfg, workdir, done)
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────

@@ -214,3 +214,15 @@ def test_a_split_is_opened_once(prepared):
     """TFDS never lets go of what it opens, and every evaluation reads the held-out text."""
     assert prepared.open_heldout("alpha") is prepared.open_heldout("alpha")
     assert prepared.open_heldout("alpha") is not prepared.open_train("alpha")
+
+
+def test_the_tokenizers_text_of_books_is_what_was_asked_for_and_of_every_domain(tmp_path):
+    """Documents of 2 MB, of which the first alone would be more than all."""
+    for name in ("alpha", "gamma"):
+        books = (f"{number} {name} without an end " * 80_000 for number in range(2))
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": book} for book in books])
+    made = prepare(config.Data(sources=f"jsonl:{tmp_path}/*.jsonl"), tmp_path / "out")
+    sampled = list(made.sample_texts(1.0))
+    assert 1e6 <= sum(map(len, sampled)) < 1.2e6
+    given = {name: sum(len(text) for text in sampled if name in text) for name in made.domains}
+    assert abs(given["alpha"] - given["gamma"]) < 2e5

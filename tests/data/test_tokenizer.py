@@ -1,3 +1,6 @@
+import random
+import re
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -65,12 +68,71 @@ def test_a_vocabulary_too_small_for_bytes_names_the_setting(tmp_path):
         train_tokenizer(["a few words. " * 9], 200, tmp_path / "t.model")
 
 
-def test_no_stretch_is_too_long_for_the_trainer():
-    text = "é" * 50_000 + "\n" + "short\n" * 5000 + "😀" * 1001
-    stretches = list(_stretches([text, "", "end"]))
+LONG_LINES = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["router ", "é", "😀", "\n", "\r\n", "▅", "▁", " ", "x\n", "\n\ny", "a" * 999]
+        ),
+        st.integers(1, 900),
+    ),
+    max_size=6,
+).map(lambda parts: "".join(part * times for part, times in parts))
+
+
+@settings(deadline=None, max_examples=60)
+@given(LONG_LINES)
+@example("é" * 5000 + "\n" + "short\n" * 900 + "😀" * 1001)
+@example("a" + "\n" * 3999 + "😀" * 1000 + "b\n▅\nc")
+def test_trainer_sees_every_character_of_long_lines(text):
+    """But for the two that mean something else to it, and line ends where a text ends in some."""
+    stretches = list(_stretches([text, "end"]))
     assert max(len(stretch.encode()) for stretch in stretches) <= 2 * _TRAINING_BYTES
-    assert "".join(stretches).count("short\n") == 5000
-    assert stretches[-1] == "end"
+    assert not [stretch for stretch in stretches if stretch != stretch.rstrip("\r\n")]
+    seen, whole = "".join(stretches), re.sub("[▁▅]", "", text)
+    if not re.search("[▁▅]", text):
+        lost = whole.removeprefix(seen.removesuffix("end"))
+        assert not lost.strip("\r\n")
+    assert seen.replace("\n", "").replace("\r", "") == re.sub(r"[\r\n]", "", whole) + "end"
+
+
+@pytest.fixture(scope="module")
+def words():
+    """Distinct words: 240 kB."""
+    draw = random.Random(0)
+    return ["".join(draw.choices("abcdefghijklmnop", k=7)) for _ in range(30_000)]
+
+
+def test_text_without_line_ends_gives_as_large_a_vocabulary(words, tmp_path):
+    """Four documents of 60 kB, of which 4,000 characters were seen."""
+    quarters = [" ".join(words[i::4]) for i in range(4)]
+    cut, whole = (tmp_path / "cut.model", tmp_path / "whole.model")
+    in_lines = [re.sub(r"(.{1,70}) ", r"\1\n", text) for text in quarters]
+    ours = train_tokenizer(quarters, 4096, cut)
+    theirs = train_tokenizer(in_lines, 4096, whole)
+    assert len(ours.encode(quarters[3])) < 1.05 * len(theirs.encode(in_lines[3]))
+
+
+@pytest.mark.parametrize("reserved", ["▅", "▁"])
+def test_character_with_a_meaning_to_the_trainer_costs_no_text_around_it(reserved, tmp_path):
+    """SentencePiece leaves out all of what it is given at once, where that holds U+2585."""
+    text = "the router passes mass to its experts; "
+    plain = train_tokenizer([text * 100], 340, tmp_path / "plain.model")
+    texts = [(text * 10 + f"▂{reserved}▇ ") * 10]
+    tokenizer = train_tokenizer(texts, 340, tmp_path / "t.model")
+    assert len(tokenizer.encode(text)) <= len(plain.encode(text)) + 1
+    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
+
+
+def test_line_ends_at_the_border_of_stretches_are_seen(tmp_path):
+    """SentencePiece strips them from the end of all that it is given at once."""
+    line = "x" * (_TRAINING_BYTES - 10) + "\n\n\n\n"
+    assert "".join(_stretches([line * 3 + "end"])) == line * 3 + "end"
+
+
+def test_text_of_nothing_to_learn_from_is_refused_with_that(tmp_path):
+    for texts in ([], ["\n\n", "▅"]):
+        with pytest.raises(DataError, match=r"no text to train a tokenizer on; name other"):
+            train_tokenizer(texts, 300, tmp_path / "t.model")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model", b"\x00" * 1000])
