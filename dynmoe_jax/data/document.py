@@ -61,14 +61,20 @@ def checked(text: object, domain: object, origin: str, stand_in: str) -> Documen
     for string in (text, domain):
         if "\0" in string:
             return Broken(origin, "holds a NUL character; is it binary or UTF-16?")
-        if not _encodable(string):
+        if not encodable(string):
             return Broken(origin, "holds a lone surrogate, which has no UTF-8 encoding")
     if not text or text.isspace():
         return None
     return Document(text, domain, origin)
 
 
-def _encodable(string: str) -> bool:
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which UTF-8 cannot encode."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def encodable(string: str) -> bool:
+    """Whether UTF-8 can encode a string: it has no lone surrogate."""
     try:
         string.encode("utf-8")
     except UnicodeEncodeError:

@@ -13,7 +13,7 @@ from dynmoe_jax import config
 from dynmoe_jax.console import warn
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
-from dynmoe_jax.training.checkpoint import FOLDER, Checkpoints
+from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints
 from dynmoe_jax.training.recovery import damaged_sentence, newest_whole
 from dynmoe_jax.training.streamed import read_slices
 from dynmoe_jax.training.text import load_tokenizer
@@ -39,8 +39,7 @@ def load_run(
     """
     with opened_run(workdir, best=best) as run:
         tokenizer = run.tokenizer()
-        params = run.params(parameter_shapes(run.config.model))
-    return run.config, nnx.merge(decoder_structure(run.config.model), params), tokenizer
+        return run.config, run.decoder(), tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,16 @@ class OpenedRun:
     config: config.Config
     step: int
     checkpoints: Checkpoints
+
+    @property
+    def imported(self) -> bool:
+        """Whether the model is somebody else's, and no step of training was done here."""
+        return IMPORTED in self.checkpoints.position(self.step)
+
+    def decoder(self) -> Decoder:
+        """The model, on the first device."""
+        params = self.params(parameter_shapes(self.config.model))
+        return nnx.merge(decoder_structure(self.config.model), params)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; raises DataError if it is not the one that the model was trained with."""

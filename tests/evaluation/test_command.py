@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dynmoe_jax import config
 from dynmoe_jax.evaluation import __main__ as command
 from dynmoe_jax.evaluation import scoring
 from dynmoe_jax.model import decoder_structure
+from dynmoe_jax.training import checkpoint
 
 
 @pytest.fixture
@@ -43,6 +45,37 @@ def test_perplexity_of_files_by_domain(run, workdir, tmp_path):
     )
     assert len(whole["experts_per_token_by_layer"]) == 2
     assert "perplexity.json" in printed.replace("\n", "")
+
+
+@pytest.fixture(scope="module")
+def imported(state, settings, tokenizer, tmp_path_factory):
+    """As an import leaves it: ``data.seq_len`` is its default, which means nothing."""
+    folder = tmp_path_factory.mktemp("imported")
+    tokenizer.save(folder / tokenizer.place)
+    cfg = dataclasses.replace(settings, data=config.Data())
+    checkpoints = checkpoint.Checkpoints(folder, config.Checkpoint())
+    position = {"tokenizer": tokenizer.fingerprint, checkpoint.IMPORTED: "theirs"}
+    checkpoints.save(0, {"params": state.params}, position, cfg)
+    checkpoints.close()
+    return folder
+
+
+def test_an_imported_model_reads_as_much_as_it_has_room_for(run, imported, workdir, tmp_path):
+    """And a trained run what it was trained on, which is said where it is less."""
+    (tmp_path / "a.txt").write_text("Some text. " * 9)
+    flags = f"--perplexity=text:{tmp_path}/a.txt", f"--output={tmp_path}/out", "--stride=8"
+    said = "reads 512 tokens at once, what the run was trained on (config.data.seq_len); it has "
+    cases = {
+        (imported,): (4096, None),
+        (imported, "--window=64"): (64, "reads 64 tokens at once, as --window says; it has room"),
+        (workdir,): (512, said + "room for 4,096 (--window)."),
+        (workdir, "--window=5000"): (5000, "--window=5000 is more than the 4,096 positions"),
+    }
+    for (folder, *more), (window, words) in cases.items():
+        code, printed = run(f"--workdir={folder}", *flags, *more)
+        assert code == 0
+        assert json.loads((tmp_path / "out" / "perplexity.json").read_text())["window"] == window
+        assert words in printed if words else "at once" not in printed
 
 
 MISTAKES = {
