@@ -83,7 +83,7 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
         raise ConfigError("--stop='' would end every text at once; give a string.")
     for name in ("prompt", "stop"):
         for text in getattr(flags, name):
-            check_text(text, f"--{name}={shown(text)!r}")
+            check_text(text, f"--{name}='{shown(text)}'")
     prompts = list(flags.prompt)
     if flags.prompts_file:
         prompts += read_prompts(Path(flags.prompts_file).expanduser())
