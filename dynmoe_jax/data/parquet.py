@@ -43,7 +43,8 @@ def read_parquet(path: Path, text_field: str, domain_field: str) -> Iterator[Doc
     """
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Arrow opens no file whose name is not UTF-8.
+        with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
             try:
                 text, domain = _columns(file.schema_arrow, text_field, domain_field)
             except _Refused as refused:
