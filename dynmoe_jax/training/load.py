@@ -12,6 +12,8 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
 from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data.document import unusable
+from dynmoe_jax.data.files import shown
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
 from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints
 from dynmoe_jax.training.recovery import damaged_sentence, newest_whole
@@ -87,6 +89,10 @@ class OpenedRun:
 def opened_run(workdir: Path | str, *, best: bool = False) -> Iterator[OpenedRun]:
     """Opens the checkpoint that :func:`load_run` reads; arguments and errors as there."""
     workdir = Path(workdir)
+    if unusable(str(workdir)):
+        raise config.ConfigError(
+            f"'{shown(workdir)}' is no name in UTF-8, which checkpoints need; rename the folder."
+        )
     if not (workdir / FOLDER).is_dir():
         raise config.ConfigError(f"{str(workdir)!r} holds no run; give the --workdir of one.")
     with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:

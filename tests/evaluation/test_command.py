@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -157,3 +159,18 @@ def test_tasks_their_tables_their_files_and_again_from_the_file(
     assert code == 0
     assert again["results"] == first["results"]
     assert again["experts_per_token"] == first["experts_per_token"]
+
+
+def test_folders_and_texts_that_are_not_utf_8_end_in_no_traceback(run, workdir, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9 [1]")
+    shutil.copytree(workdir, odd)
+    (odd / "a.txt").write_bytes(b"Some text. ")
+    (odd / "b.txt").write_bytes(b"caf\xe9")
+    flags = f"--perplexity=text:{tmp_path}/*/*.txt", "--window=64"
+    code, printed = run(f"--workdir={workdir}", *flags, f"--output={odd}/out")
+    assert code == 0
+    assert r"caf\xe9 [1]/b.txt is left out: not UTF-8 at byte 3." in printed
+    assert json.loads((odd / "out" / "perplexity.json").read_text())["all"]["documents"] == 1
+    code, printed = run(f"--workdir={odd}", *flags)
+    assert code == 2
+    assert r"caf\xe9 [1]' is no name in UTF-8, which checkpoints need; rename" in printed
