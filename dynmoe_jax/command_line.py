@@ -1,6 +1,7 @@
 """From the command line to a checked config; every mistake is one sentence and exit code 2."""
 
 import difflib
+import io
 import os
 import sys
 import traceback
@@ -90,6 +91,7 @@ def exit_code(program: Callable[[], int], bad_input: tuple[type[Exception], ...]
       bad_input: as in :func:`run`.
     """
     leave_out_absent_accelerators()
+    _write_whatever_comes()
     try:
         return program()
     except (config.ConfigError, *bad_input) as error:
@@ -98,6 +100,13 @@ def exit_code(program: Callable[[], int], bad_input: tuple[type[Exception], ...]
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on from what is on disk.")
         return EXIT_INTERRUPTED
+
+
+def _write_whatever_comes() -> None:
+    """Lets a terminal be written what it has no letter for, such as a name that is not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse_place(argv: Sequence[str]) -> tuple[Place, list[str]]:

@@ -59,21 +59,27 @@ def checked(text: object, domain: object, origin: str, stand_in: str) -> Documen
         return Broken(origin, f"the domain is of type {type(domain).__name__}, not a string")
     domain = str(domain)
     for string in (text, domain):
-        if "\0" in string:
-            return Broken(origin, "holds a NUL character; is it binary or UTF-16?")
-        if not _encodable(string):
-            return Broken(origin, "holds a lone surrogate, which has no UTF-8 encoding")
+        if reason := unusable(string):
+            return Broken(origin, reason)
     if not text or text.isspace():
         return None
     return Document(text, domain, origin)
 
 
-def _encodable(string: str) -> bool:
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which UTF-8 cannot encode."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def unusable(string: str) -> str | None:
+    """Why no model reads a string; None if it can."""
+    if "\0" in string:
+        return "holds a NUL character; is it binary or UTF-16?"
     try:
         string.encode("utf-8")
     except UnicodeEncodeError:
-        return False
-    return True
+        return "holds a lone surrogate, which has no UTF-8 encoding"
+    return None
 
 
 def field(record: dict, name: str) -> object:

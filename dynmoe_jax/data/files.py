@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from dynmoe_jax.data.document import Broken, Document, checked, field
 
 # What reading a damaged file can raise; zlib and zstandard have errors of their own.
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class _ZstdStream(io.RawIOBase):
@@ -68,12 +69,17 @@ def open_bytes(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def shown(path: Path | str) -> str:
+    """A path as text: bytes of it that are not UTF-8 are written as ``\\xff``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def stem(path: Path) -> str:
     """The file's name without what tells its format: ``books.jsonl.zst`` → ``books``."""
-    name = path.name
+    name = shown(path.name)
     for suffix in (".gz", ".zst", ".zstd", ".jsonl", ".ndjson", ".json", ".parquet"):
         name = name.removesuffix(suffix)
-    return name or path.name
+    return name or shown(path.name)
 
 
 def read_text(path: Path) -> Iterator[Document | Broken]:
@@ -82,41 +88,63 @@ def read_text(path: Path) -> Iterator[Document | Broken]:
         with open_bytes(path) as stream:
             content = stream.read()
     except READ_ERRORS as error:
-        yield Broken(str(path), _reason(error))
+        yield Broken(shown(path), reason_of(error))
         return
-    document = checked(content.removeprefix(_BYTE_ORDER_MARK), None, str(path), "text")
+    document = checked(content.removeprefix(BYTE_ORDER_MARK), None, shown(path), "text")
     if document is not None:
         yield document
 
 
-def read_jsonl(path: Path, text_field: str, domain_field: str) -> Iterator[Document | Broken]:
-    """One document a line; the file's name stands in for a missing domain."""
+def json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """The JSON values of a file, one a line, without a byte order mark at its beginning.
+
+    Only a line feed ends a line: what Unicode calls one besides may stand within a string.
+
+    Yields:
+      (number of the line, from 1; its value, or a :class:`Broken` whose origin is ``"FILE:LINE"``);
+      nothing for lines of white space.
+    """
     number = 0
     try:
         with open_bytes(path) as stream:
             for number, line in enumerate(stream, 1):
                 if number == 1:
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
-                item = _read_line(line, f"{path}:{number}", text_field, domain_field, stem(path))
-                if item is not None:
-                    yield item
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                if not line.isspace() and line:
+                    value, reason = parse_json(line)
+                    yield number, Broken(f"{shown(path)}:{number}", reason) if reason else value
     except READ_ERRORS as error:
-        yield Broken(f"{path}:{number + 1}", _reason(error))
+        yield number + 1, Broken(f"{shown(path)}:{number + 1}", reason_of(error))
 
 
-def _read_line(
-    line: bytes, origin: str, text_field: str, domain_field: str, stand_in: str
-) -> Document | Broken | None:
-    if line.isspace():
-        return None
+def parse_json(content: bytes) -> tuple[object, str | None]:
+    """(the value, None) of JSON in UTF-8, or (None, what is wrong with it)."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        return json.loads(content.decode("utf-8")), None
     except UnicodeDecodeError as error:
-        return Broken(origin, f"not UTF-8 at byte {error.start}")
+        return None, f"not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
-        return Broken(origin, f"not JSON: {error.msg} at column {error.colno}")
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return None, f"not JSON: {error.msg} at {line}column {error.colno}"
     except (ValueError, RecursionError) as error:  # endless digits, endless nesting
-        return Broken(origin, f"not JSON that can be read: {type(error).__name__}")
+        return None, f"not JSON that can be read: {type(error).__name__}"
+
+
+def read_jsonl(path: Path, text_field: str, domain_field: str) -> Iterator[Document | Broken]:
+    """One document a line; the file's name stands in for a missing domain."""
+    for number, value in json_lines(path):
+        if isinstance(value, Broken):
+            yield value
+            continue
+        origin = f"{shown(path)}:{number}"
+        item = _document(value, origin, text_field, domain_field, stem(path))
+        if item is not None:
+            yield item
+
+
+def _document(
+    record: object, origin: str, text_field: str, domain_field: str, stand_in: str
+) -> Document | Broken | None:
     if not isinstance(record, dict):
         return Broken(origin, f"a JSON {type(record).__name__}, not an object")
     try:
@@ -130,7 +158,19 @@ def _read_line(
     return checked(text, domain, origin, stand_in)
 
 
-def _reason(error: Exception) -> str:
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a file of text, as Python reads them, without a byte order mark.
+
+    Raises:
+      READ_ERRORS, UnicodeDecodeError: it cannot be read, or is not UTF-8.
+    """
+    with open_bytes(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+        for line in text:
+            yield line.removesuffix("\n")
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, in a few words."""
     if isinstance(error, EOFError):
         return "the compressed stream is truncated"
     if isinstance(error, OSError) and error.strerror:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dynmoe_jax import config
 from dynmoe_jax.data.document import Broken, Document
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.files import read_jsonl, read_text
+from dynmoe_jax.data.files import read_jsonl, read_text, shown
 from dynmoe_jax.data.parquet import read_parquet
 from dynmoe_jax.data.python_source import read_python
 from dynmoe_jax.data.tfds_source import read_tfds, tfds_identity
@@ -94,12 +94,18 @@ def parse_weights(domain_weights: str) -> dict[str, float]:
 def source_files(source: Source) -> list[Path]:
     """The files that a glob matches, sorted; empty for sources that have none.
 
+    A file whose name is the glob, but which it would not match (``"data[1].jsonl"``), is meant
+    itself.
+
     Raises:
       DataError: the glob matches nothing.
     """
     if source.kind in ("python", "tfds"):
         return []
-    matches = glob.glob(os.path.expanduser(source.argument), recursive=True)
+    named = os.path.expanduser(source.argument)
+    matches = glob.glob(named, recursive=True)
+    if named not in matches and os.path.isfile(named):
+        matches = [named]
     files = sorted(path for path in map(Path, matches) if path.is_file())
     if not files:
         raise DataError(
@@ -146,7 +152,7 @@ def _file_identity(path: Path) -> list:
         ends = file.read(_END_BYTES)
         file.seek(max(size - _END_BYTES, 0))
         ends += file.read(_END_BYTES)
-    return [path.name, size, hashlib.sha256(ends).hexdigest()]
+    return [shown(path.name), size, hashlib.sha256(ends).hexdigest()]
 
 
 def read_documents(data: config.Data) -> Iterator[Document | Broken]:

@@ -25,11 +25,12 @@ from dynmoe_jax.data.sources import check_sources, read_documents
 from dynmoe_jax.evaluation import answers, perplexity
 from dynmoe_jax.evaluation.scoring import Scorer
 from dynmoe_jax.evaluation.tree_writing import TreeWriter
+from dynmoe_jax.evaluation.window import choose_window
 from dynmoe_jax.model import Decoder, decoder_structure
 from dynmoe_jax.training.checkpoint import CheckpointError
 from dynmoe_jax.training.compilation import compiled_programs_kept
 from dynmoe_jax.training.disk import DiskError, disk_errors
-from dynmoe_jax.training.load import load_run
+from dynmoe_jax.training.load import opened_run
 from dynmoe_jax.training.records import to_json, write_atomically
 
 FOLDER = "evaluation"
@@ -52,7 +53,12 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="items of each task, or documents of each domain, at the most")
     add("--num_fewshot", type=int, help="examples before each question; a task's own by default")
     add("--perplexity", default="", metavar="SOURCES", help="as config.data.sources")
-    add("--window", type=int, help="tokens read at once; what the run was trained on by default")
+    add(
+        "--window",
+        type=int,
+        help="tokens read at once; by default what the run was trained on, "
+        "or all that an imported model has room for",
+    )
     add("--stride", type=int, help="tokens between windows of a document; half a window by default")
     add("--batch_tokens", type=int, help="tokens of one call; 2048 on a CPU, 32768 elsewhere")
     add("--max_new_tokens", type=int, default=256, help="tokens written at the most")
@@ -80,9 +86,10 @@ def evaluate(asked: argparse.Namespace) -> int:
     """
     names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
     tasks = _check(asked, names)
-    cfg, decoder, tokenizer = load_run(asked.workdir, best=asked.best)
-    decoder = without_budget(decoder)
-    window = asked.window or min(cfg.data.seq_len, cfg.model.max_seq_len)
+    with opened_run(asked.workdir, best=asked.best) as run:
+        cfg, imported, tokenizer = run.config, run.imported, run.tokenizer()
+        decoder = without_budget(run.decoder())
+    window = choose_window(asked.window, cfg, imported)
     stride = asked.stride or max(1, window // 2)
     perplexity.check_stride(window, stride)
     default = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_OTHER)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -16,10 +15,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from dynmoe_jax import config
 from dynmoe_jax.console import stage
 from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data.document import well_formed
 from dynmoe_jax.evaluation.answers import AnswerFile
 from dynmoe_jax.evaluation.ask import TextPrompt, ask, ask_texts
 from dynmoe_jax.evaluation.expert_use import ExpertUse
-from dynmoe_jax.evaluation.requests import Answer, Request
+from dynmoe_jax.evaluation.pairs import encode_pair
+from dynmoe_jax.evaluation.remarks import CUT, EMPTY, PARTS, REPLACED, SHORTER, Remarks
+from dynmoe_jax.evaluation.requests import Answer, Request, in_parts
 from dynmoe_jax.evaluation.scoring import Scorer
 from dynmoe_jax.evaluation.tree_writing import TreeWriter
 
@@ -27,8 +29,9 @@ from dynmoe_jax.evaluation.tree_writing import TreeWriter
 class HarnessModel(TemplateLM):
     """What the harness asks of a model, answered by a :class:`Scorer`.
 
-    How texts become tokens is the harness's own (``TemplateLM``): context and continuation are
-    encoded together, and spaces at the end of a context go to the continuation.
+    Texts become tokens as in the harness's ``hf`` model, but for a token that reaches over the
+    border of context and continuation (:func:`.pairs.encode_pair`).  What no model can take as it
+    is ends no evaluation; it is counted in ``remarks``.
 
     Args:
       scorer: of the model.
@@ -58,6 +61,7 @@ class HarnessModel(TemplateLM):
         if begin_with_bos is None:
             self._begin_with_bos = tokenizer.begins_with_bos
         self.experts = ExpertUse(tokenizer.vocab_size)
+        self.remarks = Remarks(scorer.max_length)
 
     @property
     def eot_token_id(self) -> int:
@@ -77,10 +81,16 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids of a text; ``add_special_tokens`` overrides whether BOS stands before it."""
+        """Token ids of a text.
+
+        ``add_special_tokens`` overrides whether BOS stands before it.  By default a text that
+        begins with BOS gets no second one, as in the harness's ``hf`` model.
+        """
         del kwargs
-        ids = self._tokenizer.encode(string).tolist()
-        bos = self._begin_with_bos if add_special_tokens is None else add_special_tokens
+        ids = self._tokenizer.encode(well_formed(string)).tolist()
+        bos = add_special_tokens
+        if bos is None:
+            bos = self._begin_with_bos and ids[:1] != [self.prefix_token_id]
         return [self.prefix_token_id, *ids] if bos else ids
 
     def loglikelihood(
@@ -88,39 +98,33 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log p of the continuation, whether greedy decoding gives it) of each request."""
         del disable_tqdm
-        asked = [self._request(*instance.args) for instance in requests]
+        asked = [self._requests(instance) for instance in requests]
         tasks = [instance.task_name or "" for instance in requests]
-        answers = self._answer(asked, tasks, "Scoring continuations")
-        return [(answer.log_prob, answer.greedy) for answer in answers]
+        return self._scored(asked, tasks, "Scoring continuations")
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs: Any):
         """As :meth:`loglikelihood`, of (strings, context, continuation), the latter encoded."""
         del disable_tqdm, kwargs
-        asked = [Request((*context, *rest), len(rest)) for _, context, rest in requests]
-        answers = self._answer(asked, [""] * len(asked), "Scoring continuations")
-        return [(answer.log_prob, answer.greedy) for answer in answers]
+        asked = [[Request((*context, *rest), len(rest))] for _, context, rest in requests]
+        return self._scored(asked, [""] * len(asked), "Scoring continuations")
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """log p of each text, in the harness's windows: each token is predicted once."""
         del disable_tqdm
-        asked, owners = [], []
-        for owner, instance in enumerate(requests):
+        asked, tasks = [], [instance.task_name or "" for instance in requests]
+        for task, instance in zip(tasks, requests, strict=True):
+            self._note(task, instance.args[0])
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(instance.args[0], add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            for context, rest in map(make_disjoint_window, windows):
-                asked.append(Request((*context, *rest), len(rest)))
-                owners.append(owner)
-        tasks = [requests[owner].task_name or "" for owner in owners]
-        sums = np.zeros(len(requests))
-        for owner, answer in zip(owners, self._answer(asked, tasks, "Scoring texts"), strict=True):
-            sums[owner] += answer.log_prob
-        return sums.tolist()
+            pairs = map(make_disjoint_window, windows)
+            asked.append([Request((*context, *rest), len(rest)) for context, rest in pairs])
+        return [log_prob for log_prob, _ in self._scored(asked, tasks, "Scoring texts")]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each prompt, greedily, up to a string that ends it.
@@ -153,21 +157,67 @@ class HarnessModel(TemplateLM):
                 f"The task {instance.task_name} draws its answers at random (do_sample), which "
                 "would differ from run to run; leave it out of --tasks."
             )
+        task = instance.task_name or ""
+        self._note(task, context)
         # As the harness's own models: there must be room for the whole answer.
-        limit = min(settings["max_gen_toks"], max(1, self.max_length // 2))
-        tokens = self.tok_encode(context)[-(self.max_length - limit) :]
+        wanted = settings["max_gen_toks"]
+        limit = min(wanted, max(1, self.max_length // 2))
+        if limit < wanted:
+            self.remarks.add(task, SHORTER, wanted)
+        # Where there is neither a text nor BOS, something has to be read.
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        if len(tokens) > self.max_length - limit:
+            self.remarks.add(task, CUT, len(tokens))
+            tokens = tokens[-(self.max_length - limit) :]
         stops = handle_stop_sequences(settings.get("until"), eos=None)
         return TextPrompt(tuple(tokens), limit, tuple(stop for stop in stops if stop))
 
-    def _request(self, context: str, continuation: str) -> Request:
-        if context:
-            before, rest = self._encode_pair(context, continuation)
-        else:
-            rest = self.tok_encode(continuation, add_special_tokens=False)
-            before = [self.prefix_token_id]
+    def _requests(self, instance: Instance) -> list[Request]:
+        """What has to be asked to score a continuation: mostly one request."""
+        (context, continuation), task = instance.args, instance.task_name or ""
+        self._note(task, context, continuation)
+        before, rest = self._encode_pair(context, continuation)
         if not rest:
-            raise ValueError(f"The continuation {continuation!r} has no token of its own.")
-        return Request((*before, *rest), len(rest))
+            self.remarks.add(task, EMPTY)
+            return []
+        request = Request((*before, *rest), len(rest))
+        parts = in_parts(request, self.max_length)
+        if len(parts) > 1:
+            self.remarks.add(task, PARTS, len(rest))
+        elif len(request.read) > self.max_length:
+            self.remarks.add(task, CUT, len(request.read))
+        return parts
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens that are read, at least one, and those that are scored."""
+        if context:
+            before, rest = encode_pair(
+                self.tok_encode, well_formed(context), well_formed(continuation)
+            )
+        else:
+            before, rest = [], self.tok_encode(continuation, add_special_tokens=False)
+        if not before and rest[:1] == [self.prefix_token_id]:  # the text itself begins with it
+            return rest[:1], rest[1:]
+        return before or [self.prefix_token_id], rest
+
+    def _note(self, task: str, *texts: str) -> None:
+        """Counts a request of a task, and whether UTF-8 can encode it."""
+        self.remarks.asked(task)
+        if any(well_formed(text) != text for text in texts):
+            self.remarks.add(task, REPLACED)
+
+    def _scored(
+        self, asked: Sequence[Sequence[Request]], tasks: Sequence[str], title: str
+    ) -> list[tuple[float, bool]]:
+        """(log p, whether greedy) of the parts of each request together."""
+        owners = [i for i, parts in enumerate(asked) for _ in parts]
+        flat = [part for parts in asked for part in parts]
+        sums, greedy = [0.0] * len(asked), [True] * len(asked)
+        answers = self._answer(flat, [tasks[owner] for owner in owners], title)
+        for owner, answer in zip(owners, answers, strict=True):
+            sums[owner] += answer.log_prob
+            greedy[owner] = greedy[owner] and answer.greedy
+        return list(zip(sums, greedy, strict=True))
 
     def _answer(
         self, requests: Sequence[Request], tasks: Sequence[str], title: str

@@ -2,19 +2,19 @@
 
 import difflib
 import functools
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from dynmoe_jax import config
 from dynmoe_jax.console import stage, warn
+from dynmoe_jax.data.files import shown
 from dynmoe_jax.evaluation.harness_quiet import quiet_harness
+from dynmoe_jax.evaluation.item_files import find_items, read_items
+from dynmoe_jax.evaluation.local_items import DataSet, as_data_set, usable_docs
 
 ALIASES = {"bbh": "bbh_fewshot"}
 """The harness calls BIG-Bench-Hard with chains of thought ``bbh``.  A model that was only
@@ -27,8 +27,6 @@ _TRIMMED = {
 """Of an alias: answers count without the spaces around them.  By the harness's own definition of
 ``bbh_fewshot``, every answer of a model whose tokens begin with their space is wrong: SmolLM2 gets
 0%."""
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
 
 def load_tasks(names: list[str], data_dir: Path | None) -> dict[str, list[Task | Group]]:
@@ -78,7 +76,9 @@ def _unknown(name: str, known: list[str]) -> config.ConfigError:
 def _local_task(data_dir: Path) -> type[ConfigurableTask]:
     """A class of tasks whose items are files of ``data_dir``."""
     if not data_dir.is_dir():
-        raise config.ConfigError(f"--data_dir={data_dir} is no folder; name one with task files.")
+        raise config.ConfigError(
+            f"--data_dir={shown(data_dir)} is no folder; name one with task files."
+        )
 
     class LocalTask(ConfigurableTask):
         # The factory looks for the parameter ``config``.
@@ -89,76 +89,39 @@ def _local_task(data_dir: Path) -> type[ConfigurableTask]:
             del dataset_kwargs, kwargs
             original = self.config.dataset_name or self.config.dataset_path.rsplit("/", 1)[-1]
             names = [self.config.task, original]
-            path = find_items(data_dir, names)
             split = self.config.test_split or self.config.validation_split or "test"
-            found = {split: datasets.Dataset.from_list(read_items(path))}
-            train = next(iter(_matches(data_dir, [f"{name}.train" for name in names])), None)
+            self._files = {split: find_items(data_dir, names)}
+            train = find_items(data_dir, [f"{name}.train" for name in names], optional=True)
+            examples = "examples" if split == "train" else "train"
             if train:
-                found["train"] = datasets.Dataset.from_list(read_items(train))
-            self.config.training_split = "train" if train else None
+                self._files[examples] = train
+            self.config.training_split = examples if train else None
             self.config.test_split, self.config.validation_split = split, None
             if self.fewshot_cfg.samples is None:
                 # Named, so that the harness leaves the item itself out of its examples.
-                self.fewshot_cfg.split = "train" if train else split
-                self.fewshot_cfg.process_docs = self.config.process_docs
-            self.dataset = datasets.DatasetDict(found)
+                self.fewshot_cfg.split = examples if train else split
+            self.dataset = {
+                split: as_data_set(read_items(path)) for split, path in self._files.items()
+            }
+            self._usable: dict[str, DataSet] = {}
+
+        def test_docs(self) -> DataSet:
+            return self._docs(self.config.test_split)
+
+        def training_docs(self) -> DataSet | None:
+            return self._docs(self.config.training_split) if self.has_training_docs() else None
+
+        def fewshot_docs(self) -> Any:
+            split = self.fewshot_cfg.split
+            return self._docs(split) if split in self._files else super().fewshot_docs()
+
+        def _docs(self, split: str) -> DataSet:
+            if split not in self._usable:
+                name = shown(self._files[split])
+                self._usable[split] = usable_docs(self, self.dataset[split], name)
+            return self._usable[split]
 
     return LocalTask
-
-
-def find_items(data_dir: Path, names: list[str]) -> Path:
-    """The file with a task's items.
-
-    Args:
-      data_dir: where to look, folders in it included.
-      names: what the file may be called, before its suffix; the first that is there is taken.
-
-    Raises:
-      ConfigError: there is none, or two of one name.
-    """
-    found = _matches(data_dir, names)
-    if not found:
-        raise config.ConfigError(
-            f"--data_dir={data_dir} has no items of the task {names[0]}; put them there as "
-            f"{names[0]}.jsonl."
-        )
-    if len(found) > 1:
-        raise config.ConfigError(
-            f"--data_dir={data_dir} has the task {names[0]} twice, as {found[0]} and {found[1]}; "
-            "keep one of them."
-        )
-    return found[0]
-
-
-def _matches(data_dir: Path, names: list[str]) -> list[Path]:
-    for name in names:
-        wanted = {name + suffix for suffix in SUFFIXES}
-        found = sorted(path for path in data_dir.rglob(f"{name}.*") if path.name in wanted)
-        if found:
-            return found
-    return []
-
-
-def read_items(path: Path) -> list[dict[str, Any]]:
-    """The items of a file: a record a line, a list, or BIG-Bench's ``{"examples": [...]}``.
-
-    Raises:
-      ConfigError: the file cannot be read, or holds no records.
-    """
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-        if ".jsonl" in path.suffixes:
-            items = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            items = json.loads(text)
-            items = items.get("examples") if isinstance(items, dict) else items
-    except (OSError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise config.ConfigError(f"{path} cannot be read as JSON: {reason}.") from error
-    if not (items and isinstance(items, list) and all(isinstance(item, dict) for item in items)):
-        raise config.ConfigError(f"{path} must hold records, one at least.")
-    return items
 
 
 def announce_aliases(names: list[str]) -> None:

@@ -28,6 +28,29 @@ class Request:
         return self.tokens[:-1]
 
 
+def in_parts(request: Request, window: int) -> list[Request]:
+    """Requests that score each of a request's tokens once, and of which each fits into a window.
+
+    Args:
+      request: what is asked.
+      window: tokens read at once.
+
+    Returns:
+      the request itself where all that it scores fits (its beginning may not); otherwise each part
+      scores half a window, from at least half a window before it, as far as there is so much.
+    """
+    if request.scored <= window:
+        return [request]
+    parts, stride, last = [], max(1, window // 2), len(request.tokens) - 1
+    done = last - request.scored
+    while done < last:
+        end = min(done + stride, last)
+        tokens = request.tokens[max(0, end - window) : end + 1]
+        parts.append(Request(tokens, end - done, None if not parts else end - done))
+        done = end
+    return parts
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """What a model says to a request.

@@ -8,7 +8,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.evaluator import simple_evaluate
 
-from dynmoe_jax.console import console
+from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.evaluation.answers import AnswerFile
 from dynmoe_jax.evaluation.harness_model import HarnessModel
@@ -66,12 +66,24 @@ def run_tasks(
     names = {asked: [part_name(part) for part in parts] for asked, parts in tasks.items()}
     results = collect(found, names, model.experts)
     print_tables(results)
+    for sentence in model.remarks.sentences():
+        warn(sentence)
     read = {
         "tokens_asked": scorer.tokens_asked + writer.tokens_asked,
         "tokens_read": scorer.tokens_read + writer.tokens_read,
     }
     paths = {
-        "results": write_results(folder, found, results, {"seconds": seconds, **read}),
+        "results": write_results(
+            folder,
+            found,
+            results,
+            {
+                "seconds": seconds,
+                **read,
+                "window": scorer.max_length,
+                "remarks": model.remarks.record(),
+            },
+        ),
         "page": write_page(folder, title, results, model.experts, tokenizer),
     }
     items = sum(result.items for result in results.values())

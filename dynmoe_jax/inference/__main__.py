@@ -128,6 +128,8 @@ def _converse(writer: Writer, asked: Arguments) -> None:
             return
         except KeyboardInterrupt:  # ends this text, or this line, not the conversation
             console.print("\n")
+        except UnicodeDecodeError:
+            warn("That line is not UTF-8; type it again.")
         except ConfigError as error:
             warn(str(error))
 

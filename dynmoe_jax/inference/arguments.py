@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import NoReturn
 
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.config_fields import walk
+from dynmoe_jax.data.files import shown
+from dynmoe_jax.inference.prompts import check_text, read_prompts
 from dynmoe_jax.inference.sampling import Sampling
 
 _ABOUT = """Continues texts with a trained model.
@@ -80,6 +81,9 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1.")
     if "" in flags.stop:
         raise ConfigError("--stop='' would end every text at once; give a string.")
+    for name in ("prompt", "stop"):
+        for text in getattr(flags, name):
+            check_text(text, f"--{name}='{shown(text)}'")
     prompts = list(flags.prompt)
     if flags.prompts_file:
         prompts += read_prompts(Path(flags.prompts_file).expanduser())
@@ -110,41 +114,6 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
     )
 
 
-def read_prompts(path: Path) -> list[str]:
-    r"""Prompts of a file: a line each, or in ``.jsonl`` a string, or a record with ``prompt``.
-
-    ``\n`` in a line of plain text is two characters; prompts of several lines need ``.jsonl``.
-
-    Raises:
-      ConfigError: it cannot be read, a line is no prompt, or there is none.
-    """
-    flag = f"--prompts_file={path}"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"{flag} cannot be read ({reason}); give a text file.") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix == ".jsonl":
-        prompts = [_prompt_of(line, f"{flag}, line {number},") for number, line in numbered]
-    else:
-        prompts = [line for _, line in numbered]
-    if not prompts:
-        raise ConfigError(f"{flag} holds no prompt; write one on each line.")
-    return prompts
-
-
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is no JSON ({error.msg}).") from error
-    prompt = record.get("prompt") if isinstance(record, dict) else record
-    if not isinstance(prompt, str):
-        raise ConfigError(f"{where} must be a string, or a record with a string 'prompt'.")
-    return prompt
-
-
 def _unknown(parser: argparse.ArgumentParser, argument: str) -> ConfigError:
     name = argument.split("=")[0]
     if not name.startswith("-"):
@@ -167,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--best", action="store_true", help="the checkpoint with the lowest held-out loss")
     text = parser.add_argument_group("what to continue").add_argument
     text("--prompt", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
-    text("--prompts_file", metavar="FILE", help="a prompt on each line; or .jsonl")
+    text("--prompts_file", metavar="FILE", help="a prompt on each line; or .jsonl[.gz|.zst]")
     text("--num_samples", type=int, default=1, metavar="N", help="texts for each prompt (1)")
     text("--batch_size", type=int, default=8, metavar="N", help="prompts computed together (8)")
     shown = "put BOS before a prompt; by default as the tokenizer says"

@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data.document import well_formed
 from dynmoe_jax.inference.generate import Continuation, Generator
 from dynmoe_jax.inference.pieces import Pieces, end_of_text, pieces_up_to, undecided
 from dynmoe_jax.inference.sampling import MOST_BY_DEFAULT, Sampling
@@ -127,7 +128,16 @@ class Writer:
         self._limit(self.encode(prompt))
 
     def encode(self, prompt: str) -> Int[np.ndarray, "_"]:
-        """Token ids, behind BOS where it belongs, or where there is nothing else to begin with."""
+        """Token ids, behind BOS where it belongs, or where there is nothing else to begin with.
+
+        Raises:
+          ConfigError: the prompt has no encoding in UTF-8, and so no tokens.
+        """
+        if well_formed(prompt) != prompt:
+            raise config.ConfigError(
+                "The prompt holds a lone surrogate, which has no UTF-8 encoding; give text in "
+                "UTF-8."
+            )
         ids = self._tokenizer.encode(prompt)
         begin = [self._tokenizer.bos_id] if self._begin_with_bos or not len(ids) else []
         return np.array([*begin, *ids], np.int32)

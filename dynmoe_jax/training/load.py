@@ -12,8 +12,10 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
 from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data.document import unusable
+from dynmoe_jax.data.files import shown
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
-from dynmoe_jax.training.checkpoint import FOLDER, Checkpoints
+from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints
 from dynmoe_jax.training.recovery import damaged_sentence, newest_whole
 from dynmoe_jax.training.streamed import read_slices
 from dynmoe_jax.training.text import load_tokenizer
@@ -39,8 +41,7 @@ def load_run(
     """
     with opened_run(workdir, best=best) as run:
         tokenizer = run.tokenizer()
-        params = run.params(parameter_shapes(run.config.model))
-    return run.config, nnx.merge(decoder_structure(run.config.model), params), tokenizer
+        return run.config, run.decoder(), tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,16 @@ class OpenedRun:
     config: config.Config
     step: int
     checkpoints: Checkpoints
+
+    @property
+    def imported(self) -> bool:
+        """Whether the model is somebody else's, and no step of training was done here."""
+        return IMPORTED in self.checkpoints.position(self.step)
+
+    def decoder(self) -> Decoder:
+        """The model, on the first device."""
+        params = self.params(parameter_shapes(self.config.model))
+        return nnx.merge(decoder_structure(self.config.model), params)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; raises DataError if it is not the one that the model was trained with."""
@@ -78,6 +89,10 @@ class OpenedRun:
 def opened_run(workdir: Path | str, *, best: bool = False) -> Iterator[OpenedRun]:
     """Opens the checkpoint that :func:`load_run` reads; arguments and errors as there."""
     workdir = Path(workdir)
+    if unusable(str(workdir)):
+        raise config.ConfigError(
+            f"'{shown(workdir)}' is no name in UTF-8, which checkpoints need; rename the folder."
+        )
     if not (workdir / FOLDER).is_dir():
         raise config.ConfigError(f"{str(workdir)!r} holds no run; give the --workdir of one.")
     with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:

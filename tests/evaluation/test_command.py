@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
 
 import numpy as np
 import pytest
 from flax import nnx
 
+from dynmoe_jax import config
 from dynmoe_jax.evaluation import __main__ as command
 from dynmoe_jax.evaluation import scoring
 from dynmoe_jax.model import decoder_structure
+from dynmoe_jax.training import checkpoint
 
 
 @pytest.fixture
@@ -43,6 +47,37 @@ def test_perplexity_of_files_by_domain(run, workdir, tmp_path):
     )
     assert len(whole["experts_per_token_by_layer"]) == 2
     assert "perplexity.json" in printed.replace("\n", "")
+
+
+@pytest.fixture(scope="module")
+def imported(state, settings, tokenizer, tmp_path_factory):
+    """As an import leaves it: ``data.seq_len`` is its default, which means nothing."""
+    folder = tmp_path_factory.mktemp("imported")
+    tokenizer.save(folder / tokenizer.place)
+    cfg = dataclasses.replace(settings, data=config.Data())
+    checkpoints = checkpoint.Checkpoints(folder, config.Checkpoint())
+    position = {"tokenizer": tokenizer.fingerprint, checkpoint.IMPORTED: "theirs"}
+    checkpoints.save(0, {"params": state.params}, position, cfg)
+    checkpoints.close()
+    return folder
+
+
+def test_an_imported_model_reads_as_much_as_it_has_room_for(run, imported, workdir, tmp_path):
+    """And a trained run what it was trained on, which is said where it is less."""
+    (tmp_path / "a.txt").write_text("Some text. " * 9)
+    flags = f"--perplexity=text:{tmp_path}/a.txt", f"--output={tmp_path}/out", "--stride=8"
+    said = "reads 512 tokens at once, what the run was trained on (config.data.seq_len); it has "
+    cases = {
+        (imported,): (4096, None),
+        (imported, "--window=64"): (64, "reads 64 tokens at once, as --window says; it has room"),
+        (workdir,): (512, said + "room for 4,096 (--window)."),
+        (workdir, "--window=5000"): (5000, "--window=5000 is more than the 4,096 positions"),
+    }
+    for (folder, *more), (window, words) in cases.items():
+        code, printed = run(f"--workdir={folder}", *flags, *more)
+        assert code == 0
+        assert json.loads((tmp_path / "out" / "perplexity.json").read_text())["window"] == window
+        assert words in printed if words else "at once" not in printed
 
 
 MISTAKES = {
@@ -124,3 +159,18 @@ def test_tasks_their_tables_their_files_and_again_from_the_file(
     assert code == 0
     assert again["results"] == first["results"]
     assert again["experts_per_token"] == first["experts_per_token"]
+
+
+def test_folders_and_texts_that_are_not_utf_8_end_in_no_traceback(run, workdir, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9 [1]")
+    shutil.copytree(workdir, odd)
+    (odd / "a.txt").write_bytes(b"Some text. ")
+    (odd / "b.txt").write_bytes(b"caf\xe9")
+    flags = f"--perplexity=text:{tmp_path}/*/*.txt", "--window=64"
+    code, printed = run(f"--workdir={workdir}", *flags, f"--output={odd}/out")
+    assert code == 0
+    assert r"caf\xe9 [1]/b.txt is left out: not UTF-8 at byte 3." in printed
+    assert json.loads((odd / "out" / "perplexity.json").read_text())["all"]["documents"] == 1
+    code, printed = run(f"--workdir={odd}", *flags)
+    assert code == 2
+    assert r"caf\xe9 [1]' is no name in UTF-8, which checkpoints need; rename" in printed

@@ -1,5 +1,7 @@
 """What the harness asks, answered as a plain forward pass would."""
 
+import itertools
+import json
 import math
 
 import numpy as np
@@ -94,9 +96,103 @@ def test_tokens_are_ranked_by_the_experts_they_use(model, tokenizer):
     assert model.experts.by_token(3) == []
 
 
-def test_a_continuation_without_a_token_is_refused(model):
-    with pytest.raises(ValueError, match="no token of its own"):
-        model.loglikelihood([instance("loglikelihood", "t", "Context", "")])
+def test_nothing_is_left_out_where_a_token_reaches_over_the_border(model, items, tokenizer, plain):
+    encode = lambda text: [tokenizer.bos_id, *tokenizer.encode(text).tolist()]  # noqa: E731
+    lines = (items / "arc_easy.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["question"][:60] for line in lines]
+    cuts = [(text, i) for text in texts for i in range(1, len(text))]
+    over = [(text, i) for text, i in cuts if len(encode(text[:i])) > len(_shared(encode, text, i))]
+    over = over[:20]
+    assert len(over) == 20
+    answers = model.loglikelihood(
+        [instance("loglikelihood", "t", text[:i], text[i:]) for text, i in over]
+    )
+    for (text, i), answer in zip(over, answers, strict=True):
+        scored = len(encode(text)) - len(_shared(encode, text, i))
+        wanted = plain(Request(tuple(encode(text)), scored))
+        np.testing.assert_allclose(answer[0], wanted[0], atol=2e-4)
+        assert answer[1] == wanted[1]
+
+
+def _shared(encode, text, border):
+    pairs = zip(encode(text[:border]), encode(text), strict=False)
+    return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+
+def test_an_empty_continuation_is_certain_and_said(model):
+    asked = [instance("loglikelihood", "t", "Context", ending) for ending in ("", " more")]
+    answers = model.loglikelihood(asked)
+    assert answers[0] == (0.0, True)
+    assert answers[1][0] < 0
+    (sentence,) = model.remarks.sentences()
+    assert sentence.startswith("t: 1 of 2 requests have nothing to score")
+
+
+def test_a_continuation_longer_than_the_window_is_scored_whole(
+    make_scorer, writer, tokenizer, tmp_path, plain
+):
+    model = HarnessModel(make_scorer(16), writer, tokenizer, AnswerFile(tmp_path / "a.jsonl", "m"))
+    text = " because a goal of more than sixteen tokens, by a good deal, is easily found."
+    ((found, _),) = model.loglikelihood([instance("loglikelihood", "t", "Question: why?", text)])
+    before = [tokenizer.bos_id, *tokenizer.encode("Question: why?").tolist()]
+    tokens = [tokenizer.bos_id, *tokenizer.encode("Question: why?" + text).tolist()]
+    assert tokens[: len(before)] == before
+    assert len(tokens) - len(before) > 16
+    wanted, done = 0.0, len(before)
+    while done < len(tokens):
+        end = min(done + 8, len(tokens))
+        wanted += plain(Request(tuple(tokens[max(0, end - 17) : end]), end - done))[0]
+        done = end
+    np.testing.assert_allclose(found, wanted, atol=5e-4)
+    assert "more to score than the 16 tokens" in model.remarks.sentences()[0]
+
+
+def test_prompts_that_are_cut_are_counted(make_scorer, writer, tokenizer, tmp_path):
+    model = HarnessModel(make_scorer(16), writer, tokenizer, AnswerFile(tmp_path / "a.jsonl", "m"))
+    long = "A prompt that is longer than the window of sixteen tokens, by a good deal."
+    asked = [instance("loglikelihood", "one", text, " end") for text in (long, "Short", long * 2)]
+    model.loglikelihood(asked)
+    settings = {"until": [], "max_gen_toks": 12}
+    prompt = model._prompt(instance("generate_until", "two", long, settings))
+    assert (len(prompt.tokens), prompt.limit) == (8, 8)
+    most = 1 + len(tokenizer.encode(long * 2 + " end")) - 1
+    longest = 1 + len(tokenizer.encode(long))
+    assert model.remarks.sentences() == [
+        "one: 2 of 3 requests lost their beginning: 16 tokens are read at once (--window), and the "
+        f"longest of them has {most}.",
+        "two: the answers of 1 of 1 requests may have 8 tokens, not 12: half of what is read at "
+        "once (--window) is left to the prompt.",
+        "two: 1 of 1 requests lost their beginning: 16 tokens are read at once (--window), and the "
+        f"longest of them has {longest}.",
+    ]
+    assert model.remarks.record() == {
+        "one": {"lost_beginning": 2},
+        "two": {"shorter_answers": 1, "lost_beginning": 1},
+    }
+
+
+def test_lone_surrogates_and_empty_texts_end_no_evaluation(model):
+    asked = [instance("loglikelihood", "t", "hi \ud83d", end) for end in (" a", " \udcff")]
+    whole = [instance("loglikelihood", "w", "hi \ufffd", end) for end in (" a", " \ufffd")]
+    assert model.loglikelihood(asked) == model.loglikelihood(whole)
+    rolling = [
+        instance("loglikelihood_rolling", "r", text) for text in ("", "a \ud83d", "a \ufffd")
+    ]
+    nothing, *both = model.loglikelihood_rolling(rolling)
+    assert nothing == 0
+    assert both[0] == both[1]
+    settings = {"until": [], "max_gen_toks": 4}
+    prompts = [instance("generate_until", "g", text, settings) for text in ("\ud83d", "\ufffd")]
+    texts = model.generate_until(prompts)
+    assert texts[0] == texts[1]
+    model._begin_with_bos = False
+    assert model.generate_until([instance("generate_until", "e", "", settings)])[0]
+    assert model.loglikelihood([instance("loglikelihood", "e", " ", "a")])[0][0] < 0
+    assert [sentence[:30] for sentence in model.remarks.sentences()] == [
+        "t: 2 of 2 requests hold lone s",
+        "r: 1 of 3 requests hold lone s",
+        "g: 1 of 2 requests hold lone s",
+    ]
 
 
 def test_answers_are_written_up_to_the_string_that_ends_them(model, tokenizer, plain):

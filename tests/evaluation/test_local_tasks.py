@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import random
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra eval: pip install -e '.[eval]'")
 
 from dynmoe_jax import config
-from dynmoe_jax.evaluation.local_tasks import find_items, load_tasks, read_items
+from dynmoe_jax.evaluation.item_files import find_items, read_items
+from dynmoe_jax.evaluation.local_items import Items, as_data_set
+from dynmoe_jax.evaluation.local_tasks import load_tasks
+from tests.odd_items import odd_items
 
 PIQA = {"goal": "To boil water", "sol1": "heat it.", "sol2": "cool it.", "label": 0}
 
@@ -73,9 +77,7 @@ def test_unknown_task_is_refused_with_its_nearest_names(items):
 
 
 def test_examples_come_from_a_file_of_their_own_or_from_other_items(tmp_path):
-    write = lambda name, items: (tmp_path / name).write_text(  # noqa: E731
-        "".join(json.dumps(item) + "\n" for item in items), encoding="utf-8"
-    )
+    write = lambda name, items: write_lines(tmp_path / name, items)  # noqa: E731
     write("piqa.jsonl", [PIQA | {"goal": f"item {i}"} for i in range(3)])
     for expected in ("item", "example"):
         (task,) = load_tasks(["piqa"], tmp_path)["piqa"]
@@ -94,7 +96,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path):
     with pytest.raises(config.ConfigError, match="is no folder"):
         load_tasks(["piqa"], tmp_path / "nowhere")
     (tmp_path / "piqa.jsonl").write_text("{broken")
-    with pytest.raises(config.ConfigError, match=r"piqa\.jsonl cannot be read as JSON"):
+    with pytest.raises(config.ConfigError, match=r"piqa\.jsonl, line 1, cannot be read as JSON"):
         load_tasks(["piqa"], tmp_path)
     (tmp_path / "piqa.json").write_text("[]")
     with pytest.raises(config.ConfigError, match="twice"):
@@ -102,9 +104,10 @@ def test_what_is_missing_or_broken_is_named(tmp_path):
 
 
 def test_forms_of_files(tmp_path):
-    lines = json.dumps(PIQA, ensure_ascii=False) + "\n\n" + json.dumps({"goal": "a\u2028b"}) + "\n"
+    other = PIQA | {"goal": "a\u2028b"}
+    lines = json.dumps(PIQA, ensure_ascii=False) + "\n\n" + json.dumps(other) + "\n"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    assert read_items(tmp_path / "a.jsonl.gz") == [PIQA, {"goal": "a\u2028b"}]
+    assert read_items(tmp_path / "a.jsonl.gz") == [PIQA, other]
     (tmp_path / "b.json").write_text(json.dumps({"canary": "x", "examples": [PIQA]}))
     assert read_items(tmp_path / "b.json") == [PIQA]
     (tmp_path / "c.json").write_text(json.dumps([PIQA]))
@@ -113,3 +116,71 @@ def test_forms_of_files(tmp_path):
         (tmp_path / "d.json").write_text(text)
         with pytest.raises(config.ConfigError, match="must hold records"):
             read_items(tmp_path / "d.json")
+
+
+def test_items_that_are_not_alike_are_all_asked(tmp_path, capsys):
+    """A field that the first one lacks, a number among texts: requests say what items have."""
+    lines = [
+        PIQA,
+        PIQA | {"goal": 7, "hint": "here", "label": 1},
+        PIQA | {"goal": "7a", "sol1": 2.5, "meta": {"a": 1}},
+        PIQA | {"goal": "hi \ud83d", "meta": {"b": [1, "x", 10**30]}},
+    ]
+    write_lines(tmp_path / "piqa.jsonl", lines)
+    (task,) = load_tasks(["piqa"], tmp_path)["piqa"]
+    assert [doc["goal"] for doc in docs(task)] == ["To boil water", "7", "7a", "hi \ufffd"]
+    assert [doc["hint"] for doc in docs(task)] == [None, "here", None, None]
+    assert [doc["label"] for doc in docs(task)] == [0, 1, 0, 0]
+    assert docs(task)[2]["meta"] == {"a": 1}
+    # The number 1 stands where a text does, and becomes one.
+    assert docs(task)[3]["meta"] == {"b": ["1", "x", str(10**30)]}
+    task.build_all_requests()
+    asked = [instance.args for instance in task.instances]
+    assert len(asked) == 8
+    assert asked[2] == ("Question: 7\nAnswer:", " heat it.")
+    assert asked[4] == ("Question: 7a\nAnswer:", " 2.5")
+    printed = capsys.readouterr().out
+    assert "'goal' (item 1, item 2)" in printed
+    assert "lack 'hint' (3, the first is item 1)" in printed
+
+
+def test_an_item_that_a_task_cannot_use_is_left_out_and_said(tmp_path, capsys):
+    label = {"activity_label": "a", "ctx_a": "one", "ctx_b": "two", "endings": ["e", "f"]}
+    hellaswag = label | {"label": "1"}
+    lines = [label, hellaswag, hellaswag | {"endings": 3}, hellaswag | {"ctx_b": None}, hellaswag]
+    write_lines(tmp_path / "hellaswag.jsonl", lines)
+    (task,) = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    assert len(docs(task)) == 2
+    task.build_all_requests()
+    assert len(task.instances) == 4
+    printed = capsys.readouterr().out
+    for number, reason in ((1, "TypeError"), (3, "TypeError"), (4, "AttributeError")):
+        assert f"item {number} is left out of hellaswag: {reason}" in printed
+    lines = [PIQA | {"sol1": "", "label": 5}, PIQA | {"label": None}, PIQA | {"label": 2}, PIQA]
+    write_lines(tmp_path / "piqa.jsonl", lines)
+    (task,) = load_tasks(["piqa"], tmp_path)["piqa"]
+    assert docs(task) == [PIQA]
+    printed = capsys.readouterr().out
+    for number, reason in ((1, "its choices"), (2, "it has no answer"), (3, "IndexError")):
+        assert f"item {number} is left out of piqa: {reason}" in printed
+    write_lines(tmp_path / "piqa.jsonl", lines[:3])
+    with pytest.raises(config.ConfigError, match=r"no item of the task piqa \(item 1: its choices"):
+        load_tasks(["piqa"], tmp_path)
+
+
+def write_lines(path, items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+
+
+def test_data_sets_have_exactly_the_items_of_odd_files(tmp_path, fuzz_cases):
+    exact = 0
+    for case in range(fuzz_cases(60, 600)):
+        path, items = odd_items(random.Random(case), tmp_path)
+        if items is None:
+            continue
+        found = as_data_set(read_items(path))
+        assert json.dumps(list(found)) == json.dumps(read_items(path)), f"case {case}"
+        first = found.map(lambda item: {"new": sorted(item)}).filter(lambda item: item["new"])
+        assert list(first.features) == ([*found.features, "new"] if len(first) else [])
+        exact += isinstance(found, Items)
+    assert exact > 5
