@@ -13,11 +13,10 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.console import Stage, stage, warn
+from dynmoe_jax.interop.described import describe
 from dynmoe_jax.interop.layouts import Shape
-from dynmoe_jax.interop.load import check_tensors, checked_config
 from dynmoe_jax.interop.mapping import Path as ParameterPath
-from dynmoe_jax.interop.mapping import Place, fill, is_stacked, places
-from dynmoe_jax.interop.registry import architecture_of
+from dynmoe_jax.interop.mapping import Place, fill, is_stacked
 from dynmoe_jax.interop.source import Source, open_source
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints, make_folder
@@ -48,14 +47,9 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
     workdir = Path(workdir).expanduser()
     if (workdir / FOLDER).is_dir() and any((workdir / FOLDER).iterdir()):
         raise config.ConfigError(f"--to={workdir} holds checkpoints of a run; name another folder.")
-    foreign = open_source(source)
-    architecture = architecture_of(foreign.settings)
-    cfg = checked_config(architecture.model_from_hf(foreign.settings))
-    like = parameter_shapes(cfg.model)
-    shapes = {path: leaf.shape for path, leaf in like.flat_state()}
-    found = places(architecture.rules, cfg.model, shapes)
-    check_tensors(found, shapes, foreign.shapes(), architecture, cfg.model)
-    tokenizer = foreign.tokenizer()
+    foreign = describe(open_source(source))
+    cfg, shapes = foreign.config, foreign.shapes
+    tokenizer = foreign.source.tokenizer()
     make_folder(workdir)
     if tokenizer is None:
         warn(f"{source} holds no tokenizer; put one into {workdir} before the model meets text.")
@@ -64,11 +58,12 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
     position = {"tokenizer": tokenizer.fingerprint if tokenizer else "", IMPORTED: str(source)}
     megabytes = sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
     with (
-        stage(f"Importing {architecture.name}", megabytes, "MB") as shown,
+        stage(f"Importing {foreign.architecture.name}", megabytes, "MB") as shown,
         contextlib.closing(Checkpoints(workdir, cfg.checkpoint)) as checkpoints,
     ):
-        slices = _Slices(foreign, found, shapes, shown)
-        leaves = [(path, leaf.replace(slices.array(path))) for path, leaf in like.flat_state()]
+        slices = _Slices(foreign.source, foreign.found, shapes, shown)
+        like = parameter_shapes(cfg.model).flat_state()
+        leaves = [(path, leaf.replace(slices.array(path))) for path, leaf in like]
         params = nnx.from_flat_state(leaves)
         checkpoints.save(STEP, {"params": params}, position, cfg)
     return cfg
