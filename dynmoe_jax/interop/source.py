@@ -9,7 +9,8 @@ import numpy as np
 
 from dynmoe_jax.data import Tokenizer, open_tokenizer
 from dynmoe_jax.data.hf_tokenizer import MAIN
-from dynmoe_jax.interop.gguf_file import GgufFile
+from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.gguf_file import MAGIC, GgufFile
 from dynmoe_jax.interop.layouts import Shape
 from dynmoe_jax.interop.tensor_files import (
     read_json,
@@ -81,4 +82,11 @@ def open_source(path: str | os.PathLike) -> Source:
       CheckpointError: it is neither, is incomplete, or cannot be read.
     """
     path = Path(path).expanduser()
-    return GgufFile(path) if path.suffix == ".gguf" else HfFolder(path)
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return GgufFile(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise CheckpointError(f"{path} is no folder and no GGUF file.")
+        return GgufFile(path)
+    return HfFolder(path)
