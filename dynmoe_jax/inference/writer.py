@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data.endings import ends_of
 from dynmoe_jax.inference.generate import Continuation, Generator
 from dynmoe_jax.inference.pieces import Pieces, end_of_text, pieces_up_to, undecided
 from dynmoe_jax.inference.sampling import MOST_BY_DEFAULT, Sampling
@@ -110,7 +111,7 @@ class Writer:
             limits,
             self._sampling,
             vocab_size=self._tokenizer.vocab_size,
-            stop_ids=[self._tokenizer.eos_id],
+            stop_ids=ends_of(self._tokenizer),
             samples=samples,
             watch=watch,
         )

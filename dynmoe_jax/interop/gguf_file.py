@@ -14,6 +14,7 @@ import numpy as np
 
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.interop.errors import CheckpointError, named
+from dynmoe_jax.interop.gguf_endings import ends_in_gguf
 from dynmoe_jax.interop.gguf_settings import llama_settings
 from dynmoe_jax.interop.gguf_tokenizer import tokenizer_of
 from dynmoe_jax.interop.layouts import Shape
@@ -93,7 +94,8 @@ class GgufFile:
         Raises:
           CheckpointError: it is of another kind.
         """
-        return tokenizer_of(self.metadata)
+        tokenizer = tokenizer_of(self.metadata)
+        return tokenizer and tokenizer.with_ends(ends_in_gguf(self.metadata))
 
     def shapes(self) -> dict[str, Shape]:
         """From the file's header alone."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dynmoe_jax.data import Tokenizer, open_tokenizer
+from dynmoe_jax.data.endings import GENERATION, named_ends
 from dynmoe_jax.data.hf_tokenizer import MAIN
 from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.gguf_file import MAGIC, GgufFile
@@ -56,11 +57,21 @@ class HfFolder:
         self._file_of = tensor_files(folder)
 
     def tokenizer(self) -> Tokenizer | None:
-        """``tokenizer.json``, or else a SentencePiece ``tokenizer.model``."""
-        if (self._folder / MAIN).is_file():
-            return open_tokenizer(self._folder)
+        """``tokenizer.json``, or else a SentencePiece ``tokenizer.model``.
+
+        Where no ``generation_config.json`` says which tokens end a text, ``config.json`` does.
+        """
         model = self._folder / "tokenizer.model"
-        return open_tokenizer(model) if model.is_file() else None
+        if (self._folder / MAIN).is_file():
+            tokenizer = open_tokenizer(self._folder)
+        elif model.is_file():
+            tokenizer = open_tokenizer(model)
+        else:
+            return None
+        ends = named_ends(self.settings, "config.json")
+        if (self._folder / GENERATION).is_file() or set(ends) <= set(tokenizer.end_ids):
+            return tokenizer
+        return tokenizer.with_ends(ends)
 
     def shapes(self) -> dict[str, Shape]:
         """From the files' headers alone."""

@@ -1,5 +1,7 @@
 """Small GGUF files of llama.cpp's architecture ``llama``, with any metadata."""
 
+import string
+
 import gguf
 import numpy as np
 
@@ -26,7 +28,7 @@ METADATA = {
     "llama.rope.freq_base": 5000.0,
     "llama.rope.dimension_count": W,
 }
-LETTERS = [bytes([n]).decode() for n in range(33, 33 + V - 4)]
+LETTERS = [*string.ascii_lowercase, *"012345678", "ab"]
 TOKENIZER = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "gpt-2",
