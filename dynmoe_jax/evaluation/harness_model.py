@@ -22,6 +22,7 @@ from dynmoe_jax.evaluation.expert_use import ExpertUse
 from dynmoe_jax.evaluation.requests import Answer, Request
 from dynmoe_jax.evaluation.scoring import Scorer
 from dynmoe_jax.evaluation.tree_writing import TreeWriter
+from dynmoe_jax.inference.stops import Stops
 
 
 class HarnessModel(TemplateLM):
@@ -140,7 +141,7 @@ class HarnessModel(TemplateLM):
             self.experts.add(task, read, written.experts_N, written.experts_L)
         return [
             postprocess_generated_text(
-                self._tokenizer.decode(written.ids), list(prompt.stops), None
+                Stops(prompt.stops, self._tokenizer).before(written.ids), list(prompt.stops), None
             )
             for prompt, written in zip(asked, found, strict=True)
         ]
