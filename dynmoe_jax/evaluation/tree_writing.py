@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
+from dynmoe_jax.data import check_ids
 from dynmoe_jax.evaluation.batches import Batch, lay_out, make_batches
 from dynmoe_jax.evaluation.requests import Request
 from dynmoe_jax.evaluation.tree_decoding import begin, write
@@ -79,6 +80,7 @@ class TreeWriter:
         end_ids: Sequence[int] = (),
     ):
         self._structure, self._params = nnx.split(decoder)
+        self._rows = decoder.config.vocab_size
         self._batch_tokens = batch_tokens
         self._vocab_size, self._end_ids = vocab_size, frozenset((eos_id, *end_ids))
         self.tokens_asked = 0
@@ -87,7 +89,13 @@ class TreeWriter:
         """Of prompts; what several begin with in common counts once."""
 
     def write(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[int, Written]]]:
-        """Yields (index of the prompt, its text), some at a time, in an order of its own."""
+        """Yields (index of the prompt, its text), some at a time, in an order of its own.
+
+        Raises:
+          DataError: the model has no embedding of a token.
+        """
+        for prompt in prompts:
+            check_ids(prompt.tokens, self._rows)
         so_far: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
         for number in range(sum(prompt.limit for prompt in prompts)):
             if not so_far:

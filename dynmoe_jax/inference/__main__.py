@@ -128,7 +128,7 @@ def _converse(writer: Writer, asked: Arguments) -> None:
             return
         except KeyboardInterrupt:  # ends this text, or this line, not the conversation
             console.print("\n")
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             warn(str(error))
 
 

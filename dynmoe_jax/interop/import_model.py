@@ -13,6 +13,8 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.console import Stage, stage, warn
+from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data.vocabulary import token_text
 from dynmoe_jax.interop.described import describe
 from dynmoe_jax.interop.layouts import Shape
 from dynmoe_jax.interop.mapping import Path as ParameterPath
@@ -22,6 +24,7 @@ from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints, make_folder
 from dynmoe_jax.training.streamed import StreamedArray
 
+_NAMED = 5
 STEP = 0
 """An imported model has done no step of ours."""
 
@@ -55,6 +58,7 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
         warn(f"{source} holds no tokenizer; put one into {workdir} before the model meets text.")
     else:
         tokenizer.save(workdir / tokenizer.place)
+        _compare(tokenizer, cfg.model.vocab_size)
     position = {"tokenizer": tokenizer.fingerprint if tokenizer else "", IMPORTED: str(source)}
     megabytes = sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
     with (
@@ -67,6 +71,19 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
         params = nnx.from_flat_state(leaves)
         checkpoints.save(STEP, {"params": params}, position, cfg)
     return cfg
+
+
+def _compare(tokenizer: Tokenizer, rows: int) -> None:
+    """Says which ids of a tokenizer have no row in the embedding."""
+    more = range(rows, tokenizer.vocab_size)
+    if not more:
+        return
+    named = ", ".join(repr(token_text(tokenizer, token)) for token in more[:_NAMED])
+    rest = f" and {len(more) - _NAMED} more" if len(more) > _NAMED else ""
+    warn(
+        f"The tokenizer has {tokenizer.vocab_size:,} ids, the embedding of the model {rows:,} "
+        f"rows; text with one of the others ({named}{rest}) is refused."
+    )
 
 
 class _Slices:
