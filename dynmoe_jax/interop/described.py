@@ -52,9 +52,7 @@ def describe(source: Source, overrides: Mapping[str, Any] | None = None) -> Desc
       ConfigError: an override does not exist, or a setting is of the wrong type or out of range.
     """
     given = source.shapes()
-    _check_size(source.settings, len(given))
-    architecture = architecture_of(source.settings)
-    cfg = _config_of(architecture.model_from_hf(source.settings), overrides or {})
+    architecture, cfg = configured(source.settings, len(given), overrides)
     shapes = _parameter_shapes(cfg.model)
     found = places(architecture.rules, cfg.model, shapes)
     if cfg.model.tie_embeddings:
@@ -62,6 +60,24 @@ def describe(source: Source, overrides: Mapping[str, Any] | None = None) -> Desc
         given = source.shapes()
     _check_tensors(found, shapes, given, architecture, cfg.model)
     return Described(source, architecture, cfg, shapes, found)
+
+
+def configured(
+    settings: Mapping[str, Any], tensors: int, overrides: Mapping[str, Any] | None = None
+) -> tuple[Architecture, config.Config]:
+    """(architecture, settings of a run) of what a ``config.json`` holds.
+
+    Args:
+      settings: what it holds.
+      tensors: number of tensors that there are.
+      overrides: as above.
+
+    Raises:
+      CheckpointError, ConfigError: as above, but for what is wrong with tensors.
+    """
+    _check_size(settings, tensors)
+    architecture = architecture_of(settings)
+    return architecture, _config_of(architecture.model_from_hf(settings), overrides or {})
 
 
 def _check_size(settings: Mapping[str, Any], tensors: int) -> None:

@@ -11,6 +11,7 @@ class CheckpointError(ValueError):
     """
 
 
+_LONGEST = 200
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 _SHORT.maxdict = _SHORT.maxlist = 8
@@ -22,5 +23,5 @@ def shown(value: Any) -> str:
 
 
 def named(name: str) -> str:
-    """A name of a foreign file, without quotes; what cannot be printed is escaped."""
-    return name if name.isprintable() else shown(name)
+    """A name of a foreign file, without quotes unless it is long or cannot be printed."""
+    return name if name.isprintable() and len(name) <= _LONGEST else shown(name)

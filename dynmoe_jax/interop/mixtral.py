@@ -14,7 +14,7 @@ from dynmoe_jax.interop.llama import (
     decoder_settings_to_hf,
 )
 from dynmoe_jax.interop.mapping import GATE, UP, Rule
-from dynmoe_jax.interop.settings import check_window, read_settings
+from dynmoe_jax.interop.settings import check_alias, check_window, read_settings
 
 _DEFAULTS = DEFAULTS | {
     "max_position_embeddings": 131072,
@@ -32,6 +32,7 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     """
     required = (*REQUIRED, "intermediate_size", "num_local_experts")
     hf = read_settings(settings, required=required, defaults=_DEFAULTS, fixed=_FIXED)
+    check_alias(hf, "num_local_experts", "num_experts")
     check_window("sliding_window", hf.get("sliding_window"), hf["max_position_embeddings"])
     return config.Model(
         **decoder_settings(hf, theta=1e6, kv_heads=8),

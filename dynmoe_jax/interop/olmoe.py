@@ -18,7 +18,7 @@ from dynmoe_jax.interop.llama import (
     without_head_width,
 )
 from dynmoe_jax.interop.mapping import Rule
-from dynmoe_jax.interop.settings import check_window, read_settings
+from dynmoe_jax.interop.settings import check_alias, check_window, read_settings
 
 _DEFAULTS = DEFAULTS | {
     "max_position_embeddings": 4096,
@@ -39,6 +39,7 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     hf = read_settings(settings, required=required, defaults=_DEFAULTS, fixed=_FIXED)
     # The norm of the queries has the width of the model.
     check_even_heads(hf)
+    check_alias(hf, "num_experts", "num_local_experts")
     check_window("sliding_window", hf.get("sliding_window"), hf["max_position_embeddings"])
     return config.Model(
         **decoder_settings(hf),

@@ -50,7 +50,8 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     shared = hf.get("shared_expert_intermediate_size")
     check_count("shared_expert_intermediate_size", shared, least=0)
     _check_windows(hf)
-    layers, dense = hf["num_hidden_layers"], hf.get("mlp_only_layers") or []
+    layers, dense = hf["num_hidden_layers"], hf.get("mlp_only_layers")
+    dense = [] if dense is None else dense
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         raise CheckpointError(f"config.json has mlp_only_layers={shown(dense)}, no list of layers.")
     step = hf["decoder_sparse_step"]

@@ -8,6 +8,7 @@ from dynmoe_jax.interop.errors import CheckpointError, shown
 _CHANGE_EVERYTHING = ("quantization_config", "per_layer_config")
 """Settings of any architecture with which tensors, or layers, are others than read here."""
 
+_LARGEST = 2**31 - 1
 _SILU = ("silu", "swish")
 _ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
@@ -38,7 +39,7 @@ def read_settings(
     for name, value in (fixed or {}).items():
         _check_fixed(name, settings.get(name, value), value)
     for name in _CHANGE_EVERYTHING:
-        if settings.get(name):
+        if settings.get(name) not in (None, {}):
             raise CheckpointError(
                 f"config.json has {name}={shown(settings[name])}, which is not read here; take the "
                 "model without it."
@@ -77,10 +78,11 @@ def rope_theta(settings: Mapping[str, Any], default: float = 10000.0) -> float:
       CheckpointError: the positions are scaled, only a part of a head is rotated, or the base is no
         number.
     """
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance({} if settings.get(name) is None else settings[name], dict):
+            raise CheckpointError(f"config.json has {name}={shown(settings[name])}, not an object.")
     # In this order, as transformers.
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"config.json has rope_parameters={shown(rope)}, not an object.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     parts = [where.get("partial_rotary_factor") for where in (rope, settings)]
     if kind != "default" or any(p not in (None, 1) for p in parts) or not rope.keys() <= {*_ROPE}:
@@ -91,9 +93,7 @@ def rope_theta(settings: Mapping[str, Any], default: float = 10000.0) -> float:
             else f"config.json asks for partial_rotary_factor={shown(parts[1])}; whole heads alone "
             "are rotated here."
         )
-    theta = rope.get("rope_theta", settings.get("rope_theta"))
-    if theta is None:
-        return default
+    theta = rope.get("rope_theta", settings.get("rope_theta", default))
     if type(theta) not in (int, float):
         raise CheckpointError(f"config.json has rope_theta={shown(theta)}, which is not a number.")
     return _as_float("rope_theta", theta)
@@ -120,6 +120,17 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises CheckpointError unless a setting is a whole number of at least ``least``."""
     if type(value) is not int or value < least:
         raise CheckpointError(f"config.json has {name}={shown(value)}, not a count.")
+    if value > _LARGEST:
+        raise CheckpointError(f"config.json has {name}={shown(value)}, more than {_LARGEST}.")
+
+
+def check_alias(settings: Mapping[str, Any], name: str, alias: str) -> None:
+    """Raises CheckpointError if a setting has another value under its other name."""
+    if settings.get(alias, settings[name]) != settings[name]:
+        raise CheckpointError(
+            f"config.json has {name}={shown(settings[name])} and {alias}="
+            f"{shown(settings[alias])}, which are names of one setting."
+        )
 
 
 def _as_float(name: str, value: float) -> float:

@@ -68,8 +68,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     for tensor, name in names.items():
         if not os.path.exists(files[name]):  # no to a name that is too long, too
             raise CheckpointError(
-                f"{folder / INDEX} names {named(name)} for {named(tensor)}, but "
-                f"{named(str(files[name]))} does not exist."
+                f"{folder / INDEX} names {named(name)} for {named(tensor)}, but {folder}/"
+                f"{named(name)} does not exist."
             )
     held = {name: _headers(file) for name, file in files.items()}
     for tensor, name in names.items():
