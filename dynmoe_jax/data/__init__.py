@@ -27,6 +27,7 @@ from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer, trai
 from dynmoe_jax.data.sources import check_sources
 from dynmoe_jax.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer, remove_tokenizer
 from dynmoe_jax.data.unchanged import check_unchanged
+from dynmoe_jax.data.vocabulary import check_ids, for_rows
 
 __all__ = [
     "Batch",
@@ -35,9 +36,11 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "TrainStream",
+    "check_ids",
     "check_sources",
     "check_unchanged",
     "find_tokenizer",
+    "for_rows",
     "heldout_batches",
     "merge_states",
     "open_tokenizer",

@@ -11,15 +11,16 @@ from typing import Any, ClassVar
 import numpy as np
 import tokenizers
 
+from dynmoe_jax.data.endings import GENERATION, end_ids, generation_content
 from dynmoe_jax.data.errors import DataError
 
 MAIN, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 FILES = (
     MAIN, SETTINGS, _SPECIAL, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-    "chat_template.jinja", "generation_config.json",
+    "chat_template.jinja", GENERATION,
 )  # fmt: skip
-"""What travels with a tokenizer, as far as it is there; the first two are read here."""
+"""What travels with a tokenizer, as far as it is there."""
 
 
 class HfTokenizer:
@@ -62,6 +63,9 @@ class HfTokenizer:
         bos = self._id_of(settings, "bos_token")
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
+        self.end_ids = end_ids(eos, files.get(GENERATION))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {n: token.content for n, token in added.items() if token.special}
         # Which it says by what its post-processor does.
         self.begins_with_bos: bool = self._tokenizer.encode("a").ids[:1] == [self.bos_id]
         self.fingerprint = hashlib.sha256(
@@ -103,6 +107,10 @@ class HfTokenizer:
         """The text of token ids; control tokens give nothing."""
         known = [int(token) for token in ids if token < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=True)
+
+    def with_ends(self, ends: Sequence[int]) -> "HfTokenizer":
+        """The same with these ``end_ids``, besides EOS."""
+        return HfTokenizer(self.files | {GENERATION: generation_content(ends)})
 
     def _id_of(self, settings: dict[str, Any], name: str) -> int | None:
         token = settings.get(name)

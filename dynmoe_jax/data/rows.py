@@ -96,7 +96,10 @@ def check_weights(weights: Mapping[str, float], domains: Sequence[str]) -> None:
 
 
 def _pairs(tokenizer: Tokenizer, example: Mapping) -> dict[str, np.ndarray]:
-    text = tokenizer.encode(example["text"].decode())
+    try:
+        text = tokenizer.encode(example["text"].decode())
+    except DataError as error:
+        raise DataError(f"{example['origin'].decode()}: {error}") from error
     ids = np.concatenate([[tokenizer.bos_id], text, [tokenizer.eos_id]]).astype(np.int32)
     return {"tokens": ids[:-1], "targets": ids[1:]}
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import sentencepiece
 
+from dynmoe_jax.data.endings import GENERATION, end_ids, generation_content
 from dynmoe_jax.data.errors import DataError
 
 # Stretches of text that the trainer sees as one "sentence"; no piece crosses their borders.
@@ -26,16 +27,31 @@ _LINE_ENDS = "\r\n"
 
 
 class SentencePieceTokenizer:
-    """Text to token ids and back, see :class:`dynmoe_jax.data.Tokenizer`."""
+    """Text to token ids and back, see :class:`dynmoe_jax.data.Tokenizer`.
+
+    Args:
+      model: content of a ``.model`` file.
+      generation: content of the ``generation_config.json`` beside it; None if there is none.
+
+    Attributes:
+      generation: that content.
+
+    Raises:
+      DataError: the latter cannot be read.
+    """
 
     place: ClassVar[str] = "tokenizer.model"
 
-    def __init__(self, model: bytes):
-        self._model = model
+    def __init__(self, model: bytes, generation: bytes | None = None):
+        self._model, self.generation = model, generation
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        self.end_ids = end_ids(self.eos_id, generation)
+        sp = self._processor
+        controls = (token for token in range(self.vocab_size) if sp.is_control(token))
+        self.special_tokens = {token: sp.id_to_piece(token) for token in controls}
         self.begins_with_bos = True
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.token_bytes_V = np.array(
@@ -55,14 +71,19 @@ class SentencePieceTokenizer:
             "give the path of a SentencePiece .model or of a folder with a tokenizer.json, or "
             "leave it empty to train one"
         )
+        path = Path(path).expanduser()
         try:
-            model = Path(path).expanduser().read_bytes()
+            model, beside = path.read_bytes(), path.with_name(GENERATION)
+            generation = beside.read_bytes() if beside.is_file() else None
         except OSError as error:
             raise DataError(
                 f"config.data.tokenizer={str(path)!r} cannot be read ({error.strerror}); {remedy}."
             ) from error
         try:
-            tokenizer = cls(model) if model else None  # SentencePiece would take an empty file
+            # SentencePiece would take an empty file.
+            tokenizer = cls(model, generation) if model else None
+        except DataError as error:
+            raise DataError(f"{path.parent}: {error}") from error
         except (RuntimeError, ValueError, IndexError, OSError):
             # The last three: a damaged model may load, and fail when it is asked for a piece.
             tokenizer = None
@@ -81,6 +102,8 @@ class SentencePieceTokenizer:
         unfinished = path.with_name(path.name + ".unfinished")
         unfinished.write_bytes(self._model)
         unfinished.replace(path)
+        if self.generation is not None:
+            path.with_name(GENERATION).write_bytes(self.generation)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32, without BOS and EOS."""
@@ -95,6 +118,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; control tokens give nothing."""
         return self._processor.decode([int(token) for token in ids])
+
+    def with_ends(self, ends: Sequence[int]) -> "SentencePieceTokenizer":
+        """The same with these ``end_ids``, besides EOS."""
+        return SentencePieceTokenizer(self._model, generation_content(ends))
 
     def _bytes_of(self, token: int) -> int:
         sp = self._processor

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from dynmoe_jax.data.endings import GENERATION
 from dynmoe_jax.data.hf_tokenizer import HfTokenizer
 from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -20,6 +21,9 @@ class Tokenizer(Protocol):
       vocab_size: number of tokens.
       bos_id: token that begins a document.
       eos_id: token that ends a document.
+      end_ids: tokens that end a text which a model writes: ``eos_id``, and others where the model
+        was taught so.
+      special_tokens: texts of the tokens that decoding leaves out.
       begins_with_bos: whether a model expects the former before a text that it is given.
       token_bytes_V: int32, UTF-8 bytes of text that each token stands for; 0 for control tokens.
         Over the tokens of ``encode(text)`` they sum up to ``len(text.encode())`` (plus one for
@@ -31,6 +35,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    end_ids: tuple[int, ...]
+    special_tokens: dict[int, str]
     begins_with_bos: bool
     token_bytes_V: np.ndarray
     fingerprint: str
@@ -43,6 +49,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; control tokens give nothing."""
+
+    def with_ends(self, ends: Sequence[int]) -> "Tokenizer":
+        """The same with these ``end_ids``, besides EOS."""
 
 
 KINDS = (SentencePieceTokenizer, HfTokenizer)
@@ -66,5 +75,6 @@ def find_tokenizer(workdir: Path) -> Path | None:
 
 def remove_tokenizer(workdir: Path) -> None:
     """Makes room for another one, which may be of another kind."""
+    (workdir / GENERATION).unlink(missing_ok=True)
     while (path := find_tokenizer(workdir)) is not None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

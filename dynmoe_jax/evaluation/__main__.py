@@ -21,6 +21,7 @@ from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import DataError, Tokenizer
+from dynmoe_jax.data.endings import ends_of
 from dynmoe_jax.data.sources import check_sources, read_documents
 from dynmoe_jax.evaluation import answers, perplexity
 from dynmoe_jax.evaluation.scoring import Scorer
@@ -168,7 +169,13 @@ def _tasks(
 ) -> None:
     from dynmoe_jax.evaluation.run_tasks import run_tasks
 
-    writer = TreeWriter(decoder, scorer.batch_tokens, tokenizer.vocab_size, tokenizer.eos_id)
+    writer = TreeWriter(
+        decoder,
+        scorer.batch_tokens,
+        tokenizer.vocab_size,
+        tokenizer.eos_id,
+        ends_of(tokenizer),
+    )
     run_tasks(
         tasks,
         scorer,

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data.endings import ends_of
 from dynmoe_jax.evaluation.answers import AnswerFile
 from dynmoe_jax.evaluation.requests import Answer, Request
 from dynmoe_jax.evaluation.scoring import Scorer
 from dynmoe_jax.evaluation.tree_writing import Prompt, TreeWriter, Written
+from dynmoe_jax.inference.stops import Stops
 
 OnAnswer = Callable[[int], None]
 """Told the index of each request as its answer is there."""
@@ -69,7 +71,8 @@ def ask_texts(
       prompts: what is asked.
       on_answer: see :data:`OnAnswer`.
     """
-    keys = [answers.key("write", p.tokens, p.limit, p.stops) for p in prompts]
+    ends = ends_of(tokenizer)
+    keys = [answers.key("write up to", p.tokens, p.limit, p.stops, ends) for p in prompts]
 
     def compute(places: list[int]) -> Iterator[list[tuple[int, dict]]]:
         asked = [
@@ -86,16 +89,15 @@ def ask_texts(
 def _ends_at(tokenizer: Tokenizer, stops: tuple[str, ...]) -> Callable[[list[int]], int | None]:
     """(tokens) -> how many of them there are when a string has come that ends the text."""
 
+    wanted = Stops(stops, tokenizer)
+
+    def holds(ids: list[int]) -> bool:
+        return wanted.end(wanted.read(ids)) is not None
+
     def end(ids: list[int]) -> int | None:
-        if not _holds(tokenizer.decode(ids), stops):
-            return None
-        return next(n for n in range(1, len(ids) + 1) if _holds(tokenizer.decode(ids[:n]), stops))
+        return next(n for n in range(1, len(ids) + 1) if holds(ids[:n])) if holds(ids) else None
 
     return end
-
-
-def _holds(text: str, stops: tuple[str, ...]) -> bool:
-    return any(stop in text for stop in stops)
 
 
 def _found(

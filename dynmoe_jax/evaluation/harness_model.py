@@ -24,6 +24,7 @@ from dynmoe_jax.evaluation.remarks import CUT, EMPTY, PARTS, REPLACED, SHORTER, 
 from dynmoe_jax.evaluation.requests import Answer, Request, in_parts
 from dynmoe_jax.evaluation.scoring import Scorer
 from dynmoe_jax.evaluation.tree_writing import TreeWriter
+from dynmoe_jax.inference.stops import Stops
 
 
 class HarnessModel(TemplateLM):
@@ -144,7 +145,7 @@ class HarnessModel(TemplateLM):
             self.experts.add(task, read, written.experts_N, written.experts_L)
         return [
             postprocess_generated_text(
-                self._tokenizer.decode(written.ids), list(prompt.stops), None
+                Stops(prompt.stops, self._tokenizer).before(written.ids), list(prompt.stops), None
             )
             for prompt, written in zip(asked, found, strict=True)
         ]

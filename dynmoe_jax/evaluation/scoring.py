@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dynmoe_jax.data import check_ids
 from dynmoe_jax.evaluation.batches import Batch, lay_out, make_batches
 from dynmoe_jax.evaluation.requests import Answer, Request
 from dynmoe_jax.evaluation.tree_attention import attend_in_trees
@@ -38,6 +39,7 @@ class Scorer:
 
     def __init__(self, decoder: Decoder, batch_tokens: int, max_length: int):
         self._structure, self._params = nnx.split(decoder)
+        self._rows = decoder.config.vocab_size
         self.batch_tokens = batch_tokens
         self.max_length = max_length
         self.tokens_asked = 0
@@ -46,7 +48,13 @@ class Scorer:
         """Tokens that the model was given, padding not counted."""
 
     def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Answer]]]:
-        """Yields (index of the request, its answer), a batch at a time, in an order of its own."""
+        """Yields (index of the request, its answer), a batch at a time, in an order of its own.
+
+        Raises:
+          DataError: the model has no embedding of a token.
+        """
+        for request in requests:
+            check_ids(request.tokens, self._rows)
         requests = [self._cut(request) for request in requests]
         pending = None
         for rows in make_batches(requests, self.batch_tokens):

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
+from dynmoe_jax.data import check_ids
 from dynmoe_jax.evaluation.batches import Batch, lay_out, make_batches
 from dynmoe_jax.evaluation.requests import Request
 from dynmoe_jax.evaluation.tree_decoding import begin, write
@@ -48,7 +49,7 @@ class Written:
     """What was written after a prompt.
 
     Attributes:
-      ids: the tokens, EOS not included.
+      ids: the tokens, the one that ended it not included.
       experts_N: experts used in each MoE layer, over the prompt and what was written but for its
         last token.
       experts_L: experts that each of these tokens used, summed over the MoE layers.
@@ -67,19 +68,34 @@ class TreeWriter:
       batch_tokens: prompt tokens of one call.
       vocab_size: the tokenizer's; a model may have more rows, which mean nothing.
       eos_id: the token at which a text ends.
+      end_ids: others at which it does.
     """
 
-    def __init__(self, decoder: Decoder, batch_tokens: int, vocab_size: int, eos_id: int):
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch_tokens: int,
+        vocab_size: int,
+        eos_id: int,
+        end_ids: Sequence[int] = (),
+    ):
         self._structure, self._params = nnx.split(decoder)
+        self._rows = decoder.config.vocab_size
         self._batch_tokens = batch_tokens
-        self._vocab_size, self._eos_id = vocab_size, eos_id
+        self._vocab_size, self._end_ids = vocab_size, frozenset((eos_id, *end_ids))
         self.tokens_asked = 0
         """Of prompts, as if each one had been read alone."""
         self.tokens_read = 0
         """Of prompts; what several begin with in common counts once."""
 
     def write(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[int, Written]]]:
-        """Yields (index of the prompt, its text), some at a time, in an order of its own."""
+        """Yields (index of the prompt, its text), some at a time, in an order of its own.
+
+        Raises:
+          DataError: the model has no embedding of a token.
+        """
+        for prompt in prompts:
+            check_ids(prompt.tokens, self._rows)
         so_far: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
         for number in range(sum(prompt.limit for prompt in prompts)):
             if not so_far:
@@ -162,8 +178,8 @@ class TreeWriter:
 
     def _end(self, ids: list[int], prompt: Prompt, start: int) -> int | None:
         """How many tokens the text has, once it has ended."""
-        new = ids[start:]
-        end = start + new.index(self._eos_id) if self._eos_id in new else None
+        ends = (start + n for n, token in enumerate(ids[start:]) if token in self._end_ids)
+        end = next(ends, None)
         found = prompt.ended(ids[:end])
         if found is not None:
             return min(found, prompt.limit)

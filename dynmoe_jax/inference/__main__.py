@@ -130,7 +130,7 @@ def _converse(writer: Writer, asked: Arguments) -> None:
             console.print("\n")
         except UnicodeDecodeError:
             warn("That line is not UTF-8; type it again.")
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             warn(str(error))
 
 

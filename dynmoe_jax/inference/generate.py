@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
+from dynmoe_jax.data import check_ids
 from dynmoe_jax.inference.decoding import Writing, begin, split_layers, write
 from dynmoe_jax.inference.sampling import Draw, Sampling, sequence_keys
 from dynmoe_jax.model import Decoder
@@ -77,6 +78,7 @@ class Generator:
             (see :mod:`dynmoe_jax.model.cache`).  Without, programs compile sooner and run slower.
         """
         self._structure, self._params = nnx.split(decoder)
+        self._rows = decoder.config.vocab_size
         self._whole = _on_every_device(self._params)
         self._layers = split_layers(self._structure, self._params) if copy_layers else None
         self._compiled: dict = {}
@@ -107,7 +109,12 @@ class Generator:
 
         Returns:
           the sequences, those of a prompt side by side.
+
+        Raises:
+          DataError: the model has no embedding of a token.
         """
+        for prompt in prompts:
+            check_ids(prompt, self._rows)
         draw = Draw.of(sampling, vocab_size, stop_ids)
         watched = _Watched(np.repeat(limits, samples), stop_ids, watch)
         writing = self._begin(prompts, watched.limits, sampling.seed, draw, samples)

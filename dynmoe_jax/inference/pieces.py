@@ -1,6 +1,7 @@
 """The text of tokens as they come, and the strings that end it."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -15,16 +16,28 @@ class Pieces:
 
     A token of one byte of a longer character adds nothing; the last one of them adds the character.
 
+    Args:
+      tokenizer: of the model.
+      prompt: tokens before them.
+      mark: the mark of a token in the marked text; none has one by default.
+
     Attributes:
       pieces: of each token so far; joined, they are the text but for an unfinished character.
+      marks: of each token so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] | Int[np.ndarray, "_"]):
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] | Int[np.ndarray, "_"],
+        mark: Callable[[int], str] = lambda token: "",
+    ):
+        self._tokenizer, self._mark = tokenizer, mark
         self._ids = [int(token) for token in prompt]
         # Decoded, the prompt may be shorter than it was: some tokenizers drop white space.
         self._prompt = self._known = tokenizer.decode(self._ids)
         self.pieces: list[str] = []
+        self.marks: list[str] = []
 
     def add(self, ids: Iterable[int]) -> None:
         """Tokens that come next."""
@@ -32,7 +45,18 @@ class Pieces:
             self._ids.append(int(token))
             whole = self._tokenizer.decode(self._ids).rstrip(_BROKEN)
             self.pieces.append(whole[len(self._known) :])
+            self.marks.append(self._mark(int(token)))
             self._known = max(self._known, whole, key=len)
+
+    @property
+    def marked(self) -> str:
+        """The pieces, each with its mark behind it."""
+        pairs = zip(self.pieces, self.marks, strict=True)
+        return "".join(piece + mark for piece, mark in pairs)
+
+    def up_to(self, end: int) -> list[str]:
+        """The pieces of the tokens that the first ``end`` characters of the marked text hold."""
+        return pieces_up_to(self.pieces, end, self.marks)
 
     @property
     def text(self) -> str:
@@ -52,12 +76,18 @@ def undecided(text: str, stops: Sequence[str]) -> int:
     return max(lengths, default=0)
 
 
-def pieces_up_to(pieces: Sequence[str], end: int) -> list[str]:
-    """The pieces of the tokens that the first ``end`` characters of the text come from."""
+def pieces_up_to(pieces: Sequence[str], end: int, marks: Sequence[str] = ()) -> list[str]:
+    """The pieces of the tokens that the first ``end`` characters of the text come from.
+
+    Args:
+      pieces: of all tokens.
+      end: in the text, or in the marked one.
+      marks: of the tokens, each behind its piece in the marked text; none there if left out.
+    """
     kept, length = [], 0
-    for piece in pieces:
+    for piece, mark in itertools.zip_longest(pieces, marks, fillvalue=""):
         if length >= end:
             break
         kept.append(piece[: end - length])
-        length += len(piece)
+        length += len(piece) + len(mark)
     return kept

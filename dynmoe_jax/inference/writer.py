@@ -12,9 +12,11 @@ from jaxtyping import Int
 from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.data.document import well_formed
+from dynmoe_jax.data.endings import ends_of
 from dynmoe_jax.inference.generate import Continuation, Generator
-from dynmoe_jax.inference.pieces import Pieces, end_of_text, pieces_up_to, undecided
+from dynmoe_jax.inference.pieces import Pieces, undecided
 from dynmoe_jax.inference.sampling import MOST_BY_DEFAULT, Sampling
+from dynmoe_jax.inference.stops import Stops
 from dynmoe_jax.model import Decoder
 
 
@@ -71,14 +73,15 @@ class Writer:
           decoder: the model.
           tokenizer: its tokenizer.
           sampling: how tokens are drawn.
-          stops: strings that end a text; they are cut off it.
+          stops: strings that end a text; they are cut off it.  Special tokens may stand in them.
           room: positions of a prompt and its text; 0 = ``config.model.max_seq_len``.
           copy_layers: see :class:`Generator`.
           begin_with_bos: whether BOS stands before a prompt; None: as the tokenizer says.
         """
         self.generator = Generator(decoder, copy_layers=copy_layers)
         self._room = room or decoder.config.max_seq_len
-        self._tokenizer, self._sampling, self._stops = tokenizer, sampling, stops
+        self._tokenizer, self._sampling = tokenizer, sampling
+        self._stops = Stops(stops, tokenizer)
         self._begin_with_bos = begin_with_bos
         if begin_with_bos is None:
             self._begin_with_bos = tokenizer.begins_with_bos
@@ -104,14 +107,15 @@ class Writer:
         """
         ids = [self.encode(prompt) for prompt in prompts]
         limits = [self._limit(prompt) for prompt in ids]
-        texts = [Pieces(self._tokenizer, prompt) for prompt in ids for _ in range(samples)]
+        mark = self._stops.mark
+        texts = [Pieces(self._tokenizer, prompt, mark) for prompt in ids for _ in range(samples)]
         watch = _Reader(texts, self._stops, on_text) if self._stops or on_text else None
         continuations = self.generator.write(
             ids,
             limits,
             self._sampling,
             vocab_size=self._tokenizer.vocab_size,
-            stop_ids=[self._tokenizer.eos_id],
+            stop_ids=ends_of(self._tokenizer),
             samples=samples,
             watch=watch,
         )
@@ -161,10 +165,12 @@ class Writer:
     def _written(self, prompt: str, ids, pieces: Pieces, continuation: Continuation) -> Written:
         pieces.add(continuation.ids[len(pieces.pieces) :])
         text, parts, ended = pieces.text, pieces.pieces, continuation.ended
-        # The stop string may have come with the last tokens, which nobody has watched.
-        end = end_of_text(text, self._stops)
+        # The stop string may have come with the last tokens, which nobody has watched; or with
+        # what is left of an unfinished character.
+        end = self._stops.end(pieces.marked + text[len("".join(parts)) :])
         if end is not None:
-            text, parts, ended = text[:end], pieces_up_to(parts, end), True
+            parts, ended = pieces.up_to(end), True
+            text = "".join(parts)
         n = len(parts)
         written, experts_nN = continuation.ids[:n], continuation.experts_nN[:n]
         return Written(prompt, len(ids), text, written, parts, experts_nN, ended)
@@ -173,7 +179,7 @@ class Writer:
 class _Reader:
     """Reads along: ends texts at stop strings, and tells of the first one's growth."""
 
-    def __init__(self, texts: list[Pieces], stops: Sequence[str], on_text):
+    def __init__(self, texts: list[Pieces], stops: Stops, on_text):
         self.texts, self.stops, self.on_text = texts, stops, on_text
         self.told = 0
         """Characters of the first text that were told."""
@@ -182,12 +188,14 @@ class _Reader:
         ended = []
         for i, (pieces, continuation) in enumerate(zip(self.texts, written, strict=True)):
             pieces.add(continuation.ids[len(pieces.pieces) :])
-            text = "".join(pieces.pieces)
-            end = end_of_text(text, self.stops)
+            marked = pieces.marked
+            end = self.stops.end(marked)
             if end is not None:
                 ended.append(i)
             if i == 0 and self.on_text is not None:
-                sure = len(text) - undecided(text, self.stops) if end is None else end
-                self.on_text(text[self.told : sure])
-                self.told = max(self.told, sure)
+                if end is None:
+                    end = len(marked) - undecided(marked, self.stops.strings)
+                text = "".join(pieces.up_to(end))
+                self.on_text(text[self.told :])
+                self.told = max(self.told, len(text))
         return ended

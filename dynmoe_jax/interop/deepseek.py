@@ -17,6 +17,7 @@ from dynmoe_jax.interop.llama import (
     EXPERT_RULES,
     LAYER,
     REQUIRED,
+    check_even_heads,
     decoder_settings,
     decoder_settings_to_hf,
     without_head_width,
@@ -32,6 +33,7 @@ _DEFAULTS = DEFAULTS | {
     "norm_topk_prob": False,
 }
 _FIXED = {
+    "model_type": "deepseek",
     "hidden_act": "silu",
     "attention_bias": False,
     "scoring_func": "softmax",
@@ -50,10 +52,11 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     required = (*REQUIRED, "intermediate_size", "moe_intermediate_size")
     required += ("n_routed_experts", "num_experts_per_tok")
     hf = read_settings(settings, required=required, defaults=_DEFAULTS, fixed=_FIXED)
+    check_even_heads(hf)
     layers, k = hf["num_hidden_layers"], hf["num_experts_per_tok"]
     first, frequency = hf["first_k_dense_replace"], hf["moe_layer_freq"]
     return config.Model(
-        **decoder_settings(without_head_width(hf)),
+        **decoder_settings(hf),
         hidden_width=hf["intermediate_size"],
         moe=config.MoE(
             router="top_k",

@@ -28,7 +28,12 @@ from dynmoe_jax.interop.settings import read_settings
 _DEFAULTS = DEFAULTS | {"expert_frequency": 2, "top_p_threshold": 0.4, "norm_topk_prob": False}
 _MODEL_TYPE = "dynamic_moe"
 # The released modeling file computes nothing else, whatever the configuration says.
-_RELEASED = {"hidden_act": "silu", "rope_scaling": None, "rope_theta": 10000.0}
+_RELEASED = {
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "rope_theta": 10000.0,
+}
 _NOT_READ = ("num_key_value_heads", "head_dim", "moe_intermediate_size", "norm_topk_prob")
 
 

@@ -118,5 +118,7 @@ def _write_settings(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings[name] = None
     if tokenizer is not None:
-        settings |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        ends = list(tokenizer.end_ids)
+        settings["bos_token_id"] = tokenizer.bos_id
+        settings["eos_token_id"] = tokenizer.eos_id if len(ends) == 1 else ends
     write_json(folder / "config.json", settings)

@@ -13,7 +13,9 @@ import gguf
 import numpy as np
 
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.errors import CheckpointError, named
+from dynmoe_jax.interop.gguf_endings import ends_in_gguf
+from dynmoe_jax.interop.gguf_settings import llama_settings
 from dynmoe_jax.interop.gguf_tokenizer import tokenizer_of
 from dynmoe_jax.interop.layouts import Shape
 
@@ -32,17 +34,21 @@ _NAMES = {
     "ffn_up.weight": _LAYER + "mlp.up_proj.weight",
     "ffn_down.weight": _LAYER + "mlp.down_proj.weight",
 }
-_SETTINGS = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-}
+_DAMAGE = (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+"""Errors of the package ``gguf`` where a file is damaged."""
+
+MAGIC = b"GGUF"
+"""The first bytes of a file."""
+
+
+class _Reader(gguf.GGUFReader):
+    """A reader that does not look for numbers behind the end of a file, where there are none."""
+
+    def _get(self, offset, dtype, count=1, *rest, **named_rest):
+        found = super()._get(offset, dtype, count, *rest, **named_rest)
+        if len(found) < int(count):
+            raise ValueError(f"it ends at byte {len(self.data)}, within what it says it holds")
+        return found
 
 
 class GgufFile:
@@ -56,21 +62,31 @@ class GgufFile:
     """
 
     def __init__(self, path: Path):
+        self._path = path
         try:
             # Maps the file: what is not asked for is not read.
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _Reader(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist.") from None
-        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{path} cannot be read as GGUF: {reason}.") from error
+        except _DAMAGE as error:
+            raise self._unreadable(error) from error
+        if self._reader.byte_order == "S":
+            raise CheckpointError(f"{path} is a big-endian GGUF file; convert it anew.")
+        self._check_places()
         self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
-        self.settings = self._hf_settings(path)
+        self.settings = self._hf_settings()
 
     def metadata(self, name: str) -> Any:
-        """The value of a metadata key; None where the file lacks it."""
+        """The value of a metadata key; None where the file lacks it.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
         field = self._reader.get_field(name)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except _DAMAGE as error:
+            raise self._unreadable(error) from error
 
     def tokenizer(self) -> Tokenizer | None:
         """The byte-pair vocabulary of the file.
@@ -78,7 +94,8 @@ class GgufFile:
         Raises:
           CheckpointError: it is of another kind.
         """
-        return tokenizer_of(self.metadata)
+        tokenizer = tokenizer_of(self.metadata)
+        return tokenizer and tokenizer.with_ends(ends_in_gguf(self.metadata))
 
     def shapes(self) -> dict[str, Shape]:
         """From the file's header alone."""
@@ -105,6 +122,10 @@ class GgufFile:
                 ) from None
             yield name, self._in_hf_order(name, values.astype(np.float32, copy=False))
 
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        return np.array_equal(*(tensor for _, tensor in self.tensors([one, other])), equal_nan=True)
+
     def _in_hf_order(self, name: str, values: np.ndarray) -> np.ndarray:
         """Rows of queries and keys as Hugging Face has them: all first halves, all second ones.
 
@@ -117,26 +138,33 @@ class GgufFile:
         paired = values.reshape(self.settings[heads[kind]], -1, 2, values.shape[-1])
         return paired.swapaxes(1, 2).reshape(values.shape)
 
-    def _hf_settings(self, path: Path) -> dict[str, Any]:
-        kind = self.metadata("general.architecture")
-        if kind != "llama" or self.metadata("llama.expert_count"):
-            raise CheckpointError(
-                f"{path} holds the architecture {kind!r}"
-                f"{' with experts' if kind == 'llama' else ''}; of GGUF files, dense ones of "
-                "'llama' can be read."
-            )
-        found = {name: self.metadata(f"llama.{key}") for key, name in _SETTINGS.items()}
-        if found["num_key_value_heads"] is None:
-            found["num_key_value_heads"] = found["num_attention_heads"]
-        scaling = self.metadata("llama.rope.scaling.type")
+    def _hf_settings(self) -> dict[str, Any]:
+        found = llama_settings(self.metadata, str(self._path))
         embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise CheckpointError(f"{self._path} lacks the tensor token_embd.weight.")
         return {
-            **{name: value for name, value in found.items() if value is not None},
+            **found,
             "architectures": ["LlamaForCausalLM"],
-            "vocab_size": int(embedding.shape[-1]) if embedding else 0,
+            "vocab_size": int(embedding.shape[-1]),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            "rope_scaling": {"type": scaling} if scaling not in (None, "none") else None,
         }
+
+    def _check_places(self) -> None:
+        """Raises CheckpointError unless each tensor begins where the one before it ends."""
+        reader = self._reader
+        expected = int(reader.data_offset)
+        for tensor in reader.tensors:
+            if tensor.data_offset != expected:
+                raise CheckpointError(
+                    f"{self._path} puts the tensor {named(tensor.name)} to byte "
+                    f"{tensor.data_offset}, where {expected} follows the one before it."
+                )
+            expected += -(-int(tensor.n_bytes) // int(reader.alignment)) * int(reader.alignment)
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return CheckpointError(f"{self._path} cannot be read as GGUF: {reason}.")
 
 
 def _hf_name(name: str) -> str:

@@ -13,16 +13,18 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.console import Stage, stage, warn
+from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data.vocabulary import token_text
+from dynmoe_jax.interop.described import describe
 from dynmoe_jax.interop.layouts import Shape
-from dynmoe_jax.interop.load import check_tensors, checked_config
 from dynmoe_jax.interop.mapping import Path as ParameterPath
-from dynmoe_jax.interop.mapping import Place, fill, is_stacked, places
-from dynmoe_jax.interop.registry import architecture_of
+from dynmoe_jax.interop.mapping import Place, fill, is_stacked
 from dynmoe_jax.interop.source import Source, open_source
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints, make_folder
 from dynmoe_jax.training.streamed import StreamedArray
 
+_NAMED = 5
 STEP = 0
 """An imported model has done no step of ours."""
 
@@ -48,30 +50,40 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
     workdir = Path(workdir).expanduser()
     if (workdir / FOLDER).is_dir() and any((workdir / FOLDER).iterdir()):
         raise config.ConfigError(f"--to={workdir} holds checkpoints of a run; name another folder.")
-    foreign = open_source(source)
-    architecture = architecture_of(foreign.settings)
-    cfg = checked_config(architecture.model_from_hf(foreign.settings))
-    like = parameter_shapes(cfg.model)
-    shapes = {path: leaf.shape for path, leaf in like.flat_state()}
-    found = places(architecture.rules, cfg.model, shapes)
-    check_tensors(found, shapes, foreign.shapes(), architecture, cfg.model)
-    tokenizer = foreign.tokenizer()
+    foreign = describe(open_source(source))
+    cfg, shapes = foreign.config, foreign.shapes
+    tokenizer = foreign.source.tokenizer()
     make_folder(workdir)
     if tokenizer is None:
         warn(f"{source} holds no tokenizer; put one into {workdir} before the model meets text.")
     else:
         tokenizer.save(workdir / tokenizer.place)
+        _compare(tokenizer, cfg.model.vocab_size)
     position = {"tokenizer": tokenizer.fingerprint if tokenizer else "", IMPORTED: str(source)}
     megabytes = sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
     with (
-        stage(f"Importing {architecture.name}", megabytes, "MB") as shown,
+        stage(f"Importing {foreign.architecture.name}", megabytes, "MB") as shown,
         contextlib.closing(Checkpoints(workdir, cfg.checkpoint)) as checkpoints,
     ):
-        slices = _Slices(foreign, found, shapes, shown)
-        leaves = [(path, leaf.replace(slices.array(path))) for path, leaf in like.flat_state()]
+        slices = _Slices(foreign.source, foreign.found, shapes, shown)
+        like = parameter_shapes(cfg.model).flat_state()
+        leaves = [(path, leaf.replace(slices.array(path))) for path, leaf in like]
         params = nnx.from_flat_state(leaves)
         checkpoints.save(STEP, {"params": params}, position, cfg)
     return cfg
+
+
+def _compare(tokenizer: Tokenizer, rows: int) -> None:
+    """Says which ids of a tokenizer have no row in the embedding."""
+    more = range(rows, tokenizer.vocab_size)
+    if not more:
+        return
+    named = ", ".join(repr(token_text(tokenizer, token)) for token in more[:_NAMED])
+    rest = f" and {len(more) - _NAMED} more" if len(more) > _NAMED else ""
+    warn(
+        f"The tokenizer has {tokenizer.vocab_size:,} ids, the embedding of the model {rows:,} "
+        f"rows; text with one of the others ({named}{rest}) is refused."
+    )
 
 
 class _Slices:

@@ -9,10 +9,10 @@ from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.errors import CheckpointError, shown
 from dynmoe_jax.interop.layouts import Linear, Same
 from dynmoe_jax.interop.mapping import GATE, UP, Rule
-from dynmoe_jax.interop.settings import read_settings, rope_theta
+from dynmoe_jax.interop.settings import check_count, read_settings, rope_theta
 
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 DEFAULTS = {
@@ -21,7 +21,12 @@ DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_FIXED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 
 LAYER = "model.layers.{layer}."
 DECODER_RULES = (
@@ -53,18 +58,25 @@ BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Saved by old versions of transformers; computed everywhere."""
 
 
-def decoder_settings(hf: Mapping[str, Any], theta: float = 10000.0) -> dict[str, Any]:
+def decoder_settings(
+    hf: Mapping[str, Any], theta: float = 10000.0, kv_heads: int | None = None
+) -> dict[str, Any]:
     """The settings of :class:`config.Model` that all architectures name alike.
 
     Args:
       hf: settings of ``config.json``, completed.
       theta: base of the rotary frequencies, where none is given.
+      kv_heads: key/value heads, where nothing is said of them; None: as many as query heads.
 
     Raises:
       CheckpointError: the heads do not divide the width, or the positions are scaled.
     """
     width, heads = hf["hidden_size"], hf["num_attention_heads"]
-    if not hf.get("head_dim") and width % heads:
+    kv_heads, head_width = hf.get("num_key_value_heads", kv_heads), hf.get("head_dim")
+    for name, value in (("num_key_value_heads", kv_heads), ("head_dim", head_width)):
+        if value is not None:
+            check_count(name, value)
+    if head_width is None and width % heads:
         raise CheckpointError(
             f"config.json has hidden_size={width}, which num_attention_heads={heads} must divide."
         )
@@ -72,8 +84,8 @@ def decoder_settings(hf: Mapping[str, Any], theta: float = 10000.0) -> dict[str,
         "num_layers": hf["num_hidden_layers"],
         "width": width,
         "num_heads": heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_width": hf.get("head_dim") or width // heads,
+        "num_kv_heads": kv_heads or heads,
+        "head_width": head_width or width // heads,
         "vocab_size": hf["vocab_size"],
         "max_seq_len": hf["max_position_embeddings"],
         "tie_embeddings": hf["tie_word_embeddings"],
@@ -99,6 +111,20 @@ def decoder_settings_to_hf(model: config.Model) -> dict[str, Any]:
         "tie_word_embeddings": model.tie_embeddings,
         "hidden_act": "silu",
     }
+
+
+def check_even_heads(hf: Mapping[str, Any]) -> None:
+    """Checks the ``head_dim`` of an architecture whose heads share the width evenly.
+
+    Raises:
+      CheckpointError: it is another one.
+    """
+    width, heads, asked = hf["hidden_size"], hf["num_attention_heads"], hf.get("head_dim")
+    if asked is not None and width % heads == 0 and asked != width // heads:
+        raise CheckpointError(
+            f"config.json has head_dim={shown(asked)}, but heads of this architecture have the "
+            f"width hidden_size / num_attention_heads = {width // heads}."
+        )
 
 
 def without_head_width(hf: dict[str, Any]) -> dict[str, Any]:

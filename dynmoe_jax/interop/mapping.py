@@ -48,8 +48,10 @@ class Place:
 
     def shape(self, shapes: Mapping[Path, Shape]) -> Shape:
         """Shape of our slice."""
-        # A broadcast scalar allocates nothing, whatever its shape.
-        return np.broadcast_to(np.float32(0), shapes[self.path])[self.index].shape
+        inside = [i for i in self.index if i is not ...]
+        halves = [i for i in inside if isinstance(i, slice)]
+        shape = shapes[self.path][len(inside) - len(halves) :]
+        return (*shape[:-1], halves[0].stop - halves[0].start) if halves else shape
 
 
 def places(

@@ -14,10 +14,14 @@ from dynmoe_jax.interop.llama import (
     decoder_settings_to_hf,
 )
 from dynmoe_jax.interop.mapping import GATE, UP, Rule
-from dynmoe_jax.interop.settings import read_settings
+from dynmoe_jax.interop.settings import check_alias, check_window, read_settings
 
-_DEFAULTS = DEFAULTS | {"num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
-_FIXED = {"hidden_act": "silu", "sliding_window": None}
+_DEFAULTS = DEFAULTS | {
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+}
+_FIXED = {"model_type": "mixtral", "hidden_act": "silu"}
 
 
 def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
@@ -28,8 +32,10 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     """
     required = (*REQUIRED, "intermediate_size", "num_local_experts")
     hf = read_settings(settings, required=required, defaults=_DEFAULTS, fixed=_FIXED)
+    check_alias(hf, "num_local_experts", "num_experts")
+    check_window("sliding_window", hf.get("sliding_window"), hf["max_position_embeddings"])
     return config.Model(
-        **decoder_settings(hf, theta=1e6),
+        **decoder_settings(hf, theta=1e6, kv_heads=8),
         moe=config.MoE(
             router="top_k",
             num_experts=hf["num_local_experts"],

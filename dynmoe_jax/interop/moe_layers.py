@@ -1,7 +1,5 @@
 """Which layers have experts: lists of foreign configurations, and our repeating groups."""
 
-import itertools
-
 from dynmoe_jax import config
 from dynmoe_jax.interop.errors import CheckpointError
 
@@ -23,17 +21,21 @@ def grouping(layers: list[int], num_layers: int) -> dict[str, int]:
     """
     if not layers:
         return {"every_n_layers": 0}
-    for first, every in itertools.product(range(num_layers), range(1, num_layers + 1)):
-        if (num_layers - first) % every:
-            continue
-        start = layers[0]
-        fits = first <= start < first + every and layers == list(range(start, num_layers, every))
-        if fits:
-            return {
-                "every_n_layers": every,
-                "layer_offset": start - first,
-                "dense_first_layers": first,
-            }
+    start = layers[0]
+    # One layer alone may be the only one of groups of any size that reach to the end.
+    sizes = range(num_layers - start, num_layers + 1) if len(layers) == 1 else [layers[1] - start]
+    fitting = []
+    for every in sizes:
+        first = start - (start - num_layers) % every
+        if first >= 0 and layers == list(range(start, num_layers, every)):
+            fitting.append((first, every))
+    if fitting:
+        first, every = min(fitting)
+        return {
+            "every_n_layers": every,
+            "layer_offset": start - first,
+            "dense_first_layers": first,
+        }
     raise CheckpointError(
         f"config.json gives experts to the layers {layers} of {num_layers}, which do not repeat; "
         "dense layers first and then one of every n can be read."

@@ -12,15 +12,21 @@ from dynmoe_jax.interop.llama import (
     EXPERT_RULES,
     LAYER,
     REQUIRED,
+    check_even_heads,
     decoder_settings,
     decoder_settings_to_hf,
     without_head_width,
 )
 from dynmoe_jax.interop.mapping import Rule
-from dynmoe_jax.interop.settings import read_settings
+from dynmoe_jax.interop.settings import check_alias, check_window, read_settings
 
-_DEFAULTS = DEFAULTS | {"num_experts_per_tok": 8, "rms_norm_eps": 1e-5, "norm_topk_prob": False}
-_FIXED = {"hidden_act": "silu", "attention_bias": False, "clip_qkv": None}
+_DEFAULTS = DEFAULTS | {
+    "max_position_embeddings": 4096,
+    "num_experts_per_tok": 8,
+    "rms_norm_eps": 1e-5,
+    "norm_topk_prob": False,
+}
+_FIXED = {"model_type": "olmoe", "hidden_act": "silu", "attention_bias": False, "clip_qkv": None}
 
 
 def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
@@ -31,8 +37,12 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     """
     required = (*REQUIRED, "intermediate_size", "num_experts")
     hf = read_settings(settings, required=required, defaults=_DEFAULTS, fixed=_FIXED)
+    # The norm of the queries has the width of the model.
+    check_even_heads(hf)
+    check_alias(hf, "num_experts", "num_local_experts")
+    check_window("sliding_window", hf.get("sliding_window"), hf["max_position_embeddings"])
     return config.Model(
-        **decoder_settings(without_head_width(hf)),
+        **decoder_settings(hf),
         qk_norm=True,
         moe=config.MoE(
             router="top_k",

@@ -10,7 +10,7 @@ from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.errors import CheckpointError, shown
 from dynmoe_jax.interop.layouts import Folded, Shape
 from dynmoe_jax.interop.llama import (
     DECODER_RULES,
@@ -21,19 +21,20 @@ from dynmoe_jax.interop.llama import (
     REQUIRED,
     decoder_settings,
     decoder_settings_to_hf,
-    without_head_width,
 )
 from dynmoe_jax.interop.mapping import GATE, UP, Rule
 from dynmoe_jax.interop.moe_layers import grouping, moe_layers
-from dynmoe_jax.interop.settings import read_settings
+from dynmoe_jax.interop.settings import check_count, check_window, read_settings
 
 _DEFAULTS = DEFAULTS | {
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
     "num_experts_per_tok": 4,
     "norm_topk_prob": False,
     "qkv_bias": True,
     "decoder_sparse_step": 1,
 }
-_FIXED = {"hidden_act": "silu", "use_sliding_window": False}
+_FIXED = {"model_type": "qwen2_moe", "hidden_act": "silu"}
 _SHARED = LAYER + "mlp.shared_expert."
 _SHARED_GATE = LAYER + "mlp.shared_expert_gate.weight"
 
@@ -47,13 +48,16 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     required = (*REQUIRED, "intermediate_size", "moe_intermediate_size", "num_experts")
     hf = read_settings(settings, required=required, defaults=_DEFAULTS, fixed=_FIXED)
     shared = hf.get("shared_expert_intermediate_size")
-    if type(shared) is not int or shared < 0:
-        raise CheckpointError(f"config.json has shared_expert_intermediate_size={shared!r}.")
-    layers, dense = hf["num_hidden_layers"], hf.get("mlp_only_layers") or []
+    check_count("shared_expert_intermediate_size", shared, least=0)
+    _check_windows(hf)
+    layers, dense = hf["num_hidden_layers"], hf.get("mlp_only_layers")
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        raise CheckpointError(f"config.json has mlp_only_layers={shown(dense)}, no list of layers.")
     step = hf["decoder_sparse_step"]
     sparse = [i for i in range(layers) if i not in dense and (i + 1) % step == 0]
     return config.Model(
-        **decoder_settings(without_head_width(hf)),
+        **decoder_settings(hf, kv_heads=16),
         hidden_width=hf["intermediate_size"],
         attention_bias=hf["qkv_bias"],
         moe=config.MoE(
@@ -69,11 +73,30 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
     )
 
 
+def _check_windows(hf: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a layer attends to fewer positions than the model reads."""
+    kinds, asked = hf.get("layer_types"), hf["use_sliding_window"]
+    windowed_layers = hf.get("max_window_layers", 28)
+    check_count("max_window_layers", windowed_layers, least=0)
+    if kinds is None:
+        kinds = ["sliding_attention" if asked and windowed_layers else "full_attention"]
+    elif not isinstance(kinds, list) or len(kinds) != hf["num_hidden_layers"]:
+        raise CheckpointError(f"config.json has layer_types={shown(kinds)}, not one of each layer.")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise CheckpointError(
+                f"config.json has {shown(kind)} in layer_types; 'full_attention' can be read."
+            )
+    if "sliding_attention" in kinds:
+        window = hf.get("sliding_window", 4096) if asked else 0
+        check_window("sliding_window", window, hf["max_position_embeddings"])
+
+
 def model_to_hf(model: config.Model) -> dict[str, Any]:
     """``config.json`` of a top-k model, with a gated shared expert or with none."""
     sparse = moe_layers(model)
     return {
-        **without_head_width(decoder_settings_to_hf(model)),
+        **decoder_settings_to_hf(model),
         "model_type": "qwen2_moe",
         "intermediate_size": model.hidden_width,
         "moe_intermediate_size": model.moe.hidden_width,

@@ -8,10 +8,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from dynmoe_jax.data import Tokenizer, open_tokenizer
+from dynmoe_jax.data.endings import GENERATION, named_ends
 from dynmoe_jax.data.hf_tokenizer import MAIN
-from dynmoe_jax.interop.gguf_file import GgufFile
+from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.gguf_file import MAGIC, GgufFile
 from dynmoe_jax.interop.layouts import Shape
-from dynmoe_jax.interop.tensor_files import read_json, read_tensors, tensor_files, tensor_shapes
+from dynmoe_jax.interop.tensor_files import (
+    read_json,
+    read_tensors,
+    tensor_files,
+    tensor_shapes,
+    tensors_are_equal,
+)
 
 
 class Source(Protocol):
@@ -36,6 +44,9 @@ class Source(Protocol):
     def tensors(self, wanted: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, tensor) of the wanted ones, one at a time."""
 
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two matrices of one shape hold the same numbers."""
+
 
 class HfFolder:
     """A folder with ``config.json`` and safetensors files: one, or several with an index."""
@@ -43,32 +54,36 @@ class HfFolder:
     def __init__(self, folder: Path):
         self.settings = read_json(folder / "config.json")
         self._folder = folder
-        self._files = tensor_files(folder)
-        self._file_of: dict[str, Path] = {}
+        self._file_of = tensor_files(folder)
 
     def tokenizer(self) -> Tokenizer | None:
-        """``tokenizer.json``, or else a SentencePiece ``tokenizer.model``."""
-        if (self._folder / MAIN).is_file():
-            return open_tokenizer(self._folder)
+        """``tokenizer.json``, or else a SentencePiece ``tokenizer.model``.
+
+        Where no ``generation_config.json`` says which tokens end a text, ``config.json`` does.
+        """
         model = self._folder / "tokenizer.model"
-        return open_tokenizer(model) if model.is_file() else None
+        if (self._folder / MAIN).is_file():
+            tokenizer = open_tokenizer(self._folder)
+        elif model.is_file():
+            tokenizer = open_tokenizer(model)
+        else:
+            return None
+        ends = named_ends(self.settings, "config.json")
+        if (self._folder / GENERATION).is_file() or set(ends) <= set(tokenizer.end_ids):
+            return tokenizer
+        return tokenizer.with_ends(ends)
 
     def shapes(self) -> dict[str, Shape]:
         """From the files' headers alone."""
-        shapes = {}
-        for file in self._files:
-            found = tensor_shapes([file])
-            shapes |= found
-            self._file_of |= dict.fromkeys(found, file)
-        return shapes
+        return tensor_shapes(self._file_of)
 
     def tensors(self, wanted: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """In the order of the files; a file is open while its tensors are read."""
-        wanted = list(wanted)
-        if not self._file_of:
-            self.shapes()
-        files = dict.fromkeys(self._file_of[name] for name in wanted)
-        return read_tensors(files, wanted)
+        """File by file; a file is open while its tensors are read."""
+        return read_tensors(self._file_of, wanted)
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two matrices of one shape hold the same numbers."""
+        return tensors_are_equal(self._file_of, (one, other))
 
 
 def open_source(path: str | os.PathLike) -> Source:
@@ -78,4 +93,11 @@ def open_source(path: str | os.PathLike) -> Source:
       CheckpointError: it is neither, is incomplete, or cannot be read.
     """
     path = Path(path).expanduser()
-    return GgufFile(path) if path.suffix == ".gguf" else HfFolder(path)
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return GgufFile(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise CheckpointError(f"{path} is no folder and no GGUF file.")
+        return GgufFile(path)
+    return HfFolder(path)

@@ -39,6 +39,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         for name, content in tokenizer.files.items():
             (folder / name).write_bytes(content)
         return
+    # With the generation_config.json, if it has one.
     path = folder / SentencePieceTokenizer.place
     tokenizer.save(path)
     files = hf_files(path)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
-from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data import Tokenizer, for_rows
 from dynmoe_jax.data.document import unusable
 from dynmoe_jax.data.files import shown
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
@@ -32,7 +32,8 @@ def load_run(
         (see ``config.checkpoint.keep_best``).
 
     Returns:
-      the run's settings, its decoder and its tokenizer.
+      the run's settings, its decoder and its tokenizer, which refuses text with an id that the
+      model has no embedding of.
 
     Raises:
       ConfigError: there is no checkpoint in ``workdir``.
@@ -40,7 +41,7 @@ def load_run(
       DataError: the tokenizer is not the one that the model was trained with.
     """
     with opened_run(workdir, best=best) as run:
-        tokenizer = run.tokenizer()
+        tokenizer = for_rows(run.tokenizer(), run.config.model.vocab_size)
         return run.config, run.decoder(), tokenizer
 
 

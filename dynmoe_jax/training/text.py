@@ -14,11 +14,13 @@ from dynmoe_jax.data import (
     Tokenizer,
     check_unchanged,
     find_tokenizer,
+    for_rows,
     open_tokenizer,
     prepare,
     remove_tokenizer,
     train_tokenizer,
 )
+from dynmoe_jax.data.vocabulary import token_text
 from dynmoe_jax.training.disk import is_seen
 
 TRAINED = SentencePieceTokenizer.place
@@ -42,16 +44,18 @@ def load_text(
         tokenizer that lies there may be left from other settings, and is made anew.
 
     Raises:
-      ConfigError: the tokenizer has more tokens than the model.
+      ConfigError: the tokenizer has more tokens than the model, or, where the model comes from
+        elsewhere, such a token is certain to be met.
       DataError: the sources or the tokenizer cannot be used, or are not those that the run began
         with, or nothing can be held out.
     """
-    if not agreement.is_first():
+    if agreement.is_first():
+        prepared, tokenizer = _make_text(cfg, workdir, position)
+        agreement.broadcast([str(prepared.directory.absolute()), tokenizer.fingerprint])
+    else:
         directory, digest = agreement.broadcast(None)
-        return _open_text(Path(directory), workdir, digest)
-    prepared, tokenizer = _make_text(cfg, workdir, position)
-    agreement.broadcast([str(prepared.directory.absolute()), tokenizer.fingerprint])
-    return prepared, tokenizer
+        prepared, tokenizer = _open_text(Path(directory), workdir, digest)
+    return prepared, for_rows(tokenizer, cfg.model.vocab_size)
 
 
 def _open_text(directory: Path, workdir: Path, digest: str) -> tuple[Prepared, Tokenizer]:
@@ -132,8 +136,25 @@ def load_tokenizer(workdir: Path, position: Mapping[str, Any]) -> Tokenizer:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, cfg: config.Config) -> None:
-    if tokenizer.vocab_size > cfg.model.vocab_size:
+    rows = cfg.model.vocab_size
+    if tokenizer.vocab_size <= rows:
+        return
+    if not cfg.train.init_from:
         raise config.ConfigError(
-            f"config.model.vocab_size={cfg.model.vocab_size} is smaller than the "
-            f"{tokenizer.vocab_size} tokens of {cfg.data.tokenizer}; raise it to at least that."
+            f"config.model.vocab_size={rows} is smaller than the {tokenizer.vocab_size} tokens of "
+            f"{cfg.data.tokenizer}; raise it to at least that."
         )
+    # What the model has no row for may never come; but these would, one of them at the very end.
+    for token, what in ((tokenizer.bos_id, "begins"), (tokenizer.eos_id, "ends")):
+        if token >= rows:
+            raise config.ConfigError(
+                f"token {token} ({token_text(tokenizer, token)!r}), which {what} every document, "
+                f"has no row in the embedding of config.train.init_from={cfg.train.init_from!r}, "
+                f"which has {rows} rows; give that model another tokenizer."
+            )
+    try:
+        for_rows(tokenizer, rows).encode(cfg.evaluation.prompt)
+    except DataError as error:
+        raise config.ConfigError(
+            f"config.evaluation.prompt={cfg.evaluation.prompt!r} cannot be read: {error}"
+        ) from error

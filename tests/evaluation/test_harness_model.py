@@ -15,6 +15,7 @@ from dynmoe_jax import config
 from dynmoe_jax.evaluation.answers import AnswerFile
 from dynmoe_jax.evaluation.harness_model import HarnessModel
 from dynmoe_jax.evaluation.requests import Request
+from dynmoe_jax.evaluation.tree_writing import TreeWriter
 
 
 @pytest.fixture
@@ -218,3 +219,49 @@ def test_sampled_answers_are_refused(model):
     settings = {"until": ["x"], "do_sample": True, "temperature": 0.7}
     with pytest.raises(config.ConfigError, match="task g draws its answers at random"):
         model.generate_until([instance("generate_until", "g", "Q", settings)])
+
+
+class Marked:
+    """A tokenizer some of whose tokens are special: decoding leaves them out."""
+
+    def __init__(self, tokenizer, special_tokens, end_ids=()):
+        self._tokenizer, self.special_tokens = tokenizer, special_tokens
+        self.end_ids = (tokenizer.eos_id, *end_ids)
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids):
+        return self._tokenizer.decode([n for n in ids if n not in self.special_tokens])
+
+
+@pytest.fixture
+def write(make_scorer, writer, decoder, tokenizer, tmp_path):
+    """(until, special tokens, ends) -> the answer to one prompt."""
+
+    def answer(until, special_tokens, end_ids=()):
+        marked = Marked(tokenizer, special_tokens, end_ids)
+        ours = TreeWriter(decoder, 512, tokenizer.vocab_size, tokenizer.eos_id, marked.end_ids)
+        answers = AnswerFile(tmp_path / "answers.jsonl", "m")
+        model = HarnessModel(make_scorer(), ours, marked, answers)
+        settings = {"until": until, "max_gen_toks": 12}
+        [text] = model.generate_until([instance("generate_until", "g", "Q: one?\nA:", settings)])
+        answers.close()
+        read = model.experts.tasks["g"].example.tokens
+        prompt = 1 + len(tokenizer.encode("Q: one?\nA:"))
+        return text, list(read[prompt:])
+
+    return answer
+
+
+def test_an_answer_ends_at_special_tokens_and_at_all_of_the_tokenizers_ends(write, tokenizer):
+    _, ids = write([], {})  # the last token is not read
+    candidates = (n for n in range(2, 11) if ids[n] not in ids[:n])
+    place = next(n for n in candidates if tokenizer.decode(ids[n : n + 1]))
+    special, before = {ids[place]: "<|im_end|>"}, tokenizer.decode(ids[:place])
+    after = tokenizer.decode([*ids[:place], *ids[place + 1 : place + 2]])[len(before) :]
+    assert write(["<|im_end|>"], special) == (before, ids[:place])
+    assert write([f"<|im_end|>{after}"], special)[0] == before
+    assert write([], special)[1] == ids
+    # Nothing that was kept of an answer with other ends is taken for this one.
+    assert write([], {}, [ids[place]]) == (before, ids[: place - 1])

@@ -204,7 +204,11 @@ def test_first_format_that_fits(moe, name):
         ("LlamaForCausalLM", {"attention_bias": True}, "attention_bias=True"),
         ("MixtralForCausalLM", {"sliding_window": 8}, "sliding_window=8"),
         ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
-        ("Qwen2MoeForCausalLM", {"use_sliding_window": True}, "use_sliding_window=True"),
+        (
+            "Qwen2MoeForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 8},
+            "sliding_window=8",
+        ),
         ("Qwen2MoeForCausalLM", {"mlp_only_layers": [1]}, r"layers \[0, 2\] of 3"),
         ("DeepseekForCausalLM", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
         ("DeepseekForCausalLM", {"first_k_dense_replace": -1}, "first_k_dense_replace=-1"),
