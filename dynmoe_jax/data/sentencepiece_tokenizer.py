@@ -31,6 +31,7 @@ class SentencePieceTokenizer:
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         self.begins_with_bos = True
+        self.ends_with_eos = False
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.token_bytes_V = np.array(
             [self._bytes_of(token) for token in range(self.vocab_size)], dtype=np.int32

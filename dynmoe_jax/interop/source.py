@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dynmoe_jax.data import Tokenizer, open_tokenizer
-from dynmoe_jax.data.hf_tokenizer import MAIN
+from dynmoe_jax.data.hf_folder import holds_tokenizer
 from dynmoe_jax.interop.gguf_file import GgufFile
 from dynmoe_jax.interop.layouts import Shape
 from dynmoe_jax.interop.tensor_files import read_json, read_tensors, tensor_files, tensor_shapes
@@ -47,11 +47,8 @@ class HfFolder:
         self._file_of: dict[str, Path] = {}
 
     def tokenizer(self) -> Tokenizer | None:
-        """``tokenizer.json``, or else a SentencePiece ``tokenizer.model``."""
-        if (self._folder / MAIN).is_file():
-            return open_tokenizer(self._folder)
-        model = self._folder / "tokenizer.model"
-        return open_tokenizer(model) if model.is_file() else None
+        """The one that transformers reads from the folder's files."""
+        return open_tokenizer(self._folder) if holds_tokenizer(self._folder) else None
 
     def shapes(self) -> dict[str, Shape]:
         """From the files' headers alone."""
