@@ -100,19 +100,22 @@ CLASSES = {
 _AS_IT_STANDS = (
     "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", "BloomTokenizer", None
 )  # fmt: skip
-# Of models whose tokenizers are read as they stand, whatever class they name; and of others, the
-# class of those that name none.
-_PLAIN_MODELS = frozenset(
-    """mixtral mistral mistral3 ministral ministral3 glm glm4 glm4_moe gpt_bigcode granite granitemoe
-    granitemoehybrid granitemoeshared flex_olmo olmo2 olmo3 stablelm persimmon phi3 phimoe nemotron
-    jamba internlm2 internlm3 minicpm3 arctic ernie4_5 ernie4_5_moe minimax_m2 kimi_linear""".split()
-)
-_CLASS_OF_MODEL = {
-    **dict.fromkeys("qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next".split(), "Qwen2Tokenizer"),
-    **dict.fromkeys("gpt_neox olmo olmoe mpt mamba mamba2 rwkv".split(), "GPTNeoXTokenizer"),
-    **dict.fromkeys("gpt2 gpt_neo gptj opt phi codegen dbrx starcoder2".split(), "GPT2Tokenizer"),
-    **dict.fromkeys("gemma gemma2 gemma3 gemma3_text".split(), "GemmaTokenizer"),
-}
+# Kinds of models by config.json: those whose tokenizers are read as they stand, whatever class they
+# name, and the class of those that name none.
+PLAIN_MODELS = (
+    "mixtral", "mistral", "mistral3", "ministral", "ministral3", "glm", "glm4", "glm4_moe",
+    "gpt_bigcode", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "flex_olmo",
+    "olmo2", "olmo3", "stablelm", "persimmon", "phi3", "phimoe", "nemotron", "jamba", "internlm2",
+    "internlm3", "minicpm3", "arctic", "ernie4_5", "ernie4_5_moe", "minimax_m2", "kimi_linear",
+)  # fmt: skip
+CLASS_OF_MODEL = {
+    "gpt2": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer", "gptj": "GPT2Tokenizer",
+    "opt": "GPT2Tokenizer", "phi": "GPT2Tokenizer", "starcoder2": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer", "olmo": "GPTNeoXTokenizer", "olmoe": "GPTNeoXTokenizer",
+    "qwen2": "Qwen2Tokenizer", "qwen2_moe": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer", "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer",
+    "gemma3": "GemmaTokenizer", "gemma3_text": "GemmaTokenizer",
+}  # fmt: skip
 _ALWAYS_ITS_OWN = ("qwen2",)
 """Models of which a class that the settings name is known to be wrong."""
 
@@ -136,9 +139,9 @@ def class_of(settings: Mapping[str, Any], model: Mapping[str, Any], byte_level: 
     asked = settings.get("tokenizer_class") or model.get("tokenizer_class")
     asked = None if asked is None else str(asked).removesuffix("Fast")
     kind = str(model.get("model_type"))
-    if kind in _PLAIN_MODELS or (asked == "LlamaTokenizer" and byte_level and kind != "qwen2"):
+    if kind in PLAIN_MODELS or (asked == "LlamaTokenizer" and byte_level and kind != "qwen2"):
         return None
-    usual = _CLASS_OF_MODEL.get(kind)
+    usual = CLASS_OF_MODEL.get(kind)
     if usual and (asked is None or kind in _ALWAYS_ITS_OWN):
         return usual
     if asked in _AS_IT_STANDS:

@@ -11,19 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from dynmoe_jax.console import warn
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.hf_around import around, check_around, put_around
 from dynmoe_jax.data.hf_classes import CLASSES, build, class_of
+from dynmoe_jax.data.hf_files import (
+    ADDED,
+    MAIN,
+    MODEL,
+    SETTINGS,
+    SPECIAL,
+    TRAVELING,
+    contents,
+    named_tokens,
+    parse,
+    shortly,
+)
 from dynmoe_jax.data.hf_sentencepiece import Model, found_whole
 from dynmoe_jax.data.hf_tokens import NAMED, Tokens, content_of, read_tokens
 
-MAIN, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-_ADDED, _MODEL = "added_tokens.json", "tokenizer.model"
-_TRAVELING = ("chat_template.jinja", "generation_config.json")
-FILES = (MAIN, SETTINGS, SPECIAL, _ADDED, "vocab.json", "merges.txt", _MODEL, *_TRAVELING)
-"""What travels with a tokenizer, as far as it is there."""
+_ENDS = ("bos_token", "eos_token")
 _KEPT_SETTINGS = (
     "chat_template", "model_max_length", "padding_side", "split_special_tokens",
     "clean_up_tokenization_spaces",
@@ -31,38 +40,22 @@ _KEPT_SETTINGS = (
 )  # fmt: skip
 
 
-def holds_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a file that :func:`read_folder` can begin with."""
-    return any((folder / name).is_file() for name in (MAIN, _MODEL))
-
-
 def read_folder(folder: Path) -> dict[str, bytes]:
     """The files that a run keeps of a folder, by name.
 
+    Args:
+      folder: one that :func:`holds_tokenizer`.
+
     Raises:
-      DataError: it holds no tokenizer, or one that cannot be read as transformers reads it.
+      DataError: it cannot be read as transformers reads it.
       OSError: a file cannot be read.
     """
-    if not holds_tokenizer(folder):
-        raise DataError(f"there is no {MAIN} and no {_MODEL}.")
     try:
         return _Reading(folder).kept_files()
     except (DataError, OSError):
         raise
     except Exception as error:  # the library raises Exception itself
         raise DataError(f"its files cannot be read: {shortly(error)}.") from error
-
-
-def read_kept(folder: Path) -> dict[str, bytes]:
-    """The files that a run has kept, by name.
-
-    Raises:
-      DataError: there are none.
-      OSError: a file cannot be read.
-    """
-    if not (folder / MAIN).is_file():
-        raise DataError(f"there is no {MAIN}.")
-    return _contents(folder)
 
 
 class _Reading:
@@ -73,11 +66,11 @@ class _Reading:
     """
 
     def __init__(self, folder: Path):
-        self._files = _contents(folder)
+        self._files = contents(folder)
         self._settings = self._object(SETTINGS)
         self._main = self._object(MAIN)
         config = folder / "config.json"
-        model = _parse(config.name, config.read_bytes()) if config.is_file() else {}
+        model = parse(config.name, config.read_bytes()) if config.is_file() else {}
         is_byte_level = b'"ByteLevel"' in self._files.get(MAIN, b"")
         self._class = class_of(self._settings, model, is_byte_level)
         try:
@@ -87,10 +80,17 @@ class _Reading:
 
     def kept_files(self) -> dict[str, bytes]:
         made, tokens = self._from_model() if MAIN not in self._files else self._from_main()
+        # Padding and truncation are the business of whoever makes batches.
+        made.no_padding()
+        made.no_truncation()
         _check_ids(made, tokens, self._main)
         plain = self._files.get(MAIN) and tokenizers.Tokenizer.from_str(self._files[MAIN].decode())
         names = {name: content_of(tokens.named[name]) for name in NAMED if name in tokens.named}
-        _name_beginning(made, names)
+        before, after = around(made)
+        if len(before) == 1:
+            names.setdefault("bos_token", made.id_to_token(before[0]))
+        check_around(made, names, before, after)
+        self._compare_flag(bool(before))
         if (
             plain
             and _essence(made) == _essence(plain)
@@ -100,7 +100,7 @@ class _Reading:
             return self._files
         settings = {n: self._settings[n] for n in _KEPT_SETTINGS if n in self._settings}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-        kept = {name: self._files[name] for name in _TRAVELING if name in self._files}
+        kept = {name: self._files[name] for name in TRAVELING if name in self._files}
         return kept | {MAIN: _written(made).encode(), SETTINGS: json.dumps(settings).encode()}
 
     def _from_main(self) -> tuple[tokenizers.Tokenizer, Tokens]:
@@ -118,7 +118,7 @@ class _Reading:
         return made, tokens
 
     def _from_model(self) -> tuple[tokenizers.Tokenizer, Tokens]:
-        model = Model(self._files[_MODEL])
+        model = Model(self._files[MODEL])
         more = found_whole(model.control, special=True)
         if self._class == "LlamaTokenizer":
             tokens = self._tokens(
@@ -133,15 +133,16 @@ class _Reading:
                 tokens.find_whole()
         else:
             raise DataError(
-                f"a {self._class} has no {_MODEL}; name LlamaTokenizer or PreTrainedTokenizerFast "
+                f"a {self._class} has no {MODEL}; name LlamaTokenizer or PreTrainedTokenizerFast "
                 f"as tokenizer_class in {SETTINGS}."
             )
         self._add(tokens, made)
-        _put_around(made, tokens, self._settings)
+        asked = (name if self._settings.get(f"add_{name}") else "" for name in _ENDS)
+        put_around(made, *(tokens.named.get(name) for name in asked))
         return made, tokens
 
     def _tokens(self, usual: Mapping[str, Any], more: list[AddedToken] | None = None) -> Tokens:
-        special, added = self._object(SPECIAL), self._object(_ADDED)
+        special, added = self._object(SPECIAL), self._object(ADDED)
         return read_tokens(self._settings, special, added, self._main, usual, more)
 
     def _add(self, tokens: Tokens, made: tokenizers.Tokenizer) -> None:
@@ -150,66 +151,22 @@ class _Reading:
             names = map(content_of, (*tokens.named.values(), *tokens.more))
             made.add_tokens([AddedToken(name, special=True) for name in names])
 
+    def _compare_flag(self, begins: bool) -> None:
+        """Says it if BOS stands before a text, or does not, against a setting."""
+        asked = self._settings.get("add_bos_token")
+        if type(asked) is bool and asked != begins:
+            warn(
+                f"{SETTINGS} has add_bos_token={str(asked).lower()}, but {MAIN} puts "
+                f"{'one' if begins else 'none'} before a text, and in transformers 5 it decides; "
+                "--begin_with_bos or --no-begin_with_bos overrides it."
+            )
+
     def _plainly_named(self) -> dict[str, str]:
         """Named tokens as they are read from kept files."""
         return named_tokens(self._object(SPECIAL) | self._settings)
 
     def _object(self, name: str) -> dict[str, Any]:
-        return _parse(name, self._files[name]) if name in self._files else {}
-
-
-def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of the tokens that settings name, by name."""
-    found = {name: settings.get(name) for name in NAMED}
-    found = {n: t.get("content") if isinstance(t, dict) else t for n, t in found.items()}
-    return {name: text for name, text in found.items() if isinstance(text, str)}
-
-
-def around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids that a tokenizer puts before and after a text."""
-    probes = ("a", *tokenizer.get_vocab(with_added_tokens=False))
-    for probe in probes:
-        inside = tokenizer.encode(probe, add_special_tokens=False).ids
-        if inside:
-            break
-    else:
-        return [], []
-    encoded = tokenizer.encode(probe)
-    first = encoded.sequence_ids.index(0)
-    return encoded.ids[:first], encoded.ids[first + len(inside) :]
-
-
-def _name_beginning(made: tokenizers.Tokenizer, names: dict[str, str]) -> None:
-    """Names the token that is put before a text, if no setting does; checks what is put around.
-
-    Raises:
-      DataError: it is more than the tokens that begin and end a document.
-    """
-    before, after = around(made)
-    if len(before) == 1:
-        names.setdefault("bos_token", made.id_to_token(before[0]))
-    begins = [made.token_to_id(names["bos_token"])] if "bos_token" in names else []
-    ends = [made.token_to_id(names["eos_token"])] if "eos_token" in names else []
-    if before not in ([], begins) or after not in ([], ends):
-        put = [*map(made.id_to_token, before), "the text", *map(made.id_to_token, after)]
-        raise DataError(
-            f"its post-processor makes a text to {' '.join(put)}; at most bos_token before and "
-            "eos_token after it can be put here."
-        )
-
-
-def _put_around(made: tokenizers.Tokenizer, tokens: Tokens, settings: Mapping[str, Any]) -> None:
-    """Has BOS and EOS put around a text, as settings ask."""
-    names = {}
-    for name in ("bos_token", "eos_token"):
-        if settings.get(f"add_{name}") and name in tokens.named:
-            names[name] = content_of(tokens.named[name])
-    single = [names.get("bos_token"), "$A", names.get("eos_token")]
-    made.post_processor = processors.TemplateProcessing(
-        single=[part for part in single if part],
-        pair=None,
-        special_tokens=[(text, made.token_to_id(text)) for text in names.values()],
-    )
+        return parse(name, self._files[name]) if name in self._files else {}
 
 
 def _parts(main: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -233,8 +190,9 @@ def _check_ids(made: tokenizers.Tokenizer, tokens: Tokens, main: Mapping[str, An
     }
     for text, (number, now) in list(moved.items())[:1]:
         warn(
-            f"The files of the tokenizer give {text!r} the id {number}, but it is read as {now}, as "
-            f"in transformers: added tokens follow the vocabulary without a gap ({len(moved)} so)."
+            f"The files of the tokenizer give {text!r} the id {number}, but it is read as {now}, "
+            f"as in transformers: added tokens follow the vocabulary without a gap ({len(moved)} "
+            "of them do not)."
         )
 
 
@@ -270,22 +228,3 @@ def _essence(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
     for name in ("truncation", "padding"):
         found.pop(name)
     return simple(found) | {"model": model}
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-
-
-def _parse(name: str, content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} cannot be read as JSON ({shortly(error)}).") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{name} must hold a JSON object.")
-    return value
-
-
-def shortly(error: BaseException) -> str:
-    """The first line of an error's message, cut to 200 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -79,7 +79,9 @@ class Model:
                 texts[number] = text
         made = Tokenizer(self._model(texts))
         made.normalizer = self._normalizer(legacy)
-        whole = [t for t, p in zip(texts, self._proto.pieces, strict=True) if p.type == _USER_DEFINED]
+        whole = [
+            t for t, p in zip(texts, self._proto.pieces, strict=True) if p.type == _USER_DEFINED
+        ]
         cuts = []
         if self.puts_space_before:
             scheme = "always" if legacy else "first"

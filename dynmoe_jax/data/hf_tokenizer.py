@@ -12,16 +12,17 @@ import numpy as np
 import tokenizers
 
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.hf_folder import (
+from dynmoe_jax.data.hf_around import around
+from dynmoe_jax.data.hf_files import (
     MAIN,
     SETTINGS,
     SPECIAL,
-    around,
+    contents,
+    holds_tokenizer,
     named_tokens,
-    read_folder,
-    read_kept,
     shortly,
 )
+from dynmoe_jax.data.hf_folder import read_folder
 
 _LARGEST_ID = 2**24
 # What transformers takes out of decoded text, where the settings ask for it.
@@ -72,8 +73,8 @@ class HfTokenizer:
         self.vocab_size: int = 1 + max(ids, default=0)
         if self.vocab_size > _LARGEST_ID:
             raise DataError(
-                f"{MAIN} has {len(ids)} tokens, but one of them is number {self.vocab_size - 1}; no "
-                f"model has more than {_LARGEST_ID}."
+                f"{MAIN} has {len(ids)} tokens, of which one has the id {self.vocab_size - 1}; "
+                f"no model has more than {_LARGEST_ID}."
             )
         named = named_tokens(settings)
         eos, bos = (self._id_of(named, name) for name in ("eos_token", "bos_token"))
@@ -107,10 +108,15 @@ class HfTokenizer:
         Raises:
           DataError: it holds no tokenizer, or one without the token that ends a document.
         """
-        return cls._loaded(Path(folder), read_kept)
+        return cls._loaded(Path(folder), contents)
 
     @classmethod
     def _loaded(cls, folder: Path, read: Callable[[Path], dict[str, bytes]]) -> "HfTokenizer":
+        if not holds_tokenizer(folder):
+            raise DataError(
+                f"{folder} holds no {MAIN} and no tokenizer.model; name a folder that holds one, "
+                "or a SentencePiece .model."
+            )
         try:
             return cls(read(folder))
         except (OSError, DataError) as error:

@@ -24,9 +24,9 @@ class Tokenizer(Protocol):
       begins_with_bos: whether a model expects the former before a text that it is given.
       ends_with_eos: whether other programs put the latter after each text; documents end with it
         anyhow, and texts that a model goes on with do not.
-      token_bytes_V: int32 of ``vocab_size``, UTF-8 bytes of text that each token stands for; 0 for control tokens.
-        Over the tokens of ``encode(text)`` they sum up to ``len(text.encode())`` (plus one for
-        tokenizers that put a space before every text, like Llama-2's).
+      token_bytes_V: int32 of ``vocab_size``, UTF-8 bytes of text that each token stands for; 0 for
+        control tokens.  Over the tokens of ``encode(text)`` they sum up to ``len(text.encode())``
+        (plus one for tokenizers that put a space before every text, like Llama-2's).
       fingerprint: hex SHA-256 of what it was made of.
     """
 

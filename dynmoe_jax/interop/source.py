@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dynmoe_jax.data import Tokenizer, open_tokenizer
-from dynmoe_jax.data.hf_folder import holds_tokenizer
+from dynmoe_jax.data.hf_files import holds_tokenizer
 from dynmoe_jax.interop.gguf_file import GgufFile
 from dynmoe_jax.interop.layouts import Shape
 from dynmoe_jax.interop.tensor_files import read_json, read_tensors, tensor_files, tensor_shapes

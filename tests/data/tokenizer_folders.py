@@ -8,7 +8,9 @@ import json
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-TEXT = "the cat and the other cat, 12 cats  is  it not so. It's \tdef f(x): return 12 == x ** 2\n" * 9
+TEXT = (
+    "the cat and the other cat, 12 cats  is  it not so. It's \tdef f(x): return 12 == x ** 2\n" * 9
+)
 PROBES = (
     "the cat and the other cat",
     "  two  spaces\t\n and the end ",
