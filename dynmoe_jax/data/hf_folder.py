@@ -5,6 +5,7 @@ tokenizer does, so that nobody need know of classes, of added tokens in other fi
 model that the folder belongs to.  Where it says so already, the files stay as they are.
 """
 
+import collections
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,9 +26,10 @@ from dynmoe_jax.data.hf_files import (
     SPECIAL,
     TRAVELING,
     contents,
+    library_errors,
+    library_tokenizer,
     named_tokens,
     parse,
-    shortly,
 )
 from dynmoe_jax.data.hf_sentencepiece import Model, found_whole
 from dynmoe_jax.data.hf_tokens import NAMED, Tokens, content_of, read_tokens
@@ -50,12 +52,8 @@ def read_folder(folder: Path) -> dict[str, bytes]:
       DataError: it cannot be read as transformers reads it.
       OSError: a file cannot be read.
     """
-    try:
+    with library_errors("its files cannot be read"):
         return _Reading(folder).kept_files()
-    except (DataError, OSError):
-        raise
-    except Exception as error:  # the library raises Exception itself
-        raise DataError(f"its files cannot be read: {shortly(error)}.") from error
 
 
 class _Reading:
@@ -84,8 +82,11 @@ class _Reading:
         made.no_padding()
         made.no_truncation()
         _check_ids(made, tokens, self._main)
-        plain = self._files.get(MAIN) and tokenizers.Tokenizer.from_str(self._files[MAIN].decode())
+        plain = self._plain() if self._main else None
         names = {name: content_of(tokens.named[name]) for name in NAMED if name in tokens.named}
+        for name in _ENDS:
+            if name in names and made.token_to_id(names[name]) is None:
+                raise DataError(f"{name}={names[name]!r} is no token.")
         before, after = around(made)
         if len(before) == 1:
             names.setdefault("bos_token", made.id_to_token(before[0]))
@@ -104,7 +105,7 @@ class _Reading:
         return kept | {MAIN: _written(made).encode(), SETTINGS: json.dumps(settings).encode()}
 
     def _from_main(self) -> tuple[tokenizers.Tokenizer, Tokens]:
-        plain = tokenizers.Tokenizer.from_str(self._files[MAIN].decode())
+        plain = self._plain()
         if self._class is None:
             tokens = self._tokens({})
             tokens.add_to(plain)
@@ -116,6 +117,9 @@ class _Reading:
         tokens = self._tokens(CLASSES[self._class].tokens)
         self._add(tokens, made)
         return made, tokens
+
+    def _plain(self) -> tokenizers.Tokenizer:
+        return library_tokenizer(self._files[MAIN], self._main)
 
     def _from_model(self) -> tuple[tokenizers.Tokenizer, Tokens]:
         model = Model(self._files[MODEL])
@@ -137,13 +141,21 @@ class _Reading:
                 f"as tokenizer_class in {SETTINGS}."
             )
         self._add(tokens, made)
-        asked = (name if self._settings.get(f"add_{name}") else "" for name in _ENDS)
-        put_around(made, *(tokens.named.get(name) for name in asked))
+        flags = (self._settings.get(f"add_{name}") for name in _ENDS)
+        # A text would be a token that has such a name.
+        asked = (flag and not isinstance(flag, str) for flag in flags)
+        ends = (tokens.named.get(name) for name in _ENDS)
+        put_around(made, *(end if flag else None for end, flag in zip(ends, asked, strict=True)))
         return made, tokens
 
     def _tokens(self, usual: Mapping[str, Any], more: list[AddedToken] | None = None) -> Tokens:
         special, added = self._object(SPECIAL), self._object(ADDED)
-        return read_tokens(self._settings, special, added, self._main, usual, more)
+        settings = self._settings
+        if self._main:
+            # What stands around a text is in there.
+            settings = {n: v for n, v in settings.items() if n.removeprefix("add_") not in _ENDS}
+            settings |= {name: self._settings[name] for name in _ENDS if name in self._settings}
+        return read_tokens(settings, special, added, self._main, usual, more)
 
     def _add(self, tokens: Tokens, made: tokenizers.Tokenizer) -> None:
         tokens.add_to(made)
@@ -180,7 +192,15 @@ def _parts(main: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str
 
 
 def _check_ids(made: tokenizers.Tokenizer, tokens: Tokens, main: Mapping[str, Any]) -> None:
-    """Says it if a token has another id than the files give it."""
+    """Checks that no two tokens share an id; says it if one has another than the files give it.
+
+    Raises:
+      DataError: two tokens do.
+    """
+    ids = collections.Counter(made.get_vocab(with_added_tokens=True).values())
+    number, times = max(ids.items(), key=lambda item: item[1], default=(0, 0))
+    if times > 1:
+        raise DataError(f"{times} of its tokens have the id {number}.")
     asked = {token.content: number for number, token in tokens.added.items()}
     asked |= {entry["content"]: entry["id"] for entry in main.get("added_tokens") or []}
     moved = {

@@ -19,8 +19,9 @@ from dynmoe_jax.data.hf_files import (
     SPECIAL,
     contents,
     holds_tokenizer,
+    library_errors,
+    library_tokenizer,
     named_tokens,
-    shortly,
 )
 from dynmoe_jax.data.hf_folder import read_folder
 
@@ -54,14 +55,11 @@ class HfTokenizer:
           DataError: they are no tokenizer, or lack the token that ends a document.
         """
         self.files = files
-        try:
-            # The library raises Exception itself.
-            self._tokenizer = tokenizers.Tokenizer.from_str(files[MAIN].decode())
+        with library_errors(f"{MAIN} or {SETTINGS} cannot be read"):
             main = json.loads(files[MAIN])
+            self._tokenizer = library_tokenizer(files[MAIN], main)
             settings = json.loads(files.get(SPECIAL, b"{}"))
             settings |= json.loads(files.get(SETTINGS, b"{}"))
-        except Exception as error:
-            raise DataError(f"{MAIN} or {SETTINGS} cannot be read: {shortly(error)}.") from error
         # Padding and truncation are the business of whoever makes batches.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -83,7 +81,8 @@ class HfTokenizer:
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
         # Which it says by what its post-processor does.
-        before, after = around(self._tokenizer)
+        with library_errors(f"the post-processor of {MAIN} fails"):
+            before, after = around(self._tokenizer)
         self.begins_with_bos: bool = before[:1] == [self.bos_id]
         self.ends_with_eos: bool = after[-1:] == [self.eos_id]
         self.fingerprint = hashlib.sha256(
@@ -133,8 +132,14 @@ class HfTokenizer:
         unfinished.replace(path)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, int32, without BOS and EOS."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        """Token ids of a text, int32, without BOS and EOS.
+
+        Raises:
+          DataError: it holds what no token stands for, and the tokenizer has none for such.
+        """
+        with library_errors(f"the tokenizer cannot encode {text[:40]!r}"):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; control tokens give nothing."""

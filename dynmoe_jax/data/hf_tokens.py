@@ -17,6 +17,7 @@ from dynmoe_jax.data.errors import DataError
 NAMED = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _MORE, _FORMER = "extra_special_tokens", "additional_special_tokens"
 _DESCRIBED = "added_tokens_decoder"
 
@@ -103,6 +104,9 @@ def read_tokens(
         own_names |= _with_special_map(found, special)
         by_id = _listed(found, added, main)
     texts = {token.content: token for token in by_id.values()}
+    for token in by_id.values():
+        if repr(token) != repr(texts[token.content]):
+            raise DataError(f"{token.content!r} is described twice, each time otherwise.")
     named: dict[str, Token] = {}
     for name in NAMED:
         token = _token(found[name], str) if found.get(name) is not None else None
@@ -124,6 +128,8 @@ def read_tokens(
 def _with_special_map(found: dict[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides settings with those of the map; returns the tokens that have names of their own."""
     for name, value in special.items():
+        if name.startswith("add_"):
+            raise DataError(f"special_tokens_map.json has {name}, which is no token; take it out.")
         if isinstance(value, dict) and name != _MORE:
             value = _token({**value, "special": True})
         elif isinstance(value, list) and name == _MORE:
@@ -143,8 +149,8 @@ def _listed(
         for text, number in added.items()
     }
     for entry in main.get("added_tokens") or []:
-        entry = dict(_object(entry, "added_tokens"))
-        by_id[_number(entry.pop("id", None))] = _token(entry)
+        number = _number(_object(entry, "added_tokens").get("id"))
+        by_id[number] = _token(entry)
     return by_id
 
 
@@ -164,7 +170,8 @@ def _token(entry: Any, *kinds: type) -> Any:
     """A token that is one, is of other kinds that are allowed, or is described by an object."""
     if isinstance(entry, (AddedToken, *kinds)):
         return entry
-    flags = {name: value for name, value in _object(entry, "a token").items() if name != "__type"}
+    entry = _object(entry, "a token")
+    flags = {name: entry[name] for name in _FLAGS if name in entry}
     try:
         return AddedToken(**flags)
     except TypeError as error:
@@ -178,7 +185,6 @@ def _object(value: Any, name: str) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> int:
-    try:
+    if type(value) is int or (isinstance(value, str) and value.isdecimal()):
         return int(value)
-    except (TypeError, ValueError):
-        raise DataError(f"the id of an added token is {value!r}, no number.") from None
+    raise DataError(f"the id of an added token is {value!r}, no whole number.")

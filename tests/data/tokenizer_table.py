@@ -128,10 +128,10 @@ case("no BOS", folder_of(byte_level(), {**FAST, "bos_token": None}))
 GAPS = changed(
     byte_level(),
     model_vocab={
-        text: {0: 300, 1: 320}.get(number, number)
+        text: {0: 400, 1: 420}.get(number, number)
         for text, number in byte_level()["model"]["vocab"].items()
     },
-    added_tokens=[token(300, "<s>"), token(320, "</s>")],
+    added_tokens=[token(400, "<s>"), token(420, "</s>")],
 )
 case("ids with gaps", folder_of(GAPS, FAST))
 case("ids with gaps, one more", folder_of(GAPS, FAST | {"pad_token": "[PAD]"}))
