@@ -4,8 +4,9 @@
    What cannot be read is counted and reported by file and line.
 2. *Preparation* caps each domain, holds documents out by the hash of their text, and writes one
    TFDS dataset in ArrayRecord: a training and a held-out split per domain.
-3. The *tokenizer* is any SentencePiece model, any ``tokenizer.json`` of Hugging Face, or a
-   SentencePiece model trained on the training splits.
+3. The *tokenizer* is any SentencePiece model, any folder of Hugging Face's with a
+   ``tokenizer.json`` or a ``tokenizer.model``, or a SentencePiece model trained on the training
+   splits.
 4. The *training stream* cuts the data into virtual shards.  Each shard shuffles its documents anew
    in every epoch, tokenises them, packs them into full rows and mixes the domains by weight; row n
    of the stream is the next row of shard n modulo their number.
@@ -25,7 +26,13 @@ from dynmoe_jax.data.pipeline import (
 from dynmoe_jax.data.preparation import Prepared, prepare
 from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from dynmoe_jax.data.sources import check_sources
-from dynmoe_jax.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer, remove_tokenizer
+from dynmoe_jax.data.tokenizer import (
+    Tokenizer,
+    find_tokenizer,
+    kept_tokenizer,
+    open_tokenizer,
+    remove_tokenizer,
+)
 from dynmoe_jax.data.unchanged import check_unchanged
 from dynmoe_jax.data.vocabulary import check_ids, for_rows
 
@@ -42,6 +49,7 @@ __all__ = [
     "find_tokenizer",
     "for_rows",
     "heldout_batches",
+    "kept_tokenizer",
     "merge_states",
     "open_tokenizer",
     "prepare",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,23 +13,35 @@ import tokenizers
 
 from dynmoe_jax.data.endings import GENERATION, end_ids, generation_content
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.hf_around import around
+from dynmoe_jax.data.hf_files import (
+    MAIN,
+    SETTINGS,
+    SPECIAL,
+    contents,
+    holds_tokenizer,
+    library_errors,
+    library_tokenizer,
+    named_tokens,
+)
+from dynmoe_jax.data.hf_folder import read_folder
 
-MAIN, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_SPECIAL = "special_tokens_map.json"
-FILES = (
-    MAIN, SETTINGS, _SPECIAL, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-    "chat_template.jinja", GENERATION,
+_LARGEST_ID = 2**24
+# What transformers takes out of decoded text, where the settings ask for it.
+_CLEANED = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
+    (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
-"""What travels with a tokenizer, as far as it is there."""
+_CLEANS = "clean_up_tokenization_spaces"
+_CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
 class HfTokenizer:
     """Text to token ids and back, see :class:`dynmoe_jax.data.Tokenizer`.
 
     Special tokens that stand in a text, such as ``<|im_end|>``, are read as those tokens, unless
-    the settings split them (``split_special_tokens``).  A
-    tokenizer without a token that begins a document (Qwen's, OLMoE's) begins it with the one that
-    ends it.
+    the settings split them (``split_special_tokens``).  A tokenizer without a token that begins a
+    document (Qwen's, OLMoE's) begins it with the one that ends it.
 
     Attributes:
       files: contents of its files, by name.
@@ -44,48 +56,72 @@ class HfTokenizer:
           DataError: they are no tokenizer, or lack the token that ends a document.
         """
         self.files = files
-        try:
-            # The library raises Exception itself.
-            self._tokenizer = tokenizers.Tokenizer.from_str(files[MAIN].decode())
+        with library_errors(f"{MAIN} or {SETTINGS} cannot be read"):
             main = json.loads(files[MAIN])
-            settings = json.loads(files.get(_SPECIAL, b"{}"))
+            self._tokenizer = library_tokenizer(files[MAIN], main)
+            settings = json.loads(files.get(SPECIAL, b"{}"))
             settings |= json.loads(files.get(SETTINGS, b"{}"))
-        except Exception as error:
-            raise DataError(f"{MAIN} or {SETTINGS} cannot be read: {_shortly(error)}.") from error
         # Padding and truncation are the business of whoever makes batches.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        eos = self._id_of(settings, "eos_token")
+        is_bpe = isinstance(self._tokenizer.model, tokenizers.models.BPE)
+        self._cleans = bool(settings.get(_CLEANS) and (not is_bpe or settings.get(_CLEANS_BPE)))
+        # Ids may have gaps.
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size: int = 1 + max(ids, default=0)
+        if self.vocab_size > _LARGEST_ID:
+            raise DataError(
+                f"{MAIN} has {len(ids)} tokens, of which one has the id {self.vocab_size - 1}; "
+                f"no model has more than {_LARGEST_ID}."
+            )
+        named = named_tokens(settings)
+        eos, bos = (self._id_of(named, name) for name in ("eos_token", "bos_token"))
         if eos is None:
             raise DataError(f"{SETTINGS} names no eos_token that {MAIN} has; documents need one.")
-        bos = self._id_of(settings, "bos_token")
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
         self.end_ids = end_ids(eos, files.get(GENERATION))
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {n: token.content for n, token in added.items() if token.special}
         # Which it says by what its post-processor does.
-        self.begins_with_bos: bool = self._tokenizer.encode("a").ids[:1] == [self.bos_id]
+        with library_errors(f"the post-processor of {MAIN} fails"):
+            before, after = around(self._tokenizer)
+        self.begins_with_bos: bool = before[:1] == [self.bos_id]
+        self.ends_with_eos: bool = after[-1:] == [self.eos_id]
         self.fingerprint = hashlib.sha256(
-            b"".join(files.get(name, b"") + b"\0" for name in (MAIN, SETTINGS, _SPECIAL))
+            b"".join(files.get(name, b"") + b"\0" for name in (MAIN, SETTINGS, SPECIAL))
         ).hexdigest()
-        self.token_bytes_V = _token_bytes(self._tokenizer, main)
+        self.token_bytes_V = _token_bytes(self._tokenizer, main, self.vocab_size)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "HfTokenizer":
-        """Reads a folder.
+        """Reads a folder as ``AutoTokenizer`` of transformers does.
+
+        Raises:
+          DataError: it holds no tokenizer, one without the token that ends a document, or one that
+            cannot be read as transformers reads it.
+        """
+        return cls._loaded(Path(folder), read_folder)
+
+    @classmethod
+    def load_kept(cls, folder: str | os.PathLike) -> "HfTokenizer":
+        """Reads a folder that :meth:`save` has written.
 
         Raises:
           DataError: it holds no tokenizer, or one without the token that ends a document.
         """
-        folder = Path(folder)
-        if not (folder / MAIN).is_file():
-            raise DataError(f"{folder} holds no {MAIN}.")
+        return cls._loaded(Path(folder), contents)
+
+    @classmethod
+    def _loaded(cls, folder: Path, read: Callable[[Path], dict[str, bytes]]) -> "HfTokenizer":
+        if not holds_tokenizer(folder):
+            raise DataError(
+                f"{folder} holds no {MAIN} and no tokenizer.model; name a folder that holds one, "
+                "or a SentencePiece .model."
+            )
         try:
-            files = {n: (folder / n).read_bytes() for n in FILES if (folder / n).is_file()}
-            return cls(files)
+            return cls(read(folder))
         except (OSError, DataError) as error:
             raise DataError(f"{folder} holds no tokenizer: {error}") from error
 
@@ -100,33 +136,40 @@ class HfTokenizer:
         unfinished.replace(path)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, int32, without BOS and EOS."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        """Token ids of a text, int32, without BOS and EOS.
+
+        Raises:
+          DataError: it holds what no token stands for, and the tokenizer has none for such.
+        """
+        with library_errors(f"the tokenizer cannot encode {text[:40]!r}"):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; control tokens give nothing."""
         known = [int(token) for token in ids if token < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=True)
+        text = self._tokenizer.decode(known, skip_special_tokens=True)
+        for spaced, joined in _CLEANED if self._cleans else ():
+            text = text.replace(spaced, joined)
+        return text
 
     def with_ends(self, ends: Sequence[int]) -> "HfTokenizer":
         """The same with these ``end_ids``, besides EOS."""
         return HfTokenizer(self.files | {GENERATION: generation_content(ends)})
 
-    def _id_of(self, settings: dict[str, Any], name: str) -> int | None:
-        token = settings.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+    def _id_of(self, named: Mapping[str, str], name: str) -> int | None:
+        return self._tokenizer.token_to_id(named[name]) if name in named else None
 
 
-def _token_bytes(tokenizer: tokenizers.Tokenizer, main: dict[str, Any]) -> np.ndarray:
+def _token_bytes(
+    tokenizer: tokenizers.Tokenizer, main: dict[str, Any], vocab_size: int
+) -> np.ndarray:
     """Bytes of text by token: of control tokens none."""
     # Byte-level tokens are written with one character a byte.
     bytes_as_characters = '"ByteLevel"' in json.dumps(main.get("decoder"))
     added = tokenizer.get_added_tokens_decoder()
-    lengths_V = np.zeros(tokenizer.get_vocab_size(with_added_tokens=True), np.int32)
+    lengths_V = np.zeros(vocab_size, np.int32)
     for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
-        if number >= len(lengths_V):
-            continue
         if number in added:
             length = 0 if added[number].special else len(added[number].content.encode())
         elif bytes_as_characters:
@@ -137,7 +180,3 @@ def _token_bytes(tokenizer: tokenizers.Tokenizer, main: dict[str, Any]) -> np.nd
             length = len(token.replace("▁", " ").encode())
         lengths_V[number] = length
     return lengths_V
-
-
-def _shortly(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -53,6 +53,7 @@ class SentencePieceTokenizer:
         controls = (token for token in range(self.vocab_size) if sp.is_control(token))
         self.special_tokens = {token: sp.id_to_piece(token) for token in controls}
         self.begins_with_bos = True
+        self.ends_with_eos = False
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.token_bytes_V = np.array(
             [self._bytes_of(token) for token in range(self.vocab_size)], dtype=np.int32

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from dynmoe_jax.data.endings import GENERATION
+from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.hf_tokenizer import HfTokenizer
 from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -18,16 +19,18 @@ class Tokenizer(Protocol):
 
     Attributes:
       place: where it lies in a run's folder.
-      vocab_size: number of tokens.
+      vocab_size: the largest token id + 1; ids may have gaps.
       bos_id: token that begins a document.
       eos_id: token that ends a document.
       end_ids: tokens that end a text which a model writes: ``eos_id``, and others where the model
         was taught so.
       special_tokens: texts of the tokens that decoding leaves out.
       begins_with_bos: whether a model expects the former before a text that it is given.
-      token_bytes_V: int32, UTF-8 bytes of text that each token stands for; 0 for control tokens.
-        Over the tokens of ``encode(text)`` they sum up to ``len(text.encode())`` (plus one for
-        tokenizers that put a space before every text, like Llama-2's).
+      ends_with_eos: whether other programs put the latter after each text; documents end with it
+        anyhow, and texts that a model goes on with do not.
+      token_bytes_V: int32 of ``vocab_size``, UTF-8 bytes of text that each token stands for; 0 for
+        control tokens.  Over the tokens of ``encode(text)`` they sum up to ``len(text.encode())``
+        (plus one for tokenizers that put a space before every text, like Llama-2's).
       fingerprint: hex SHA-256 of what it was made of.
     """
 
@@ -38,6 +41,7 @@ class Tokenizer(Protocol):
     end_ids: tuple[int, ...]
     special_tokens: dict[int, str]
     begins_with_bos: bool
+    ends_with_eos: bool
     token_bytes_V: np.ndarray
     fingerprint: str
 
@@ -60,6 +64,8 @@ KINDS = (SentencePieceTokenizer, HfTokenizer)
 def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer at a path: a folder in Hugging Face's format, or a SentencePiece ``.model``.
 
+    A folder is read as ``AutoTokenizer`` of transformers reads it.
+
     Raises:
       DataError: there is none, or it lacks the tokens that begin and end a document.
     """
@@ -71,6 +77,18 @@ def find_tokenizer(workdir: Path) -> Path | None:
     """Where the tokenizer of a run's folder lies; None if it has none."""
     places = (workdir / kind.place for kind in KINDS)
     return next((place for place in places if place.exists()), None)
+
+
+def kept_tokenizer(workdir: Path) -> Tokenizer:
+    """The tokenizer that lies in a run's folder, as it was saved there.
+
+    Raises:
+      DataError: there is none, or it cannot be read.
+    """
+    path = find_tokenizer(workdir)
+    if path is None:
+        raise DataError(f"{workdir} holds no tokenizer.")
+    return HfTokenizer.load_kept(path) if path.is_dir() else SentencePieceTokenizer.load(path)
 
 
 def remove_tokenizer(workdir: Path) -> None:

@@ -20,7 +20,7 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console, warn
-from dynmoe_jax.data import DataError, Tokenizer
+from dynmoe_jax.data import DataError, Tokenizer, for_rows
 from dynmoe_jax.data.endings import ends_of
 from dynmoe_jax.data.sources import check_sources, read_documents
 from dynmoe_jax.evaluation import answers, perplexity
@@ -88,7 +88,8 @@ def evaluate(asked: argparse.Namespace) -> int:
     names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
     tasks = _check(asked, names)
     with opened_run(asked.workdir, best=asked.best) as run:
-        cfg, imported, tokenizer = run.config, run.imported, run.tokenizer()
+        cfg, imported = run.config, run.imported
+        tokenizer = for_rows(run.tokenizer(), cfg.model.vocab_size)
         decoder = without_budget(run.decoder())
     window = choose_window(asked.window, cfg, imported)
     stride = asked.stride or max(1, window // 2)

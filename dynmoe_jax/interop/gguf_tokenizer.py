@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, as one of Hugging Face's format."""
+"""The tokenizer of a GGUF file, as one of Hugging Face's format that does what llama.cpp does."""
 
 import json
 from collections.abc import Callable
@@ -7,8 +7,12 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from dynmoe_jax.data.hf_tokenizer import MAIN, SETTINGS, HfTokenizer
+from dynmoe_jax.data import DataError
+from dynmoe_jax.data.hf_around import put_around
+from dynmoe_jax.data.hf_files import MAIN, SETTINGS
+from dynmoe_jax.data.hf_tokenizer import HfTokenizer
 from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.interop.gguf_vocabulary import GgufVocabulary
 
 _CONTROL, _USER_DEFINED = 3, 4
 """Kinds of tokens that are found in a text before it is cut."""
@@ -40,6 +44,9 @@ CUTTERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "qwen2": lambda: _by_pattern(_LETTERS + r"\p{N}" + _REST),
 }
 """How a text is cut before merging, by the name that llama.cpp gives to it."""
+_LIKE_LLAMA_3 = ("llama-bpe",)
+"""Where llama.cpp puts BOS before a text if no key says otherwise, and takes a stretch that is a
+token as it is, without merging."""
 
 
 def tokenizer_of(metadata: Callable[[str], Any]) -> HfTokenizer | None:
@@ -49,31 +56,39 @@ def tokenizer_of(metadata: Callable[[str], Any]) -> HfTokenizer | None:
       metadata: the value of a key, None where it is missing.
 
     Raises:
-      CheckpointError: it is no byte-level byte-pair tokenizer, or cuts text in an unknown way.
+      CheckpointError: it is no byte-level byte-pair tokenizer, cuts text in an unknown way, or its
+        keys contradict each other.
     """
-    kind, cutter = metadata("tokenizer.ggml.model"), metadata("tokenizer.ggml.pre") or "gpt-2"
+    keys = GgufVocabulary(metadata)
+    kind, cutter = keys.value("model", str), keys.value("pre", str)
     if kind is None:
         return None
+    cutter = "gpt-2" if cutter is None else cutter
     if kind != "gpt2" or cutter not in CUTTERS:
         raise CheckpointError(
             f"the GGUF file has a tokenizer of kind {kind!r}, {cutter!r}; 'gpt2' with "
             f"{', '.join(map(repr, CUTTERS))} can be read."
         )
-    tokens = metadata("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata("tokenizer.ggml.merges")]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    model = models.BPE(
+        vocab={token: number for number, token in enumerate(keys.tokens)},
+        merges=keys.merges,
+        ignore_merges=cutter in _LIKE_LLAMA_3,
+    )
+    made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = CUTTERS[cutter]()
     made.decoder = decoders.ByteLevel()
-    for number, what in enumerate(metadata("tokenizer.ggml.token_type") or []):
+    for token, what in zip(keys.tokens, keys.token_types, strict=False):
         if what in (_CONTROL, _USER_DEFINED):
-            control = what == _CONTROL
-            made.add_tokens([AddedToken(tokens[number], special=control, normalized=False)])
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        number = metadata(f"tokenizer.ggml.{key}_token_id")
-        if number is not None:
-            settings[f"{name}_token"] = tokens[number]
-    if metadata("tokenizer.chat_template"):
-        settings["chat_template"] = metadata("tokenizer.chat_template")
-    return HfTokenizer({MAIN: made.to_str().encode(), SETTINGS: json.dumps(settings).encode()})
+            made.add_tokens([AddedToken(token, special=what == _CONTROL, normalized=False)])
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": token for name, token in keys.named.items()},
+    }
+    if template := metadata("tokenizer.chat_template"):
+        settings["chat_template"] = template
+    try:
+        put_around(made, *keys.around(begins=cutter in _LIKE_LLAMA_3))
+        return HfTokenizer({MAIN: made.to_str().encode(), SETTINGS: json.dumps(settings).encode()})
+    except (DataError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer of the GGUF file cannot be read: {error}") from error

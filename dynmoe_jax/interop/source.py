@@ -9,7 +9,7 @@ import numpy as np
 
 from dynmoe_jax.data import Tokenizer, open_tokenizer
 from dynmoe_jax.data.endings import GENERATION, named_ends
-from dynmoe_jax.data.hf_tokenizer import MAIN
+from dynmoe_jax.data.hf_files import holds_tokenizer
 from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.gguf_file import MAGIC, GgufFile
 from dynmoe_jax.interop.layouts import Shape
@@ -57,17 +57,13 @@ class HfFolder:
         self._file_of = tensor_files(folder)
 
     def tokenizer(self) -> Tokenizer | None:
-        """``tokenizer.json``, or else a SentencePiece ``tokenizer.model``.
+        """The one that transformers reads from the folder's files.
 
         Where no ``generation_config.json`` says which tokens end a text, ``config.json`` does.
         """
-        model = self._folder / "tokenizer.model"
-        if (self._folder / MAIN).is_file():
-            tokenizer = open_tokenizer(self._folder)
-        elif model.is_file():
-            tokenizer = open_tokenizer(model)
-        else:
+        if not holds_tokenizer(self._folder):
             return None
+        tokenizer = open_tokenizer(self._folder)
         ends = named_ends(self.settings, "config.json")
         if (self._folder / GENERATION).is_file() or set(ends) <= set(tokenizer.end_ids):
             return tokenizer

@@ -9,7 +9,9 @@ from tokenizers import decoders, models, normalizers, processors
 
 from dynmoe_jax.console import warn
 from dynmoe_jax.data import SentencePieceTokenizer, Tokenizer
-from dynmoe_jax.data.hf_tokenizer import MAIN, SETTINGS, HfTokenizer
+from dynmoe_jax.data.hf_files import MAIN, SETTINGS
+from dynmoe_jax.data.hf_sentencepiece import merges_of
+from dynmoe_jax.data.hf_tokenizer import HfTokenizer
 
 _SPACE = "▁"
 PROBES = (
@@ -71,13 +73,7 @@ def hf_files(path: Path) -> dict[str, bytes]:
     plain = [not any(is_kind(token) for is_kind in kinds) for token in range(len(names))]
     names = [n.replace(_SPACE, " ") if p else n for n, p in zip(names, plain, strict=True)]
     ranked = sorted((t for t in range(len(names)) if plain[t]), key=sp.get_score, reverse=True)
-    known = {names[token] for token in ranked}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in (names[token] for token in ranked)
-        for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
-    ]
+    merges = merges_of(names[token] for token in ranked)
     bos, eos, unknown = (names[i] for i in (sp.bos_id(), sp.eos_id(), sp.unk_id()))
     made = tokenizers.Tokenizer(
         models.BPE(

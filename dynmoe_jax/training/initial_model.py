@@ -10,7 +10,7 @@ import optax
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console
-from dynmoe_jax.data import find_tokenizer, open_tokenizer
+from dynmoe_jax.data import find_tokenizer, kept_tokenizer, open_tokenizer
 from dynmoe_jax.training.checkpoint import FOLDER, saved_config
 from dynmoe_jax.training.load import opened_run
 from dynmoe_jax.training.step import TrainState, first_state
@@ -102,7 +102,7 @@ def _tokenizer(cfg: config.Config, folder: Path) -> str:
         )
     if found is None:
         return asked
-    if asked and open_tokenizer(asked).fingerprint != open_tokenizer(found).fingerprint:
+    if asked and open_tokenizer(asked).fingerprint != kept_tokenizer(folder).fingerprint:
         raise config.ConfigError(
             f"config.data.tokenizer={asked!r} is not the tokenizer of the model in "
             f"config.train.init_from={str(folder)!r}; leave config.data.tokenizer empty."

@@ -21,7 +21,7 @@ from rich.table import Table
 from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console
-from dynmoe_jax.data import DataError, find_tokenizer, open_tokenizer
+from dynmoe_jax.data import DataError, kept_tokenizer
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.training.formatting import printable
 from dynmoe_jax.training.objective import Batch, batch_sums, loss_of
@@ -141,7 +141,7 @@ def _print_sequences(workdir: Path, batch: Batch, nll_BL: np.ndarray) -> None:
     rows = ", ".join(map(str, bad[:_LISTED])) + (" …" if bad.size > _LISTED else "")
     console.print(f"The loss is not finite in the sequences {rows} of 0 to {len(nll_BL) - 1}.")
     with contextlib.suppress(DataError):  # without its tokenizer the text is all that is missing
-        tokenizer = open_tokenizer(find_tokenizer(workdir) or workdir)
+        tokenizer = kept_tokenizer(workdir)
         place = int(np.flatnonzero(~np.isfinite(nll_BL[bad[0]]))[0])
         tokens = np.asarray(batch["tokens"][bad[0]])[: place + 1]
         text = printable(tokenizer.decode(tokens))[-_EXCERPT:]

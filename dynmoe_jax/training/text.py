@@ -15,6 +15,7 @@ from dynmoe_jax.data import (
     check_unchanged,
     find_tokenizer,
     for_rows,
+    kept_tokenizer,
     open_tokenizer,
     prepare,
     remove_tokenizer,
@@ -67,14 +68,13 @@ def _open_text(directory: Path, workdir: Path, digest: str) -> tuple[Prepared, T
         )
 
     def is_the_same() -> bool:
-        path = find_tokenizer(workdir)
-        return path is not None and open_tokenizer(path).fingerprint == digest
+        return find_tokenizer(workdir) is not None and kept_tokenizer(workdir).fingerprint == digest
 
     if not is_seen(is_the_same):
         raise DataError(
             f"The tokenizer in {workdir} is not the one that process 0 uses; share the --workdir."
         )
-    return Prepared(directory), open_tokenizer(find_tokenizer(workdir))
+    return Prepared(directory), kept_tokenizer(workdir)
 
 
 def _make_text(
@@ -126,7 +126,7 @@ def load_tokenizer(workdir: Path, position: Mapping[str, Any]) -> Tokenizer:
     lost = "bring back the file that the run was trained with, or start in another --workdir"
     if path is None:
         raise DataError(f"{workdir / TRAINED} is missing; {lost}.")
-    tokenizer = open_tokenizer(path)
+    tokenizer = kept_tokenizer(workdir)
     if tokenizer.fingerprint != position["tokenizer"]:
         raise DataError(
             f"{path} has changed since the checkpoint was written (SHA-256 "

@@ -1,0 +1,111 @@
+"""The files of a tokenizer in Hugging Face's format."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from dynmoe_jax.data.endings import GENERATION
+from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.hf_tokens import NAMED
+
+MAIN, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+ADDED, MODEL = "added_tokens.json", "tokenizer.model"
+TRAVELING = ("chat_template.jinja", GENERATION)
+FILES = (MAIN, SETTINGS, SPECIAL, ADDED, "vocab.json", "merges.txt", MODEL, *TRAVELING)
+"""What travels with a tokenizer, as far as it is there."""
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file that reading can begin with."""
+    return any((folder / name).is_file() for name in (MAIN, MODEL))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Contents of the files that are there, by name."""
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+
+
+def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of the tokens that settings name, by name."""
+    found = {name: settings.get(name) for name in NAMED}
+    found = {n: t.get("content") if isinstance(t, dict) else t for n, t in found.items()}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def parse(name: str, content: bytes) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      DataError: it holds none.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} cannot be read as JSON ({shortly(error)}).") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{name} must hold a JSON object.")
+    return value
+
+
+def library_tokenizer(content: bytes, main: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a ``tokenizer.json``.
+
+    Args:
+      content: of the file.
+      main: what it holds.
+
+    Raises:
+      DataError: it has what ends the process in the library, which does not check it.
+      Exception: the library cannot read it.
+    """
+    _check_template(main.get("post_processor"))
+    model = main.get("model")
+    if isinstance(model, dict) and (prefix := model.get("continuing_subword_prefix")):
+        for merge in model.get("merges") or []:
+            *_, right = merge.split(" ") if isinstance(merge, str) else merge or [""]
+            if not str(right).startswith(prefix):
+                raise DataError(
+                    f"its merges have {right!r} behind another token, but its "
+                    f"continuing_subword_prefix is {prefix!r}."
+                )
+    return tokenizers.Tokenizer.from_str(content.decode())
+
+
+def _check_template(part: Any) -> None:
+    """Checks that a template describes the special tokens that it puts around a text."""
+    if isinstance(part, dict):
+        for step in [*(part.get("single") or []), *(part.get("pair") or [])]:
+            token = step.get("SpecialToken") if isinstance(step, dict) else None
+            if token and token.get("id") not in (part.get("special_tokens") or {}):
+                raise DataError(f"its post-processor does not describe {token.get('id')!r}.")
+        for inner in part.get("processors") or []:
+            _check_template(inner)
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turns whatever the library ``tokenizers`` raises into a sentence.
+
+    Args:
+      what: the sentence's beginning, such as ``"tokenizer.json cannot be read"``.
+
+    Raises:
+      DataError: the library raised something, which is Exception itself, or a panic of its Rust.
+    """
+    try:
+        yield
+    except (DataError, OSError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what}: {shortly(error)}.") from error
+
+
+def shortly(error: BaseException) -> str:
+    """The first line of an error's message, cut to 200 characters, without a stop at the end."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -1,0 +1,250 @@
+"""A folder of Hugging Face's format, read as ``AutoTokenizer`` of transformers reads it.
+
+What comes out are the files that a run keeps.  In them ``tokenizer.json`` alone says what the
+tokenizer does, so that nobody need know of classes, of added tokens in other files, or of the
+model that the folder belongs to.  Where it says so already, the files stay as they are.
+"""
+
+import collections
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from dynmoe_jax.console import warn
+from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.hf_around import around, check_around, put_around
+from dynmoe_jax.data.hf_classes import CLASSES, build, class_of
+from dynmoe_jax.data.hf_files import (
+    ADDED,
+    MAIN,
+    MODEL,
+    SETTINGS,
+    SPECIAL,
+    TRAVELING,
+    contents,
+    library_errors,
+    library_tokenizer,
+    named_tokens,
+    parse,
+)
+from dynmoe_jax.data.hf_sentencepiece import Model, found_whole
+from dynmoe_jax.data.hf_tokens import NAMED, Tokens, content_of, read_tokens
+
+_ENDS = ("bos_token", "eos_token")
+_KEPT_SETTINGS = (
+    "chat_template", "model_max_length", "padding_side", "split_special_tokens",
+    "clean_up_tokenization_spaces",
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+)  # fmt: skip
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """The files that a run keeps of a folder, by name.
+
+    Args:
+      folder: one that :func:`holds_tokenizer`.
+
+    Raises:
+      DataError: it cannot be read as transformers reads it.
+      OSError: a file cannot be read.
+    """
+    with library_errors("its files cannot be read"):
+        return _Reading(folder).kept_files()
+
+
+class _Reading:
+    """One folder.
+
+    Args:
+      folder: that holds a ``tokenizer.json`` or a ``tokenizer.model``.
+    """
+
+    def __init__(self, folder: Path):
+        self._files = contents(folder)
+        self._settings = self._object(SETTINGS)
+        self._main = self._object(MAIN)
+        config = folder / "config.json"
+        model = parse(config.name, config.read_bytes()) if config.is_file() else {}
+        is_byte_level = b'"ByteLevel"' in self._files.get(MAIN, b"")
+        self._class = class_of(self._settings, model, is_byte_level)
+        try:
+            self._depends_on_model = class_of(self._settings, {}, is_byte_level) != self._class
+        except DataError:
+            self._depends_on_model = True
+
+    def kept_files(self) -> dict[str, bytes]:
+        made, tokens = self._from_model() if MAIN not in self._files else self._from_main()
+        # Padding and truncation are the business of whoever makes batches.
+        made.no_padding()
+        made.no_truncation()
+        _check_ids(made, tokens, self._main)
+        plain = self._plain() if self._main else None
+        names = {name: content_of(tokens.named[name]) for name in NAMED if name in tokens.named}
+        for name in _ENDS:
+            if name in names and made.token_to_id(names[name]) is None:
+                raise DataError(f"{name}={names[name]!r} is no token.")
+        before, after = around(made)
+        if len(before) == 1:
+            names.setdefault("bos_token", made.id_to_token(before[0]))
+        check_around(made, names, before, after)
+        self._compare_flag(bool(before))
+        if (
+            plain
+            and _essence(made) == _essence(plain)
+            and self._plainly_named() == names
+            and not self._depends_on_model
+        ):
+            return self._files
+        settings = {n: self._settings[n] for n in _KEPT_SETTINGS if n in self._settings}
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        kept = {name: self._files[name] for name in TRAVELING if name in self._files}
+        return kept | {MAIN: _written(made).encode(), SETTINGS: json.dumps(settings).encode()}
+
+    def _from_main(self) -> tuple[tokenizers.Tokenizer, Tokens]:
+        plain = self._plain()
+        if self._class is None:
+            tokens = self._tokens({})
+            tokens.add_to(plain)
+            return plain, tokens
+        vocabulary, merges = _parts(self._main)
+        made = build(self._class, vocabulary, merges, self._settings)
+        if self._class != "GPTNeoXTokenizer":  # which forgets what stands around a text
+            made.post_processor = plain.post_processor
+        tokens = self._tokens(CLASSES[self._class].tokens)
+        self._add(tokens, made)
+        return made, tokens
+
+    def _plain(self) -> tokenizers.Tokenizer:
+        return library_tokenizer(self._files[MAIN], self._main)
+
+    def _from_model(self) -> tuple[tokenizers.Tokenizer, Tokens]:
+        model = Model(self._files[MODEL])
+        more = found_whole(model.control, special=True)
+        if self._class == "LlamaTokenizer":
+            tokens = self._tokens(
+                CLASSES[self._class].tokens, more + found_whole(model.user_defined, special=False)
+            )
+            made = build(self._class, model.vocabulary, model.merges(), self._settings)
+        elif self._class is None:
+            tokens = self._tokens(model.tokens, more)
+            renamed = {number: token.content for number, token in tokens.added.items()}
+            made = model.tokenizer(renamed, legacy=bool(self._settings.get("legacy", True)))
+            if model.puts_space_before:
+                tokens.find_whole()
+        else:
+            raise DataError(
+                f"a {self._class} has no {MODEL}; name LlamaTokenizer or PreTrainedTokenizerFast "
+                f"as tokenizer_class in {SETTINGS}."
+            )
+        self._add(tokens, made)
+        flags = (self._settings.get(f"add_{name}") for name in _ENDS)
+        # A text would be a token that has such a name.
+        asked = (flag and not isinstance(flag, str) for flag in flags)
+        ends = (tokens.named.get(name) for name in _ENDS)
+        put_around(made, *(end if flag else None for end, flag in zip(ends, asked, strict=True)))
+        return made, tokens
+
+    def _tokens(self, usual: Mapping[str, Any], more: list[AddedToken] | None = None) -> Tokens:
+        special, added = self._object(SPECIAL), self._object(ADDED)
+        settings = self._settings
+        if self._main:
+            # What stands around a text is in there.
+            settings = {n: v for n, v in settings.items() if n.removeprefix("add_") not in _ENDS}
+            settings |= {name: self._settings[name] for name in _ENDS if name in self._settings}
+        return read_tokens(settings, special, added, self._main, usual, more)
+
+    def _add(self, tokens: Tokens, made: tokenizers.Tokenizer) -> None:
+        tokens.add_to(made)
+        if self._class == "Qwen2Tokenizer":
+            names = map(content_of, (*tokens.named.values(), *tokens.more))
+            made.add_tokens([AddedToken(name, special=True) for name in names])
+
+    def _compare_flag(self, begins: bool) -> None:
+        """Says it if BOS stands before a text, or does not, against a setting."""
+        asked = self._settings.get("add_bos_token")
+        if type(asked) is bool and asked != begins:
+            warn(
+                f"{SETTINGS} has add_bos_token={str(asked).lower()}, but {MAIN} puts "
+                f"{'one' if begins else 'none'} before a text, and in transformers 5 it decides; "
+                "--begin_with_bos or --no-begin_with_bos overrides it."
+            )
+
+    def _plainly_named(self) -> dict[str, str]:
+        """Named tokens as they are read from kept files."""
+        return named_tokens(self._object(SPECIAL) | self._settings)
+
+    def _object(self, name: str) -> dict[str, Any]:
+        return parse(name, self._files[name]) if name in self._files else {}
+
+
+def _parts(main: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a ``tokenizer.json``."""
+    model = main.get("model") or {}
+    vocabulary, merges = model.get("vocab"), model.get("merges") or []
+    if isinstance(vocabulary, list):
+        texts = [entry[0] if isinstance(entry, list) else entry for entry in vocabulary]
+        vocabulary = {text: number for number, text in enumerate(texts)}
+    return vocabulary, [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+
+
+def _check_ids(made: tokenizers.Tokenizer, tokens: Tokens, main: Mapping[str, Any]) -> None:
+    """Checks that no two tokens share an id; says it if one has another than the files give it.
+
+    Raises:
+      DataError: two tokens do.
+    """
+    ids = collections.Counter(made.get_vocab(with_added_tokens=True).values())
+    number, times = max(ids.items(), key=lambda item: item[1], default=(0, 0))
+    if times > 1:
+        raise DataError(f"{times} of its tokens have the id {number}.")
+    asked = {token.content: number for number, token in tokens.added.items()}
+    asked |= {entry["content"]: entry["id"] for entry in main.get("added_tokens") or []}
+    moved = {
+        text: (number, made.token_to_id(text))
+        for text, number in asked.items()
+        if made.token_to_id(text) not in (None, number)
+    }
+    for text, (number, now) in list(moved.items())[:1]:
+        warn(
+            f"The files of the tokenizer give {text!r} the id {number}, but it is read as {now}, "
+            f"as in transformers: added tokens follow the vocabulary without a gap ({len(moved)} "
+            "of them do not)."
+        )
+
+
+def _written(made: tokenizers.Tokenizer) -> str:
+    """A ``tokenizer.json`` that is read with the same ids.
+
+    Raises:
+      DataError: there is none.
+    """
+    text, ids = made.to_str(), made.get_vocab(with_added_tokens=True)
+    if tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True) == ids:
+        return text
+    # Added tokens get the next id when they are read, unless the vocabulary has them.
+    main = json.loads(text)
+    if isinstance(main["model"]["vocab"], dict):
+        main["model"]["vocab"] = ids
+        text = json.dumps(main)
+        if tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True) == ids:
+            return text
+    raise DataError("the ids of its added tokens cannot be kept.")
+
+
+def _essence(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """What a tokenizer does, without what is no part of it, or is written in two ways."""
+
+    def simple(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {n: simple(v) for n, v in value.items() if n != "trim_offsets"}
+        return [simple(v) for v in value] if isinstance(value, list) else value
+
+    found = json.loads(tokenizer.to_str())
+    model = {name: value or None for name, value in found.pop("model").items()}
+    for name in ("truncation", "padding"):
+        found.pop(name)
+    return simple(found) | {"model": model}
