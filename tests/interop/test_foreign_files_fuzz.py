@@ -6,8 +6,8 @@ raised is a fault, and so is a value that is read differently.
 
 import json
 import random
+import runpy
 import string
-import subprocess
 import sys
 from collections import Counter
 
@@ -30,10 +30,8 @@ from small_gguf import METADATA, write_gguf
 from small_models import SETTINGS, settings_of, tensors_of, write_small
 
 from dynmoe_jax import config
-from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.data import DataError
 from dynmoe_jax.interop import CheckpointError
-from dynmoe_jax.interop.__main__ import BAD_INPUT, main, parse
 from dynmoe_jax.interop.described import configured, describe
 from dynmoe_jax.interop.source import open_source
 
@@ -104,12 +102,13 @@ def test_settings(folders, fuzz_cases):
         (folder / "config.json").write_text(json.dumps(settings))
         case = (name, case, settings)
         found = outcome("config", case, lambda: configured(open_source(folder).settings, 99))  # noqa: B023
-        whole = outcome("folder", case, lambda: describe(open_source(folder)))  # noqa: B023
         if found is None:
-            assert whole is None
+            assert outcome("folder", case, lambda: describe(open_source(folder))) is None  # noqa: B023
             continue
         architecture, cfg = found
-        assert whole is None or whole.config == cfg
+        if draw.random() < 0.3:  # what a model's tensors are takes 0.1 s
+            whole = outcome("folder", case, lambda: describe(open_source(folder)))  # noqa: B023
+            assert whole is None or whole.config == cfg
         if architecture.name in ("DeepseekForCausalLM", "MoEForCausalLM"):
             continue  # transformers lacks them
         wanted = config_oracle.theirs(folder, architecture.name)
@@ -304,15 +303,15 @@ def test_name_of_the_folder(tmp_path, name):
     assert load(write_small(tmp_path / name, LLAMA))
 
 
-def test_commands_say_it_in_a_sentence(tmp_path, capsys):
+def test_commands_say_it_in_a_sentence(tmp_path, capsys, monkeypatch):
     folder = write_small(tmp_path / "hf", LLAMA)
     (folder / "config.json").write_text(json.dumps(settings_of(LLAMA, hidden_act="gelu\n")))
     arguments = ["import", "--from", str(folder), "--to", str(tmp_path / "run")]
-    assert exit_code(lambda: main(parse(arguments)), BAD_INPUT) == 2
-    assert capsys.readouterr().out.startswith("error: config.json asks for hidden_act='gelu\\n'")
-    command = [sys.executable, "-m", "dynmoe_jax.interop", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout.count("\n") == 1
-    assert "Traceback (most recent call last):\n  File" not in done.stdout
+    monkeypatch.setattr(sys, "argv", ["interop", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("dynmoe_jax.interop", run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().out
+    assert said.startswith("error: config.json asks for hidden_act='gelu\\n'")
+    assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
