@@ -53,7 +53,7 @@ def checked(text: object, domain: object, origin: str, stand_in: str) -> Documen
         return Broken(origin, f"the text is of type {type(text).__name__}, not a string")
     if isinstance(domain, bytes):
         domain = domain.decode("utf-8", errors="replace")
-    if domain is None or domain == "":
+    if domain is None or (isinstance(domain, str) and not domain):
         domain = stand_in
     if not isinstance(domain, str | int) or isinstance(domain, bool):
         return Broken(origin, f"the domain is of type {type(domain).__name__}, not a string")

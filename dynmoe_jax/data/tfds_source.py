@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from dynmoe_jax.data.document import Broken, Document, checked, field
@@ -54,7 +55,7 @@ def read_tfds(name: str, text_field: str, domain_field: str) -> Iterator[Documen
                 domain = field(example, domain_field)
             except KeyError:
                 domain = None
-            domain = domain.item() if hasattr(domain, "item") else domain
+            domain = domain.item() if np.ndim(domain) == 0 and hasattr(domain, "item") else domain
             item = checked(text, domain, origin, builder.name)
             if item is not None:
                 yield item

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import datasets
@@ -90,6 +91,27 @@ def usable_docs(task: ConfigurableTask, items: DataSet, name: str) -> DataSet:
     if len(left_out) > _NAMED:
         warn(f"{name}: {len(left_out) - _NAMED:,} more items are left out.")
     return docs if len(numbers) == len(docs) else docs.select(numbers)
+
+
+def check_examples(task: ConfigurableTask, name: str) -> None:
+    """Raises ConfigError if there are fewer examples than ``--num_fewshot`` asks for.
+
+    Args:
+      task: with its examples; none of an item's examples is the item itself.
+      name: of their file.
+    """
+    wanted, sampler = task.config.num_fewshot or 0, getattr(task, "sampler", None)
+    if not wanted or sampler is None:
+        return
+    counts = Counter(json.dumps(doc, default=str) for doc in sampler.df)
+    left = counts.total()
+    if task.fewshot_cfg.split == task.config.test_split:
+        left -= max(counts.values(), default=0)
+    if wanted > left:
+        raise config.ConfigError(
+            f"--num_fewshot={wanted} asks for more examples of {task.config.task} than the {left} "
+            f"that {name} has for each item; lower it, or add items."
+        )
 
 
 def _processed(process: Callable[[DataSet], DataSet] | None, items: DataSet):

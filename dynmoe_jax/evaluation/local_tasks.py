@@ -14,7 +14,7 @@ from dynmoe_jax.console import stage, warn
 from dynmoe_jax.data.files import shown
 from dynmoe_jax.evaluation.harness_quiet import quiet_harness
 from dynmoe_jax.evaluation.item_files import find_items, read_items
-from dynmoe_jax.evaluation.local_items import DataSet, as_data_set, usable_docs
+from dynmoe_jax.evaluation.local_items import DataSet, as_data_set, check_examples, usable_docs
 
 ALIASES = {"bbh": "bbh_fewshot"}
 """The harness calls BIG-Bench-Hard with chains of thought ``bbh``.  A model that was only
@@ -114,6 +114,10 @@ def _local_task(data_dir: Path) -> type[ConfigurableTask]:
         def fewshot_docs(self) -> Any:
             split = self.fewshot_cfg.split
             return self._docs(split) if split in self._files else super().fewshot_docs()
+
+        def build_all_requests(self, **kwargs: Any) -> None:
+            check_examples(self, shown(self._files.get(self.fewshot_cfg.split, data_dir)))
+            super().build_all_requests(**kwargs)
 
         def _docs(self, split: str) -> DataSet:
             if split not in self._usable:

@@ -1,3 +1,4 @@
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -126,7 +127,11 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         features = tfds.features.FeaturesDict(
-            {"content": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=3)}
+            {
+                "content": tfds.features.Text(),
+                "label": tfds.features.ClassLabel(num_classes=3),
+                "tags": tfds.features.Tensor(shape=(2,), dtype=np.int64),
+            }
         )
         return tfds.core.DatasetInfo(builder=self, features=features)
 
@@ -135,7 +140,7 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, count):
         for i in range(count):
-            yield i, {"content": f"Text {i} of {count}", "label": i % 2}
+            yield i, {"content": f"Text {i} of {count}", "label": i % 2, "tags": [1, 2]}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +160,13 @@ def test_a_tfds_dataset_gives_its_training_split(tiny_text):
 def test_a_tfds_feature_as_domain(tiny_text):
     found = read(sources=f"tfds:{tiny_text}", text_field="content", domain_field="label")
     assert {item.domain for item in found} == {"0", "1"}
+
+
+@pytest.mark.parametrize("field", ["text_field", "domain_field"])
+def test_a_tfds_feature_of_several_values_is_neither_text_nor_domain(tiny_text, field):
+    found = read(sources=f"tfds:{tiny_text}", **{"text_field": "content", field: "tags"})
+    what = field.removesuffix("_field")
+    assert {item.reason for item in found} == {f"the {what} is of type ndarray, not a string"}
 
 
 def test_a_missing_tfds_feature_is_named_with_those_there_are(tiny_text):

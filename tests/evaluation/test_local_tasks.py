@@ -168,6 +168,20 @@ def test_an_item_that_a_task_cannot_use_is_left_out_and_said(tmp_path, capsys):
         load_tasks(["piqa"], tmp_path)
 
 
+def test_more_examples_than_there_are_is_one_sentence(tmp_path):
+    lines = [PIQA | {"goal": goal} for goal in ("one", "two", "two")]
+    write_lines(tmp_path / "piqa.jsonl", lines)
+    (task,) = load_tasks(["piqa"], tmp_path)["piqa"]
+    for wanted, allowed in ((1, True), (2, False), (9, False)):
+        task.set_config("num_fewshot", wanted)
+        task.set_fewshot_seed(0)
+        if allowed:
+            task.build_all_requests()
+        else:
+            with pytest.raises(config.ConfigError, match=rf"--num_fewshot={wanted} .* than the 1 "):
+                task.build_all_requests()
+
+
 def write_lines(path, items):
     path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
