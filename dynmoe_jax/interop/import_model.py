@@ -61,6 +61,11 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
         warn(f"{source} holds no tokenizer; put one into {workdir} before the model meets text.")
     else:
         tokenizer.save(workdir / tokenizer.place)
+        if tokenizer.ends_with_eos:
+            warn(
+                f"The tokenizer of {source} puts EOS after each text; prompts and texts to score "
+                "are read without it here."
+            )
     position = {"tokenizer": tokenizer.fingerprint if tokenizer else "", IMPORTED: str(source)}
     megabytes = sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
     with (
