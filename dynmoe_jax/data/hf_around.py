@@ -20,7 +20,7 @@ def around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
         while not inside and (text := next(texts, None)) is not None:
             inside = tokenizer.encode(text, add_special_tokens=False).ids
     if not inside:
-        return [], []
+        return tokenizer.encode("a").ids, []
     encoded = tokenizer.encode(text)
     if 0 not in encoded.sequence_ids:
         raise DataError("its post-processor leaves the text out.")

@@ -1,8 +1,8 @@
-"""A folder of Hugging Face's format, read as ``AutoTokenizer`` of transformers reads it.
+"""A folder of Hugging Face's format, read as ``AutoTokenizer`` of transformers 5 reads it.
 
-What comes out are the files that a run keeps.  In them ``tokenizer.json`` alone says what the
-tokenizer does, so that nobody need know of classes, of added tokens in other files, or of the
-model that the folder belongs to.  Where it says so already, the files stay as they are.
+The result are the files that a run keeps.  Their ``tokenizer.json`` alone decides about ids:
+classes, added tokens in other files and the model that the folder belongs to are resolved here,
+once.  Where nothing is to be resolved, the files stay as they are.
 """
 
 import collections
@@ -35,6 +35,7 @@ from dynmoe_jax.data.hf_sentencepiece import Model, found_whole
 from dynmoe_jax.data.hf_tokens import NAMED, Tokens, content_of, read_tokens
 
 _ENDS = ("bos_token", "eos_token")
+_FLAGS = ("add_bos_token", "add_eos_token")
 _KEPT_SETTINGS = (
     "chat_template", "model_max_length", "padding_side", "split_special_tokens",
     "clean_up_tokenization_spaces",
@@ -81,6 +82,8 @@ class _Reading:
         # Padding and truncation are the business of whoever makes batches.
         made.no_padding()
         made.no_truncation()
+        if getattr(made.model, "dropout", None):
+            raise DataError("its model leaves out merges at random (dropout).")
         _check_ids(made, tokens, self._main)
         plain = self._plain() if self._main else None
         names = {name: content_of(tokens.named[name]) for name in NAMED if name in tokens.named}
@@ -95,7 +98,7 @@ class _Reading:
         if (
             plain
             and _essence(made) == _essence(plain)
-            and self._plainly_named() == names
+            and all(self._kept_name(name) == names.get(name) for name in _ENDS)
             and not self._depends_on_model
         ):
             return self._files
@@ -141,20 +144,20 @@ class _Reading:
                 f"as tokenizer_class in {SETTINGS}."
             )
         self._add(tokens, made)
-        flags = (self._settings.get(f"add_{name}") for name in _ENDS)
-        # A text would be a token that has such a name.
-        asked = (flag and not isinstance(flag, str) for flag in flags)
-        ends = (tokens.named.get(name) for name in _ENDS)
-        put_around(made, *(end if flag else None for end, flag in zip(ends, asked, strict=True)))
+        before, after = (
+            # A text is a token that has the flag's name.
+            None if isinstance(flag, str) or not flag else tokens.named.get(name)
+            for name, flag in zip(_ENDS, map(self._settings.get, _FLAGS), strict=True)
+        )
+        put_around(made, before, after)
         return made, tokens
 
     def _tokens(self, usual: Mapping[str, Any], more: list[AddedToken] | None = None) -> Tokens:
         special, added = self._object(SPECIAL), self._object(ADDED)
         settings = self._settings
         if self._main:
-            # What stands around a text is in there.
-            settings = {n: v for n, v in settings.items() if n.removeprefix("add_") not in _ENDS}
-            settings |= {name: self._settings[name] for name in _ENDS if name in self._settings}
+            # Its post-processor decides what stands around a text.
+            settings = {name: value for name, value in settings.items() if name not in _FLAGS}
         return read_tokens(settings, special, added, self._main, usual, more)
 
     def _add(self, tokens: Tokens, made: tokenizers.Tokenizer) -> None:
@@ -164,18 +167,18 @@ class _Reading:
             made.add_tokens([AddedToken(name, special=True) for name in names])
 
     def _compare_flag(self, begins: bool) -> None:
-        """Says it if BOS stands before a text, or does not, against a setting."""
+        """Warns if ``tokenizer.json`` and ``add_bos_token`` disagree about BOS before a text."""
         asked = self._settings.get("add_bos_token")
-        if type(asked) is bool and asked != begins:
+        if self._main and type(asked) is bool and asked != begins:
             warn(
                 f"{SETTINGS} has add_bos_token={str(asked).lower()}, but {MAIN} puts "
                 f"{'one' if begins else 'none'} before a text, and in transformers 5 it decides; "
                 "--begin_with_bos or --no-begin_with_bos overrides it."
             )
 
-    def _plainly_named(self) -> dict[str, str]:
-        """Named tokens as they are read from kept files."""
-        return named_tokens(self._object(SPECIAL) | self._settings)
+    def _kept_name(self, name: str) -> str | None:
+        """Text of a named token, if the files are kept as they are."""
+        return named_tokens(self._object(SPECIAL) | self._settings).get(name)
 
     def _object(self, name: str) -> dict[str, Any]:
         return parse(name, self._files[name]) if name in self._files else {}
@@ -192,10 +195,10 @@ def _parts(main: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str
 
 
 def _check_ids(made: tokenizers.Tokenizer, tokens: Tokens, main: Mapping[str, Any]) -> None:
-    """Checks that no two tokens share an id; says it if one has another than the files give it.
+    """Checks that ids are unique; warns of a token whose id is not the one in the files.
 
     Raises:
-      DataError: two tokens do.
+      DataError: two tokens share an id.
     """
     ids = collections.Counter(made.get_vocab(with_added_tokens=True).values())
     number, times = max(ids.items(), key=lambda item: item[1], default=(0, 0))
@@ -217,7 +220,7 @@ def _check_ids(made: tokenizers.Tokenizer, tokens: Tokens, main: Mapping[str, An
 
 
 def _written(made: tokenizers.Tokenizer) -> str:
-    """A ``tokenizer.json`` that is read with the same ids.
+    """The content of a ``tokenizer.json`` from which the same ids are read.
 
     Raises:
       DataError: there is none.
@@ -236,7 +239,7 @@ def _written(made: tokenizers.Tokenizer) -> str:
 
 
 def _essence(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """What a tokenizer does, without what is no part of it, or is written in two ways."""
+    """The parts of a tokenizer that decide about ids and texts, each written in one way."""
 
     def simple(value: Any) -> Any:
         if isinstance(value, dict):

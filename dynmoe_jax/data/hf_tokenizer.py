@@ -146,7 +146,7 @@ class HfTokenizer:
         return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids; control tokens give nothing."""
+        """The text of token ids; control tokens give nothing, nor do ids without a token."""
         known = [int(token) for token in ids if token < self.vocab_size]
         text = self._tokenizer.decode(known, skip_special_tokens=True)
         for spaced, joined in _CLEANED if self._cleans else ():

@@ -117,8 +117,8 @@ class SentencePieceTokenizer:
         return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids; control tokens give nothing."""
-        return self._processor.decode([int(token) for token in ids])
+        """The text of token ids; control tokens give nothing, nor do ids without a token."""
+        return self._processor.decode([int(token) for token in ids if token < self.vocab_size])
 
     def with_ends(self, ends: Sequence[int]) -> "SentencePieceTokenizer":
         """The same with these ``end_ids``, besides EOS."""

@@ -8,8 +8,10 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from dynmoe_jax.console import warn
 from dynmoe_jax.data.endings import GENERATION
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.hf_files import ADDED, SETTINGS, SPECIAL
 from dynmoe_jax.data.hf_tokenizer import HfTokenizer
 from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -52,7 +54,7 @@ class Tokenizer(Protocol):
         """Token ids of a text, int32, without BOS and EOS."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids; control tokens give nothing."""
+        """The text of token ids; control tokens give nothing, nor do ids without a token."""
 
     def with_ends(self, ends: Sequence[int]) -> "Tokenizer":
         """The same with these ``end_ids``, besides EOS."""
@@ -70,7 +72,12 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
       DataError: there is none, or it lacks the tokens that begin and end a document.
     """
     path = Path(path).expanduser()
-    return HfTokenizer.load(path) if path.is_dir() else SentencePieceTokenizer.load(path)
+    if path.is_dir():
+        return HfTokenizer.load(path)
+    beside = [name for name in (ADDED, SPECIAL, SETTINGS) if path.with_name(name).is_file()]
+    if beside:
+        warn(f"{path} is read alone; name its folder to have {', '.join(beside)} read too.")
+    return SentencePieceTokenizer.load(path)
 
 
 def find_tokenizer(workdir: Path) -> Path | None:

@@ -59,6 +59,11 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
     else:
         tokenizer.save(workdir / tokenizer.place)
         _compare(tokenizer, cfg.model.vocab_size)
+        if tokenizer.ends_with_eos:
+            warn(
+                f"The tokenizer of {source} puts EOS after each text; prompts and texts to score "
+                "are read without it here."
+            )
     position = {"tokenizer": tokenizer.fingerprint if tokenizer else "", IMPORTED: str(source)}
     megabytes = sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
     with (

@@ -31,7 +31,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the files of one of Hugging Face's format again, and converts one of SentencePiece.
 
     The latter is written as ``tokenizer.model`` too.  One that cannot be converted (unigram, or
-    with normalised text) is written only so, with a warning.
+    with normalized text) is written only so, with a warning.
 
     Args:
       tokenizer: the model's.
@@ -51,7 +51,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             f"The SentencePiece model has no equal in Hugging Face's format; {folder.name} holds "
             f"it as {path.name} alone."
         )
-        return
+        # Where there is no tokenizer.json, transformers puts BOS before a text if it is told to.
+        settings = json.loads(files[SETTINGS]) | {"add_bos_token": True}
+        files = {SETTINGS: json.dumps(settings, indent=2).encode()}
     for name, content in files.items():
         (folder / name).write_bytes(content)
 

@@ -63,7 +63,7 @@ def test_what_is_written_is_what_was_read(tmp_path):
 def test_folders_that_are_no_tokenizer(tmp_path):
     with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
         open_tokenizer(tmp_path)
-    write(tmp_path, {"eos_token": "<end>"})
+    write(tmp_path, {"bos_token": "<s>"})
     with pytest.raises(DataError, match="names no eos_token"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")

@@ -136,7 +136,7 @@ GAPS = changed(
 case("ids with gaps", folder_of(GAPS, FAST))
 case("ids with gaps, one more", folder_of(GAPS, FAST | {"pad_token": "[PAD]"}))
 case("ids with gaps, added before", folder_of(added_to(GAPS, token(298, "[X]")), FAST))
-SHORT = {**byte_level()["model"]["vocab"], "Ġcats": 300}
+SHORT = {**byte_level()["model"]["vocab"], "Ġspaces": 300}
 for value in (True, False):
     main = changed(byte_level(), model_vocab=SHORT, model_ignore_merges=value)
     case(f"ignore_merges={value}", folder_of(main, FAST))

@@ -67,7 +67,7 @@ def test_ids_and_texts_are_the_same(exported):
 
 
 def test_transformers_reads_it(exported):
-    transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    transformers = pytest.importorskip("transformers", reason="needs the extra test")
     tokenizer, folder = exported
     read = transformers.AutoTokenizer.from_pretrained(folder)
     assert (read.bos_token_id, read.eos_token_id) == (1, 2)
@@ -82,8 +82,15 @@ def test_one_that_has_no_equal_is_written_as_it_is(tmp_path, capsys):
     folder = tmp_path / "hf"
     folder.mkdir()
     write_tokenizer(unigram, folder)
-    assert [path.name for path in folder.iterdir()] == ["tokenizer.model"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     assert "has no equal in Hugging Face's format" in " ".join(capsys.readouterr().out.split())
+    again = open_tokenizer(folder)
+    assert again.begins_with_bos
+    assert (again.bos_id, again.eos_id) == (unigram.bos_id, unigram.eos_id)
+    assert again.encode(TEXT[:40]).tolist() == unigram.encode(TEXT[:40]).tolist()
 
 
 def test_what_a_text_spells_out_is_no_byte_and_no_end(ours, tmp_path):
