@@ -14,10 +14,10 @@ from pathlib import Path
 _TPU_DEVICES = ("dev/accel*", "dev/vfio/[0-9]*")
 _TPU_VENDOR = "0x1ae0"
 _TPU_SETTINGS = frozenset(
-    f"TPU_{name}"
-    for name in ("ACCELERATOR_TYPE", "LIBRARY_PATH", "NAME", "WORKER_HOSTNAMES", "WORKER_ID")
+    f"TPU_{name}" for name in ("ACCELERATOR_TYPE", "NAME", "WORKER_HOSTNAMES", "WORKER_ID")
 )
-"""Variables that a machine with a TPU has in its environment."""
+"""Variables that a machine with a TPU has in its environment.  Others (TPU_LIBRARY_PATH,
+TPU_SKIP_MDS_QUERY) JAX and libtpu set by themselves as they are imported."""
 _GPU_DEVICES = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")
 """JAX uses no NVIDIA GPU where none of these is."""
 

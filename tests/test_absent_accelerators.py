@@ -10,16 +10,21 @@ import pytest
 from dynmoe_jax.absent_accelerators import leave_out_absent_accelerators, may_have_tpu
 
 LIBTPU = """
-import sys
+import os
+os.environ["TPU_LIBRARY_PATH"] = __file__  # as the real one does, of a file that can be loaded
 def get_library_path():
-    if sys._getframe(2).f_code.co_name != "cloud_tpu_init":  # that of `import jax`
-        print("looking for a TPU", flush=True)
-    return "/no/such/library.so"
+    return __file__
 """
 COMMAND = """
+import logging, sys
+import jax  # as most commands do
 from dynmoe_jax.command_line import exit_code
+handler = logging.StreamHandler(sys.stdout)
+handler.setFormatter(logging.Formatter("log: %(message)s"))
+logger = logging.getLogger("jax._src.xla_bridge")
+logger.addHandler(handler)
+logger.setLevel(logging.INFO)
 def program():
-    import jax
     print(jax.devices()[0].platform)
     return 0
 raise SystemExit(exit_code(program))
@@ -33,7 +38,11 @@ def printed(tmp_path):
 
     def printed(**variables):
         path = os.pathsep.join([str(tmp_path), *sys.path])
-        ours = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+        ours = {
+            name: value
+            for name, value in os.environ.items()
+            if name != "JAX_PLATFORMS" and not name.startswith("TPU_")
+        }
         done = subprocess.run(
             [sys.executable, "-c", COMMAND],
             env=ours | {"PYTHONPATH": path, **variables},
@@ -47,13 +56,16 @@ def printed(tmp_path):
     return printed
 
 
-@pytest.mark.skipif(may_have_tpu(os.environ, Path("/")), reason="a TPU")
+@pytest.mark.skipif(may_have_tpu({}, Path("/")), reason="a TPU")
 def test_nothing_is_said_about_a_tpu_that_is_not_there(printed):
-    assert printed() in ("cpu\n", "gpu\n")
+    said = printed()
+    assert "libtpu.py" not in said  # nothing tried to load it
+    shown = [line for line in said.splitlines() if not line.startswith("log: ")]
+    assert shown in (["cpu"], ["gpu"])
 
 
 def test_tpu_that_is_asked_for_is_looked_for(printed):
-    assert "looking for a TPU" in printed(JAX_PLATFORMS="tpu")
+    assert "libtpu.py: invalid ELF header" in printed(JAX_PLATFORMS="tpu")
 
 
 @pytest.mark.parametrize(
@@ -75,8 +87,8 @@ def test_tpu_is_known_by_its_devices(tmp_path, path, content, found):
 
 def test_tpu_is_known_by_the_environment_of_its_machine(tmp_path):
     assert may_have_tpu({"TPU_WORKER_ID": "0"}, tmp_path)
-    # JAX sets it where it sees no chip.
-    assert not may_have_tpu({"TPU_SKIP_MDS_QUERY": "1"}, tmp_path)
+    # JAX and libtpu set these on any machine.
+    assert not may_have_tpu({"TPU_SKIP_MDS_QUERY": "1", "TPU_LIBRARY_PATH": "x"}, tmp_path)
 
 
 def test_libraries_of_cuda_are_looked_for_where_a_gpu_is(tmp_path, monkeypatch):
