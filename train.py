@@ -8,7 +8,7 @@ The same command again continues from the newest checkpoint.
 import gc
 import sys
 
-from dynmoe_jax.huge_pages import restart_with_huge_pages
+from dynmoe_jax.hardware.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
     restart_with_huge_pages()

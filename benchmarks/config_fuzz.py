@@ -2,10 +2,10 @@
 
     python -m benchmarks.config_fuzz --cases 2000 --seed 0
 
-Names, types and values are drawn from what exists, from what nearly exists and from noise, around
-a model of a few hundred parameters.  Every accepted case does a step; those that make the same
-program share it.  ``tests/test_config_fuzz.py`` is the short form, for which all accepted cases are
-drawn around six programs.
+Names, types and values are drawn from what exists, from what nearly exists and from noise, around a
+model of a few hundred parameters.  Every accepted case does a step; those that make the same
+program share it.  ``tests/config/test_config_fuzz.py`` is the short form, for which all accepted
+cases are drawn around six programs.
 """
 
 import argparse

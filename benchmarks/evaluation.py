@@ -82,10 +82,10 @@ def our_cases(asked: Asked, batch_tokens: int):
     """(this project's model on each task by name, the token counters of the last call)."""
     from transformers import AutoTokenizer
 
-    from dynmoe_jax.evaluation.answers import AnswerFile
-    from dynmoe_jax.evaluation.harness_model import HarnessModel
-    from dynmoe_jax.evaluation.scoring import Scorer
-    from dynmoe_jax.evaluation.tree_writing import TreeWriter
+    from dynmoe_jax.evaluation.harness.answers import AnswerFile
+    from dynmoe_jax.evaluation.harness.model import HarnessModel
+    from dynmoe_jax.evaluation.scoring.scoring import Scorer
+    from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
     from dynmoe_jax.interop import load_hf
 
     decoder = load_hf(asked.model)

@@ -34,7 +34,7 @@ class Asked:
 
 def tasks_of(asked: Asked) -> dict[str, list]:
     """The harness's tasks on local items."""
-    from dynmoe_jax.evaluation.local_tasks import load_tasks
+    from dynmoe_jax.evaluation.harness.local_tasks import load_tasks
 
     return load_tasks(list(asked.tasks), Path(asked.data_dir))
 
@@ -59,7 +59,7 @@ class Case:
         """Seconds in the model's own methods: making prompts and counting points is not timed."""
         from lm_eval.evaluator import simple_evaluate
 
-        from dynmoe_jax.evaluation.harness_quiet import quiet_harness
+        from dynmoe_jax.evaluation.harness.quiet import quiet_harness
 
         model, clock = self.make_model(), _Clock()
         for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):

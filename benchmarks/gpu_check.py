@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from benchmarks.columns import columns
 from benchmarks.command import run
 from dynmoe_jax.experts import ExpertWeights
-from dynmoe_jax.experts.grouped_products import REFERENCE
-from dynmoe_jax.experts.swiglu import plain_swiglu
-from dynmoe_jax.experts.triton_products import triton_products
-from dynmoe_jax.experts.triton_swiglu import triton_swiglu
-from dynmoe_jax.experts.triton_tiling import tiles_for
-from dynmoe_jax.model.attention_kernels import xla_attention
-from dynmoe_jax.model.triton_attention import triton_attention
-from dynmoe_jax.target import current_target
+from dynmoe_jax.experts.kernels.contract import REFERENCE
+from dynmoe_jax.experts.kernels.gpu.gmm import triton_products
+from dynmoe_jax.experts.kernels.gpu.swiglu import triton_swiglu
+from dynmoe_jax.experts.kernels.gpu.tiling import tiles_for
+from dynmoe_jax.experts.kernels.swiglu import plain_swiglu
+from dynmoe_jax.hardware.target import current_target
+from dynmoe_jax.model.kernels.attention.api import xla_attention
+from dynmoe_jax.model.kernels.attention.triton import triton_attention
 
 MOST = 1e-2
 """A number of bfloat16 is off by up to 2^-9, a sum of products of such by less of its size."""

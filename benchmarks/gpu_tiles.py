@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_tiles --rounds=10
 
-The rows are spread evenly over the experts.  What ``dynmoe_jax/experts/triton_tiling.py`` would
-choose is marked; where another candidate is clearly faster, that file should choose it.
+The rows are spread evenly over the experts.  What ``dynmoe_jax/experts/kernels/gpu/tiling.py``
+would choose is marked; where another candidate is clearly faster, that file should choose it.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from benchmarks.layer_cases import PRESETS, Preset
 from benchmarks.machine import with_machine
 from benchmarks.timing import interleave, show_progress
 from dynmoe_jax.experts import ExpertWeights
-from dynmoe_jax.experts.triton_products import triton_products
-from dynmoe_jax.experts.triton_swiglu import triton_swiglu
-from dynmoe_jax.experts.triton_tiling import Tile, Tiles, tiles_for
-from dynmoe_jax.target import current_target
+from dynmoe_jax.experts.kernels.gpu.gmm import triton_products
+from dynmoe_jax.experts.kernels.gpu.swiglu import triton_swiglu
+from dynmoe_jax.experts.kernels.gpu.tiling import Tile, Tiles, tiles_for
+from dynmoe_jax.hardware.target import current_target
 
 CANDIDATES = (
     Tile(128, 256, 64, 8, 3),

@@ -7,7 +7,7 @@ and twenty evaluations and checkpoints.  A run that takes memory up to some boun
 takes ever more, so the highest figure of each quarter is shown beside the slope; and the C library
 keeps freed memory, so what is in use (given out by it, and objects of Python) is shown, too: a
 leak grows there without the noise of the resident set.  Starts as `train.py` does, with its
-settings of the C library (`dynmoe_jax/huge_pages.py`).
+settings of the C library (`dynmoe_jax/hardware/huge_pages.py`).
 
 The restart is the quickstart, stopped after its first steps and started again by the same command:
 seconds from the start of the process to the line of its first step, without and with the compiled
@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.command import run
-from dynmoe_jax.huge_pages import restart_with_huge_pages
+from dynmoe_jax.hardware.huge_pages import restart_with_huge_pages
 
 ROOT = Path(__file__).parents[1]
 POINTS = 20

@@ -22,12 +22,12 @@ from benchmarks.command import run
 from dynmoe_jax import config
 from dynmoe_jax.console import console
 from dynmoe_jax.interop import load_hf
+from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.registry import architecture_for
 from dynmoe_jax.interop.export_model import export_model
+from dynmoe_jax.interop.files.tensor_files import write_json
+from dynmoe_jax.interop.files.tensor_writer import TensorWriter
 from dynmoe_jax.interop.import_model import import_model
-from dynmoe_jax.interop.mapping import places
-from dynmoe_jax.interop.registry import architecture_for
-from dynmoe_jax.interop.tensor_files import write_json
-from dynmoe_jax.interop.tensor_writer import TensorWriter
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.model.parameters import count_parameters
 

@@ -26,8 +26,8 @@ import orbax.checkpoint as ocp
 from benchmarks.command import run
 from benchmarks.kill_victim import PHASES, Start, start
 from dynmoe_jax.console import console
-from dynmoe_jax.training.metrics import read_metrics
-from dynmoe_jax.training.summary import read_summary
+from dynmoe_jax.runs.metrics_file import read_metrics
+from dynmoe_jax.runs.summary import read_summary
 
 TIMES = ("tokens_per_second", "model_flops_per_second", "mfu", "seconds_step")
 _WORDS = "the a token chooses its experts router mass passes until while self return of 数据 é ="

@@ -18,7 +18,7 @@ from benchmarks.command import missing, need, run
 from benchmarks.layer_cases import PRESETS, Preset, choices, draw
 from benchmarks.machine import Copy, pin_threads, with_machine
 from benchmarks.timing import interleave, show_progress
-from dynmoe_jax.huge_pages import restart_with_huge_pages
+from dynmoe_jax.hardware.huge_pages import restart_with_huge_pages
 
 TORCH_METHODS = ("torch_loop", "hf_eager", "hf_grouped_mm")
 DEFAULT_METHODS = ("ours", "ours_recompute", "dense", "jax_capacity", "jax_ragged_dot")
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> dict:
     import jax
 
     from benchmarks import layer_report
-    from dynmoe_jax.experts.accounting import chip_of, expert_weight_bytes
+    from dynmoe_jax.hardware.chips import chip_of, expert_weight_bytes
 
     preset = PRESETS[flags.preset]
     if flags.tokens:

@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.train_cases import Case, Preset, draw_tokens, settings
+from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.model.flops import training_flops
-from dynmoe_jax.target import current_target
-from dynmoe_jax.training.compilation import compiler_options
+from dynmoe_jax.runs.compilation import compiler_options
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 

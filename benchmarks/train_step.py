@@ -20,7 +20,7 @@ from benchmarks.columns import columns
 from benchmarks.command import missing, need, run
 from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, Ratio, interleave, ratio, show_progress
-from dynmoe_jax.huge_pages import restart_with_huge_pages
+from dynmoe_jax.hardware.huge_pages import restart_with_huge_pages
 
 TORCH_METHODS = ("hf_grouped_mm", "hf_eager")
 TORCH_TOP_K = 2
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> dict:
     pin_threads(flags.threads)
     from benchmarks.train_cases import PRESETS, cases
     from benchmarks.train_jax import TrainCase
-    from dynmoe_jax.training.hardware import peak_flops_per_second
+    from dynmoe_jax.training.log.hardware import peak_flops_per_second
 
     overrides = {"batch_size": flags.batch_size, "microbatches": flags.microbatches}
     preset = dataclasses.replace(

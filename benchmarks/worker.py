@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 
-from dynmoe_jax.huge_pages import TUNABLES
+from dynmoe_jax.hardware.huge_pages import TUNABLES
 
 
 class WorkerError(RuntimeError):

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from dynmoe_jax import config
-from dynmoe_jax.absent_accelerators import leave_out_absent_accelerators
 from dynmoe_jax.cluster.place import Place, place_from
 from dynmoe_jax.console import console
+from dynmoe_jax.hardware.absent_accelerators import leave_out_absent_accelerators
 
 EXIT_BAD_INPUT = 2
 EXIT_BAD_NUMBERS = 3

@@ -1,7 +1,7 @@
 """How a setting is declared, found, checked and built; knows none of them by name.
 
 The settings themselves are in :mod:`dynmoe_jax.config`, what they ask of each other in
-:mod:`dynmoe_jax.config_rules`.
+:mod:`dynmoe_jax.config.rules`.
 """
 
 import contextlib

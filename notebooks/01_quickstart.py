@@ -52,9 +52,9 @@ from IPython.display import HTML, display
 from configs import quickstart
 from dynmoe_jax import config
 from dynmoe_jax.routing.top_p import TopP
+from dynmoe_jax.runs.load import load_run
+from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.training.finish import sample
-from dynmoe_jax.training.load import load_run
-from dynmoe_jax.training.metrics import read_metrics
 from dynmoe_jax.training.trainer import train
 
 # %% [markdown]

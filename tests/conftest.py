@@ -31,7 +31,7 @@ os.environ["XLA_FLAGS"] = (
 # As programs do for themselves (dynmoe_jax/cluster/simulated.py).
 os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Programs that tests start would start twice (dynmoe_jax/huge_pages.py).
+# Programs that tests start would start twice (dynmoe_jax/hardware/huge_pages.py).
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
 
 # What one test compiled no other one compiles again, in whichever process: workers of pytest-xdist,

@@ -2,7 +2,7 @@
 
 import json
 
-from dynmoe_jax.data.files import open_bytes
+from dynmoe_jax.data.sources.files import open_bytes
 from tests.odd_files import as_json, broken_line, odd_lines, odd_text, odd_value, write_odd
 
 

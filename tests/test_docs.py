@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from dynmoe_jax import command_line, config
-from dynmoe_jax.axes import batch_devices
-from dynmoe_jax.training.logbook import COUNTS, SCALARS
-from dynmoe_jax.training.mesh import check_divides, mesh_shape
-from dynmoe_jax.training.summary import DomainResult, HeldOut, Sample, Summary
+from dynmoe_jax.mesh.axes import batch_devices
+from dynmoe_jax.mesh.make_mesh import check_divides, mesh_shape
+from dynmoe_jax.runs.summary import DomainResult, HeldOut, Sample, Summary
+from dynmoe_jax.training.log.metric_logger import COUNTS, SCALARS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

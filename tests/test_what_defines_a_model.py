@@ -10,9 +10,9 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.interop import CheckpointError
-from dynmoe_jax.interop.registry import architecture_for
+from dynmoe_jax.interop.architectures.registry import architecture_for
 from dynmoe_jax.model import decoder_structure, parameter_shapes
-from dynmoe_jax.training.checkpoint import Checkpoints, check_compatible
+from dynmoe_jax.runs.checkpoint import Checkpoints, check_compatible
 from dynmoe_jax.training.initial_model import with_initial_model
 
 MOE = config.MoE(num_experts=4, hidden_width=8)

@@ -12,8 +12,8 @@ from dynmoe_jax.cluster.agreement import has_peers, is_first
 from dynmoe_jax.cluster.place import Place
 from dynmoe_jax.cluster.simulated import provide_threads
 from dynmoe_jax.compat import process_group
-from dynmoe_jax.config_fields import ConfigError
 from dynmoe_jax.console import console
+from dynmoe_jax.fields import ConfigError
 
 _LATER_S = 60
 """JAX aborts when its time is up; ours is up first."""

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dynmoe_jax.config_fields import ConfigError
+from dynmoe_jax.fields import ConfigError
 
 EXIT_PEER_LOST = 5
 """Of a process that was well itself, when another one has died; the same command goes on."""

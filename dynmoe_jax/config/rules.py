@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dynmoe_jax.config_fields import ConfigError
+from dynmoe_jax.fields import ConfigError
 
 
 def check_together(config: Any) -> None:

@@ -13,17 +13,9 @@ from typing import Any
 
 import ml_collections
 
-from dynmoe_jax import config_fields, config_rules
-from dynmoe_jax.config_fields import (
-    ConfigError,
-    free_setting,
-    model_setting,
-    run_setting,
-    setting,
-    walk,
-)
-
-__all__ = ["ConfigError", "walk"]
+from dynmoe_jax import fields
+from dynmoe_jax.config import rules
+from dynmoe_jax.fields import ConfigError, free_setting, model_setting, run_setting, setting, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,8 +380,8 @@ class Config:
 
     def __post_init__(self):
         for path, field, value in walk(self):
-            config_fields.check_value(path, field, value)
-        config_rules.check_together(self)
+            fields.check_value(path, field, value)
+        rules.check_together(self)
 
 
 def setting_names() -> list[str]:
@@ -399,12 +391,12 @@ def setting_names() -> list[str]:
 
 def nearest_name(name: str) -> str:
     """The existing setting, or group of settings, whose dotted path is most like ``name``."""
-    return config_fields.nearest_name(Config, name)
+    return fields.nearest_name(Config, name)
 
 
 def unknown_setting(name: str) -> ConfigError:
     """The error for a setting that does not exist."""
-    return config_fields.unknown_setting(Config, name)
+    return fields.unknown_setting(Config, name)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -425,7 +417,7 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
     """
     if isinstance(settings, ml_collections.ConfigDict):
         settings = settings.to_dict()
-    return config_fields.build(Config, settings)
+    return fields.build(Config, settings)
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:

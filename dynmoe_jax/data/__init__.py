@@ -23,18 +23,18 @@ from dynmoe_jax.data.pipeline import (
     merge_states,
     shards_of_rows,
 )
-from dynmoe_jax.data.preparation import Prepared, prepare
-from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
-from dynmoe_jax.data.sources import check_sources
-from dynmoe_jax.data.tokenizer import (
+from dynmoe_jax.data.prepare.preparation import Prepared, prepare
+from dynmoe_jax.data.prepare.unchanged import check_unchanged
+from dynmoe_jax.data.sources.registry import check_sources
+from dynmoe_jax.data.tokenizers.api import (
     Tokenizer,
     find_tokenizer,
     kept_tokenizer,
     open_tokenizer,
     remove_tokenizer,
 )
-from dynmoe_jax.data.unchanged import check_unchanged
-from dynmoe_jax.data.vocabulary import check_ids, for_rows
+from dynmoe_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
+from dynmoe_jax.data.tokenizers.vocabulary import check_ids, for_rows
 
 __all__ = [
     "Batch",

@@ -12,11 +12,11 @@ import numpy as np
 
 from dynmoe_jax import config
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.preparation import Prepared
+from dynmoe_jax.data.prepare.preparation import Prepared
 from dynmoe_jax.data.rows import check_weights, pack, shard_rows
 from dynmoe_jax.data.shards import RowsInTurn
-from dynmoe_jax.data.sources import parse_weights
-from dynmoe_jax.data.tokenizer import Tokenizer
+from dynmoe_jax.data.sources.registry import parse_weights
+from dynmoe_jax.data.tokenizers.api import Tokenizer
 
 # int32 arrays [B, L]: tokens, targets, segment_ids (0 = padding), positions.
 Batch = dict[str, np.ndarray]

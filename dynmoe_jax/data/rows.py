@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.tokenizer import Tokenizer
+from dynmoe_jax.data.tokenizers.api import Tokenizer
 
 # Reading and tokenising happen in the thread that asks; the whole stream has one of its own.
 _IN_THIS_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

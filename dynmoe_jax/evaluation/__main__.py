@@ -21,18 +21,19 @@ from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import DataError, Tokenizer, for_rows
-from dynmoe_jax.data.endings import ends_of
-from dynmoe_jax.data.sources import check_sources, read_documents
-from dynmoe_jax.evaluation import answers, perplexity
-from dynmoe_jax.evaluation.scoring import Scorer
-from dynmoe_jax.evaluation.tree_writing import TreeWriter
+from dynmoe_jax.data.sources.registry import check_sources, read_documents
+from dynmoe_jax.data.tokenizers.endings import ends_of
+from dynmoe_jax.evaluation import perplexity
+from dynmoe_jax.evaluation.harness import answers
+from dynmoe_jax.evaluation.scoring.scoring import Scorer
+from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.evaluation.window import choose_window
 from dynmoe_jax.model import Decoder, decoder_structure
-from dynmoe_jax.training.checkpoint import CheckpointError
-from dynmoe_jax.training.compilation import compiled_programs_kept
-from dynmoe_jax.training.disk import DiskError, disk_errors
-from dynmoe_jax.training.load import opened_run
-from dynmoe_jax.training.records import to_json, write_atomically
+from dynmoe_jax.runs.checkpoint import CheckpointError
+from dynmoe_jax.runs.compilation import compiled_programs_kept
+from dynmoe_jax.runs.disk import DiskError, disk_errors
+from dynmoe_jax.runs.load import opened_run
+from dynmoe_jax.runs.records import to_json, write_atomically
 
 FOLDER = "evaluation"
 BATCH_TOKENS = {"cpu": 2048}
@@ -139,7 +140,7 @@ def _check(asked: argparse.Namespace, names: list[str]) -> dict:
         raise config.ConfigError(
             "--tasks needs lm-evaluation-harness; install it: pip install 'dynmoe_jax[eval]'."
         )
-    from dynmoe_jax.evaluation.local_tasks import announce_aliases, load_tasks
+    from dynmoe_jax.evaluation.harness.local_tasks import announce_aliases, load_tasks
 
     announce_aliases(names)
     return load_tasks(names, asked.data_dir)
@@ -168,7 +169,7 @@ def _perplexity(asked, cfg, scorer, tokenizer, kept, folder, window, stride) -> 
 def _tasks(
     asked, tasks, decoder: Decoder, scorer: Scorer, tokenizer: Tokenizer, kept, folder
 ) -> None:
-    from dynmoe_jax.evaluation.run_tasks import run_tasks
+    from dynmoe_jax.evaluation.harness.run_tasks import run_tasks
 
     writer = TreeWriter(
         decoder,

@@ -14,9 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.model.cross_entropy import cross_entropy_sums
+from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
 from dynmoe_jax.routing import statistics
-from dynmoe_jax.training.summary import DomainResult, HeldOut
+from dynmoe_jax.runs.summary import DomainResult, HeldOut
 
 
 @jax.tree_util.register_dataclass

@@ -17,12 +17,12 @@ from rich.markup import escape
 from dynmoe_jax import config
 from dynmoe_jax.console import console, stage, titled_table, warn
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.data.document import Broken, Document
-from dynmoe_jax.evaluation.answers import AnswerFile
-from dynmoe_jax.evaluation.ask import ask
-from dynmoe_jax.evaluation.requests import Answer, Request
-from dynmoe_jax.evaluation.scoring import Scorer
-from dynmoe_jax.training.formatting import decimals, printable
+from dynmoe_jax.data.sources.document import Broken, Document
+from dynmoe_jax.evaluation.harness.answers import AnswerFile
+from dynmoe_jax.evaluation.harness.ask import ask
+from dynmoe_jax.evaluation.scoring.requests import Answer, Request
+from dynmoe_jax.evaluation.scoring.scoring import Scorer
+from dynmoe_jax.runs.formatting import decimals, printable
 
 FILE_NAME = "perplexity.json"
 _TOKENS_AT_ONCE = 1 << 18

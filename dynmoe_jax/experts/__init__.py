@@ -4,9 +4,9 @@ Every backend has the signature of :data:`Backend` and is tested against :mod:`.
 """
 
 from dynmoe_jax.experts.backend import Backend, make_backend, reads_in_stack, saved_rows_per_token
-from dynmoe_jax.experts.parallel import apply_experts
+from dynmoe_jax.experts.parallel.choice import make_transport
+from dynmoe_jax.experts.parallel.shard import apply_experts
 from dynmoe_jax.experts.rows import Rows, row_bound, rows_from_routing
-from dynmoe_jax.experts.transport_choice import make_transport
 from dynmoe_jax.experts.weights import ExpertWeights, InStack, swiglu
 
 __all__ = [

@@ -8,21 +8,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import on_one_device
-from dynmoe_jax.experts.blocks import block_experts
 from dynmoe_jax.experts.capacity import capacity_experts
-from dynmoe_jax.experts.native import native_experts
-from dynmoe_jax.experts.product_choice import (
+from dynmoe_jax.experts.kernels.choice import (
     available_for,
     check_request,
     choose_products,
     make_products,
 )
-from dynmoe_jax.experts.ragged import USUAL_ROWS_PER_TOKEN, ragged_experts
+from dynmoe_jax.experts.kernels.cpu.blocks import block_experts
+from dynmoe_jax.experts.kernels.cpu.native import native_experts
+from dynmoe_jax.experts.kernels.grouped import USUAL_ROWS_PER_TOKEN, ragged_experts
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights
-from dynmoe_jax.target import Target, current_target
+from dynmoe_jax.hardware.target import Target, current_target
+from dynmoe_jax.mesh.axes import on_one_device
 
 Backend = Callable[
     [Float[Array, "T D"], Rows, ExpertWeights], tuple[Float[Array, "T D"], Int[Array, ""]]

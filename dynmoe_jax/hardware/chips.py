@@ -7,7 +7,7 @@ Axis legend: T tokens, R rows ((token, expert) pairs), D model width, F hidden w
 
 import dataclasses
 
-from dynmoe_jax.target import Target
+from dynmoe_jax.hardware.target import Target
 
 
 def expert_flops(rows: float, width: int, hidden_width: int) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from dynmoe_jax.config import ConfigError
-from dynmoe_jax.config_fields import walk
-from dynmoe_jax.data.files import shown
+from dynmoe_jax.data.sources.files import shown
+from dynmoe_jax.fields import walk
 from dynmoe_jax.inference.prompts import check_text, read_prompts
 from dynmoe_jax.inference.sampling import Sampling
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dynmoe_jax.inference.writer import Written
-from dynmoe_jax.training.formatting import printable
+from dynmoe_jax.runs.formatting import printable
 
 SHADES = ("black on #d7e9f7", "black on #9fcbec", "black on #f7e7b5", "black on #f3b562",
           "white on #b8421c")  # fmt: skip

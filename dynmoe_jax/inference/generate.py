@@ -15,10 +15,10 @@ from flax import nnx
 from jaxtyping import Int
 
 from dynmoe_jax.data import check_ids
+from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.inference.decoding import Writing, begin, split_layers, write
 from dynmoe_jax.inference.sampling import Draw, Sampling, sequence_keys
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.target import current_target
 
 CHUNK = 4
 """Tokens between two looks at what is being written."""

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dynmoe_jax.config import ConfigError
-from dynmoe_jax.data.document import Broken, unusable
-from dynmoe_jax.data.files import READ_ERRORS, json_lines, reason_of, shown, text_lines
+from dynmoe_jax.data.sources.document import Broken, unusable
+from dynmoe_jax.data.sources.files import READ_ERRORS, json_lines, reason_of, shown, text_lines
 
 _LINES = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst", ".zstd")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
-from dynmoe_jax.config_fields import check_value, free_setting, walk
+from dynmoe_jax.fields import check_value, free_setting, walk
 
 _STOPS_PADDED_TO = 4
 NO_TOKEN = -1

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.data.endings import special_tokens_of
+from dynmoe_jax.data.tokenizers.endings import special_tokens_of
 from dynmoe_jax.inference.pieces import end_of_text
 
 # Of the private use area: no text has them.

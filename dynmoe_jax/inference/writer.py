@@ -11,8 +11,8 @@ from jaxtyping import Int
 
 from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.data.document import well_formed
-from dynmoe_jax.data.endings import ends_of
+from dynmoe_jax.data.sources.document import well_formed
+from dynmoe_jax.data.tokenizers.endings import ends_of
 from dynmoe_jax.inference.generate import Continuation, Generator
 from dynmoe_jax.inference.pieces import Pieces, undecided
 from dynmoe_jax.inference.sampling import MOST_BY_DEFAULT, Sampling

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints.
 
 An architecture is one table: names of foreign tensors, the parameter of ours that each is a slice
-of, and the layout between the two (:mod:`.mapping`).  The same table reads both ways;
+of, and the layout between the two (:mod:`.architectures.mapping`).  The same table reads both ways;
 tests map gradients back with it.
 """
 

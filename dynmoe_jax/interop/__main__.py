@@ -17,10 +17,10 @@ from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError
 from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.export_model import SHARD_BYTES, export_model
+from dynmoe_jax.interop.files.tensor_writer import DTYPES
 from dynmoe_jax.interop.import_model import import_model
-from dynmoe_jax.interop.tensor_writer import DTYPES
 from dynmoe_jax.model.parameters import count_parameters
-from dynmoe_jax.training import checkpoint
+from dynmoe_jax.runs import checkpoint
 
 BAD_INPUT = (CheckpointError, DataError, checkpoint.CheckpointError)
 

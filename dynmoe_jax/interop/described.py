@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.architecture import Architecture
+from dynmoe_jax.interop.architectures.api import Architecture
+from dynmoe_jax.interop.architectures.layouts import Shape
+from dynmoe_jax.interop.architectures.mapping import Path, Place, places
+from dynmoe_jax.interop.architectures.registry import architecture_of
 from dynmoe_jax.interop.errors import CheckpointError, named, shown
-from dynmoe_jax.interop.layouts import Shape
-from dynmoe_jax.interop.mapping import Path, Place, places
-from dynmoe_jax.interop.registry import architecture_of
-from dynmoe_jax.interop.source import Source
+from dynmoe_jax.interop.files.source import Source
 from dynmoe_jax.interop.tied_head import untied
 from dynmoe_jax.model import parameter_shapes
 

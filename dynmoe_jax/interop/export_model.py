@@ -10,14 +10,14 @@ import numpy as np
 from dynmoe_jax import config
 from dynmoe_jax.console import stage
 from dynmoe_jax.data import Tokenizer, find_tokenizer
-from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.mapping import places
-from dynmoe_jax.interop.registry import architecture_for
-from dynmoe_jax.interop.tensor_files import write_json
-from dynmoe_jax.interop.tensor_writer import TensorWriter
-from dynmoe_jax.interop.tokenizer_files import write_tokenizer
+from dynmoe_jax.interop.architectures.api import Architecture
+from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.registry import architecture_for
+from dynmoe_jax.interop.files.tensor_files import write_json
+from dynmoe_jax.interop.files.tensor_writer import TensorWriter
+from dynmoe_jax.interop.files.tokenizer_files import write_tokenizer
 from dynmoe_jax.model import parameter_shapes
-from dynmoe_jax.training.load import OpenedRun, opened_run
+from dynmoe_jax.runs.load import OpenedRun, opened_run
 
 _CODE = Path(__file__).parent / "remote_code"
 SHARD_BYTES = 5 * 10**9

@@ -14,15 +14,15 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.console import Stage, stage, warn
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.data.vocabulary import token_text
+from dynmoe_jax.data.tokenizers.vocabulary import token_text
+from dynmoe_jax.interop.architectures.layouts import Shape
+from dynmoe_jax.interop.architectures.mapping import Path as ParameterPath
+from dynmoe_jax.interop.architectures.mapping import Place, fill, is_stacked
 from dynmoe_jax.interop.described import describe
-from dynmoe_jax.interop.layouts import Shape
-from dynmoe_jax.interop.mapping import Path as ParameterPath
-from dynmoe_jax.interop.mapping import Place, fill, is_stacked
-from dynmoe_jax.interop.source import Source, open_source
+from dynmoe_jax.interop.files.source import Source, open_source
 from dynmoe_jax.model import parameter_shapes
-from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints, make_folder
-from dynmoe_jax.training.streamed import StreamedArray
+from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints, make_folder
+from dynmoe_jax.runs.streamed import StreamedArray
 
 _NAMED = 5
 STEP = 0
@@ -30,7 +30,7 @@ STEP = 0
 
 
 def import_model(source: Path | str, workdir: Path | str) -> config.Config:
-    """Writes a folder that :func:`dynmoe_jax.training.load.load_run` reads.
+    """Writes a folder that :func:`dynmoe_jax.runs.load.load_run` reads.
 
     Tensors are read, and the checkpoint is written, slice by slice: one layer of one parameter is
     in memory at a time.

@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 
 from dynmoe_jax import config
+from dynmoe_jax.interop.architectures.mapping import fill
 from dynmoe_jax.interop.described import describe
-from dynmoe_jax.interop.mapping import fill
-from dynmoe_jax.interop.source import open_source
+from dynmoe_jax.interop.files.source import open_source
 from dynmoe_jax.model import Decoder
 
 

@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dynmoe_jax.axes import MODEL, mesh_axes_at, mesh_sizes, on_one_device
-from dynmoe_jax.target import TPU_TILE_ROWS, current_target
+from dynmoe_jax.hardware.target import TPU_TILE_ROWS, current_target
+from dynmoe_jax.mesh.axes import MODEL, mesh_axes_at, mesh_sizes, on_one_device
 
 GATHERED = "gathered"
 """Name, for ``jax.checkpoint``, of parameters put together for one layer: none is kept for
@@ -109,8 +109,9 @@ def gathered_by_expert(part: Float[Array, "E f D"], axes: tuple[str, ...]) -> Ar
 def gathered_halves(part: Array, spec: P) -> Array:
     """Gate and up side by side, [..., D, 2F], put together: of both the columns of this device.
 
-    The devices of the ``model`` axis keep pieces along D (:func:`~dynmoe_jax.axes.parameter_spec`),
-    and exchange what each needs of the columns of the others.
+    The devices of the ``model`` axis keep pieces along D
+    (:func:`~dynmoe_jax.mesh.axes.parameter_spec`), and exchange what each needs of the columns of
+    the others.
     """
     parts, along = jax.lax.axis_size(MODEL), mesh_axes_at(spec, len(spec) - 2)
     if parts > 1:

@@ -11,7 +11,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import BATCH, MESH_AXES, axes_of, batch_devices, mesh_axes_at, parameter_spec
+from dynmoe_jax.mesh.axes import (
+    BATCH,
+    MESH_AXES,
+    axes_of,
+    batch_devices,
+    mesh_axes_at,
+    parameter_spec,
+)
 
 
 def mesh_shape(mesh: config.Mesh, devices: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.axes import (
+from dynmoe_jax.mesh.axes import (
     BATCH,
     MODEL,
     axes_of,
@@ -25,8 +25,7 @@ from dynmoe_jax.axes import (
     on_one_device,
     parameter_spec,
 )
-from dynmoe_jax.collectives import GATHERED, each_device, gathered, sum_over
-from dynmoe_jax.model.products import times
+from dynmoe_jax.mesh.collectives import GATHERED, each_device, gathered, sum_over
 
 
 def split_by_batch(x_BX: Array) -> Array:
@@ -66,32 +65,6 @@ def whole_parameter(
         along = (mesh_axes_at(kept, dimension) for dimension in range(len(kept)))
         wanted = P(*(MODEL if MODEL in axes else None for axes in along))
     return checkpoint_name(_put_together(shapes, (kept, wanted), values), GATHERED)
-
-
-def times_parameter(
-    x_BLX: Float[Array, "B L X"], name: str, parameter: Float[Array, "..."]
-) -> Float[Array, "B L D"]:
-    """``x_BLX`` times a parameter, whose axes but the last are put side by side.
-
-    Where heads are not split, every device puts the parameter together for its own product:
-    asked for the pieces of the gradient, along a part of X, the partitioner adds all of it up on
-    every device, and waits for that (compiled for v6e:8x8).
-
-    Args:
-      x_BLX: on a mesh split by batch, and by heads along ``model``.
-      name: of the parameter; its letters say how it lies.
-      parameter: its axes but the last have X elements together.
-    """
-    sizes, matrix = mesh_sizes(), (x_BLX.shape[-1], parameter.shape[-1])
-    if on_one_device() or sizes[MODEL] > 1:
-        return times(x_BLX, whole_parameter(name, parameter, x_BLX.dtype, matrix))
-    spec = parameter_spec(name, parameter.shape, sizes)
-
-    def on_each_device(x_BLX, part):
-        return x_BLX @ gathered(part, spec).reshape(matrix)
-
-    product = each_device(on_each_device, (P(BATCH), spec), P(BATCH))
-    return product(x_BLX, parameter.astype(x_BLX.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

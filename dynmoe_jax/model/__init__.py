@@ -1,6 +1,6 @@
 """Flax NNX modules: attention, feed-forward, decoder; its loss and its FLOPs."""
 
-from dynmoe_jax.model.transformer import (
+from dynmoe_jax.model.decoder import (
     Decoder,
     DecoderOutput,
     LayerRouting,

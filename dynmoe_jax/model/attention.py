@@ -9,13 +9,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynmoe_jax import config
-from dynmoe_jax.model.attention_choice import Attend, make_attention
-from dynmoe_jax.model.flat_attention import flat_attention
+from dynmoe_jax.hardware.target import current_target
+from dynmoe_jax.mesh.sharding import by_batch_and_head
+from dynmoe_jax.model.kernels.attention.choice import Attend, make_attention
+from dynmoe_jax.model.kernels.attention.flat import flat_attention
+from dynmoe_jax.model.kernels.norm.qkv_projection import projected
 from dynmoe_jax.model.layers import compute_dtype, matrix, normalize_heads
-from dynmoe_jax.model.projection import projected
+from dynmoe_jax.model.linear import times_parameter
 from dynmoe_jax.model.rotary import Places, rotate
-from dynmoe_jax.model.sharding import by_batch_and_head, times_parameter
-from dynmoe_jax.target import current_target
 
 
 class Attention(nnx.Module):

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dynmoe_jax.model.decoder import Decoder, Layer
 from dynmoe_jax.model.layers import compute_dtype
-from dynmoe_jax.model.transformer import Decoder, Layer
 
 Kept = Any
 """(key_BSGW, value_BSGW) of every layer, nested as the parameters are: over stacks, over groups (a

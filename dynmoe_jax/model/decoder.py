@@ -18,19 +18,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import on_one_device
-from dynmoe_jax.collectives import behind, gradients_together
 from dynmoe_jax.experts import InStack, reads_in_stack
+from dynmoe_jax.hardware.native import library
+from dynmoe_jax.hardware.target import current_target
+from dynmoe_jax.mesh.axes import on_one_device
+from dynmoe_jax.mesh.collectives import behind, gradients_together
+from dynmoe_jax.mesh.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
+from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.layers import added, compute_dtype, matrix, rms_norm
-from dynmoe_jax.model.norm import forked
 from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.model.rotary import Places, rotary_table
-from dynmoe_jax.model.sharding import embedded, split_by_batch, whole_parameter
-from dynmoe_jax.native import library
 from dynmoe_jax.routing import Routing
-from dynmoe_jax.target import current_target
 
 UNROLLED_GROUPS = 12
 

@@ -11,7 +11,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import EXPERT, MODEL, mesh_sizes
 from dynmoe_jax.experts import (
     ExpertWeights,
     InStack,
@@ -20,10 +19,11 @@ from dynmoe_jax.experts import (
     make_transport,
     swiglu,
 )
+from dynmoe_jax.mesh.axes import EXPERT, MODEL, mesh_sizes
+from dynmoe_jax.mesh.sharding import by_token, split_columns, whole_parameter
+from dynmoe_jax.model.kernels.norm.router_logits import routed
 from dynmoe_jax.model.layers import compute_dtype, matrix
-from dynmoe_jax.model.products import times
-from dynmoe_jax.model.routed import routed
-from dynmoe_jax.model.sharding import by_token, split_columns, whole_parameter
+from dynmoe_jax.model.linear import times
 from dynmoe_jax.routing import Routing, make_router
 
 

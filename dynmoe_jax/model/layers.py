@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynmoe_jax import config
-from dynmoe_jax.model.token_tiles import on_tokens, over_tiles, runs_on_tiles
-from dynmoe_jax.target import current_target
+from dynmoe_jax.hardware.target import current_target
+from dynmoe_jax.model.kernels.norm.token_tiles import on_tokens, over_tiles, runs_on_tiles
 
 
 def compute_dtype(model: config.Model) -> jnp.dtype:

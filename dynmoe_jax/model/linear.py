@@ -1,20 +1,24 @@
 """Products with dense matrices: XLA's, or kernels of our own on a CPU with a matrix unit.
 
 XLA multiplies float32 by vectors on every CPU.  Where one has a matrix unit for bfloat16, the
-kernels get the same accuracy from that in less time (`native/amx_product.h`).
+kernels get the same accuracy from that in less time (`hardware/native/amx_product.h`).
 
-Axis legend: X all leading axes of the left side together, D the axis summed over, Y columns.
+Axis legend: X all leading axes of the left side together, D the axis summed over, Y columns; in
+``times_parameter`` B batch, L positions, X what is summed over and D model width.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dynmoe_jax.axes import on_one_device
-from dynmoe_jax.native import library
-from dynmoe_jax.target import current_target
+from dynmoe_jax.hardware.native import library
+from dynmoe_jax.hardware.target import current_target
+from dynmoe_jax.mesh.axes import BATCH, MODEL, mesh_sizes, on_one_device, parameter_spec
+from dynmoe_jax.mesh.collectives import each_device, gathered
+from dynmoe_jax.mesh.sharding import whole_parameter
 
 ROWS = 512
 """Of the left side, at least, for the kernels.  Each side is copied first: a product of 128 rows is
@@ -29,6 +33,32 @@ def times(x_XD: Float[Array, "*X D"], matrix_DY: Float[Array, "D Y"]) -> Float[A
         return x_XD @ matrix_DY
     y_XY = _times(x_XD.reshape(rows, -1), matrix_DY)
     return y_XY.reshape(*x_XD.shape[:-1], -1)
+
+
+def times_parameter(
+    x_BLX: Float[Array, "B L X"], name: str, parameter: Float[Array, "..."]
+) -> Float[Array, "B L D"]:
+    """``x_BLX`` times a parameter, whose axes but the last are put side by side.
+
+    Where heads are not split, every device puts the parameter together for its own product:
+    asked for the pieces of the gradient, along a part of X, the partitioner adds all of it up on
+    every device, and waits for that (compiled for v6e:8x8).
+
+    Args:
+      x_BLX: on a mesh split by batch, and by heads along ``model``.
+      name: of the parameter; its letters say how it lies.
+      parameter: its axes but the last have X elements together.
+    """
+    sizes, matrix = mesh_sizes(), (x_BLX.shape[-1], parameter.shape[-1])
+    if on_one_device() or sizes[MODEL] > 1:
+        return times(x_BLX, whole_parameter(name, parameter, x_BLX.dtype, matrix))
+    spec = parameter_spec(name, parameter.shape, sizes)
+
+    def on_each_device(x_BLX, part):
+        return x_BLX @ gathered(part, spec).reshape(matrix)
+
+    product = each_device(on_each_device, (P(BATCH), spec), P(BATCH))
+    return product(x_BLX, parameter.astype(x_BLX.dtype))
 
 
 def contracted(

@@ -7,7 +7,7 @@ size costs a second.
 import math
 
 from dynmoe_jax import config
-from dynmoe_jax.model.transformer import parameter_shapes
+from dynmoe_jax.model.decoder import parameter_shapes
 
 _EXPERT_PARAMETERS = ("gate_up_ED2F", "down_EFD")
 

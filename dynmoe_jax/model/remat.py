@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import jax
 
-from dynmoe_jax.axes import on_one_device
-from dynmoe_jax.collectives import COMPUTED_AGAIN, keep_all_but_gathered
+from dynmoe_jax.mesh.axes import on_one_device
+from dynmoe_jax.mesh.collectives import COMPUTED_AGAIN, keep_all_but_gathered
 
 _ELEMENTWISE = {
     *("abs", "add", "add_any", "and", "convert_element_type", "copy", "cos", "div", "eq", "erf"),

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.axes import on_one_device
-from dynmoe_jax.target import TPU_LANES, current_target
+from dynmoe_jax.hardware.target import TPU_LANES, current_target
+from dynmoe_jax.mesh.axes import on_one_device
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +36,8 @@ def rotary_table(
     """Cosines in the first half of the lanes, sines in the second, float32.
 
     A half has an angle for each pair of components, R = W; on TPU those of narrow heads are there
-    again for each head that shares the lanes of a register (:mod:`.flat_kernels`).
+    again for each head that shares the lanes of a register
+    (:mod:`.kernels.attention.flat_kernels`).
 
     Args:
       positions_BL: within the documents.

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from dynmoe_jax import config
-from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.target import Target, compile_for
-from dynmoe_jax.training.compilation import options_of
-from dynmoe_jax.training.mesh import batch_sharding, replicated, state_shardings
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.mesh.make_mesh import batch_sharding, replicated, state_shardings
+from dynmoe_jax.planning.hlo.module import Module
+from dynmoe_jax.runs.compilation import options_of
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
 

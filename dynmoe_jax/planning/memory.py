@@ -8,9 +8,9 @@ import jax
 
 from dynmoe_jax import config
 from dynmoe_jax.planning.compile import CompiledStep
-from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.planning.instruction import Instruction
-from dynmoe_jax.training.memory import Need, advice
+from dynmoe_jax.planning.hlo.instruction import Instruction
+from dynmoe_jax.planning.hlo.module import Module
+from dynmoe_jax.training.health.memory import Need, advice
 from dynmoe_jax.training.step import TrainState
 
 _ROOM = 0.95

@@ -10,9 +10,9 @@ from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.model.flops import training_flops
+from dynmoe_jax.planning.hlo.schedule import Operation
 from dynmoe_jax.planning.memory import MemoryPlan
-from dynmoe_jax.planning.schedule import Operation
-from dynmoe_jax.planning.topology import Topology
+from dynmoe_jax.planning.tpu.topology import Topology
 
 TOP_P_EXPERTS = 1.76
 """Mean experts of a token that the Top-P paper reports for its trained model (arXiv 2403.07652)."""

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 from dynmoe_jax import config
 from dynmoe_jax.console import stage
-from dynmoe_jax.planning.gpu import plan_on_gpu
-from dynmoe_jax.planning.gpu_devices import describe_gpus
+from dynmoe_jax.mesh.make_mesh import check_divides, make_mesh, mesh_shape
+from dynmoe_jax.planning.gpu.devices import describe_gpus
+from dynmoe_jax.planning.gpu.plan import plan_on_gpu
 from dynmoe_jax.planning.plan import Plan, expected_experts
 from dynmoe_jax.planning.search import Search, candidate_meshes
-from dynmoe_jax.planning.topology import Topology, describe_devices, parse_topology
-from dynmoe_jax.planning.tpu import plan_on_tpu
-from dynmoe_jax.training.mesh import check_divides, make_mesh, mesh_shape
+from dynmoe_jax.planning.tpu.plan import plan_on_tpu
+from dynmoe_jax.planning.tpu.topology import Topology, describe_devices, parse_topology
 
 
 @dataclasses.dataclass(frozen=True)

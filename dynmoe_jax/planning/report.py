@@ -11,7 +11,7 @@ from rich.text import Text
 
 from dynmoe_jax.console import console
 from dynmoe_jax.planning.plan import MOST_FLOPS, Plan
-from dynmoe_jax.training.formatting import compact, decimals, duration, percent
+from dynmoe_jax.runs.formatting import compact, decimals, duration, percent
 
 
 def print_plan(plan: Plan) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dynmoe_jax import config
+from dynmoe_jax.mesh.make_mesh import check_divides
 from dynmoe_jax.planning.plan import Plan
-from dynmoe_jax.planning.topology import Topology
-from dynmoe_jax.training.mesh import check_divides
+from dynmoe_jax.planning.tpu.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dynmoe_jax.console import console
 from dynmoe_jax.planning.plan import Plan
 from dynmoe_jax.planning.report import gigabytes, seconds
 from dynmoe_jax.planning.search import Search, mesh_name
-from dynmoe_jax.training.formatting import decimals, percent
+from dynmoe_jax.runs.formatting import decimals, percent
 
 
 def print_search(search: Search) -> None:

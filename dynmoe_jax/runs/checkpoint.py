@@ -18,17 +18,11 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
-from dynmoe_jax.training.disk import not_writable
-from dynmoe_jax.training.integrity import find_damage, write_checksums
-from dynmoe_jax.training.pace import Pace, paced_types
-from dynmoe_jax.training.retention import (
-    METRIC,
-    BeforeDecay,
-    heldout_loss,
-    keep_policy,
-    save_policy,
-)
-from dynmoe_jax.training.snapshot import Snapshot
+from dynmoe_jax.runs.disk import not_writable
+from dynmoe_jax.runs.integrity import find_damage, write_checksums
+from dynmoe_jax.runs.pace import Pace, paced_types
+from dynmoe_jax.runs.retention import METRIC, BeforeDecay, heldout_loss, keep_policy, save_policy
+from dynmoe_jax.runs.snapshot import Snapshot
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")

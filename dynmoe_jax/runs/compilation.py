@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
-from dynmoe_jax.target import Target
+from dynmoe_jax.hardware.target import Target
 
 FOLDER = "compiled"
 OFF = "none"

@@ -12,13 +12,13 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
 from dynmoe_jax.data import Tokenizer, for_rows
-from dynmoe_jax.data.document import unusable
-from dynmoe_jax.data.files import shown
+from dynmoe_jax.data.sources.document import unusable
+from dynmoe_jax.data.sources.files import shown
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
-from dynmoe_jax.training.checkpoint import FOLDER, IMPORTED, Checkpoints
-from dynmoe_jax.training.recovery import damaged_sentence, newest_whole
-from dynmoe_jax.training.streamed import read_slices
-from dynmoe_jax.training.text import load_tokenizer
+from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints
+from dynmoe_jax.runs.recovery import damaged_sentence, newest_whole
+from dynmoe_jax.runs.streamed import read_slices
+from dynmoe_jax.runs.text import load_tokenizer
 
 
 def load_run(

@@ -21,7 +21,7 @@ from pathlib import Path
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import console
-from dynmoe_jax.training.disk import is_seen, not_writable
+from dynmoe_jax.runs.disk import is_seen, not_writable
 
 FILE_NAME = "run.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

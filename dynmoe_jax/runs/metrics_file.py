@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.training.records import from_json, to_json, write_atomically
+from dynmoe_jax.runs.records import from_json, to_json, write_atomically
 
 Metrics = Mapping[str, float | Sequence[float]]
 

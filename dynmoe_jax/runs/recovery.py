@@ -4,8 +4,8 @@ from pathlib import Path
 
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import warn
-from dynmoe_jax.training.checkpoint import ITEMS, CheckpointError, Checkpoints
-from dynmoe_jax.training.integrity import find_damage
+from dynmoe_jax.runs.checkpoint import ITEMS, CheckpointError, Checkpoints
+from dynmoe_jax.runs.integrity import find_damage
 
 DAMAGED_FOLDER = "damaged_checkpoints"
 

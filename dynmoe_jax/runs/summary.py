@@ -1,8 +1,8 @@
 """What a finished run has to say for itself: ``summary.json``.
 
-The closing table (:mod:`.summary_tables`) and the report (:mod:`dynmoe_jax.evaluation.report`)
-are both drawn from this one record, and a command that is run again on a complete run reads it
-back instead of training.
+The closing table (:mod:`dynmoe_jax.training.log.summary_tables`) and the report
+(:mod:`dynmoe_jax.evaluation.report.page`) are both drawn from this one record, and a command that
+is run again on a complete run reads it back instead of training.
 
 Axis letters: N MoE layers, E experts, K the bound on experts per token.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_jax.console import warn
-from dynmoe_jax.training.records import from_json, to_json, write_atomically
+from dynmoe_jax.runs.records import from_json, to_json, write_atomically
 
 FILE_NAME = "summary.json"
 

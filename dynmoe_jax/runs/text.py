@@ -21,8 +21,8 @@ from dynmoe_jax.data import (
     remove_tokenizer,
     train_tokenizer,
 )
-from dynmoe_jax.data.vocabulary import token_text
-from dynmoe_jax.training.disk import is_seen
+from dynmoe_jax.data.tokenizers.vocabulary import token_text
+from dynmoe_jax.runs.disk import is_seen
 
 TRAINED = SentencePieceTokenizer.place
 """The file of a tokenizer that was trained here."""

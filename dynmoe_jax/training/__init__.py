@@ -1,1 +1,1 @@
-"""The training loop and all that it stands on: step, optimizer, checkpoint, metrics, mesh."""
+"""The training loop and all that it stands on: step, objective, gradients, optimizer."""

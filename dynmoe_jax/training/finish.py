@@ -11,18 +11,18 @@ from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import console, stage
 from dynmoe_jax.data import Batch, Prepared, Tokenizer, heldout_batches
 from dynmoe_jax.evaluation.heldout import evaluate
-from dynmoe_jax.evaluation.report import write_report
+from dynmoe_jax.evaluation.report.page import write_report
 from dynmoe_jax.inference.sampling import Sampling
 from dynmoe_jax.inference.writer import Writer
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
-from dynmoe_jax.training.checkpoint import FOLDER as CHECKPOINTS
-from dynmoe_jax.training.metrics import FILE_NAME as METRICS
-from dynmoe_jax.training.metrics import read_metrics
-from dynmoe_jax.training.seconds import Seconds
-from dynmoe_jax.training.summary import FILE_NAME as SUMMARY
-from dynmoe_jax.training.summary import HeldOut, Sample, Summary, write_summary
-from dynmoe_jax.training.summary_tables import print_summary
+from dynmoe_jax.runs.checkpoint import FOLDER as CHECKPOINTS
+from dynmoe_jax.runs.metrics_file import FILE_NAME as METRICS
+from dynmoe_jax.runs.metrics_file import read_metrics
+from dynmoe_jax.runs.summary import FILE_NAME as SUMMARY
+from dynmoe_jax.runs.summary import HeldOut, Sample, Summary, write_summary
+from dynmoe_jax.training.log.seconds import Seconds
+from dynmoe_jax.training.log.summary_tables import print_summary
 
 
 def evaluate_heldout(

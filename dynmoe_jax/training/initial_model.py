@@ -11,8 +11,8 @@ import optax
 from dynmoe_jax import config
 from dynmoe_jax.console import console
 from dynmoe_jax.data import find_tokenizer, kept_tokenizer, open_tokenizer
-from dynmoe_jax.training.checkpoint import FOLDER, saved_config
-from dynmoe_jax.training.load import opened_run
+from dynmoe_jax.runs.checkpoint import FOLDER, saved_config
+from dynmoe_jax.runs.load import opened_run
 from dynmoe_jax.training.step import TrainState, first_state
 
 

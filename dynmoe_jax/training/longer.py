@@ -15,13 +15,13 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import find_tokenizer
-from dynmoe_jax.training.checkpoint import FOLDER, ITEMS, CheckpointError, Checkpoints
-from dynmoe_jax.training.integrity import find_damage
-from dynmoe_jax.training.metrics import FILE_NAME as METRICS
+from dynmoe_jax.runs.checkpoint import FOLDER, ITEMS, CheckpointError, Checkpoints
+from dynmoe_jax.runs.integrity import find_damage
+from dynmoe_jax.runs.metrics_file import FILE_NAME as METRICS
+from dynmoe_jax.runs.recovery import move_damaged
+from dynmoe_jax.runs.summary import FILE_NAME as SUMMARY
+from dynmoe_jax.runs.summary import read_summary
 from dynmoe_jax.training.optimizer import decay_start, make_schedule
-from dynmoe_jax.training.recovery import move_damaged
-from dynmoe_jax.training.summary import FILE_NAME as SUMMARY
-from dynmoe_jax.training.summary import read_summary
 
 DECAYED_FOLDER = "decayed"
 _STABLE = "warmup_stable_decay"

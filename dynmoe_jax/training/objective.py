@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder, LayerRouting
-from dynmoe_jax.model.cross_entropy import cross_entropy_sums
+from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
 from dynmoe_jax.routing import losses
 
 Batch = dict[str, Int[Array, "B L"]]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.training.gradients import make_gradients
-from dynmoe_jax.training.guard import Guard, new_guard, watch
+from dynmoe_jax.training.health.guard import Guard, new_guard, watch
 from dynmoe_jax.training.objective import Batch
 
 

@@ -19,11 +19,18 @@ from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
 from dynmoe_jax.experts import make_backend, make_transport
+from dynmoe_jax.hardware.target import current_target
+from dynmoe_jax.mesh.make_mesh import (
+    batch_sharding,
+    check_divides,
+    make_mesh,
+    replicated,
+    state_shardings,
+)
 from dynmoe_jax.model import decoder_structure
-from dynmoe_jax.model.attention_choice import choose_attention
+from dynmoe_jax.model.kernels.attention.choice import choose_attention
 from dynmoe_jax.model.layers import compute_dtype
-from dynmoe_jax.target import current_target
-from dynmoe_jax.training.checkpoint import (
+from dynmoe_jax.runs.checkpoint import (
     CheckpointError,
     Checkpoints,
     check_compatible,
@@ -31,34 +38,27 @@ from dynmoe_jax.training.checkpoint import (
     make_folder,
     saved_config,
 )
-from dynmoe_jax.training.compilation import compiled_programs_kept, compiler_options
-from dynmoe_jax.training.disk import DiskError, check_folder_name, disk_errors
+from dynmoe_jax.runs.compilation import compiled_programs_kept, compiler_options
+from dynmoe_jax.runs.disk import DiskError, check_folder_name, disk_errors
+from dynmoe_jax.runs.lock import locked
+from dynmoe_jax.runs.metrics_file import check_packages
+from dynmoe_jax.runs.recovery import recover
+from dynmoe_jax.runs.summary import read_summary
+from dynmoe_jax.runs.text import load_text
 from dynmoe_jax.training.feed import Feed, place_whole
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
+from dynmoe_jax.training.health.memory import Memory, OutOfMemory
+from dynmoe_jax.training.health.rescue import BadNumbers, RolledBack, rescue, without_old_streak
+from dynmoe_jax.training.health.skips import SkippingStream, skips_of
 from dynmoe_jax.training.initial_model import initial_state, with_initial_model
 from dynmoe_jax.training.interrupt import Stopped, StopRequest, stop_on_signal
-from dynmoe_jax.training.lock import locked
-from dynmoe_jax.training.logbook import Logbook
+from dynmoe_jax.training.log.metric_logger import Logbook
+from dynmoe_jax.training.log.seconds import Seconds
+from dynmoe_jax.training.log.summary_tables import print_summary
 from dynmoe_jax.training.longer import before_decay
-from dynmoe_jax.training.memory import Memory, OutOfMemory
-from dynmoe_jax.training.mesh import (
-    batch_sharding,
-    check_divides,
-    make_mesh,
-    replicated,
-    state_shardings,
-)
-from dynmoe_jax.training.metrics import check_packages
 from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.recovery import recover
-from dynmoe_jax.training.rescue import BadNumbers, RolledBack, rescue, without_old_streak
-from dynmoe_jax.training.seconds import Seconds
-from dynmoe_jax.training.skips import SkippingStream, skips_of
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
-from dynmoe_jax.training.summary import read_summary
-from dynmoe_jax.training.summary_tables import print_summary
-from dynmoe_jax.training.text import load_text
 
 BAD_INPUT = (
     config.ConfigError, DataError, CheckpointError, DiskError, BadNumbers, OutOfMemory

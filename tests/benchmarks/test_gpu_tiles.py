@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import gpu_tiles
 from benchmarks.layer_cases import Preset
-from dynmoe_jax.experts.triton_tiling import Tile
+from dynmoe_jax.experts.kernels.gpu.tiling import Tile
 
 TINY = Preset(tokens=32, width=128, hidden_width=128, num_experts=2)
 

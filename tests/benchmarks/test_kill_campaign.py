@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import kill_campaign
-from dynmoe_jax.training.metrics import FILE_NAME, read_metrics
+from dynmoe_jax.runs.metrics_file import FILE_NAME, read_metrics
 
 pytestmark = pytest.mark.slow
 

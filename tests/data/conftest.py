@@ -1,10 +1,10 @@
 import random
 
 import pytest
-from made_text import sentence, write_jsonl
 
 from dynmoe_jax import config
 from dynmoe_jax.data import prepare, train_tokenizer
+from tests.data.made_text import sentence, write_jsonl
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import zstandard
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, prepare
-from dynmoe_jax.data.document import Broken
-from dynmoe_jax.data.sources import read_documents
+from dynmoe_jax.data.sources.document import Broken
+from dynmoe_jax.data.sources.registry import read_documents
 
 GOOD = b'{"text": "good"}\n'
 BAD_LINES = {

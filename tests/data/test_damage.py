@@ -9,11 +9,11 @@ import random
 import shutil
 
 import pytest
-from made_text import write_jsonl
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, TrainStream, check_unchanged, prepare
-from dynmoe_jax.data.preparation import Prepared
+from dynmoe_jax.data.prepare.preparation import Prepared
+from tests.data.made_text import write_jsonl
 
 
 @pytest.fixture

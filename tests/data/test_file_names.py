@@ -12,8 +12,8 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, prepare
-from dynmoe_jax.data.document import Broken
-from dynmoe_jax.data.sources import read_documents
+from dynmoe_jax.data.sources.document import Broken
+from dynmoe_jax.data.sources.registry import read_documents
 
 NOT_UTF_8 = os.fsdecode(b"caf\xe9")
 LETTERS = ("a", "B", " ", ".", "é", "漢", "😀", "[", "]", "!", "*", "?", "~", "$", "%", "'", '"',

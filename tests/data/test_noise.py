@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, open_tokenizer, prepare
-from dynmoe_jax.data.document import Broken, Document
-from dynmoe_jax.data.sources import read_documents
+from dynmoe_jax.data.sources.document import Broken, Document
+from dynmoe_jax.data.sources.registry import read_documents
 
 ONCE = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 JSON = st.recursive(

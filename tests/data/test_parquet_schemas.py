@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from dynmoe_jax import config
-from dynmoe_jax.data.document import Broken
-from dynmoe_jax.data.sources import read_documents
+from dynmoe_jax.data.sources.document import Broken
+from dynmoe_jax.data.sources.registry import read_documents
 from tests.odd_files import odd_text
 
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from made_text import write_jsonl
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, prepare
-from dynmoe_jax.data.builder import slugs
-from dynmoe_jax.data.preparation import Prepared
-from dynmoe_jax.data.split import hold_out, keep_within
-from dynmoe_jax.data.spool import Entry
+from dynmoe_jax.data.prepare.builder import slugs
+from dynmoe_jax.data.prepare.preparation import Prepared
+from dynmoe_jax.data.prepare.split import hold_out, keep_within
+from dynmoe_jax.data.prepare.spool import Entry
+from tests.data.made_text import write_jsonl
 
 QUICK = hypothesis_settings(max_examples=50, deadline=None)
 ENTRIES = st.lists(
@@ -162,8 +162,8 @@ def test_a_half_written_preparation_is_never_taken_for_a_complete_one(tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dynmoe_jax.data.preparation.write_dataset", power_cut)
-        patch.setattr("dynmoe_jax.data.preparation.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("dynmoe_jax.data.prepare.preparation.write_dataset", power_cut)
+        patch.setattr("dynmoe_jax.data.prepare.preparation.shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             prepare(data, out)
     assert len(list(out.iterdir())) == 1  # what the interrupted one left

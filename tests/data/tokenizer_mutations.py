@@ -4,7 +4,7 @@ import copy
 import json
 import random
 
-from tokenizer_table import TABLE
+from tests.data.tokenizers.tokenizer_table import TABLE
 
 _BASES = (
     "byte level, bos and eos, add_bos_token=False, LlamaTokenizerFast",

@@ -10,10 +10,10 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.data import train_tokenizer
-from dynmoe_jax.evaluation.scoring import Scorer
-from dynmoe_jax.evaluation.tree_writing import TreeWriter
+from dynmoe_jax.evaluation.scoring.scoring import Scorer
+from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.model import decoder_structure, parameter_shapes
-from dynmoe_jax.training import checkpoint
+from dynmoe_jax.runs import checkpoint
 from dynmoe_jax.training.step import TrainState
 
 ITEMS = Path(__file__).parent / "fixtures" / "items"

@@ -12,9 +12,9 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.evaluation import __main__ as command
-from dynmoe_jax.evaluation import scoring
+from dynmoe_jax.evaluation.scoring import scoring
 from dynmoe_jax.model import decoder_structure
-from dynmoe_jax.training import checkpoint
+from dynmoe_jax.runs import checkpoint
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def small_index():
 def test_tasks_their_tables_their_files_and_again_from_the_file(
     run, workdir, items, tmp_path, small_index, monkeypatch
 ):
-    monkeypatch.setattr("dynmoe_jax.evaluation.local_tasks._manager", lambda: small_index)
+    monkeypatch.setattr("dynmoe_jax.evaluation.harness.local_tasks._manager", lambda: small_index)
     names = ["piqa", "hellaswag", "arc_easy", "commonsense_qa"]
     flags = [f"--workdir={workdir}", f"--tasks={','.join(names)}", f"--data_dir={items}"]
     flags += ["--limit=3", f"--output={tmp_path}"]

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmoe_jax import config
-from dynmoe_jax.data.document import Broken, Document
-from dynmoe_jax.data.sources import read_documents
-from dynmoe_jax.evaluation.answers import AnswerFile
+from dynmoe_jax.data.sources.document import Broken, Document
+from dynmoe_jax.data.sources.registry import read_documents
+from dynmoe_jax.evaluation.harness.answers import AnswerFile
 from dynmoe_jax.evaluation.perplexity import DomainText, check_stride, measure, to_record, windows
 
 LONG = "Every token is predicted once. " * 20

@@ -17,12 +17,12 @@ from dynmoe_jax.experts import (
     rows_from_routing,
     saved_rows_per_token,
 )
-from dynmoe_jax.experts.native import native_experts
+from dynmoe_jax.experts.kernels.cpu.native import native_experts
 from dynmoe_jax.experts.reference import reference_experts
-from dynmoe_jax.native import library
+from dynmoe_jax.hardware.native import library
+from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.routing import TopK, TopP
-from dynmoe_jax.target import Target
-from dynmoe_jax.training.mesh import make_mesh
 from tests.close import assert_close
 
 CPU = Target("cpu")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from dynmoe_jax.axes import MESH_AXES
-from dynmoe_jax.planning.gpu_devices import GPUS, describe, why_not
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.planning.gpu.devices import GPUS, describe, why_not
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend
-from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.planning.hlo.module import Module
 from dynmoe_jax.routing import TopK, TopP
-from dynmoe_jax.target import Target
 
 # The paper's shape: 16 experts, p = 0.4, so at most K = 7 experts per token.
 T, D, F, E, K = 8192, 1024, 2816, 16, 7

@@ -10,9 +10,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax import config
-from dynmoe_jax.model.triton_attention import triton_attention
+from dynmoe_jax.mesh.make_mesh import make_mesh
+from dynmoe_jax.model.kernels.attention.triton import triton_attention
 from dynmoe_jax.planning.compile import compile_step
-from dynmoe_jax.training.mesh import make_mesh
 
 pytestmark = pytest.mark.slow
 

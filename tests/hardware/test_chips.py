@@ -2,7 +2,7 @@
 
 import pytest
 
-from dynmoe_jax.experts.accounting import (
+from dynmoe_jax.hardware.chips import (
     CHIPS,
     Chip,
     chip_of,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dynmoe_jax import huge_pages
+from dynmoe_jax.hardware import huge_pages
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_needs_a_c_library_that_knows_the_setting(monkeypatch, library):
 
 def test_restarts_once_with_the_same_arguments(on_request):
     program = (
-        "import os, pathlib, sys; from dynmoe_jax import huge_pages; "
+        "import os, pathlib, sys; from dynmoe_jax.hardware import huge_pages; "
         f"huge_pages.ON_REQUEST = pathlib.Path({str(on_request)!r}); "
         "huge_pages.platform.libc_ver = lambda: ('glibc', '2.36'); "
         "print('started', os.getpid(), flush=True); huge_pages.restart_with_huge_pages(); "

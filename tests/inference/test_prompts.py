@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from dynmoe_jax.config import ConfigError
-from dynmoe_jax.data.files import open_bytes
+from dynmoe_jax.data.sources.files import open_bytes
 from dynmoe_jax.inference.arguments import parse
 from dynmoe_jax.inference.prompts import read_prompts
 from tests.odd_files import as_json, broken_line, odd_lines, odd_text, odd_value, write_odd

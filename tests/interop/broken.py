@@ -3,7 +3,7 @@
 import json
 import struct
 
-from small_gguf import METADATA
+from tests.interop.small_gguf import METADATA
 
 # Settings of config.json.
 

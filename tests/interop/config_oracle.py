@@ -4,7 +4,7 @@ import contextlib
 
 import transformers
 
-from dynmoe_jax.interop.moe_layers import moe_layers
+from dynmoe_jax.interop.architectures.moe_layers import moe_layers
 
 transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
 

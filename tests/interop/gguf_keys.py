@@ -3,7 +3,7 @@
 import gguf
 import numpy as np
 
-from tests.data.tokenizer_folders import byte_level
+from tests.data.tokenizers.tokenizer_folders import byte_level
 
 PREFIX = "tokenizer.ggml."
 CONTROL, NORMAL, USER_DEFINED = 3, 1, 4

@@ -6,8 +6,8 @@ import json
 import numpy as np
 from safetensors.numpy import save_file
 
-from dynmoe_jax.interop.mapping import places
-from dynmoe_jax.interop.registry import ARCHITECTURES
+from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.registry import ARCHITECTURES
 from dynmoe_jax.model import parameter_shapes
 
 # Widths all different, so that no mix-up goes unseen.

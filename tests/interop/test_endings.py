@@ -6,16 +6,16 @@ import sys
 import numpy as np
 import pytest
 import sentencepiece
-from small_gguf import LETTERS, write_gguf
-from small_models import settings_of, tensors_of, write
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from dynmoe_jax.data import DataError, open_tokenizer
 from dynmoe_jax.inference import __main__ as inference
 from dynmoe_jax.interop.export_model import export_model
+from dynmoe_jax.interop.files.source import open_source
 from dynmoe_jax.interop.import_model import import_model
-from dynmoe_jax.interop.source import open_source
-from dynmoe_jax.training.load import load_run
+from dynmoe_jax.runs.load import load_run
+from tests.interop.small_gguf import LETTERS, write_gguf
+from tests.interop.small_models import settings_of, tensors_of, write
 
 LLAMA = "LlamaForCausalLM"
 

@@ -26,14 +26,14 @@ from broken import (
     broken_safetensors,
     replace,
 )
-from small_gguf import METADATA, write_gguf
-from small_models import SETTINGS, settings_of, tensors_of, write_small
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError
 from dynmoe_jax.interop import CheckpointError
 from dynmoe_jax.interop.described import configured, describe
-from dynmoe_jax.interop.source import open_source
+from dynmoe_jax.interop.files.source import open_source
+from tests.interop.small_gguf import METADATA, write_gguf
+from tests.interop.small_models import SETTINGS, settings_of, tensors_of, write_small
 
 pytest.importorskip("transformers", reason="needs the extra test")
 

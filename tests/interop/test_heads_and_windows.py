@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from small_models import settings_of, tensors_of, write
 
 from dynmoe_jax import config
 from dynmoe_jax.interop import CheckpointError, load_hf
-from dynmoe_jax.interop.registry import ARCHITECTURES, architecture_for
+from dynmoe_jax.interop.architectures.registry import ARCHITECTURES, architecture_for
+from tests.interop.small_models import settings_of, tensors_of, write
 
 transformers = pytest.importorskip("transformers", reason="needs the extra test")
 

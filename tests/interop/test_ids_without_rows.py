@@ -5,21 +5,21 @@ import json
 
 import numpy as np
 import pytest
-from small_models import settings_of, tensors_of, write
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, TrainStream, heldout_batches
-from dynmoe_jax.evaluation.requests import Request
-from dynmoe_jax.evaluation.scoring import Scorer
-from dynmoe_jax.evaluation.tree_writing import Prompt, TreeWriter
+from dynmoe_jax.evaluation.scoring.requests import Request
+from dynmoe_jax.evaluation.scoring.scoring import Scorer
+from dynmoe_jax.evaluation.scoring.tree_writing import Prompt, TreeWriter
 from dynmoe_jax.inference.generate import Generator
 from dynmoe_jax.inference.sampling import Sampling
 from dynmoe_jax.inference.writer import Writer
 from dynmoe_jax.interop.import_model import import_model
+from dynmoe_jax.runs.load import load_run
+from dynmoe_jax.runs.text import load_text
 from dynmoe_jax.training.initial_model import with_initial_model
-from dynmoe_jax.training.load import load_run
-from dynmoe_jax.training.text import load_text
+from tests.interop.small_models import settings_of, tensors_of, write
 
 LLAMA = "LlamaForCausalLM"
 WORDS = ["<s>", "</s>", "a", "b", "c", "d", "e", " "]

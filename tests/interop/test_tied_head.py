@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from small_models import settings_of, tensors_of, write
 
 from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.import_model import import_model
-from dynmoe_jax.training.checkpoint import Checkpoints
+from dynmoe_jax.runs.checkpoint import Checkpoints
+from tests.interop.small_models import settings_of, tensors_of, write
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

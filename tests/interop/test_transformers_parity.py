@@ -17,7 +17,7 @@ from dynmoe_jax.interop import load_hf
 from dynmoe_jax.interop.export_model import export_model
 from dynmoe_jax.interop.import_model import import_model
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.training.checkpoint import Checkpoints
+from dynmoe_jax.runs.checkpoint import Checkpoints
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'dynmoe_jax[parity]'")
 transformers = pytest.importorskip(

@@ -3,7 +3,7 @@
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dynmoe_jax.axes import axes_of, parameter_spec
+from dynmoe_jax.mesh.axes import axes_of, parameter_spec
 
 
 def test_axes_of_names():

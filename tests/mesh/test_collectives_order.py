@@ -7,16 +7,16 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from dynmoe_jax.axes import MESH_AXES
-from dynmoe_jax.collectives import (
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.mesh.collectives import (
     behind,
     each_device,
     gathered,
     gathered_by_expert,
     gradients_together,
 )
+from dynmoe_jax.model.linear import times_parameter
 from dynmoe_jax.model.remat import remat_policy
-from dynmoe_jax.model.sharding import times_parameter
 
 
 def mesh(data=1, expert=1, model=1):

@@ -8,13 +8,13 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import MESH_AXES
-from dynmoe_jax.collectives import keep_all_but_gathered
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.mesh.collectives import keep_all_but_gathered
 from dynmoe_jax.model.attention import Attention
+from dynmoe_jax.model.decoder import Layer
 from dynmoe_jax.model.layers import rms_norm
 from dynmoe_jax.model.rotary import Places, rotary_table, rotate
-from dynmoe_jax.model.transformer import Layer
-from dynmoe_jax.target import Target, compile_for
 
 B, L = 2, 7
 

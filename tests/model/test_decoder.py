@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax import config
+from dynmoe_jax.hardware.native import library
+from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.model import Decoder, parameter_shapes
+from dynmoe_jax.model.decoder import groups_at_a_time
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
 from dynmoe_jax.model.rotary import Places
-from dynmoe_jax.model.transformer import groups_at_a_time
-from dynmoe_jax.native import library
 from dynmoe_jax.routing import ROUTERS, TopP
-from dynmoe_jax.training.mesh import make_mesh
 from tests.close import assert_close
 
 B, L = 2, 8

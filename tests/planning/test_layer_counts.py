@@ -7,8 +7,8 @@ import math
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.accounting import CHIPS
-from dynmoe_jax.interop.moe_layers import grouping
+from dynmoe_jax.hardware.chips import CHIPS
+from dynmoe_jax.interop.architectures.moe_layers import grouping
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.model.parameters import count_parameters
 from dynmoe_jax.planning.plan import analytic_flops

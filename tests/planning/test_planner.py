@@ -9,7 +9,7 @@ from dynmoe_jax import config
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.planning import __main__ as command
-from dynmoe_jax.planning import gpu_devices
+from dynmoe_jax.planning.gpu import devices
 from dynmoe_jax.planning.memory import MemoryPlan
 from dynmoe_jax.planning.plan import expected_experts
 from dynmoe_jax.planning.planner import Request, plan_run, search_meshes, with_mesh
@@ -255,7 +255,7 @@ def test_mistakes_are_one_sentence(config_file, monkeypatch, capsys, arguments, 
 
 
 def test_without_the_compiler_for_gpus_it_is_named(config_file, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_devices, "PLUGIN", "no-such-package")
+    monkeypatch.setattr(devices, "PLUGIN", "no-such-package")
     assert run(monkeypatch, f"--config={config_file}", "--topology=h100:8", "--compile") == 2
     text = " ".join(capsys.readouterr().out.split())
     assert "--compile: no-such-package is not installed: pip install -e '.[gpu-aot]'" in text

@@ -1,6 +1,6 @@
 """What the backward pass reads of the forward pass, in a module by hand."""
 
-from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.planning.hlo.module import Module
 from dynmoe_jax.planning.memory import saved_activations
 
 CARRY = "(s32[], f32[8], f32[6,8], bf16[6,16], f32[6,4])"

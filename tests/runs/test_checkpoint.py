@@ -11,14 +11,9 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax import config
-from dynmoe_jax.training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    check_compatible,
-    make_folder,
-)
-from dynmoe_jax.training.load import load_run
-from dynmoe_jax.training.mesh import make_mesh, replicated
+from dynmoe_jax.mesh.make_mesh import make_mesh, replicated
+from dynmoe_jax.runs.checkpoint import CheckpointError, Checkpoints, check_compatible, make_folder
+from dynmoe_jax.runs.load import load_run
 
 
 @pytest.fixture

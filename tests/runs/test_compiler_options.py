@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.train_cases import PRESETS, cases, draw_tokens, settings
 from benchmarks.train_jax import batch_of
-from dynmoe_jax.target import Target
-from dynmoe_jax.training.compilation import CPU_OPTIONS, compiler_options
+from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.runs.compilation import CPU_OPTIONS, compiler_options
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 

@@ -12,12 +12,12 @@ import sys
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.training import lock
+from dynmoe_jax.runs import lock
 
 HOLD = """
 import sys
 from pathlib import Path
-from dynmoe_jax.training.lock import locked
+from dynmoe_jax.runs.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

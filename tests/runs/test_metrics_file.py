@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from dynmoe_jax import config
-from dynmoe_jax.training.metrics import MetricsWriter, check_packages, read_metrics
+from dynmoe_jax.runs.metrics_file import MetricsWriter, check_packages, read_metrics
 
 FILE_ONLY = config.Logging(tensorboard=False)
 

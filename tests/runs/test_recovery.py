@@ -16,18 +16,12 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, train_tokenizer
-from dynmoe_jax.training import integrity
-from dynmoe_jax.training.checkpoint import (
-    FOLDER,
-    ITEMS,
-    CheckpointError,
-    Checkpoints,
-    saved_config,
-)
-from dynmoe_jax.training.disk import DiskError, disk_errors
-from dynmoe_jax.training.load import load_run
-from dynmoe_jax.training.recovery import DAMAGED_FOLDER, recover
-from dynmoe_jax.training.text import TRAINED
+from dynmoe_jax.runs import integrity
+from dynmoe_jax.runs.checkpoint import FOLDER, ITEMS, CheckpointError, Checkpoints, saved_config
+from dynmoe_jax.runs.disk import DiskError, disk_errors
+from dynmoe_jax.runs.load import load_run
+from dynmoe_jax.runs.recovery import DAMAGED_FOLDER, recover
+from dynmoe_jax.runs.text import TRAINED
 
 
 @pytest.fixture
@@ -183,7 +177,7 @@ import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
 from dynmoe_jax import config
-from dynmoe_jax.training.checkpoint import CheckpointError, Checkpoints
+from dynmoe_jax.runs.checkpoint import CheckpointError, Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]), config.Checkpoint())
 state = {"x": jnp.arange(200_000.0) * 1.1}
 checkpoints.save(1, state, {}, config.Config())
@@ -244,7 +238,7 @@ def test_save_that_fails_while_another_is_asked_for_is_told(workdir, state, sett
     def no_room(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dynmoe_jax.training.checkpoint.write_checksums", no_room)
+    monkeypatch.setattr("dynmoe_jax.runs.checkpoint.write_checksums", no_room)
     checkpoints.save(5, state, {}, settings)
     with pytest.raises(CheckpointError, match=r"step 5 .*No space left .*one of step 4 is whole"):
         checkpoints.save(6, jax.tree.map(jnp.copy, state), {}, settings)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.training import checkpoint as checkpoint_module
-from dynmoe_jax.training.checkpoint import FOLDER, Checkpoints
-from dynmoe_jax.training.load import load_run
+from dynmoe_jax.runs import checkpoint as checkpoint_module
+from dynmoe_jax.runs.checkpoint import FOLDER, Checkpoints
+from dynmoe_jax.runs.load import load_run
 
 CLOCK = "orbax.checkpoint.checkpoint_manager.datetime.datetime"
 

@@ -6,8 +6,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dynmoe_jax import config
-from dynmoe_jax.training.mesh import make_mesh
-from dynmoe_jax.training.snapshot import Snapshot
+from dynmoe_jax.mesh.make_mesh import make_mesh
+from dynmoe_jax.runs.snapshot import Snapshot
 
 
 def addresses(tree):

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dynmoe_jax.training import progress, summary_tables
-from dynmoe_jax.training.formatting import clock, compact, duration
-from dynmoe_jax.training.summary import (
+from dynmoe_jax.runs.formatting import clock, compact, duration
+from dynmoe_jax.runs.summary import (
     DomainResult,
     HeldOut,
     Sample,
@@ -19,6 +18,7 @@ from dynmoe_jax.training.summary import (
     read_summary,
     write_summary,
 )
+from dynmoe_jax.training.log import progress, summary_tables
 
 
 def make_summary(layers=4, domains=("code", "prose", "docs"), **changes):

@@ -7,8 +7,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from dynmoe_jax.axes import MESH_AXES
-from dynmoe_jax.planning.topology import why_not
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.planning.tpu.topology import why_not
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 

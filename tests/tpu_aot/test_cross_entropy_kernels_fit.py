@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dynmoe_jax.model.cross_entropy import cross_entropy_sums
-from dynmoe_jax.model.cross_entropy_tiles import cross_entropy_tiles
-from dynmoe_jax.target import Target, compile_for
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
+from dynmoe_jax.model.kernels.cross_entropy.tpu_tiles import cross_entropy_tiles
 
 B, L, CHUNK = 3, 2048, 768
 

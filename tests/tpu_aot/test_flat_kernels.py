@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dynmoe_jax.model.flat_attention import flat_attention, flat_obstacle
+from dynmoe_jax.model.kernels.attention.flat import flat_attention, flat_obstacle
 
 
 # The paper's heads; the longest sequences; float32; shared key/value heads; one head to a block.

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import ExpertWeights, apply_experts, make_backend
-from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.planning.hlo.module import Module
 from dynmoe_jax.routing import TopK, TopP
-from dynmoe_jax.target import Target
 
 pytestmark = pytest.mark.slow
 

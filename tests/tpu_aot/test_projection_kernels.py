@@ -7,8 +7,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dynmoe_jax.model.projection import projected, projection_tile
-from dynmoe_jax.target import Target, compile_for
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.model.kernels.norm.qkv_projection import projected, projection_tile
 
 pytestmark = pytest.mark.slow
 

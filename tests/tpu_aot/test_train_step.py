@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax import config
-from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.target import Target, compile_for
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.planning.hlo.module import Module
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 

@@ -4,13 +4,13 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError
-from dynmoe_jax.training import skips
-from dynmoe_jax.training.checkpoint import FOLDER
-from dynmoe_jax.training.load import load_run
-from dynmoe_jax.training.metrics import FILE_NAME as METRICS
-from dynmoe_jax.training.metrics import MetricsWriter, read_metrics
-from dynmoe_jax.training.summary import FILE_NAME as SUMMARY
-from dynmoe_jax.training.summary import read_summary
+from dynmoe_jax.runs.checkpoint import FOLDER
+from dynmoe_jax.runs.load import load_run
+from dynmoe_jax.runs.metrics_file import FILE_NAME as METRICS
+from dynmoe_jax.runs.metrics_file import MetricsWriter, read_metrics
+from dynmoe_jax.runs.summary import FILE_NAME as SUMMARY
+from dynmoe_jax.runs.summary import read_summary
+from dynmoe_jax.training.health import skips
 from dynmoe_jax.training.trainer import train
 
 NOT_JSON = ["", "{", "null", "[1, 2]", "5", '{"step": "x"}', '{"heldout": 3, "sample": 4}', "\x00"]

@@ -7,8 +7,9 @@ import pytest
 from jax._src import monitoring
 
 from dynmoe_jax import config
-from dynmoe_jax.training import compilation, trainer
-from dynmoe_jax.training.compilation import compiled_programs_kept
+from dynmoe_jax.runs import compilation
+from dynmoe_jax.runs.compilation import compiled_programs_kept
+from dynmoe_jax.training import trainer
 from dynmoe_jax.training.trainer import train
 
 COMPILED = "/jax/core/compile/backend_compile_duration"

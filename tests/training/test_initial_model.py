@@ -12,11 +12,11 @@ import pytest
 from dynmoe_jax import config
 from dynmoe_jax.data import open_tokenizer, train_tokenizer
 from dynmoe_jax.model import parameter_shapes
-from dynmoe_jax.training.checkpoint import Checkpoints
+from dynmoe_jax.runs.checkpoint import Checkpoints
+from dynmoe_jax.runs.summary import read_summary
+from dynmoe_jax.runs.text import TRAINED
 from dynmoe_jax.training.initial_model import initial_state, with_initial_model
 from dynmoe_jax.training.step import init_state
-from dynmoe_jax.training.summary import read_summary
-from dynmoe_jax.training.text import TRAINED
 from dynmoe_jax.training.trainer import train
 
 pytestmark = pytest.mark.slow

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import MESH_AXES
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.runs.checkpoint import FOLDER, Checkpoints
+from dynmoe_jax.runs.load import load_run
+from dynmoe_jax.runs.metrics_file import read_metrics
+from dynmoe_jax.runs.recovery import DAMAGED_FOLDER, recover
+from dynmoe_jax.runs.summary import HeldOut, Sample, read_summary
+from dynmoe_jax.runs.text import TRAINED
 from dynmoe_jax.training import finish, trainer
-from dynmoe_jax.training.checkpoint import FOLDER, Checkpoints
-from dynmoe_jax.training.load import load_run
 from dynmoe_jax.training.longer import DECAYED_FOLDER, before_decay, rise
-from dynmoe_jax.training.metrics import read_metrics
-from dynmoe_jax.training.recovery import DAMAGED_FOLDER, recover
-from dynmoe_jax.training.summary import HeldOut, Sample, read_summary
-from dynmoe_jax.training.text import TRAINED
 
 REPORT = "report.html"
 TIMES = {"tokens_per_second", "model_flops_per_second", "mfu", "seconds_step"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated, state_shardings
+from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, replicated, state_shardings
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
+from dynmoe_jax.planning.hlo.module import Module
 from dynmoe_jax.training.gradients import make_gradients
-from dynmoe_jax.training.mesh import batch_sharding, make_mesh, state_shardings
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state
 

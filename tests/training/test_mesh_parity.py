@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import MESH_AXES
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.training.gradients import make_gradients
-from dynmoe_jax.training.mesh import batch_sharding, make_mesh, state_shardings
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dynmoe_jax.command_line import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.training.interrupt import Stopped, StopRequest, stop_on_signal
-from dynmoe_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

@@ -17,9 +17,9 @@ import pytest
 from benchmarks.kill_campaign import newest_checkpoint
 from dynmoe_jax.cluster.place import EXIT_PEER_LOST
 from dynmoe_jax.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PREEMPTED
-from dynmoe_jax.training.checkpoint import Checkpoints
-from dynmoe_jax.training.metrics import read_metrics
-from dynmoe_jax.training.summary import read_summary
+from dynmoe_jax.runs.checkpoint import Checkpoints
+from dynmoe_jax.runs.metrics_file import read_metrics
+from dynmoe_jax.runs.summary import read_summary
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax import config
+from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, replicated
 from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.routing import losses
-from dynmoe_jax.training.mesh import batch_sharding, make_mesh, replicated
 from dynmoe_jax.training.optimizer import is_matrix, make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 

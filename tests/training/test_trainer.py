@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import MESH_AXES
 from dynmoe_jax.command_line import EXIT_INTERRUPTED
 from dynmoe_jax.data import DataError, TrainStream, open_tokenizer
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.runs.checkpoint import FOLDER
+from dynmoe_jax.runs.lock import locked
+from dynmoe_jax.runs.metrics_file import read_metrics
+from dynmoe_jax.runs.summary import read_summary
+from dynmoe_jax.runs.text import load_text
 from dynmoe_jax.training import trainer
-from dynmoe_jax.training.checkpoint import FOLDER
-from dynmoe_jax.training.lock import locked
-from dynmoe_jax.training.metrics import read_metrics
-from dynmoe_jax.training.summary import read_summary
-from dynmoe_jax.training.text import load_text
 from dynmoe_jax.training.trainer import train
 
 pytestmark = pytest.mark.slow

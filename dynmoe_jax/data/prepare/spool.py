@@ -10,7 +10,7 @@ from array import array
 from pathlib import Path
 from typing import NamedTuple
 
-from dynmoe_jax.data.document import Document
+from dynmoe_jax.data.sources.document import Document
 
 
 class Entry(NamedTuple):

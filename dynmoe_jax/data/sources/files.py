@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import zstandard
 
-from dynmoe_jax.data.document import Broken, Document, checked, field
+from dynmoe_jax.data.sources.document import Broken, Document, checked, field
 
 # What reading a damaged file can raise; zlib and zstandard have errors of their own.
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)

@@ -9,8 +9,8 @@ import pyarrow.compute
 import pyarrow.parquet
 from pyarrow import types
 
-from dynmoe_jax.data.document import Broken, Document, checked
-from dynmoe_jax.data.files import shown, stem
+from dynmoe_jax.data.sources.document import Broken, Document, checked
+from dynmoe_jax.data.sources.files import shown, stem
 
 _ROWS_AT_A_TIME = 256
 _TEXTS = (

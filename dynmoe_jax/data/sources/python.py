@@ -19,8 +19,8 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dynmoe_jax.data.document import Document
-from dynmoe_jax.data.prose import is_prose, passages
+from dynmoe_jax.data.sources.document import Document
+from dynmoe_jax.data.sources.prose import is_prose, passages
 
 MAX_DOCUMENT_BYTES = 100_000
 # Larger files, and files with longer lines on average, are tables written by a program.

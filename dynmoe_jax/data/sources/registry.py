@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynmoe_jax import config
-from dynmoe_jax.data.document import Broken, Document
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.files import read_jsonl, read_text, shown
-from dynmoe_jax.data.parquet import read_parquet
-from dynmoe_jax.data.python_source import read_python
-from dynmoe_jax.data.tfds_source import read_tfds, tfds_identity
+from dynmoe_jax.data.sources.document import Broken, Document
+from dynmoe_jax.data.sources.files import read_jsonl, read_text, shown
+from dynmoe_jax.data.sources.parquet import read_parquet
+from dynmoe_jax.data.sources.python import read_python
+from dynmoe_jax.data.sources.tfds import read_tfds, tfds_identity
 
 KINDS = ("python", "text", "jsonl", "parquet", "tfds")
 _ARGUMENTS = {"text": "GLOB", "jsonl": "GLOB", "parquet": "GLOB", "tfds": "NAME"}

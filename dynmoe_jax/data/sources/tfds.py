@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dynmoe_jax.data.document import Broken, Document, checked, field
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.sources.document import Broken, Document, checked, field
 
 
 def tfds_identity(name: str) -> str:

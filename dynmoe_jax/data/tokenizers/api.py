@@ -9,11 +9,11 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from dynmoe_jax.console import warn
-from dynmoe_jax.data.endings import GENERATION
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.hf_files import ADDED, SETTINGS, SPECIAL
-from dynmoe_jax.data.hf_tokenizer import HfTokenizer
-from dynmoe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from dynmoe_jax.data.tokenizers.endings import GENERATION
+from dynmoe_jax.data.tokenizers.hf import HfTokenizer
+from dynmoe_jax.data.tokenizers.hf_files import ADDED, SETTINGS, SPECIAL
+from dynmoe_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 
 class Tokenizer(Protocol):

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import tokenizers
 
-from dynmoe_jax.data.endings import GENERATION, end_ids, generation_content
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.hf_around import around
-from dynmoe_jax.data.hf_files import (
+from dynmoe_jax.data.tokenizers.endings import GENERATION, end_ids, generation_content
+from dynmoe_jax.data.tokenizers.hf_around import around
+from dynmoe_jax.data.tokenizers.hf_files import (
     MAIN,
     SETTINGS,
     SPECIAL,
@@ -24,7 +24,7 @@ from dynmoe_jax.data.hf_files import (
     library_tokenizer,
     named_tokens,
 )
-from dynmoe_jax.data.hf_folder import read_folder
+from dynmoe_jax.data.tokenizers.hf_folder import read_folder
 
 _LARGEST_ID = 2**24
 # What transformers takes out of decoded text, where the settings ask for it.

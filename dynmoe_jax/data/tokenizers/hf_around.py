@@ -4,7 +4,7 @@ import tokenizers
 from tokenizers import processors
 
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.hf_tokens import Token, content_of
+from dynmoe_jax.data.tokenizers.hf_tokens import Token, content_of
 
 
 def around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.hf_tokens import Token
+from dynmoe_jax.data.tokenizers.hf_tokens import Token
 
 _SPACE = "▁"
 _END = "<|endoftext|>"

@@ -8,9 +8,9 @@ from typing import Any
 
 import tokenizers
 
-from dynmoe_jax.data.endings import GENERATION
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.hf_tokens import NAMED
+from dynmoe_jax.data.tokenizers.endings import GENERATION
+from dynmoe_jax.data.tokenizers.hf_tokens import NAMED
 
 MAIN, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED, MODEL = "added_tokens.json", "tokenizer.model"

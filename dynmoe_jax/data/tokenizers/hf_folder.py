@@ -16,9 +16,9 @@ from tokenizers import AddedToken
 
 from dynmoe_jax.console import warn
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.hf_around import around, check_around, put_around
-from dynmoe_jax.data.hf_classes import CLASSES, build, class_of
-from dynmoe_jax.data.hf_files import (
+from dynmoe_jax.data.tokenizers.hf_around import around, check_around, put_around
+from dynmoe_jax.data.tokenizers.hf_classes import CLASSES, build, class_of
+from dynmoe_jax.data.tokenizers.hf_files import (
     ADDED,
     MAIN,
     MODEL,
@@ -31,8 +31,8 @@ from dynmoe_jax.data.hf_files import (
     named_tokens,
     parse,
 )
-from dynmoe_jax.data.hf_sentencepiece import Model, found_whole
-from dynmoe_jax.data.hf_tokens import NAMED, Tokens, content_of, read_tokens
+from dynmoe_jax.data.tokenizers.hf_sentencepiece import Model, found_whole
+from dynmoe_jax.data.tokenizers.hf_tokens import NAMED, Tokens, content_of, read_tokens
 
 _ENDS = ("bos_token", "eos_token")
 _FLAGS = ("add_bos_token", "add_eos_token")

@@ -16,7 +16,7 @@ from tokenizers import (
 )
 
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.hf_tokens import Token
+from dynmoe_jax.data.tokenizers.hf_tokens import Token
 
 _SPACE = "▁"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4

@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 import sentencepiece
 
-from dynmoe_jax.data.endings import GENERATION, end_ids, generation_content
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.tokenizers.endings import GENERATION, end_ids, generation_content
 
 # Stretches of text that the trainer sees as one "sentence"; no piece crosses their borders.
 _TRAINING_BYTES = 4000

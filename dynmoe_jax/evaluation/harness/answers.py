@@ -16,7 +16,7 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.training.disk import not_writable
+from dynmoe_jax.runs.disk import not_writable
 
 FILE_NAME = "answers.jsonl"
 

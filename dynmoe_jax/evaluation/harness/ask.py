@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.data.endings import ends_of
-from dynmoe_jax.evaluation.answers import AnswerFile
-from dynmoe_jax.evaluation.requests import Answer, Request
-from dynmoe_jax.evaluation.scoring import Scorer
-from dynmoe_jax.evaluation.tree_writing import Prompt, TreeWriter, Written
+from dynmoe_jax.data.tokenizers.endings import ends_of
+from dynmoe_jax.evaluation.harness.answers import AnswerFile
+from dynmoe_jax.evaluation.scoring.requests import Answer, Request
+from dynmoe_jax.evaluation.scoring.scoring import Scorer
+from dynmoe_jax.evaluation.scoring.tree_writing import Prompt, TreeWriter, Written
 from dynmoe_jax.inference.stops import Stops
 
 OnAnswer = Callable[[int], None]

@@ -11,10 +11,15 @@ from lm_eval.tasks import TaskManager
 
 from dynmoe_jax import config
 from dynmoe_jax.console import stage, warn
-from dynmoe_jax.data.files import shown
-from dynmoe_jax.evaluation.harness_quiet import quiet_harness
-from dynmoe_jax.evaluation.item_files import find_items, read_items
-from dynmoe_jax.evaluation.local_items import DataSet, as_data_set, check_examples, usable_docs
+from dynmoe_jax.data.sources.files import shown
+from dynmoe_jax.evaluation.harness.item_files import find_items, read_items
+from dynmoe_jax.evaluation.harness.local_items import (
+    DataSet,
+    as_data_set,
+    check_examples,
+    usable_docs,
+)
+from dynmoe_jax.evaluation.harness.quiet import quiet_harness
 
 ALIASES = {"bbh": "bbh_fewshot"}
 """The harness calls BIG-Bench-Hard with chains of thought ``bbh``.  A model that was only

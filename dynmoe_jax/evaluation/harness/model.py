@@ -15,15 +15,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from dynmoe_jax import config
 from dynmoe_jax.console import stage
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.data.document import well_formed
-from dynmoe_jax.evaluation.answers import AnswerFile
-from dynmoe_jax.evaluation.ask import TextPrompt, ask, ask_texts
+from dynmoe_jax.data.sources.document import well_formed
 from dynmoe_jax.evaluation.expert_use import ExpertUse
-from dynmoe_jax.evaluation.pairs import encode_pair
+from dynmoe_jax.evaluation.harness.answers import AnswerFile
+from dynmoe_jax.evaluation.harness.ask import TextPrompt, ask, ask_texts
+from dynmoe_jax.evaluation.harness.pairs import encode_pair
 from dynmoe_jax.evaluation.remarks import CUT, EMPTY, PARTS, REPLACED, SHORTER, Remarks
-from dynmoe_jax.evaluation.requests import Answer, Request, in_parts
-from dynmoe_jax.evaluation.scoring import Scorer
-from dynmoe_jax.evaluation.tree_writing import TreeWriter
+from dynmoe_jax.evaluation.scoring.requests import Answer, Request, in_parts
+from dynmoe_jax.evaluation.scoring.scoring import Scorer
+from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.inference.stops import Stops
 
 

@@ -10,15 +10,15 @@ from lm_eval.evaluator import simple_evaluate
 
 from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.evaluation.answers import AnswerFile
-from dynmoe_jax.evaluation.harness_model import HarnessModel
-from dynmoe_jax.evaluation.harness_quiet import quiet_harness
-from dynmoe_jax.evaluation.scoring import Scorer
-from dynmoe_jax.evaluation.task_page import write_page
-from dynmoe_jax.evaluation.task_results import TaskResult, collect, write_results
-from dynmoe_jax.evaluation.task_tables import print_tables
-from dynmoe_jax.evaluation.tree_writing import TreeWriter
-from dynmoe_jax.training.formatting import decimals
+from dynmoe_jax.evaluation.harness.answers import AnswerFile
+from dynmoe_jax.evaluation.harness.model import HarnessModel
+from dynmoe_jax.evaluation.harness.quiet import quiet_harness
+from dynmoe_jax.evaluation.report.task_page import write_page
+from dynmoe_jax.evaluation.report.task_results import TaskResult, collect, write_results
+from dynmoe_jax.evaluation.report.task_tables import print_tables
+from dynmoe_jax.evaluation.scoring.scoring import Scorer
+from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
+from dynmoe_jax.runs.formatting import decimals
 
 
 def run_tasks(

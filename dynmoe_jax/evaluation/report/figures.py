@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dynmoe_jax.evaluation.report_series import History, smooth, thin
-from dynmoe_jax.evaluation.report_theme import CYCLE, Canvas, Picture, integer_ticks, legend, light
-from dynmoe_jax.training.formatting import decimals
-from dynmoe_jax.training.summary import Summary
+from dynmoe_jax.evaluation.report.series import History, smooth, thin
+from dynmoe_jax.evaluation.report.theme import CYCLE, Canvas, Picture, integer_ticks, legend, light
+from dynmoe_jax.runs.formatting import decimals
+from dynmoe_jax.runs.summary import Summary
 
 # Up to here every layer can have a line of its own that the eye can follow.
 _LAYERS_AS_LINES = 6

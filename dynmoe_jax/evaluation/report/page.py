@@ -7,19 +7,14 @@ from typing import Any
 import numpy as np
 
 from dynmoe_jax.config import Config, differences, walk
-from dynmoe_jax.evaluation.report_figures import training_pictures
-from dynmoe_jax.evaluation.report_parts import coloured, escaped, page, section, table_of
-from dynmoe_jax.evaluation.report_routing_figures import routing_pictures
-from dynmoe_jax.evaluation.report_series import History
-from dynmoe_jax.evaluation.report_theme import Canvas, figure_style
-from dynmoe_jax.training.formatting import (
-    compact,
-    decimals,
-    duration,
-    percent,
-)
-from dynmoe_jax.training.records import write_atomically
-from dynmoe_jax.training.summary import Sample, Summary
+from dynmoe_jax.evaluation.report.figures import training_pictures
+from dynmoe_jax.evaluation.report.parts import coloured, escaped, page, section, table_of
+from dynmoe_jax.evaluation.report.routing_figures import routing_pictures
+from dynmoe_jax.evaluation.report.series import History
+from dynmoe_jax.evaluation.report.theme import Canvas, figure_style
+from dynmoe_jax.runs.formatting import compact, decimals, duration, percent
+from dynmoe_jax.runs.records import write_atomically
+from dynmoe_jax.runs.summary import Sample, Summary
 
 FILE_NAME = "report.html"
 
@@ -41,7 +36,7 @@ def write_report(
     Args:
       workdir: the run's folder.
       config: the run's settings.
-      metrics: the lines of metrics.jsonl, as :func:`~dynmoe_jax.training.metrics.read_metrics`
+      metrics: the lines of metrics.jsonl, as :func:`~dynmoe_jax.runs.metrics_file.read_metrics`
         gives them; any of them may lack names or hold NaN.
       summary: the run's results.
 

@@ -4,8 +4,8 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from dynmoe_jax.evaluation.report_theme import HEAT, Picture, style_sheet
-from dynmoe_jax.training.formatting import decimals, printable
+from dynmoe_jax.evaluation.report.theme import HEAT, Picture, style_sheet
+from dynmoe_jax.runs.formatting import decimals, printable
 
 
 def page(title: str, body: Iterable[str]) -> str:

@@ -5,9 +5,9 @@ Axis letters: N MoE layers, E experts, K the bound on experts per token.
 
 import numpy as np
 
-from dynmoe_jax.evaluation.report_theme import CYCLE, Canvas, Picture, integer_ticks, legend, light
-from dynmoe_jax.training.formatting import decimals, percent, printable
-from dynmoe_jax.training.summary import HeldOut
+from dynmoe_jax.evaluation.report.theme import CYCLE, Canvas, Picture, integer_ticks, legend, light
+from dynmoe_jax.runs.formatting import decimals, percent, printable
+from dynmoe_jax.runs.summary import HeldOut
 
 # One fewer than there are colours, so that thirty domains look different from each other.
 _MARKERS = "osD^v"

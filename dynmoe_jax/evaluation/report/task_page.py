@@ -8,8 +8,10 @@ import numpy as np
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.evaluation import paper
 from dynmoe_jax.evaluation.expert_use import Example, ExpertUse
-from dynmoe_jax.evaluation.report_parts import coloured, escaped, page, section, table_of
-from dynmoe_jax.evaluation.report_theme import (
+from dynmoe_jax.evaluation.report.parts import coloured, escaped, page, section, table_of
+from dynmoe_jax.evaluation.report.task_results import TaskResult
+from dynmoe_jax.evaluation.report.task_tables import percents
+from dynmoe_jax.evaluation.report.theme import (
     CYCLE,
     Canvas,
     Picture,
@@ -18,11 +20,9 @@ from dynmoe_jax.evaluation.report_theme import (
     legend,
     light,
 )
-from dynmoe_jax.evaluation.task_results import TaskResult
-from dynmoe_jax.evaluation.task_tables import percents
 from dynmoe_jax.inference.pieces import Pieces
-from dynmoe_jax.training.formatting import MISSING, decimals
-from dynmoe_jax.training.records import write_atomically
+from dynmoe_jax.runs.formatting import MISSING, decimals
+from dynmoe_jax.runs.records import write_atomically
 
 FILE_NAME = "tasks.html"
 _LINES = ("-", "--", ":")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_jax.evaluation.expert_use import ExpertUse, TaskUse
-from dynmoe_jax.training.records import to_json, write_atomically
+from dynmoe_jax.runs.records import to_json, write_atomically
 
 FILE_NAME = "results.json"
 # What a task is judged by, the first that it has.

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from dynmoe_jax.console import console, titled_table
 from dynmoe_jax.evaluation import paper
-from dynmoe_jax.evaluation.task_results import TaskResult
-from dynmoe_jax.training.formatting import MISSING, decimals, printable
+from dynmoe_jax.evaluation.report.task_results import TaskResult
+from dynmoe_jax.runs.formatting import MISSING, decimals, printable
 
 
 def print_tables(results: Mapping[str, TaskResult]) -> None:

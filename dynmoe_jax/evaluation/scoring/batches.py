@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from dynmoe_jax.evaluation.prefix_tree import Tree, build_tree, group_texts
-from dynmoe_jax.evaluation.requests import Request
+from dynmoe_jax.evaluation.scoring.prefix_tree import Tree, build_tree, group_texts
+from dynmoe_jax.evaluation.scoring.requests import Request
 
 SHORTEST_ROW = 256
 """Tokens.  Rows are SHORTEST_ROW times a power of two long, so few programs are compiled."""

@@ -19,9 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.data import check_ids
-from dynmoe_jax.evaluation.batches import Batch, lay_out, make_batches
-from dynmoe_jax.evaluation.requests import Answer, Request
-from dynmoe_jax.evaluation.tree_attention import attend_in_trees
+from dynmoe_jax.evaluation.scoring.batches import Batch, lay_out, make_batches
+from dynmoe_jax.evaluation.scoring.requests import Answer, Request
+from dynmoe_jax.evaluation.scoring.tree_attention import attend_in_trees
 from dynmoe_jax.model import Decoder
 
 CHUNK = 256

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.model.attention import Attention
-from dynmoe_jax.model.attention_tiles import tile_edges
+from dynmoe_jax.model.kernels.attention.tiled import tile_edges
 
 
 def attend_in_trees(decoder: nnx.Module, ends_BL: Int[Array, "B L"]) -> None:
@@ -40,7 +40,7 @@ def tree_attention(
     """Each token attends to itself and to the tokens above it; scores are float32.
 
     In tiles of queries, of which each meets the keys up to its end alone, as in
-    :mod:`dynmoe_jax.model.attention_tiles`.
+    :mod:`dynmoe_jax.model.kernels.attention.tiled`.
     """
     batch, length, heads, width = query_BLHW.shape
     groups = key_BLGW.shape[2]

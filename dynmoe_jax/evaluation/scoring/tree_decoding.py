@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from dynmoe_jax.evaluation.tree_attention import tree_attention
+from dynmoe_jax.evaluation.scoring.tree_attention import tree_attention
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.cache import stacked, through
 
@@ -60,7 +60,7 @@ def begin(
     Args:
       structure: of a decoder.
       params: its parameters.
-      tokens_BL: trees of prompts, see :class:`dynmoe_jax.evaluation.batches.Batch`.
+      tokens_BL: trees of prompts, see :class:`dynmoe_jax.evaluation.scoring.batches.Batch`.
       segment_ids_BL: 0 for padding.
       positions_BL: of each token in its prompt.
       ends_BL: one past the last token below each.

@@ -15,9 +15,9 @@ from flax import nnx
 from jaxtyping import Int
 
 from dynmoe_jax.data import check_ids
-from dynmoe_jax.evaluation.batches import Batch, lay_out, make_batches
-from dynmoe_jax.evaluation.requests import Request
-from dynmoe_jax.evaluation.tree_decoding import begin, write
+from dynmoe_jax.evaluation.scoring.batches import Batch, lay_out, make_batches
+from dynmoe_jax.evaluation.scoring.requests import Request
+from dynmoe_jax.evaluation.scoring.tree_decoding import begin, write
 from dynmoe_jax.model import Decoder
 
 ROUNDS = (16, 64, 256)

@@ -9,13 +9,13 @@ import importlib.util
 import jax.numpy as jnp
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.accounting import chip_of, vmem_bytes
-from dynmoe_jax.experts.grouped_products import XLA, GroupedProducts
-from dynmoe_jax.experts.megablox_products import megablox_products
-from dynmoe_jax.experts.tokamax_products import tokamax_products
-from dynmoe_jax.experts.triton_tiling import WIDTH_MULTIPLE
-from dynmoe_jax.native import library
-from dynmoe_jax.target import Target
+from dynmoe_jax.experts.kernels.contract import XLA, GroupedProducts
+from dynmoe_jax.experts.kernels.gpu.tiling import WIDTH_MULTIPLE
+from dynmoe_jax.experts.kernels.gpu.tokamax import tokamax_products
+from dynmoe_jax.experts.kernels.tpu.gmm import megablox_products
+from dynmoe_jax.hardware.chips import chip_of, vmem_bytes
+from dynmoe_jax.hardware.native import library
+from dynmoe_jax.hardware.target import Target
 
 SETTING = "config.model.moe.grouped_product"
 MODULES = {
@@ -64,10 +64,10 @@ def choose_products(
 
     What was asked for, if anything; otherwise:
 
-    1. CPU: ``native``, kernels of our own (:mod:`.native`), where a C++ compiler is installed and
-       the rows are float32.  Otherwise ``blocks``, a loop over the blocks of rows used.
+    1. CPU: ``native``, kernels of our own (:mod:`.cpu.native`), where a C++ compiler is installed
+       and the rows are float32.  Otherwise ``blocks``, a loop over the blocks of rows used.
        ``lax.ragged_dot`` is dense over the experts there: 23 times slower at 16 experts
-       (:mod:`.blocks`).
+       (:mod:`.cpu.blocks`).
     2. TPU: ``megablox``.  Its three kernels visit used rows alone.  XLA's forward and input
        gradient do so too, but its weight gradient is dense with the compiler of jax 0.10 (compiled
        for v5p: 16 times the FLOPs at 16 experts; not by that of jax 0.12), and its tile for the
@@ -75,10 +75,10 @@ def choose_products(
        times.  tokamax has the same kernels, but shapes outside its table of tuned tiles, the
        paper's among them, get tiles of 128 x 128 x 128.  Not measured: there was no TPU.  With it
        go kernels of our own that fuse gate, up and SwiGLU, where D and F are multiples of 128 and a
-       tile of whole rows fits into the fast memory (:mod:`.swiglu_tiling`).
+       tile of whole rows fits into the fast memory (:mod:`.tpu.swiglu_tiling`).
        Types other than bfloat16 and float32, which Megablox does not know: ``xla``.
     3. NVIDIA GPU from Ampere on, numbers of 16 bits, widths that are multiples of 128:
-       ``triton``, kernels of our own (:mod:`.triton_products`), also fused with SwiGLU.  XLA's
+       ``triton``, kernels of our own (:mod:`.gpu.gmm`), also fused with SwiGLU.  XLA's
        lowering is dense: in jaxlib 0.10.1 and 0.10.2 forward as well (22 TFLOP/s, where 1470 were
        possible, on a B200: marin-community/marin#7012), and the weight gradient by design
        (openxla/xla#40189; by jax 0.12 still, compiled for H100).  JAX's own Triton lowering is in
@@ -164,7 +164,7 @@ def make_products(name: str, target: Target) -> GroupedProducts:
         return megablox_products(flops_per_byte(target), vmem_bytes(target))
     if name == "triton":
         # Not installed everywhere, and JAX says that it will go.
-        from dynmoe_jax.experts.triton_products import triton_products
+        from dynmoe_jax.experts.kernels.gpu.gmm import triton_products
 
         return triton_products(target.shared_bytes)
     if name == "tokamax":
@@ -173,6 +173,7 @@ def make_products(name: str, target: Target) -> GroupedProducts:
 
 
 def flops_per_byte(target: Target) -> float:
-    """Peak rate of a TPU over that of its memory, from the data sheets in :mod:`.accounting`."""
+    """Peak rate of a TPU over that of its memory, from the data sheets in
+    :mod:`dynmoe_jax.hardware.chips`."""
     chip = chip_of(target.kind)
     return chip.flops_per_s / chip.bytes_per_s if chip else OTHER_FLOPS_PER_BYTE

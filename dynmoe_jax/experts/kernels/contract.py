@@ -1,6 +1,6 @@
 """Products of rows with the matrix of the expert whose group they stand in.
 
-One interface, several implementations; :mod:`.product_choice` says which one a machine uses.
+One interface, several implementations; :mod:`.choice` says which one a machine uses.
 
 Axis legend: R rows sorted by expert, E experts, I and O the inner and outer width of a matrix.
 """
@@ -44,7 +44,7 @@ class GroupedProducts:
       swiglu: (rows, type, weights) -> kernels that fuse the first half of the experts, or None
         where there are none for such shapes; see :mod:`.swiglu`.
       sum_of_rows: (y_RO, token_R, group_size_E, row_TK) -> y_TO, the sum of the rows of each token,
-        or None where there is no kernel for such shapes; see :mod:`.combine_kernels`.
+        or None where there is no kernel for such shapes; see :mod:`.tpu.combine`.
     """
 
     name: str

@@ -6,7 +6,7 @@ gradient that is dense over the experts, and scatters in place of gathers.
 
 Kernels visit used rows alone, but element-wise arithmetic and memory follow the static bound R.
 So the rows are cut: the first S, always computed, whose gate and up activations are kept for
-backward, unless to compute them again is cheaper (:mod:`.swiglu_kernels`); and the rest, in chunks
+backward, unless to compute them again is cheaper (:mod:`.tpu.swiglu`); and the rest, in chunks
 of n rows, of which a loop visits those that are used and whose activations backward recomputes.  A
 trained router seldom needs one.  S is ``saved_rows_per_token`` times T (the usual number of rows if
 that is 0), less where other devices have the other experts.  (Where ``remat`` recomputes whole
@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dynmoe_jax.experts.combine import add_up
-from dynmoe_jax.experts.grouped_products import GroupedProducts
+from dynmoe_jax.experts.kernels.combine import add_up
+from dynmoe_jax.experts.kernels.contract import GroupedProducts
+from dynmoe_jax.experts.kernels.swiglu import SwiGLU, plain_swiglu
 from dynmoe_jax.experts.rows import Rows
-from dynmoe_jax.experts.swiglu import SwiGLU, plain_swiglu
 from dynmoe_jax.experts.weights import ExpertWeights
 
 USUAL_ROWS_PER_TOKEN = 2.0

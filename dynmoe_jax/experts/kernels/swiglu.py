@@ -1,7 +1,7 @@
 """The half of an expert before its last product: gate and up, SwiGLU, combine weight.
 
 One interface: in terms of grouped products here, or fused with them
-(:mod:`.swiglu_kernels` for TPU, :mod:`.triton_swiglu` for GPU), of which this is the twin.
+(:mod:`.tpu.swiglu` for TPU, :mod:`.gpu.swiglu` for GPU), of which this is the twin.
 
 Axis legend: n rows of one part, E experts, D model width, F hidden width of an expert.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dynmoe_jax.experts.grouped_products import GroupedProducts
+from dynmoe_jax.experts.kernels.contract import GroupedProducts
 from dynmoe_jax.experts.weights import ExpertWeights
 
 FORWARD, BACKWARD = "grouped_swiglu", "grouped_swiglu_gradient"

@@ -3,9 +3,9 @@
 import functools
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.exchange import Exchanged, all_to_all, ragged_all_to_all
-from dynmoe_jax.experts.transport import Transport, ring
-from dynmoe_jax.target import Target, current_target
+from dynmoe_jax.experts.parallel.exchange import Exchanged, all_to_all, ragged_all_to_all
+from dynmoe_jax.experts.parallel.transport import Transport, ring
+from dynmoe_jax.hardware.target import Target, current_target
 
 SETTING = "config.model.moe.transport"
 USUAL_EXPERTS_PER_TOKEN = 1.76

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from dynmoe_jax.axes import EXPERT
+from dynmoe_jax.experts.parallel.transport import ARRIVED
 from dynmoe_jax.experts.permute import take
 from dynmoe_jax.experts.rows import Slots
-from dynmoe_jax.experts.transport import ARRIVED
+from dynmoe_jax.mesh.axes import EXPERT
 
 Exchange = Callable[
     [Float[Array, "n C X"], Int[Array, "n"], Int[Array, "n"]], Float[Array, "n C X"]
@@ -77,7 +77,7 @@ class Exchanged:
     tokens_per_pair: float = 0.0
 
     def __call__(self, x_TD, slots, compute):
-        """See :class:`~dynmoe_jax.experts.transport.Transport`."""
+        """See :class:`~dynmoe_jax.experts.parallel.transport.Transport`."""
         tokens, devices = x_TD.shape[0], jax.lax.axis_size(EXPERT)
         count = slots.num_experts // devices
         there = jax.vmap(lambda n: slots.among(n * count, count))(jnp.arange(devices))

@@ -10,12 +10,12 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.axes import BATCH, EXPERT, MODEL, mesh_sizes, on_one_device, parameter_spec
-from dynmoe_jax.collectives import each_device, gathered_experts, gathered_halves, sum_over
 from dynmoe_jax.experts.backend import Backend
+from dynmoe_jax.experts.parallel.transport import Transport
 from dynmoe_jax.experts.rows import row_bound, rows_from_slots, within_budget
-from dynmoe_jax.experts.transport import Transport
 from dynmoe_jax.experts.weights import ExpertWeights
+from dynmoe_jax.mesh.axes import BATCH, EXPERT, MODEL, mesh_sizes, on_one_device, parameter_spec
+from dynmoe_jax.mesh.collectives import each_device, gathered_experts, gathered_halves, sum_over
 from dynmoe_jax.routing import Routing
 
 

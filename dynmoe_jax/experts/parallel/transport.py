@@ -15,8 +15,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.axes import EXPERT
 from dynmoe_jax.experts.rows import Slots
+from dynmoe_jax.mesh.axes import EXPERT
 
 Compute = Callable[[Float[Array, "S D"], Slots], tuple[Float[Array, "S D"], Int[Array, ""]]]
 """(x_SD, slots among the experts of this device) -> (their part of y_SD, rows dropped)."""

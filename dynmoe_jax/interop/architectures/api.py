@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.layouts import Shape
-from dynmoe_jax.interop.mapping import Rule
+from dynmoe_jax.interop.architectures.layouts import Shape
+from dynmoe_jax.interop.architectures.mapping import Rule
 
 
 def no_idle_tensors(model: config.Model) -> dict[str, Shape]:

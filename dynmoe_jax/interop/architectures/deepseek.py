@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.llama import (
+from dynmoe_jax.interop.architectures.api import Architecture
+from dynmoe_jax.interop.architectures.llama import (
     BUFFERS,
     DECODER_RULES,
     DEFAULTS,
@@ -22,8 +22,8 @@ from dynmoe_jax.interop.llama import (
     decoder_settings_to_hf,
     without_head_width,
 )
-from dynmoe_jax.interop.mapping import GATE, UP, Rule
-from dynmoe_jax.interop.moe_layers import grouping, moe_layers
+from dynmoe_jax.interop.architectures.mapping import GATE, UP, Rule
+from dynmoe_jax.interop.architectures.moe_layers import grouping, moe_layers
 from dynmoe_jax.interop.settings import read_settings
 
 _DEFAULTS = DEFAULTS | {

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.layouts import Linear, Same
-from dynmoe_jax.interop.llama import (
+from dynmoe_jax.interop.architectures.api import Architecture
+from dynmoe_jax.interop.architectures.layouts import Linear, Same
+from dynmoe_jax.interop.architectures.llama import (
     BUFFERS,
     DEFAULTS,
     LAYER,
@@ -22,7 +22,7 @@ from dynmoe_jax.interop.llama import (
     decoder_settings,
     decoder_settings_to_hf,
 )
-from dynmoe_jax.interop.mapping import GATE, UP, Rule
+from dynmoe_jax.interop.architectures.mapping import GATE, UP, Rule
 from dynmoe_jax.interop.settings import read_settings
 
 _DEFAULTS = DEFAULTS | {"expert_frequency": 2, "top_p_threshold": 0.4, "norm_topk_prob": False}

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.architecture import Architecture
+from dynmoe_jax.interop.architectures.api import Architecture
+from dynmoe_jax.interop.architectures.layouts import Linear, Same
+from dynmoe_jax.interop.architectures.mapping import GATE, UP, Rule
 from dynmoe_jax.interop.errors import CheckpointError, shown
-from dynmoe_jax.interop.layouts import Linear, Same
-from dynmoe_jax.interop.mapping import GATE, UP, Rule
 from dynmoe_jax.interop.settings import check_count, read_settings, rope_theta
 
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from dynmoe_jax import config
+from dynmoe_jax.interop.architectures.layouts import LINEAR, Layout, Shape
 from dynmoe_jax.interop.errors import CheckpointError
-from dynmoe_jax.interop.layouts import LINEAR, Layout, Shape
 
 Path = tuple[str | int, ...]
 GATE, UP = 0, 1

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.llama import (
+from dynmoe_jax.interop.architectures.api import Architecture
+from dynmoe_jax.interop.architectures.llama import (
     DECODER_RULES,
     DEFAULTS,
     LAYER,
@@ -13,7 +13,7 @@ from dynmoe_jax.interop.llama import (
     decoder_settings,
     decoder_settings_to_hf,
 )
-from dynmoe_jax.interop.mapping import GATE, UP, Rule
+from dynmoe_jax.interop.architectures.mapping import GATE, UP, Rule
 from dynmoe_jax.interop.settings import check_alias, check_window, read_settings
 
 _DEFAULTS = DEFAULTS | {

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.layouts import Folded
-from dynmoe_jax.interop.llama import (
+from dynmoe_jax.interop.architectures.api import Architecture
+from dynmoe_jax.interop.architectures.layouts import Folded
+from dynmoe_jax.interop.architectures.llama import (
     DECODER_RULES,
     DEFAULTS,
     EXPERT_RULES,
@@ -17,7 +17,7 @@ from dynmoe_jax.interop.llama import (
     decoder_settings_to_hf,
     without_head_width,
 )
-from dynmoe_jax.interop.mapping import Rule
+from dynmoe_jax.interop.architectures.mapping import Rule
 from dynmoe_jax.interop.settings import check_alias, check_window, read_settings
 
 _DEFAULTS = DEFAULTS | {

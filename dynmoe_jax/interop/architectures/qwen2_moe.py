@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.errors import CheckpointError, shown
-from dynmoe_jax.interop.layouts import Folded, Shape
-from dynmoe_jax.interop.llama import (
+from dynmoe_jax.interop.architectures.api import Architecture
+from dynmoe_jax.interop.architectures.layouts import Folded, Shape
+from dynmoe_jax.interop.architectures.llama import (
     DECODER_RULES,
     DEFAULTS,
     DENSE_RULES,
@@ -22,8 +21,9 @@ from dynmoe_jax.interop.llama import (
     decoder_settings,
     decoder_settings_to_hf,
 )
-from dynmoe_jax.interop.mapping import GATE, UP, Rule
-from dynmoe_jax.interop.moe_layers import grouping, moe_layers
+from dynmoe_jax.interop.architectures.mapping import GATE, UP, Rule
+from dynmoe_jax.interop.architectures.moe_layers import grouping, moe_layers
+from dynmoe_jax.interop.errors import CheckpointError, shown
 from dynmoe_jax.interop.settings import check_count, check_window, read_settings
 
 _DEFAULTS = DEFAULTS | {

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.architecture import Architecture
-from dynmoe_jax.interop.deepseek import DEEPSEEK
-from dynmoe_jax.interop.dynamic_moe import DYNAMIC_MOE
+from dynmoe_jax.interop.architectures.api import Architecture
+from dynmoe_jax.interop.architectures.deepseek import DEEPSEEK
+from dynmoe_jax.interop.architectures.dynamic_moe import DYNAMIC_MOE
+from dynmoe_jax.interop.architectures.llama import LLAMA
+from dynmoe_jax.interop.architectures.mixtral import MIXTRAL
+from dynmoe_jax.interop.architectures.moe_layers import moe_layers
+from dynmoe_jax.interop.architectures.olmoe import OLMOE
+from dynmoe_jax.interop.architectures.qwen2_moe import QWEN2_MOE
 from dynmoe_jax.interop.errors import CheckpointError
-from dynmoe_jax.interop.llama import LLAMA
-from dynmoe_jax.interop.mixtral import MIXTRAL
-from dynmoe_jax.interop.moe_layers import moe_layers
-from dynmoe_jax.interop.olmoe import OLMOE
-from dynmoe_jax.interop.qwen2_moe import QWEN2_MOE
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture

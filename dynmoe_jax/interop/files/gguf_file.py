@@ -13,11 +13,11 @@ import gguf
 import numpy as np
 
 from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.interop.architectures.layouts import Shape
 from dynmoe_jax.interop.errors import CheckpointError, named
-from dynmoe_jax.interop.gguf_endings import ends_in_gguf
-from dynmoe_jax.interop.gguf_settings import llama_settings
-from dynmoe_jax.interop.gguf_tokenizer import tokenizer_of
-from dynmoe_jax.interop.layouts import Shape
+from dynmoe_jax.interop.files.gguf_endings import ends_in_gguf
+from dynmoe_jax.interop.files.gguf_settings import llama_settings
+from dynmoe_jax.interop.files.gguf_tokenizer import tokenizer_of
 
 _LAYER = "model.layers.{layer}."
 _NAMES = {

@@ -8,11 +8,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from dynmoe_jax.data import DataError
-from dynmoe_jax.data.hf_around import put_around
-from dynmoe_jax.data.hf_files import MAIN, SETTINGS
-from dynmoe_jax.data.hf_tokenizer import HfTokenizer
+from dynmoe_jax.data.tokenizers.hf import HfTokenizer
+from dynmoe_jax.data.tokenizers.hf_around import put_around
+from dynmoe_jax.data.tokenizers.hf_files import MAIN, SETTINGS
 from dynmoe_jax.interop.errors import CheckpointError
-from dynmoe_jax.interop.gguf_vocabulary import GgufVocabulary
+from dynmoe_jax.interop.files.gguf_vocabulary import GgufVocabulary
 
 _CONTROL, _USER_DEFINED = 3, 4
 """Kinds of tokens that are found in a text before it is cut."""

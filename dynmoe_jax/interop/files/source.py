@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from dynmoe_jax.data import Tokenizer, open_tokenizer
-from dynmoe_jax.data.endings import GENERATION, named_ends
-from dynmoe_jax.data.hf_files import holds_tokenizer
+from dynmoe_jax.data.tokenizers.endings import GENERATION, named_ends
+from dynmoe_jax.data.tokenizers.hf_files import holds_tokenizer
+from dynmoe_jax.interop.architectures.layouts import Shape
 from dynmoe_jax.interop.errors import CheckpointError
-from dynmoe_jax.interop.gguf_file import MAGIC, GgufFile
-from dynmoe_jax.interop.layouts import Shape
-from dynmoe_jax.interop.tensor_files import (
+from dynmoe_jax.interop.files.gguf_file import MAGIC, GgufFile
+from dynmoe_jax.interop.files.tensor_files import (
     read_json,
     read_tensors,
     tensor_files,

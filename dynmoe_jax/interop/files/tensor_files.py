@@ -13,8 +13,8 @@ import ml_dtypes  # noqa: F401
 import numpy as np
 import safetensors
 
+from dynmoe_jax.interop.architectures.layouts import Shape
 from dynmoe_jax.interop.errors import CheckpointError, named, shown
-from dynmoe_jax.interop.layouts import Shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")

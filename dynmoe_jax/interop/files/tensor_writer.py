@@ -14,8 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dynmoe_jax.interop.layouts import Shape
-from dynmoe_jax.interop.tensor_files import INDEX, SINGLE, write_json
+from dynmoe_jax.interop.architectures.layouts import Shape
+from dynmoe_jax.interop.files.tensor_files import INDEX, SINGLE, write_json
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {"float32": "F32", "bfloat16": "BF16"}

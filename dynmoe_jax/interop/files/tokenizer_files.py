@@ -9,9 +9,9 @@ from tokenizers import decoders, models, normalizers, processors
 
 from dynmoe_jax.console import warn
 from dynmoe_jax.data import SentencePieceTokenizer, Tokenizer
-from dynmoe_jax.data.hf_files import MAIN, SETTINGS
-from dynmoe_jax.data.hf_sentencepiece import merges_of
-from dynmoe_jax.data.hf_tokenizer import HfTokenizer
+from dynmoe_jax.data.tokenizers.hf import HfTokenizer
+from dynmoe_jax.data.tokenizers.hf_files import MAIN, SETTINGS
+from dynmoe_jax.data.tokenizers.hf_sentencepiece import merges_of
 
 _SPACE = "▁"
 PROBES = (

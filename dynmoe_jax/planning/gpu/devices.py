@@ -7,8 +7,8 @@ import os
 import jax
 
 from dynmoe_jax import config
-from dynmoe_jax.planning.topology import Topology
-from dynmoe_jax.target import Target
+from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.planning.tpu.topology import Topology
 
 PLUGIN = "jax-cuda13-plugin"
 _NO_GPU_HERE = {

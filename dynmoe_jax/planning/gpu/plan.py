@@ -2,7 +2,7 @@
 
 By arithmetic nothing is known of what a compiler would add: a part of the model takes the time of
 its products at the peak rate or of its bytes through main memory, whichever is longer.  Compiled
-(:mod:`.gpu_roofline`), the same is counted for every operation.  What travels is arithmetic.
+(:mod:`.roofline`), the same is counted for every operation.  What travels is arithmetic.
 
 Axis legend: T tokens, L positions, R rows, E experts, D model width, F hidden width, H heads, G
 key/value heads, W head width, N layers, V vocabulary.
@@ -16,16 +16,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import saved_rows_per_token
-from dynmoe_jax.experts.accounting import expert_weight_bytes, layer_cost
-from dynmoe_jax.planning.collectives import Transfer
+from dynmoe_jax.hardware.chips import expert_weight_bytes, layer_cost
+from dynmoe_jax.mesh.make_mesh import state_shardings
 from dynmoe_jax.planning.compile import compile_step, state_shapes, with_shardings
-from dynmoe_jax.planning.dense import dense_over_experts
-from dynmoe_jax.planning.gpu_roofline import GpuRoofline
+from dynmoe_jax.planning.gpu.roofline import GpuRoofline
+from dynmoe_jax.planning.hlo.collectives import Transfer
+from dynmoe_jax.planning.hlo.dense import dense_over_experts
+from dynmoe_jax.planning.hlo.schedule import Operation
 from dynmoe_jax.planning.memory import MemoryPlan, memory_plan, remedy, shard_bytes
 from dynmoe_jax.planning.plan import FlopsPlan, Plan, TimePlan, analytic_flops, new_plan, traffic_of
-from dynmoe_jax.planning.schedule import Operation
-from dynmoe_jax.planning.topology import Topology
-from dynmoe_jax.training.mesh import state_shardings
+from dynmoe_jax.planning.tpu.topology import Topology
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state
 
@@ -159,17 +159,19 @@ class _Step:
         parts = [
             self._part("model.attention: Attention", "projections", model.num_layers, self._heads),
             self._part("model.attention: Attention", "scores", model.num_layers, scores / tensor),
-            self._part("model.routed: routed", "router", sparse, router),
+            self._part("model.kernels.norm.router_logits: routed", "router", sparse, router),
             self._feed_forward(
                 "model.feed_forward: DenseFeedForward",
                 "feed-forward",
                 model.num_layers - sparse,
                 (T, 1, model.hidden_width),
             ),
-            self._feed_forward("experts.parallel: apply_experts", "experts", sparse, of_experts),
+            self._feed_forward(
+                "experts.parallel.shard: apply_experts", "experts", sparse, of_experts
+            ),
             self._feed_forward(shared, "shared expert", sparse, (T, 1, moe.shared_hidden_width)),
             self._part(
-                "model.cross_entropy: cross_entropy_sums",
+                "model.kernels.cross_entropy.chunked: cross_entropy_sums",
                 "logits",
                 1,
                 2 * T * model.width * model.vocab_size / tensor,

@@ -12,11 +12,11 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from dynmoe_jax.experts.accounting import Chip
-from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.planning.instruction import Instruction, Shape
-from dynmoe_jax.planning.products import Product, product_of
-from dynmoe_jax.planning.schedule import Operation
+from dynmoe_jax.hardware.chips import Chip
+from dynmoe_jax.planning.hlo.instruction import Instruction, Shape
+from dynmoe_jax.planning.hlo.module import Module
+from dynmoe_jax.planning.hlo.products import Product, product_of
+from dynmoe_jax.planning.hlo.schedule import Operation
 
 _FREE = (
     "parameter", "constant", "bitcast", "get-tuple-element", "tuple", "while", "conditional",

@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from dynmoe_jax.experts.accounting import Chip
-from dynmoe_jax.planning.instruction import Instruction
+from dynmoe_jax.hardware.chips import Chip
+from dynmoe_jax.planning.hlo.instruction import Instruction
 
 KINDS = (
     "all-gather",

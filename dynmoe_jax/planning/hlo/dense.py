@@ -1,7 +1,7 @@
 """Finds products that would make a step pay for experts that nobody chose."""
 
 from dynmoe_jax import config
-from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.planning.hlo.module import Module
 
 
 def dense_over_experts(module: Module, model: config.Model, sizes: dict[str, int]) -> list[str]:

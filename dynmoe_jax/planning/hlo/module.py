@@ -8,7 +8,7 @@ that the loop's condition compares its counter with.
 Two things are decided by data: how often a loop runs whose bound is no constant, and which branch a
 conditional takes.  Either everything is counted once ("at most" would be more for such a loop), or
 what is *usual*: the shortest branch, and no round of such a loop.  That is how this project's
-experts treat rows beyond the usual number (``experts/ragged.py``).
+experts treat rows beyond the usual number (``experts/kernels/grouped.py``).
 """
 
 import collections
@@ -16,9 +16,9 @@ import math
 import re
 from collections.abc import Iterator
 
-from dynmoe_jax.planning.instruction import Instruction, Shape, parse_instruction
-from dynmoe_jax.planning.products import Product, product_of
-from dynmoe_jax.planning.sources import Sources
+from dynmoe_jax.planning.hlo.instruction import Instruction, Shape, parse_instruction
+from dynmoe_jax.planning.hlo.products import Product, product_of
+from dynmoe_jax.planning.hlo.sources import Sources
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")

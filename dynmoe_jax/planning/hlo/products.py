@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from dynmoe_jax.experts.swiglu import BACKWARD, FORWARD, KEPT_BACKWARD
-from dynmoe_jax.planning.instruction import Instruction, Shape, dimensions
+from dynmoe_jax.experts.kernels.swiglu import BACKWARD, FORWARD, KEPT_BACKWARD
+from dynmoe_jax.planning.hlo.instruction import Instruction, Shape, dimensions
 
 _GROUPED_KERNEL = re.compile(
     r"(?<![a-z])t?gmm(?![a-z])|ragged-dot|ragged_dot"

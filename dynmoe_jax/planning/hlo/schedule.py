@@ -2,11 +2,12 @@
 
 The rule.  A TPU runs the instructions of a computation in their order.  Where the compiler
 estimates cycles, that is their time; a Pallas kernel takes the roofline of its shapes
-(:mod:`.kernels`); a gather of rows, which the compiler estimates at next to nothing, and what it
-does not estimate at all, take at least the time of their bytes through main memory.  An
-asynchronous collective runs beside what stands between its start and its end, one at a time along
-each set of mesh axes; where it is not done by then, or where a collective is synchronous, the
-device waits.  Copies between a chip's two memories that are asynchronous cost nothing.  So
+(:mod:`dynmoe_jax.planning.tpu.kernels`); a gather of rows, which the compiler estimates at next to
+nothing, and what it does not estimate at all, take at least the time of their bytes through main
+memory.  An asynchronous collective runs beside what stands between its start and its end, one at a
+time along each set of mesh axes; where it is not done by then, or where a collective is
+synchronous, the device waits.  Copies between a chip's two memories that are asynchronous cost
+nothing.  So
 
     step time = compute time + collective time that nothing hides.
 """
@@ -16,11 +17,11 @@ import dataclasses
 import math
 import re
 
-from dynmoe_jax.experts.accounting import Chip
-from dynmoe_jax.planning.collectives import Network, Transfer, kind_of
-from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.planning.instruction import Instruction
-from dynmoe_jax.planning.kernels import kernel_cost
+from dynmoe_jax.hardware.chips import Chip
+from dynmoe_jax.planning.hlo.collectives import Network, Transfer, kind_of
+from dynmoe_jax.planning.hlo.instruction import Instruction
+from dynmoe_jax.planning.hlo.module import Module
+from dynmoe_jax.planning.tpu.kernels import kernel_cost
 
 _FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "opt-barrier"}

@@ -12,11 +12,11 @@ import math
 import re
 from collections.abc import Sequence
 
-from dynmoe_jax.experts.accounting import Chip
-from dynmoe_jax.experts.weight_gradient_tiling import block_rows
-from dynmoe_jax.model.flat_kernels import SUM_ROWS
-from dynmoe_jax.planning.instruction import Instruction, Shape
-from dynmoe_jax.planning.products import fused_products, product_kind, product_of
+from dynmoe_jax.experts.kernels.tpu.weight_gradient_tiling import block_rows
+from dynmoe_jax.hardware.chips import Chip
+from dynmoe_jax.model.kernels.attention.flat_kernels import SUM_ROWS
+from dynmoe_jax.planning.hlo.instruction import Instruction, Shape
+from dynmoe_jax.planning.hlo.products import fused_products, product_kind, product_of
 
 _BLOCK = r'\\"{name}\\": (\d+)'
 _FLAT_PRODUCTS = {
@@ -151,13 +151,14 @@ def attention_part(instruction: Instruction) -> str:
 
 
 def is_projection(instruction: Instruction) -> bool:
-    """Whether an instruction is a kernel of :mod:`dynmoe_jax.model.projection`."""
+    """Whether an instruction is a kernel of :mod:`dynmoe_jax.model.kernels.norm.qkv_projection`."""
     names = f"{instruction.name} {instruction.op_name}"
     return instruction.is_kernel and _PROJECTION.search(names) is not None
 
 
 def logits_part(instruction: Instruction) -> str:
-    """``"sums"`` or ``"gradients"`` of :mod:`dynmoe_jax.model.cross_entropy_kernels`, or empty."""
+    """``"sums"`` or ``"gradients"`` of :mod:`dynmoe_jax.model.kernels.cross_entropy.tpu`, or
+    empty."""
     found = _LOGITS.search(f"{instruction.name} {instruction.op_name}")
     return found[1] if found and instruction.is_kernel else ""
 

@@ -8,16 +8,16 @@ import math
 from jax.sharding import Mesh
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.accounting import Chip
-from dynmoe_jax.planning.collectives import Network
+from dynmoe_jax.hardware.chips import Chip
 from dynmoe_jax.planning.compile import TooLarge, compile_step, state_shapes
-from dynmoe_jax.planning.dense import dense_over_experts
-from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.planning.kernels import attention_part, is_projection, kernel_cost, logits_part
+from dynmoe_jax.planning.hlo.collectives import Network
+from dynmoe_jax.planning.hlo.dense import dense_over_experts
+from dynmoe_jax.planning.hlo.module import Module
+from dynmoe_jax.planning.hlo.schedule import Schedule
 from dynmoe_jax.planning.memory import memory_plan, memory_too_large
 from dynmoe_jax.planning.plan import FlopsPlan, Plan, TimePlan, analytic_flops, new_plan, traffic_of
-from dynmoe_jax.planning.schedule import Schedule
-from dynmoe_jax.planning.topology import Topology
+from dynmoe_jax.planning.tpu.kernels import attention_part, is_projection, kernel_cost, logits_part
+from dynmoe_jax.planning.tpu.topology import Topology
 
 BATCH_AXES = ("slice", "data", "expert")
 _DEAREST = 10

@@ -12,7 +12,7 @@ import jax
 from packaging.requirements import Requirement
 
 from dynmoe_jax import config
-from dynmoe_jax.experts.accounting import CHIPS, Chip
+from dynmoe_jax.hardware.chips import CHIPS, Chip
 
 EXAMPLES = "v5p:4x4x4, v6e:8x8, h100:8 or h100:4x8"
 _NAME = re.compile(r"^([a-z0-9]+):(\d+(?:x\d+)*)$")

@@ -7,7 +7,7 @@ import jax
 
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
-from dynmoe_jax.training.collapse import CollapseWatch
+from dynmoe_jax.training.health.collapse import CollapseWatch
 from dynmoe_jax.training.objective import Batch
 
 _WARNED_SKIPS = 20

@@ -15,11 +15,11 @@ import jax
 from jax.stages import Compiled
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import batch_devices
 from dynmoe_jax.command_line import EXIT_OUT_OF_MEMORY
+from dynmoe_jax.mesh.axes import batch_devices
+from dynmoe_jax.mesh.make_mesh import bytes_per_device
 from dynmoe_jax.model.parameters import count_parameters
 from dynmoe_jax.routing import make_router
-from dynmoe_jax.training.mesh import bytes_per_device
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.model.cross_entropy import cross_entropy_sums
+from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
 from dynmoe_jax.model.rotary import Places
 from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.step import TrainState

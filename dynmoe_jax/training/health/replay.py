@@ -1,6 +1,6 @@
 """Runs the step again that a run stopped for, and says where its first bad number arises.
 
-    python -m dynmoe_jax.training.replay --workdir=runs/mine
+    python -m dynmoe_jax.training.health.replay --workdir=runs/mine
 
 Reads what the run kept in ``WORKDIR/not_finite/STEP``; nothing is written.
 """
@@ -23,17 +23,17 @@ from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError, kept_tokenizer
 from dynmoe_jax.model import decoder_structure
-from dynmoe_jax.training.formatting import printable
-from dynmoe_jax.training.objective import Batch, batch_sums, loss_of
-from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.places import (
+from dynmoe_jax.runs.formatting import printable
+from dynmoe_jax.training.health.nan_report import (
     Place,
     backward_places,
     forward_places,
     loss_places,
     state_places,
 )
-from dynmoe_jax.training.rescue import ARRAYS, FOLDER, SETTINGS
+from dynmoe_jax.training.health.rescue import ARRAYS, FOLDER, SETTINGS
+from dynmoe_jax.training.objective import Batch, batch_sums, loss_of
+from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state
 
 _LISTED = 8

@@ -12,10 +12,10 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.command_line import EXIT_BAD_NUMBERS
 from dynmoe_jax.console import warn
-from dynmoe_jax.training.checkpoint import Checkpoints
-from dynmoe_jax.training.skips import Skip, batch_of_step, read_skips, write_skips
+from dynmoe_jax.runs.checkpoint import Checkpoints
+from dynmoe_jax.training.health.anomalies import Spike, TooManySkips, Trouble
+from dynmoe_jax.training.health.skips import Skip, batch_of_step, read_skips, write_skips
 from dynmoe_jax.training.step import TrainState
-from dynmoe_jax.training.troubles import Spike, TooManySkips, Trouble
 
 FOLDER = "not_finite"
 ARRAYS, SETTINGS = "arrays", "settings.json"
@@ -74,8 +74,8 @@ def _stop(trouble: TooManySkips, cfg: config.Config, workdir: Path, state: Train
     raise BadNumbers(
         f"The loss or the gradient was not finite in {trouble.count} steps in a row, the last of "
         f"them step {trouble.step:,}; its batch and state are kept, and "
-        f"`python -m dynmoe_jax.training.replay --workdir={workdir}` shows where the first such "
-        "number arises."
+        f"`python -m dynmoe_jax.training.health.replay --workdir={workdir}` shows where the first "
+        "such number arises."
     )
 
 

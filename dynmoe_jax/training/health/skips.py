@@ -11,7 +11,7 @@ from pathlib import Path
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.data import Batch, TrainStream
-from dynmoe_jax.training.records import from_json, to_json, write_atomically
+from dynmoe_jax.runs.records import from_json, to_json, write_atomically
 
 FILE_NAME = "skipped_batches.json"
 

@@ -6,7 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dynmoe_jax.experts.accounting import chip_of
+from dynmoe_jax.hardware.chips import chip_of
 
 
 def peak_flops_per_second() -> float:

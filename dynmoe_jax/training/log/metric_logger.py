@@ -15,12 +15,12 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.routing import statistics
-from dynmoe_jax.training.hardware import peak_flops_per_second
-from dynmoe_jax.training.metrics import MetricsWriter, NoWriter
+from dynmoe_jax.runs.metrics_file import MetricsWriter, NoWriter
+from dynmoe_jax.runs.summary import HeldOut
+from dynmoe_jax.training.health.anomalies import Trouble, Troubles
+from dynmoe_jax.training.log.hardware import peak_flops_per_second
+from dynmoe_jax.training.log.progress import TrainingProgress
 from dynmoe_jax.training.objective import Batch
-from dynmoe_jax.training.progress import TrainingProgress
-from dynmoe_jax.training.summary import HeldOut
-from dynmoe_jax.training.troubles import Trouble, Troubles
 
 SCALARS = (
     "loss",

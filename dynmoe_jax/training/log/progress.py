@@ -8,7 +8,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dynmoe_jax.console import console
-from dynmoe_jax.training.formatting import clock, compact, decimals
+from dynmoe_jax.runs.formatting import clock, compact, decimals
 
 
 class TrainingProgress:

@@ -11,15 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dynmoe_jax.console import console, titled_table
-from dynmoe_jax.training.formatting import (
-    MISSING,
-    compact,
-    decimals,
-    duration,
-    percent,
-    printable,
-)
-from dynmoe_jax.training.summary import Summary
+from dynmoe_jax.runs.formatting import MISSING, compact, decimals, duration, percent, printable
+from dynmoe_jax.runs.summary import Summary
 
 _LAYERS_IN_ONE_COLUMN = 12
 _BAR_WIDTH = 16

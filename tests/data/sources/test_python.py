@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from dynmoe_jax.data import python_source
-from dynmoe_jax.data.prose import is_prose, passages
-from dynmoe_jax.data.python_source import MAX_DOCUMENT_BYTES, read_python
+from dynmoe_jax.data.sources import python
+from dynmoe_jax.data.sources.prose import is_prose, passages
+from dynmoe_jax.data.sources.python import MAX_DOCUMENT_BYTES, read_python
 
 PROSE = (
     "This function reads the whole table and gives back its rows. It is called once per run, "
@@ -57,7 +57,7 @@ def test_the_order_of_the_file_system_does_not_matter(installation, monkeypatch)
             random.Random(2).shuffle(files)
             yield folder, folders, files
 
-    monkeypatch.setattr(python_source.os, "walk", shuffled)
+    monkeypatch.setattr(python.os, "walk", shuffled)
     assert read(installation) == before
 
 
@@ -142,8 +142,8 @@ def test_the_cap_holds_per_domain_and_keeps_the_beginning_of_the_order(installat
 
 def test_a_capped_reading_opens_few_files(installation, monkeypatch):
     opened = []
-    load = python_source._load
-    monkeypatch.setattr(python_source, "_load", lambda path: opened.append(path) or load(path))
+    load = python._load
+    monkeypatch.setattr(python, "_load", lambda path: opened.append(path) or load(path))
     read(installation, 600)
     assert len(opened) < 20
 

@@ -3,12 +3,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
-from made_text import write_jsonl
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, check_sources, prepare
-from dynmoe_jax.data.document import Broken, Document
-from dynmoe_jax.data.sources import parse_sources, parse_weights, read_documents
+from dynmoe_jax.data.sources.document import Broken, Document
+from dynmoe_jax.data.sources.registry import parse_sources, parse_weights, read_documents
+from tests.data.made_text import write_jsonl
 
 
 def read(**settings) -> list[Document | Broken]:

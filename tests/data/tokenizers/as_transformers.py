@@ -2,7 +2,7 @@
 
 import os
 
-from tokenizer_folders import PROBES
+from tests.data.tokenizers.tokenizer_folders import PROBES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dynmoe_jax.data import DataError, open_tokenizer, train_tokenizer
-from dynmoe_jax.data.sentencepiece_tokenizer import _TRAINING_BYTES, _stretches
+from dynmoe_jax.data.tokenizers.sentencepiece import _TRAINING_BYTES, _stretches
 
 TEXTS = st.one_of(
     st.text(),

@@ -1,11 +1,11 @@
 """A table of tokenizer folders: ids, texts, BOS, EOS and size are those of ``AutoTokenizer``."""
 
 import pytest
-from as_transformers import differences, read_by_transformers
-from tokenizer_folders import write
-from tokenizer_table import TABLE
 
 from dynmoe_jax.data import kept_tokenizer, open_tokenizer
+from tests.data.tokenizers.as_transformers import differences, read_by_transformers
+from tests.data.tokenizers.tokenizer_folders import write
+from tests.data.tokenizers.tokenizer_table import TABLE
 
 pytest.importorskip("transformers", minversion="5.20", reason="needs the extra test")
 

@@ -1,6 +1,6 @@
 """A table of small tokenizer folders, by what is special about each."""
 
-from tokenizer_folders import (
+from tests.data.tokenizers.tokenizer_folders import (
     FAST,
     LLAMA,
     NAMED,

@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax import config
-from dynmoe_jax.evaluation import scoring
-from dynmoe_jax.evaluation.answers import AnswerFile, fingerprint
-from dynmoe_jax.evaluation.ask import ask
-from dynmoe_jax.evaluation.requests import Request
+from dynmoe_jax.evaluation.harness.answers import AnswerFile, fingerprint
+from dynmoe_jax.evaluation.harness.ask import ask
+from dynmoe_jax.evaluation.scoring import scoring
+from dynmoe_jax.evaluation.scoring.requests import Request
 
 REQUESTS = [Request((1, 2, 3, token), 2) for token in range(6)]
 

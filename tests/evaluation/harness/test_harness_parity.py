@@ -22,10 +22,10 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks.evaluation import SharedTokenizer, largest_difference
 from benchmarks.evaluation_cases import Asked, Case, answers, points, tasks_of
 from benchmarks.evaluation_parity import compare
-from dynmoe_jax.evaluation.answers import AnswerFile
-from dynmoe_jax.evaluation.harness_model import HarnessModel
-from dynmoe_jax.evaluation.scoring import Scorer
-from dynmoe_jax.evaluation.tree_writing import TreeWriter
+from dynmoe_jax.evaluation.harness.answers import AnswerFile
+from dynmoe_jax.evaluation.harness.model import HarnessModel
+from dynmoe_jax.evaluation.scoring.scoring import Scorer
+from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.model import Decoder
 
 FOLDERS = ("piqa", "hellaswag", "arc", "commonsense_qa", "bbh")
@@ -143,7 +143,7 @@ def tasks(asked):
         include_path=[f"{folder}/{name}" for name in FOLDERS], include_defaults=False
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynmoe_jax.evaluation.local_tasks._manager", lambda: index)
+        patch.setattr("dynmoe_jax.evaluation.harness.local_tasks._manager", lambda: index)
         return tasks_of(asked)
 
 

@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs the extra eval: pip install -e '.[eval]'")
 
 from dynmoe_jax import config
-from dynmoe_jax.evaluation.item_files import find_items, read_items
-from dynmoe_jax.evaluation.local_items import Items, as_data_set
-from dynmoe_jax.evaluation.local_tasks import load_tasks
+from dynmoe_jax.evaluation.harness.item_files import find_items, read_items
+from dynmoe_jax.evaluation.harness.local_items import Items, as_data_set
+from dynmoe_jax.evaluation.harness.local_tasks import load_tasks
 from tests.odd_items import odd_items
 
 PIQA = {"goal": "To boil water", "sol1": "heat it.", "sol2": "cool it.", "label": 0}

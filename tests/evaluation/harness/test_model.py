@@ -12,10 +12,10 @@ pytest.importorskip("lm_eval", reason="needs the extra eval: pip install -e '.[e
 from lm_eval.api.instance import Instance
 
 from dynmoe_jax import config
-from dynmoe_jax.evaluation.answers import AnswerFile
-from dynmoe_jax.evaluation.harness_model import HarnessModel
-from dynmoe_jax.evaluation.requests import Request
-from dynmoe_jax.evaluation.tree_writing import TreeWriter
+from dynmoe_jax.evaluation.harness.answers import AnswerFile
+from dynmoe_jax.evaluation.harness.model import HarnessModel
+from dynmoe_jax.evaluation.scoring.requests import Request
+from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 
 
 @pytest.fixture

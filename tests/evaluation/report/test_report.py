@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.evaluation.report import write_report
-from dynmoe_jax.training import summary as summaries
+from dynmoe_jax.evaluation.report.page import write_report
+from dynmoe_jax.runs import summary as summaries
 
 
 def fake_metrics(logged=120, layers=4, every=10, seed=0):
@@ -279,7 +279,7 @@ def test_extreme_shapes_stay_small(tmp_path, layers, experts, bound):
 
 def test_importing_the_report_does_not_load_matplotlib():
     code = (
-        "import sys, dynmoe_jax.evaluation.report, dynmoe_jax.training.metrics\n"
+        "import sys, dynmoe_jax.evaluation.report.page, dynmoe_jax.runs.metrics_file\n"
         "slow = {'matplotlib', 'tensorboardX', 'wandb'} & set(sys.modules)\n"
         "sys.exit(f'loaded {slow}' if slow else 0)"
     )

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynmoe_jax.evaluation.prefix_tree import build_tree, common_length, group_texts
+from dynmoe_jax.evaluation.scoring.prefix_tree import build_tree, common_length, group_texts
 
 # Few different tokens: many common beginnings.
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), min_size=1)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynmoe_jax.evaluation import scoring
-from dynmoe_jax.evaluation.batches import lay_out, make_batches, row_count, row_length
-from dynmoe_jax.evaluation.requests import Request
-from dynmoe_jax.evaluation.scoring import Scorer
+from dynmoe_jax.evaluation.scoring import scoring
+from dynmoe_jax.evaluation.scoring.batches import lay_out, make_batches, row_count, row_length
+from dynmoe_jax.evaluation.scoring.requests import Request
+from dynmoe_jax.evaluation.scoring.scoring import Scorer
 from dynmoe_jax.model import Decoder
 
 

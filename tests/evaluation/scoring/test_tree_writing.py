@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from dynmoe_jax.evaluation import tree_writing
-from dynmoe_jax.evaluation.tree_writing import Prompt
+from dynmoe_jax.evaluation.scoring import tree_writing
+from dynmoe_jax.evaluation.scoring.tree_writing import Prompt
 
 
 def never(ids):

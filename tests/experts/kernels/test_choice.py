@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.experts import make_backend, product_choice
-from dynmoe_jax.experts.grouped_products import XLA
-from dynmoe_jax.target import Target, compile_for, current_target
+from dynmoe_jax.experts import make_backend
+from dynmoe_jax.experts.kernels import choice
+from dynmoe_jax.experts.kernels.contract import XLA
+from dynmoe_jax.hardware.target import Target, compile_for, current_target
 
 CPU = Target("cpu", "cpu")
 V5P = Target("tpu", "TPU v5")
@@ -22,7 +23,7 @@ NONE = frozenset()
     [("xla", H100, NONE), ("blocks", V5P, NONE), ("megablox", V5P, ALL), ("tokamax", V5P, ALL)],
 )
 def test_what_is_asked_for_is_given(requested, target, available):
-    chosen = product_choice.choose_products(requested, target, available, jnp.bfloat16, 1000, 2800)
+    chosen = choice.choose_products(requested, target, available, jnp.bfloat16, 1000, 2800)
     assert chosen == requested
 
 
@@ -41,14 +42,14 @@ def test_what_is_asked_for_is_given(requested, target, available):
 )
 def test_what_cannot_be_is_refused_in_one_sentence(requested, target, available, message):
     with pytest.raises(config.ConfigError, match=message) as caught:
-        product_choice.check_request(requested, target, available)
+        choice.check_request(requested, target, available)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("config.model.moe.grouped_product=")
 
 
 def test_native_kernels_are_refused_in_bfloat16():
     with pytest.raises(config.ConfigError, match="'native' computes in float32, not in bfloat16"):
-        product_choice.choose_products("native", CPU, ALL, jnp.bfloat16, 1024, 2816)
+        choice.choose_products("native", CPU, ALL, jnp.bfloat16, 1024, 2816)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_native_kernels_are_refused_in_bfloat16():
 )
 def test_gpu_kernels_are_refused_for_numbers_they_do_not_know(dtype, widths, message):
     with pytest.raises(config.ConfigError, match=message):
-        product_choice.choose_products("triton", H100, ALL, dtype, *widths)
+        choice.choose_products("triton", H100, ALL, dtype, *widths)
 
 
 def test_a_backend_that_cannot_be_is_refused_when_it_is_made():
@@ -83,7 +84,7 @@ def test_another_target_within_a_context():
 
 
 def test_names_become_products():
-    assert product_choice.make_products("xla", H100) is XLA
-    megablox = product_choice.make_products("megablox", V5P)
-    assert megablox is product_choice.make_products("megablox", Target("tpu", "TPU v5p slice"))
+    assert choice.make_products("xla", H100) is XLA
+    megablox = choice.make_products("megablox", V5P)
+    assert megablox is choice.make_products("megablox", Target("tpu", "TPU v5p slice"))
     assert megablox.name == "megablox"

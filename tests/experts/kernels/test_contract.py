@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts.grouped_products import REFERENCE, XLA
-from dynmoe_jax.experts.megablox_products import megablox_products
+from dynmoe_jax.experts.kernels.contract import REFERENCE, XLA
+from dynmoe_jax.experts.kernels.tpu.gmm import megablox_products
 
 PRODUCTS = {"xla": XLA, "megablox": megablox_products(240.0, 2**26, interpret=True)}
 GROUPS = {

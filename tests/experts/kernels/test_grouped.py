@@ -11,12 +11,12 @@ from jax.test_util import check_grads
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import ExpertWeights, Rows, apply_experts, rows_from_routing
-from dynmoe_jax.experts.grouped_products import REFERENCE, XLA
-from dynmoe_jax.experts.megablox_products import megablox_products
-from dynmoe_jax.experts.ragged import PartBounds, part_bounds, ragged_experts
+from dynmoe_jax.experts.kernels.contract import REFERENCE, XLA
+from dynmoe_jax.experts.kernels.grouped import PartBounds, part_bounds, ragged_experts
+from dynmoe_jax.experts.kernels.tpu.gmm import megablox_products
 from dynmoe_jax.experts.reference import reference_experts
+from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.routing import TopK, TopP
-from dynmoe_jax.training.mesh import make_mesh
 from tests.close import assert_close
 
 E, D, F = 4, 16, 24

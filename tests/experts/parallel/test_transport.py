@@ -9,18 +9,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import EXPERT
 from dynmoe_jax.experts import ExpertWeights, apply_experts
-from dynmoe_jax.experts.exchange import Exchanged, all_to_all, places_per_pair
+from dynmoe_jax.experts.parallel.choice import choose_transport, device_visits
+from dynmoe_jax.experts.parallel.exchange import Exchanged, all_to_all, places_per_pair
+from dynmoe_jax.experts.parallel.transport import ring
 from dynmoe_jax.experts.permute import take
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.experts.rows import Slots
-from dynmoe_jax.experts.transport import ring
-from dynmoe_jax.experts.transport_choice import choose_transport, device_visits
-from dynmoe_jax.model.sharding import by_token
+from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.mesh.axes import EXPERT
+from dynmoe_jax.mesh.make_mesh import make_mesh
+from dynmoe_jax.mesh.sharding import by_token
 from dynmoe_jax.routing import TopP
-from dynmoe_jax.target import Target
-from dynmoe_jax.training.mesh import make_mesh
 
 T, D, E, F = 32, 8, 8, 4
 TPU = Target("tpu", "TPU v5")

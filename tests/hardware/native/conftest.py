@@ -1,6 +1,6 @@
 import pytest
 
-from dynmoe_jax.native import library
+from dynmoe_jax.hardware.native import library
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.experts import product_choice
-from dynmoe_jax.model.attention_choice import choose_attention
-from dynmoe_jax.native import library
-from dynmoe_jax.target import Target
+from dynmoe_jax.experts.kernels import choice as product_choice
+from dynmoe_jax.hardware.native import library
+from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.model.kernels.attention.choice import choose_attention
 
 CPU = Target("cpu", "cpu")
 NO_KERNELS = library.why_not()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe_jax.native import library
+from dynmoe_jax.hardware.native import library
 
 SOURCE = Path(__file__).parent / "product_test.cc"
 X86 = platform.machine() == "x86_64"

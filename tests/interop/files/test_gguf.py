@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from dynmoe_jax.interop import CheckpointError, load_hf
-from dynmoe_jax.interop.llama import LLAMA
-from dynmoe_jax.interop.mapping import places, to_tensors
-from dynmoe_jax.interop.source import open_source
+from dynmoe_jax.interop.architectures.llama import LLAMA
+from dynmoe_jax.interop.architectures.mapping import places, to_tensors
+from dynmoe_jax.interop.files.source import open_source
 
 D, F, H, G, W, V, N = 64, 96, 4, 2, 16, 40, 2
 NAMES = {

@@ -5,10 +5,10 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from small_gguf import METADATA, D, small_tensors, write_gguf
 
 from dynmoe_jax.interop import CheckpointError, load_hf
-from dynmoe_jax.interop.source import open_source
+from dynmoe_jax.interop.files.source import open_source
+from tests.interop.small_gguf import METADATA, D, small_tensors, write_gguf
 
 
 def refused(path, message):

@@ -10,9 +10,9 @@ from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.data import open_tokenizer
 from dynmoe_jax.interop import CheckpointError
 from dynmoe_jax.interop.__main__ import BAD_INPUT
-from dynmoe_jax.interop.gguf_tokenizer import tokenizer_of
-from dynmoe_jax.interop.source import open_source
-from tests.data import tokenizer_folders as folders
+from dynmoe_jax.interop.files.gguf_tokenizer import tokenizer_of
+from dynmoe_jax.interop.files.source import open_source
+from tests.data.tokenizers import tokenizer_folders as folders
 from tests.interop.gguf_keys import metadata, vocabulary, write
 
 # llama.cpp sets add_bos for the tokenizers that it counts to Llama-3's kind, and for no other

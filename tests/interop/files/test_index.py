@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_models import settings_of, tensors_of, write
 
 from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.import_model import import_model
-from dynmoe_jax.training.load import load_run
+from dynmoe_jax.runs.load import load_run
+from tests.interop.small_models import settings_of, tensors_of, write
 
 NORM, FIRST, FIXED = "model.norm.weight", "model-00001-of-00001.safetensors", "fixed.safetensors"
 INDEX = "model.safetensors.index.json"

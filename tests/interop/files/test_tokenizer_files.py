@@ -7,8 +7,8 @@ import pytest
 import sentencepiece
 
 from dynmoe_jax.data import open_tokenizer, train_tokenizer
-from dynmoe_jax.data.hf_tokenizer import HfTokenizer
-from dynmoe_jax.interop.tokenizer_files import PROBES, hf_files, write_tokenizer
+from dynmoe_jax.data.tokenizers.hf import HfTokenizer
+from dynmoe_jax.interop.files.tokenizer_files import PROBES, hf_files, write_tokenizer
 
 TEXT = "a token of some tokens, and   more of them\n\tdef f(x): return 12 == x ** 2\n" * 30
 LETTERS = "abdefnort  \n\t▁éz012<>/s=*数🙂\r\0-."

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dynmoe_jax.experts.accounting import Chip
-from dynmoe_jax.planning.gpu_roofline import GpuRoofline
-from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.hardware.chips import Chip
+from dynmoe_jax.planning.gpu.roofline import GpuRoofline
+from dynmoe_jax.planning.hlo.module import Module
 
 CHIP = Chip(flops_per_s=1e6, bytes_per_s=1e3)
 DOT = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from dynmoe_jax.experts.accounting import Chip
-from dynmoe_jax.planning.collectives import HOP_SECONDS, Network, groups_of, kind_of
-from dynmoe_jax.planning.instruction import parse_instruction
+from dynmoe_jax.hardware.chips import Chip
+from dynmoe_jax.planning.hlo.collectives import HOP_SECONDS, Network, groups_of, kind_of
+from dynmoe_jax.planning.hlo.instruction import parse_instruction
 
 LINK, NETWORK = 100e9, 5e9
 CHIP = Chip(1e12, 1e12, "TPU v5", links=6, link_bytes_per_s=LINK, network_bytes_per_s=NETWORK)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.planning.hlo.module import Module
 
 TEXT = """HloModule step, is_scheduled=true
 
 FileNames
-1 "/home/me/project/dynmoe_jax/model/transformer.py"
+1 "/home/me/project/dynmoe_jax/model/decoder.py"
 2 "/usr/lib/python3/site-packages/flax/nnx/nn/linear.py"
 
 FunctionNames
@@ -108,7 +108,7 @@ def test_sources_name_the_innermost_function_of_this_package():
     # The frame of %d is flax's, called by the decoder.
     for name in ("d", "kernel"):
         module_name = loops.sources.module(by_name[name].frame)
-        assert module_name == "model.transformer: Decoder.hidden.apply_group"
+        assert module_name == "model.decoder: Decoder.hidden.apply_group"
     assert loops.sources.module(by_name["a"].frame) == ""
 
 

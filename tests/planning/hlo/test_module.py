@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dynmoe_jax.planning.hlo import Module
+from dynmoe_jax.planning.hlo.module import Module
 
 TPU_KERNEL = 'custom_call_target="tpu_custom_call"'
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts.accounting import Chip
-from dynmoe_jax.planning.collectives import HOP_SECONDS, Network
-from dynmoe_jax.planning.hlo import Module
-from dynmoe_jax.planning.schedule import Schedule
+from dynmoe_jax.hardware.chips import Chip
+from dynmoe_jax.planning.hlo.collectives import HOP_SECONDS, Network
+from dynmoe_jax.planning.hlo.module import Module
+from dynmoe_jax.planning.hlo.schedule import Schedule
 
 LINK = 1e9
 # A cycle is a microsecond.

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dynmoe_jax.experts.accounting import Chip
-from dynmoe_jax.planning.instruction import parse_instruction
-from dynmoe_jax.planning.kernels import (
+from dynmoe_jax.hardware.chips import Chip
+from dynmoe_jax.planning.hlo.instruction import parse_instruction
+from dynmoe_jax.planning.tpu.kernels import (
     attention_flops,
     attention_part,
     is_projection,

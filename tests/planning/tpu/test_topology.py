@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from dynmoe_jax.config import ConfigError
-from dynmoe_jax.planning.topology import describe_devices, parse_topology, why_not
+from dynmoe_jax.planning.tpu.topology import describe_devices, parse_topology, why_not
 
 
 @pytest.mark.parametrize(

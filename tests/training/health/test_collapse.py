@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.training.collapse import CollapseWatch
+from dynmoe_jax.training.health.collapse import CollapseWatch
 
 # Four experts and p = 0.6: at most floor(0.6 * 4) + 1 = 3 experts per token.
 MOE = config.MoE(num_experts=4, top_p=0.6)

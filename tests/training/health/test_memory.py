@@ -9,8 +9,9 @@ import pytest
 from dynmoe_jax import command_line, config
 from dynmoe_jax.command_line import EXIT_OUT_OF_MEMORY
 from dynmoe_jax.model.parameters import count_parameters
-from dynmoe_jax.training import memory, trainer
-from dynmoe_jax.training.memory import Memory, Need, OutOfMemory, advice
+from dynmoe_jax.training import trainer
+from dynmoe_jax.training.health import memory
+from dynmoe_jax.training.health.memory import Memory, Need, OutOfMemory, advice
 from dynmoe_jax.training.trainer import train
 
 GB = 10**9

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.training.places import backward_places, forward_places, state_places
+from dynmoe_jax.training.health.nan_report import backward_places, forward_places, state_places
 from dynmoe_jax.training.step import TrainState
 
 MODEL = config.Model(

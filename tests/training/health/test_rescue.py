@@ -13,13 +13,14 @@ import pytest
 
 from dynmoe_jax import command_line, config
 from dynmoe_jax.data import TrainStream
-from dynmoe_jax.training import feed, rescue, step, trainer, troubles
-from dynmoe_jax.training import replay as replay_command
-from dynmoe_jax.training.checkpoint import FOLDER
-from dynmoe_jax.training.metrics import read_metrics
-from dynmoe_jax.training.replay import replay
-from dynmoe_jax.training.rescue import BadNumbers
-from dynmoe_jax.training.skips import Skip, read_skips
+from dynmoe_jax.runs.checkpoint import FOLDER
+from dynmoe_jax.runs.metrics_file import read_metrics
+from dynmoe_jax.training import feed, step, trainer
+from dynmoe_jax.training.health import anomalies, rescue
+from dynmoe_jax.training.health import replay as replay_command
+from dynmoe_jax.training.health.replay import replay
+from dynmoe_jax.training.health.rescue import BadNumbers
+from dynmoe_jax.training.health.skips import Skip, read_skips
 from dynmoe_jax.training.trainer import train
 
 pytestmark = pytest.mark.slow
@@ -64,7 +65,7 @@ def stopped(cfg, tmp_path_factory):
 def test_run_stops_after_so_many_in_a_row_with_a_sentence(stopped):
     workdir, error = stopped
     assert "not finite in 3 steps in a row, the last of them step 3;" in str(error)
-    assert f"python -m dynmoe_jax.training.replay --workdir={workdir}" in str(error)
+    assert f"python -m dynmoe_jax.training.health.replay --workdir={workdir}" in str(error)
     assert "\n" not in str(error)
     lines = read_metrics(workdir)
     assert [line["skipped_updates"] for line in lines[:3]] == [1, 2, 3]
@@ -218,7 +219,7 @@ def test_signal_and_rollback_are_both_obeyed(rolled_back, tmp_path, monkeypatch,
         (copy / name).unlink()
     monkeypatch.setattr(feed, "TrainStream", JumpingStream)
     place, name = {
-        "as the spike is seen": (troubles.Troubles, "_spiked"),
+        "as the spike is seen": (anomalies.Troubles, "_spiked"),
         "while going back": (rescue, "write_skips"),
     }[moment]
     original = getattr(place, name)

@@ -2,7 +2,7 @@
 
 import itertools
 
-from dynmoe_jax.training.skips import (
+from dynmoe_jax.training.health.skips import (
     Skip,
     SkippingStream,
     batch_of_step,

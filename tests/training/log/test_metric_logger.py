@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from dynmoe_jax.model.flops import training_flops
-from dynmoe_jax.training import logbook
-from dynmoe_jax.training.logbook import COUNTS, SCALARS, Logbook
-from dynmoe_jax.training.metrics import read_metrics
-from dynmoe_jax.training.summary import HeldOut
-from dynmoe_jax.training.troubles import Spike, TooManySkips
+from dynmoe_jax.runs.metrics_file import read_metrics
+from dynmoe_jax.runs.summary import HeldOut
+from dynmoe_jax.training.health.anomalies import Spike, TooManySkips
+from dynmoe_jax.training.log import metric_logger
+from dynmoe_jax.training.log.metric_logger import COUNTS, SCALARS, Logbook
 
 PEAK = 1e9
 HELDOUT = HeldOut(loss=3.0, bits_per_byte=1.5, unigram_entropy=5.0, domains={})
@@ -21,8 +21,8 @@ def clock(monkeypatch):
     class Clock:
         now = 0.0
 
-    monkeypatch.setattr(logbook.time, "perf_counter", lambda: Clock.now)
-    monkeypatch.setattr(logbook, "peak_flops_per_second", lambda: PEAK)
+    monkeypatch.setattr(metric_logger.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(metric_logger, "peak_flops_per_second", lambda: PEAK)
     return Clock
 
 
@@ -96,13 +96,13 @@ def test_first_last_and_every_nth_step_are_written(cfg, change, tmp_path, clock)
 
 def test_time_that_a_line_takes_is_counted(cfg, tmp_path, clock, monkeypatch):
     """The device computes meanwhile: ten steps in ten seconds must not look like five."""
-    routing_record = logbook._routing_record
+    routing_record = metric_logger._routing_record
 
     def slowly(*arguments):
         clock.now += 0.5
         return routing_record(*arguments)
 
-    monkeypatch.setattr(logbook, "_routing_record", slowly)
+    monkeypatch.setattr(metric_logger, "_routing_record", slowly)
     with Logbook(cfg, tmp_path, 0) as book:
         for step in range(1, 11):
             clock.now += 0.5

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.experts.block_products import (
+from dynmoe_jax.experts.kernels.cpu.block_matmul import (
     add_to_expert,
     expert,
     gather,
     scatter_add,
     times_expert,
 )
-from dynmoe_jax.experts.block_schedule import Schedule
+from dynmoe_jax.experts.kernels.cpu.block_schedule import Schedule
 from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights
 

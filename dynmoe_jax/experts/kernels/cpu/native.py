@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights, InStack
-from dynmoe_jax.native import library
+from dynmoe_jax.hardware.native import library
 
 WAVE_ROWS = 2048
 """W at most."""

@@ -1,7 +1,7 @@
 """Grouped products for NVIDIA GPUs, by kernels of our own.
 
 A program computes a tile of rows that belong to one expert, which it reads from
-:func:`~.triton_tiling.visits_of`.  Rows beyond the groups are neither read nor written, matrices
+:func:`~.tiling.visits_of`.  Rows beyond the groups are neither read nor written, matrices
 are read as they lie, transposed or not, and the weight gradient of an expert without rows is zero.
 (tokamax starts a program for every row tile and expert, 15 of 16 of them for nothing at 16
 experts, and transposes all weights for the gradient of the rows: compiled for an H100, XLA did so
@@ -23,12 +23,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from dynmoe_jax.experts.grouped_products import GroupedProducts
-from dynmoe_jax.experts.triton_tiling import Tile, Tiles, dividing, tiles_for, visits_of
-from dynmoe_jax.experts.triton_visit import Visit, at, grid_of
-from dynmoe_jax.triton import dot, options
+from dynmoe_jax.experts.kernels.contract import GroupedProducts
+from dynmoe_jax.experts.kernels.gpu.product import product
+from dynmoe_jax.experts.kernels.gpu.swiglu import triton_swiglu
+from dynmoe_jax.experts.kernels.gpu.tiling import Tile, Tiles, dividing, tiles_for
+from dynmoe_jax.experts.kernels.gpu.visit import at
+from dynmoe_jax.hardware.triton import dot, options
 
-NAME, GRADIENT = "grouped_product", "grouped_weight_gradient"
+GRADIENT = "grouped_weight_gradient"
 
 
 @functools.cache
@@ -59,8 +61,6 @@ def triton_products(
         return gradient(tile, x_RI, dy_RO, group_size_E, interpret=interpret)
 
     def swiglu(rows, dtype, weights):
-        from dynmoe_jax.experts.triton_swiglu import triton_swiglu
-
         return triton_swiglu(of(rows, weights.num_experts), interpret)
 
     return GroupedProducts(
@@ -72,35 +72,6 @@ def triton_products(
         ignores_padding=True,
         swiglu=swiglu,
     )
-
-
-def product(tile: Tile, x_RI, w_EIO, group_size_E, *, transposed=False, interpret=False):
-    """Row r times the matrix of its expert, or its transpose: [R, O] or, of [R, O], [R, I]."""
-    rows, inner = x_RI.shape
-    outer = w_EIO.shape[1 if transposed else 2]
-    tile = dataclasses.replace(tile, c=dividing(tile.c, outer))
-    visits = visits_of(group_size_E, rows, tile.m)
-    bytes_of_tile = inner * tile.c * w_EIO.dtype.itemsize
-    return pl.pallas_call(
-        partial(_product_kernel, tile=tile, transposed=transposed),
-        out_shape=jax.ShapeDtypeStruct((rows, outer), x_RI.dtype),
-        grid=grid_of(outer // tile.c, visits[0].shape[0], bytes_of_tile),
-        name=NAME,
-        **options(tile.warps, tile.stages, interpret),
-    )(*visits, x_RI, w_EIO)
-
-
-def _product_kernel(expert_V, first_V, end_V, x_RI, w_EIO, y_RO, *, tile, transposed):
-    visit = Visit.of(tile, expert_V, first_V, end_V)
-    columns = visit.columns()
-
-    def matrix(ks):
-        return w_EIO.at[visit.expert, *((columns, ks) if transposed else (ks, columns))]
-
-    @pl.when(visit.exists)
-    def _():
-        (y_mc,) = visit.sums(x_RI, [matrix], transposed)
-        visit.store(y_RO, columns, y_mc)
 
 
 def gradient(tile: Tile, x_RI, dy_RO, group_size_E, *, interpret=False):

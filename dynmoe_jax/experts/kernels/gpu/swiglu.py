@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from dynmoe_jax.experts.swiglu import FORWARD, KEPT_BACKWARD, SwiGLU
-from dynmoe_jax.experts.triton_products import product
-from dynmoe_jax.experts.triton_tiling import Tiles, dividing, visits_of
-from dynmoe_jax.experts.triton_visit import Visit, grid_of
-from dynmoe_jax.triton import options
+from dynmoe_jax.experts.kernels.gpu.product import product
+from dynmoe_jax.experts.kernels.gpu.tiling import Tiles, dividing, visits_of
+from dynmoe_jax.experts.kernels.gpu.visit import Visit, grid_of
+from dynmoe_jax.experts.kernels.swiglu import FORWARD, KEPT_BACKWARD, SwiGLU
+from dynmoe_jax.hardware.triton import options
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def triton_swiglu(tiles: Tiles, interpret: bool = False) -> SwiGLU:
     """The kernels.
 
     Args:
-      tiles: see :func:`~.triton_tiling.tiles_for`.
+      tiles: see :func:`~.tiling.tiles_for`.
       interpret: run the kernels on a CPU, slowly, for tests.
     """
 

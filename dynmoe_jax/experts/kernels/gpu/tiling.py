@@ -1,4 +1,4 @@
-"""Tiles of the kernels for GPU (:mod:`.triton_products`), from shapes alone.
+"""Tiles of the kernels for GPU (:mod:`.gmm`), from shapes alone.
 
 Axis legend: R rows, E experts, V visits of row tiles, and the tile sizes m along rows, c along the
 columns of the result and k along what is summed over.

@@ -7,7 +7,7 @@ import functools
 
 from absl import flags
 
-from dynmoe_jax.experts.grouped_products import GroupedProducts, products_of
+from dynmoe_jax.experts.kernels.contract import GroupedProducts, products_of
 
 IMPLEMENTATIONS = {"gpu": ("triton", "mosaic"), "tpu": ("mosaic",)}
 """Not tokamax's own order, which ends in ``xla`` and so, on a GPU, in dense products.  Triton comes

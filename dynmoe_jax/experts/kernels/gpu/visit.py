@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from dynmoe_jax.experts.triton_tiling import Tile
-from dynmoe_jax.triton import dot
+from dynmoe_jax.experts.kernels.gpu.tiling import Tile
+from dynmoe_jax.hardware.triton import dot
 
 PANEL_BYTES = 16 * 2**20
 """Of an expert's matrix that is worked on while the rows go by: it has to stay in the second-level

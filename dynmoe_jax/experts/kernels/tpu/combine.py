@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.target import TPU_LANES, TPU_TILE_ROWS
+from dynmoe_jax.hardware.target import TPU_LANES, TPU_TILE_ROWS
 
 NAME = "sum_of_rows"
 PIECE = TPU_TILE_ROWS

@@ -2,7 +2,7 @@
 
 ``gmm`` visits the row tiles that groups reach into, and no others, so time follows the rows used;
 ``tgmm``, the weight gradient, visits every expert, so that one without rows gets zeros.  It is used
-where there are no tiles for :mod:`.weight_gradient_kernels`, which does the same in less time.
+where there are no tiles for :mod:`.weight_gradient`, which does the same in less time.
 
 Axis legend: R rows, E experts, I and O the inner and outer width of a matrix.
 """
@@ -11,10 +11,10 @@ import functools
 
 import jax.numpy as jnp
 
-from dynmoe_jax.experts.grouped_products import GroupedProducts
-from dynmoe_jax.experts.swiglu_tiling import swiglu_tiling
-from dynmoe_jax.experts.tiling import ROW_MULTIPLE, gradient_tiling, product_tiling
-from dynmoe_jax.experts.weight_gradient_tiling import weight_gradient_tiling
+from dynmoe_jax.experts.kernels.contract import GroupedProducts
+from dynmoe_jax.experts.kernels.tpu.swiglu_tiling import swiglu_tiling
+from dynmoe_jax.experts.kernels.tpu.tiling import ROW_MULTIPLE, gradient_tiling, product_tiling
+from dynmoe_jax.experts.kernels.tpu.weight_gradient_tiling import weight_gradient_tiling
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def megablox_products(
             vmem_bytes=vmem_bytes,
         )
         if own:
-            from dynmoe_jax.experts.weight_gradient_kernels import weight_gradient
+            from dynmoe_jax.experts.kernels.tpu.weight_gradient import weight_gradient
 
             return weight_gradient(own, x_RI, dy_RO, group_size_E, interpret)
         tiling = tiles(x_RI, group_size_E.shape[0], inner, outer, of=gradient_tiling)
@@ -74,7 +74,7 @@ def megablox_products(
         )
 
     def swiglu(rows, dtype, weights):
-        from dynmoe_jax.experts.swiglu_kernels import fused_swiglu
+        from dynmoe_jax.experts.kernels.tpu.swiglu import fused_swiglu
 
         experts, hidden_width, width = weights.down_EFD.shape
         itemsize = jnp.dtype(dtype).itemsize
@@ -83,7 +83,7 @@ def megablox_products(
         return fused_swiglu(tiling, interpret) if tiling else None
 
     def sums(y_RO, token_R, group_size_E, row_TK):
-        from dynmoe_jax.experts.combine_kernels import sizes_for, sum_of_rows
+        from dynmoe_jax.experts.kernels.tpu.combine import sizes_for, sum_of_rows
 
         sizes = sizes_for(row_TK.shape[0], y_RO.shape[1], y_RO.dtype.itemsize)
         if sizes is None:

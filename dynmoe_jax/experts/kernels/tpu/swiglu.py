@@ -25,9 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
-from dynmoe_jax.experts.swiglu import BACKWARD, FORWARD, SwiGLU
-from dynmoe_jax.experts.swiglu_tiling import SwiGLUTiling, Tile
-from dynmoe_jax.target import TPU_LANES
+from dynmoe_jax.experts.kernels.swiglu import BACKWARD, FORWARD, SwiGLU
+from dynmoe_jax.experts.kernels.tpu.swiglu_tiling import SwiGLUTiling, Tile
+from dynmoe_jax.hardware.target import TPU_LANES
 
 ROWS = 256
 """Of a piece, at most; it has 128 columns of gate and as many of up."""

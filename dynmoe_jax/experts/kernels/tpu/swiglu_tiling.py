@@ -8,9 +8,9 @@ import dataclasses
 import functools
 from functools import partial
 
-from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE
-from dynmoe_jax.experts.tiling import ROW_TILES, roofline, row_tile, uneven
-from dynmoe_jax.target import TPU_LANES
+from dynmoe_jax.experts.kernels.tpu.tiling import ROW_TILES, roofline, row_tile, uneven
+from dynmoe_jax.hardware.chips import ALLOWED_SHARE, COUNTED_SHARE
+from dynmoe_jax.hardware.target import TPU_LANES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.experts.weight_gradient_tiling import GradientTiling
+from dynmoe_jax.experts.kernels.tpu.weight_gradient_tiling import GradientTiling
 
 _OVER_ROWS = (((0,), (0,)), ((), ()))
 

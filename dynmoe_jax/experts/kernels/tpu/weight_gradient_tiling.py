@@ -9,9 +9,16 @@ import functools
 import math
 from itertools import product
 
-from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE
-from dynmoe_jax.experts.tiling import ROW_TILES, padded, roofline, row_tile, uneven, widths
-from dynmoe_jax.target import TPU_LANES
+from dynmoe_jax.experts.kernels.tpu.tiling import (
+    ROW_TILES,
+    padded,
+    roofline,
+    row_tile,
+    uneven,
+    widths,
+)
+from dynmoe_jax.hardware.chips import ALLOWED_SHARE, COUNTED_SHARE
+from dynmoe_jax.hardware.target import TPU_LANES
 
 BLOCK_ROWS = 256
 """At most, of a block of a tile that experts share: what a matrix unit of v6e contracts at once."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dynmoe_jax.experts.tokamax_products import load_tokamax
+from dynmoe_jax.experts.kernels.gpu.tokamax import load_tokamax
 
 AttentionKernel = Callable[
     [Float[Array, "B L H W"], Float[Array, "B L G W"], Float[Array, "B L G W"], Int[Array, "B L"]],
@@ -62,9 +62,9 @@ LARGE_WIDTH_BYTES = 160 * 2**10
 
 
 def triton_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
-    """Kernels of our own for NVIDIA GPUs, :mod:`.triton_attention`."""
+    """Kernels of our own for NVIDIA GPUs, :mod:`.triton`."""
     # Not before it is wanted: JAX says that what they are written in will go.
-    from dynmoe_jax.model import triton_attention as kernels
+    from dynmoe_jax.model.kernels.attention import triton as kernels
 
     return kernels.triton_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
 

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dynmoe_jax import config
-from dynmoe_jax.model.attention_kernels import (
+from dynmoe_jax.hardware.native import library
+from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.model.kernels.attention.api import (
     LARGE_WIDTH_BYTES,
     SPLASH_BLOCKS,
     TRITON_POSITIONS,
@@ -25,11 +27,9 @@ from dynmoe_jax.model.attention_kernels import (
     triton_attention,
     xla_attention,
 )
-from dynmoe_jax.model.attention_tiles import tiled_attention
-from dynmoe_jax.model.flat_attention import flat_heads_attention, flat_obstacle
-from dynmoe_jax.model.native_attention import native_attention
-from dynmoe_jax.native import library
-from dynmoe_jax.target import Target
+from dynmoe_jax.model.kernels.attention.flat import flat_heads_attention, flat_obstacle
+from dynmoe_jax.model.kernels.attention.native import native_attention
+from dynmoe_jax.model.kernels.attention.tiled import tiled_attention
 
 SETTING = "config.model.attention"
 KERNELS: dict[str, AttentionKernel] = {
@@ -118,7 +118,7 @@ def choose_attention(
     What was asked for, if anything; otherwise:
 
     1. TPU: ``flat``, where heads fill blocks of 128 lanes and sequences fit into fast memory
-       (:func:`~.flat_attention.flat_obstacle`): no head is cut out of the projections, which costs
+       (:func:`~.flat.flat_obstacle`): no head is cut out of the projections, which costs
        more than attention itself.  By the planner's count a step of the paper's model on 64 v5p
        takes 690 ms, against 874 with ``splash`` and projections to [H, W].
        Otherwise ``splash``, if one of its tiles divides L.  It skips the blocks above the diagonal

@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.model.flat_heads import Heads
-from dynmoe_jax.model.flat_kernels import SUM_ROWS, backward, forward
-from dynmoe_jax.target import TPU_LANES
+from dynmoe_jax.hardware.target import TPU_LANES
+from dynmoe_jax.model.kernels.attention.flat_heads import Heads
+from dynmoe_jax.model.kernels.attention.flat_kernels import SUM_ROWS, backward, forward
 
 TILES = (512, 256, 128)
 """Positions of a tile, the largest that divides L; scores of 512 x 512 are 1 MB in float32."""
@@ -80,7 +80,8 @@ def flat_attention(
       key_BLY: H/G query heads share one key/value head.
       value_BLY: values.
       segment_ids_BL: a position attends to those of its own segment up to itself.
-      rotary_BLP: :func:`~.rotary.rotary_table`; None: queries and keys are turned already.
+      rotary_BLP: :func:`~dynmoe_jax.model.rotary.rotary_table`; None: queries and keys are turned
+      already.
       width: W.
       interpret: runs the kernels on a CPU, for tests.
     """

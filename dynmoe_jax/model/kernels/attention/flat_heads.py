@@ -1,4 +1,4 @@
-"""How heads side by side lie in the blocks and tiles of :mod:`.flat_attention`.
+"""How heads side by side lie in the blocks and tiles of :mod:`.flat`.
 
 Axis legend: L positions, P lanes of a block, W head width.
 """
@@ -8,7 +8,7 @@ import dataclasses
 import jax
 from jax.experimental import pallas as pl
 
-from dynmoe_jax.target import TPU_LANES
+from dynmoe_jax.hardware.target import TPU_LANES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The bodies of :mod:`.flat_attention`: what one TPU core does for the heads of one block of lanes.
+"""The bodies of :mod:`.flat`: what one TPU core does for the heads of one block of lanes.
 
 A block holds whole sequences of P lanes: one head, or P/W narrow ones side by side.  Everything is
 in fast memory, so a program reads and writes each array once.  Tiles of scores stand as [keys,
@@ -34,8 +34,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dynmoe_jax.model.flat_heads import Heads, Part
-from dynmoe_jax.target import TPU_LANES
+from dynmoe_jax.hardware.target import TPU_LANES
+from dynmoe_jax.model.kernels.attention.flat_heads import Heads, Part
 
 MASKED = -1e30
 """Score of a pair that does not attend; finite, so that no difference is NaN."""

@@ -1,4 +1,4 @@
-"""Attention on CPU by kernels of our own; :mod:`.attention_tiles` is the twin in JAX.
+"""Attention on CPU by kernels of our own; :mod:`.tiled` is the twin in JAX.
 
 Tiles of queries by keys as there, but a tile stays in the cache from its scores to what it adds,
 starts at the first of its segments, and takes heads where the projections leave them.
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.native import library
+from dynmoe_jax.hardware.native import library
 
 
 def native_attention(

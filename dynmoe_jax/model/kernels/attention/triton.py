@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs by kernels of our own; :mod:`.attention_tiles` is the twin in JAX.
+"""Attention on NVIDIA GPUs by kernels of our own; :mod:`.tiled` is the twin in JAX.
 
 FlashAttention-2 (arXiv 2307.08691) with segments.  cuDNN is told of segments by an additive mask
 [B, 1, L, L] alone, whose gradient JAX asks of it besides (jax 0.10.2; packed sequences are in
@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from dynmoe_jax.triton import dot, options
+from dynmoe_jax.hardware.triton import dot, options
 
 _NOWHERE = -1e30
 """A score of pairs that do not attend: exp2 of it is 0, and of its difference to itself 1, which

@@ -1,7 +1,7 @@
 """Next-token cross-entropy without holding the logits of a whole batch.
 
 Gradients are computed where the loss is, since it is linear in its cotangent.  On TPU, kernels do
-it, whose logits stay in fast memory (:mod:`.cross_entropy_kernels`).  Elsewhere, and where a shape
+it, whose logits stay in fast memory (:mod:`.tpu`).  Elsewhere, and where a shape
 does not fit them, logits are computed for a chunk of positions at a time, and the chunk's gradients
 while they exist, so that no logit is ever computed twice or kept.
 
@@ -21,11 +21,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from dynmoe_jax.axes import BATCH, MODEL, mesh_axes_at, mesh_sizes, on_one_device, parameter_spec
-from dynmoe_jax.collectives import each_device, gathered
-from dynmoe_jax.model.cross_entropy_kernels import logit_gradients, logit_sums
-from dynmoe_jax.model.cross_entropy_tiles import Tiles, cross_entropy_tiles
-from dynmoe_jax.model.products import contracted
+from dynmoe_jax.mesh.axes import (
+    BATCH,
+    MODEL,
+    mesh_axes_at,
+    mesh_sizes,
+    on_one_device,
+    parameter_spec,
+)
+from dynmoe_jax.mesh.collectives import each_device, gathered
+from dynmoe_jax.model.kernels.cross_entropy.tpu import logit_gradients, logit_sums
+from dynmoe_jax.model.kernels.cross_entropy.tpu_tiles import Tiles, cross_entropy_tiles
+from dynmoe_jax.model.linear import contracted
 
 
 def cross_entropy_sums(

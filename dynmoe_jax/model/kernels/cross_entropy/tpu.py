@@ -23,9 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.experts.accounting import ALLOWED_SHARE, vmem_bytes
-from dynmoe_jax.model.cross_entropy_tiles import PIECE, ROWS, Tiles
-from dynmoe_jax.target import TPU_LANES, current_target
+from dynmoe_jax.hardware.chips import ALLOWED_SHARE, vmem_bytes
+from dynmoe_jax.hardware.target import TPU_LANES, current_target
+from dynmoe_jax.model.kernels.cross_entropy.tpu_tiles import PIECE, ROWS, Tiles
 
 MASKED = -1e30
 """A logit behind the end of the vocabulary; finite, so that no difference is NaN."""

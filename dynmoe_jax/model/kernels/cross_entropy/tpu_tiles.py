@@ -1,4 +1,4 @@
-"""How the kernels of the cross-entropy cut their work (:mod:`.cross_entropy_kernels`).
+"""How the kernels of the cross-entropy cut their work (:mod:`.tpu`).
 
 Axis legend: T tokens, D model width, V vocabulary.
 """
@@ -7,8 +7,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from dynmoe_jax.experts.accounting import COUNTED_SHARE, vmem_bytes
-from dynmoe_jax.target import TPU_LANES, current_target
+from dynmoe_jax.hardware.chips import COUNTED_SHARE, vmem_bytes
+from dynmoe_jax.hardware.target import TPU_LANES, current_target
 
 TOKENS = (1024, 512, 256, 128)
 """Of a tile, best first: ``logit_sums`` reads the output projection once for each."""

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dynmoe_jax.collectives import COMPUTED_AGAIN
-from dynmoe_jax.model.token_tiles import on_tokens, over_tiles, runs_on_tiles
+from dynmoe_jax.mesh.collectives import COMPUTED_AGAIN
+from dynmoe_jax.model.kernels.norm.token_tiles import on_tokens, over_tiles, runs_on_tiles
 
 
 def forked(norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"]) -> tuple[Array, Array]:

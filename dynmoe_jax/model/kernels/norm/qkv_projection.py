@@ -21,13 +21,20 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dynmoe_jax.axes import BATCH, MODEL, batch_devices, mesh_sizes, on_one_device, parameter_spec
-from dynmoe_jax.collectives import COMPUTED_AGAIN, each_device, gathered
-from dynmoe_jax.experts.accounting import ALLOWED_SHARE, COUNTED_SHARE, vmem_bytes
-from dynmoe_jax.model.norm import forked, gradients_of_rows, unit_rows
-from dynmoe_jax.model.products import times
-from dynmoe_jax.model.sharding import whole_parameter
-from dynmoe_jax.target import TPU_LANES, current_target
+from dynmoe_jax.hardware.chips import ALLOWED_SHARE, COUNTED_SHARE, vmem_bytes
+from dynmoe_jax.hardware.target import TPU_LANES, current_target
+from dynmoe_jax.mesh.axes import (
+    BATCH,
+    MODEL,
+    batch_devices,
+    mesh_sizes,
+    on_one_device,
+    parameter_spec,
+)
+from dynmoe_jax.mesh.collectives import COMPUTED_AGAIN, each_device, gathered
+from dynmoe_jax.mesh.sharding import whole_parameter
+from dynmoe_jax.model.kernels.norm.norm import forked, gradients_of_rows, unit_rows
+from dynmoe_jax.model.linear import times
 
 TILES = (512, 256, 128)
 """Tokens of a tile, best first: backward adds to the gradients of all matrices once for each."""

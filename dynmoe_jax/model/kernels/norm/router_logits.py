@@ -16,15 +16,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dynmoe_jax.collectives import COMPUTED_AGAIN
-from dynmoe_jax.model.norm import (
+from dynmoe_jax.mesh.collectives import COMPUTED_AGAIN
+from dynmoe_jax.model.kernels.norm.norm import (
     as_row,
     forked,
     gradients_of_rows,
     norm_of_tokens,
     unit_rows,
 )
-from dynmoe_jax.model.token_tiles import on_tokens, over_tiles, runs_on_tiles
+from dynmoe_jax.model.kernels.norm.token_tiles import on_tokens, over_tiles, runs_on_tiles
 
 Forked = tuple[Float[Array, "B L D"], Float[Array, "B L D"], Float[Array, "B L E"]]
 
@@ -34,7 +34,8 @@ def routed(
 ) -> Forked:
     """(the stream, its norm, the router's logits, float32).
 
-    By kernels where they can run (:func:`~dynmoe_jax.model.token_tiles.runs_on_tiles`).
+    By kernels where they can run
+    (:func:`~dynmoe_jax.model.kernels.norm.token_tiles.runs_on_tiles`).
 
     Args:
       norm: RMSNorm.

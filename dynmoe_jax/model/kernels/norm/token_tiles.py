@@ -15,9 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from dynmoe_jax.axes import BATCH, batch_devices, mesh_sizes, on_one_device
-from dynmoe_jax.collectives import each_device
-from dynmoe_jax.target import TPU_LANES, TPU_TILE_ROWS, current_target
+from dynmoe_jax.hardware.target import TPU_LANES, TPU_TILE_ROWS, current_target
+from dynmoe_jax.mesh.axes import BATCH, batch_devices, mesh_sizes, on_one_device
+from dynmoe_jax.mesh.collectives import each_device
 
 TILE_ELEMENTS = 2**18
 """Of one array in fast memory: 256 tokens of D = 1024; four arrays, twice, are 4 MB in bfloat16."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts.block_schedule import (
+from dynmoe_jax.experts.kernels.cpu.block_schedule import (
     OVERHEAD_ROWS,
     SIZES,
     Schedule,

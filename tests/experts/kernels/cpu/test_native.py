@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts import ExpertWeights, InStack, native
+from dynmoe_jax.experts import ExpertWeights, InStack
+from dynmoe_jax.experts.kernels.cpu import native
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.experts.rows import Slots, rows_from_slots
-from dynmoe_jax.native import library
+from dynmoe_jax.hardware.native import library
 from tests.close import assert_close
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
@@ -126,14 +127,14 @@ def test_experts_that_are_read_in_a_stack(layer):
     assert_close(value_and_gradients(in_stack, *case), wanted)
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 # The more threads, the narrower the tasks.
 THREADS = """
 import hashlib, os, sys
 os.sched_setaffinity(0, list(os.sched_getaffinity(0))[: int(sys.argv[1])])
-from dynmoe_jax.experts.native import native_experts
-from tests.experts.test_native import draw, value_and_gradients
+from dynmoe_jax.experts.kernels.cpu.native import native_experts
+from tests.experts.kernels.cpu.test_native import draw, value_and_gradients
 results = value_and_gradients(native_experts, *draw(200, 640, 330, 3, 2))
 print(hashlib.sha256(b"".join(map(bytes, map(memoryview, results)))).hexdigest())
 """

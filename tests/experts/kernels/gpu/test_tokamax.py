@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dynmoe_jax.experts.tokamax_products import tokamax_products
+from dynmoe_jax.experts.kernels.gpu.tokamax import tokamax_products
 
 tokamax = pytest.importorskip("tokamax", reason="tokamax is not installed: pip install tokamax")
 

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from dynmoe_jax.experts import ExpertWeights, rows_from_routing
-from dynmoe_jax.experts.grouped_products import REFERENCE
-from dynmoe_jax.experts.ragged import ragged_experts
+from dynmoe_jax.experts.kernels.contract import REFERENCE
+from dynmoe_jax.experts.kernels.gpu.gmm import triton_products
+from dynmoe_jax.experts.kernels.gpu.swiglu import triton_swiglu
+from dynmoe_jax.experts.kernels.gpu.tiling import Tile, Tiles, tiles_for, visits_of
+from dynmoe_jax.experts.kernels.gpu.visit import Visit, grid_of
+from dynmoe_jax.experts.kernels.grouped import ragged_experts
+from dynmoe_jax.experts.kernels.swiglu import plain_swiglu
 from dynmoe_jax.experts.reference import reference_experts
-from dynmoe_jax.experts.swiglu import plain_swiglu
-from dynmoe_jax.experts.triton_products import triton_products
-from dynmoe_jax.experts.triton_swiglu import triton_swiglu
-from dynmoe_jax.experts.triton_tiling import Tile, Tiles, tiles_for, visits_of
-from dynmoe_jax.experts.triton_visit import Visit, grid_of
+from dynmoe_jax.hardware.target import Target
 from dynmoe_jax.routing import TopP
-from dynmoe_jax.target import Target
 from tests.close import assert_close
-from tests.experts.grouped_case import E, R, draw
+from tests.experts.kernels.grouped_case import E, R, draw
 
 GROUPS = {
     "uneven": [100, 0, 5, 300, 30],

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts.combine import add_up
-from dynmoe_jax.experts.combine_kernels import FAST_MEMORY, Sizes, sizes_for, sum_of_rows
+from dynmoe_jax.experts.kernels.combine import add_up
+from dynmoe_jax.experts.kernels.tpu.combine import FAST_MEMORY, Sizes, sizes_for, sum_of_rows
 from dynmoe_jax.experts.rows import Slots, rows_from_slots
 
 T, D = 512, 128

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts.grouped_products import REFERENCE
-from dynmoe_jax.experts.swiglu import plain_swiglu
-from dynmoe_jax.experts.swiglu_kernels import fused_swiglu
-from dynmoe_jax.experts.swiglu_tiling import SwiGLUTiling, Tile, swiglu_tiling
-from tests.experts.grouped_case import draw
+from dynmoe_jax.experts.kernels.contract import REFERENCE
+from dynmoe_jax.experts.kernels.swiglu import plain_swiglu
+from dynmoe_jax.experts.kernels.tpu.swiglu import fused_swiglu
+from dynmoe_jax.experts.kernels.tpu.swiglu_tiling import SwiGLUTiling, Tile, swiglu_tiling
+from tests.experts.kernels.grouped_case import draw
 
 GROUPS = {
     # Tiles of 128 rows: shared by two and by three experts, an expert of several tiles, a last

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dynmoe_jax.experts.tiling import (
+from dynmoe_jax.experts.kernels.tpu.tiling import (
     ROW_MULTIPLE,
     ROW_TILES,
     VMEM_BYTES,

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts.accounting import CHIPS, COUNTED_SHARE
-from dynmoe_jax.experts.weight_gradient_kernels import weight_gradient
-from dynmoe_jax.experts.weight_gradient_tiling import GradientTiling, weight_gradient_tiling
+from dynmoe_jax.experts.kernels.tpu.weight_gradient import weight_gradient
+from dynmoe_jax.experts.kernels.tpu.weight_gradient_tiling import (
+    GradientTiling,
+    weight_gradient_tiling,
+)
+from dynmoe_jax.hardware.chips import CHIPS, COUNTED_SHARE
 
 R, E, INNER, OUTER = 512, 5, 256, 384
 GROUPS = {

@@ -10,12 +10,12 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 
 from dynmoe_jax import config
-from dynmoe_jax.model.attention_choice import KERNELS, choose_attention, make_attention
-from dynmoe_jax.model.attention_kernels import splash_attention, splash_block, xla_attention
-from dynmoe_jax.model.attention_tiles import tile_edges, tiled_attention
-from dynmoe_jax.model.native_attention import native_attention
-from dynmoe_jax.native import library
-from dynmoe_jax.target import Target
+from dynmoe_jax.hardware.native import library
+from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.model.kernels.attention.api import splash_attention, splash_block, xla_attention
+from dynmoe_jax.model.kernels.attention.choice import KERNELS, choose_attention, make_attention
+from dynmoe_jax.model.kernels.attention.native import native_attention
+from dynmoe_jax.model.kernels.attention.tiled import tile_edges, tiled_attention
 from tests.close import assert_close
 
 CPU = Target("cpu", "cpu")

@@ -8,16 +8,20 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from dynmoe_jax import config
-from dynmoe_jax.axes import MESH_AXES
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.mesh.sharding import by_batch_and_head
 from dynmoe_jax.model import attention
-from dynmoe_jax.model.attention_choice import Attend
-from dynmoe_jax.model.attention_kernels import xla_attention
-from dynmoe_jax.model.flat_attention import flat_attention, flat_heads_attention, flat_obstacle
-from dynmoe_jax.model.flat_heads import Heads
+from dynmoe_jax.model.kernels.attention.api import xla_attention
+from dynmoe_jax.model.kernels.attention.choice import Attend
+from dynmoe_jax.model.kernels.attention.flat import (
+    flat_attention,
+    flat_heads_attention,
+    flat_obstacle,
+)
+from dynmoe_jax.model.kernels.attention.flat_heads import Heads
 from dynmoe_jax.model.layers import rms_norm
 from dynmoe_jax.model.rotary import Places, rotary_table, rotate
-from dynmoe_jax.model.sharding import by_batch_and_head
-from dynmoe_jax.target import Target, compile_for
 from tests.close import assert_close
 
 B, L, THETA = 2, 384, 10000.0  # three tiles of 128

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.model.attention_kernels import xla_attention
-from dynmoe_jax.model.triton_attention import spans, triton_attention
+from dynmoe_jax.model.kernels.attention.api import xla_attention
+from dynmoe_jax.model.kernels.attention.triton import spans, triton_attention
 from tests.close import assert_close
 
 L, W = 256, 32

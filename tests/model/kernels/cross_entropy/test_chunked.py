@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.model.cross_entropy import cross_entropy_sums
+from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
 
 B, L, D, V = 3, 10, 8, 17
 

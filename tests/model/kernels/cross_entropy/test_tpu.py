@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from dynmoe_jax.axes import MESH_AXES
-from dynmoe_jax.model import cross_entropy
-from dynmoe_jax.model.cross_entropy import cross_entropy_sums
-from dynmoe_jax.model.cross_entropy_kernels import logit_gradients, logit_sums
-from dynmoe_jax.model.cross_entropy_tiles import Tiles, cross_entropy_tiles
-from dynmoe_jax.target import Target, compile_for
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.model.kernels.cross_entropy import chunked
+from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
+from dynmoe_jax.model.kernels.cross_entropy.tpu import logit_gradients, logit_sums
+from dynmoe_jax.model.kernels.cross_entropy.tpu_tiles import Tiles, cross_entropy_tiles
 from tests.close import assert_close
 
 B, L, D, V = 3, 200, 128, 700  # 600 tokens fill up 5 tiles of 128; 700 columns 3 tiles of 256
@@ -48,10 +48,10 @@ def interpreted(monkeypatch):
     def tiles(tokens, *_):
         return Tiles(TILES.tokens, TILES.columns, TILES.chunk)
 
-    monkeypatch.setattr(cross_entropy, "cross_entropy_tiles", tiles)
-    monkeypatch.setattr(cross_entropy, "logit_sums", partial(logit_sums, interpret=True))
-    monkeypatch.setattr(cross_entropy, "logit_gradients", partial(logit_gradients, interpret=True))
-    monkeypatch.setattr(cross_entropy, "_chunked_sums", None)
+    monkeypatch.setattr(chunked, "cross_entropy_tiles", tiles)
+    monkeypatch.setattr(chunked, "logit_sums", partial(logit_sums, interpret=True))
+    monkeypatch.setattr(chunked, "logit_gradients", partial(logit_gradients, interpret=True))
+    monkeypatch.setattr(chunked, "_chunked_sums", None)
 
 
 def by_kernels(*arguments):
@@ -77,7 +77,7 @@ def test_equals_the_formula(interpreted, vocabulary):
 
 
 def test_without_gradients_the_value_is_the_same(interpreted, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "logit_gradients", None)
+    monkeypatch.setattr(chunked, "logit_gradients", None)
     arguments = draw()
     assert_close(by_kernels(*arguments), plain(*arguments))
 
@@ -120,7 +120,7 @@ def test_each_device_has_its_tokens_and_its_columns(interpreted, sizes):
 
 
 def test_other_platforms_take_the_twin(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "logit_sums", None)
+    monkeypatch.setattr(chunked, "logit_sums", None)
     arguments = draw()
     assert_close(by_kernels(*arguments), plain(*arguments))
 

@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from dynmoe_jax.axes import MESH_AXES
-from dynmoe_jax.model.norm import forked, forked_by_kernels
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.model.kernels.norm.norm import forked, forked_by_kernels
+from dynmoe_jax.model.kernels.norm.token_tiles import token_tile
 from dynmoe_jax.model.remat import remat_policy
-from dynmoe_jax.model.token_tiles import token_tile
-from dynmoe_jax.target import Target, compile_for
 from tests.close import assert_close
 
 B, L, D, EPSILON = 4, 80, 128, 1e-2
@@ -47,7 +47,7 @@ def value_and_gradients(fork):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 def test_equals_the_formula(monkeypatch, dtype, tolerance):
     # Twenty tiles, each with a sum of its own for the scale.
-    monkeypatch.setattr("dynmoe_jax.model.token_tiles.TILE_ELEMENTS", 16 * D)
+    monkeypatch.setattr("dynmoe_jax.model.kernels.norm.token_tiles.TILE_ELEMENTS", 16 * D)
     x, scale, gradients = draw(dtype)
     actual = value_and_gradients(by_kernel)(x, scale, gradients)
     assert [a.dtype for a in actual] == [dtype] * 4
@@ -70,7 +70,7 @@ def test_other_platforms_get_the_same_from_flax(monkeypatch):
     norm = nnx.RMSNorm(D, epsilon=EPSILON, dtype=jnp.float32, rngs=nnx.Rngs(0))
     norm.scale[...] = scale
     interpreted = partial(forked_by_kernels, interpret=True)
-    monkeypatch.setattr("dynmoe_jax.model.norm.forked_by_kernels", interpreted)
+    monkeypatch.setattr("dynmoe_jax.model.kernels.norm.norm.forked_by_kernels", interpreted)
     with compile_for(Target("tpu", "TPU v5")):
         assert "pallas_call" in str(jax.make_jaxpr(lambda x: forked(norm, x))(x))
         on_tpu = forked(norm, x)

@@ -6,12 +6,16 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from dynmoe_jax.axes import MESH_AXES
-from dynmoe_jax.collectives import keep_all_but_gathered
-from dynmoe_jax.model import projection
-from dynmoe_jax.model.projection import projected, projected_by_kernels, projection_tile
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.mesh.collectives import keep_all_but_gathered
+from dynmoe_jax.model.kernels.norm import qkv_projection
+from dynmoe_jax.model.kernels.norm.qkv_projection import (
+    projected,
+    projected_by_kernels,
+    projection_tile,
+)
 from dynmoe_jax.model.remat import remat_policy
-from dynmoe_jax.target import Target, compile_for
 from tests.close import assert_close
 
 B, L, D, EPSILON = 4, 256, 128, 1e-2
@@ -74,8 +78,8 @@ def interpreted(monkeypatch):
     def kernels(*arguments):
         return projected_by_kernels(*arguments[:5], True)
 
-    monkeypatch.setattr(projection, "projected_by_kernels", kernels)
-    monkeypatch.setattr(projection, "forked", None)
+    monkeypatch.setattr(qkv_projection, "projected_by_kernels", kernels)
+    monkeypatch.setattr(qkv_projection, "forked", None)
 
 
 def on_tpu(x_BLD, scale_D, matrices):
@@ -109,10 +113,10 @@ def test_each_device_has_its_tokens_and_pieces_of_the_matrices(interpreted, devi
 def test_other_platforms_and_split_heads_take_plain_products(monkeypatch):
     inputs, _ = draw()
     wanted = by_formula(*inputs)
-    monkeypatch.setattr(projection, "projected_by_kernels", None)
+    monkeypatch.setattr(qkv_projection, "projected_by_kernels", None)
     assert_close(jax.tree.leaves(on_tpu(*inputs)), jax.tree.leaves(wanted), 1e-5)
     mesh = jax.make_mesh((1, 1, 1, 2), MESH_AXES, (AxisType.Auto,) * 4)
-    monkeypatch.setattr(projection, "forked", lambda norm, x: (x, norm(x)))
+    monkeypatch.setattr(qkv_projection, "forked", lambda norm, x: (x, norm(x)))
     with compile_for(V5P), jax.set_mesh(mesh):
         split = jax.jit(on_tpu)(*inputs)
     assert_close(jax.tree.leaves(split), jax.tree.leaves(wanted), 1e-5)

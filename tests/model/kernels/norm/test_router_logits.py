@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from dynmoe_jax.axes import MESH_AXES
+from dynmoe_jax.hardware.target import Target, compile_for
+from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.model.kernels.norm.router_logits import routed, routed_by_kernels, summands
+from dynmoe_jax.model.kernels.norm.token_tiles import over_tiles
 from dynmoe_jax.model.layers import added
 from dynmoe_jax.model.remat import remat_policy
-from dynmoe_jax.model.routed import routed, routed_by_kernels, summands
-from dynmoe_jax.model.token_tiles import over_tiles
-from dynmoe_jax.target import Target, compile_for
 from tests.close import assert_close
 
 B, L, D, E, EPSILON = 4, 80, 128, 6, 1e-2
@@ -51,7 +51,7 @@ def value_and_gradients(fork):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 def test_equals_the_formula(monkeypatch, dtype, tolerance):
-    monkeypatch.setattr("dynmoe_jax.model.token_tiles.TILE_ELEMENTS", 16 * D)
+    monkeypatch.setattr("dynmoe_jax.model.kernels.norm.token_tiles.TILE_ELEMENTS", 16 * D)
     inputs, gradients = draw(dtype)
     actual = value_and_gradients(by_kernel)(inputs, gradients)
     assert [a.dtype for a in actual] == [dtype, dtype, jnp.float32, dtype, dtype, jnp.float32]
@@ -93,7 +93,9 @@ def test_kernels_on_tpu_alone_and_logits_are_kept(monkeypatch, capsys):
     def interpreted(*inputs):
         return routed_by_kernels(*inputs[:4], True)
 
-    monkeypatch.setattr("dynmoe_jax.model.routed.routed_by_kernels", interpreted)
+    monkeypatch.setattr(
+        "dynmoe_jax.model.kernels.norm.router_logits.routed_by_kernels", interpreted
+    )
     kept = jax.checkpoint(loss, policy=remat_policy("elementwise"))
     with compile_for(Target("tpu", "TPU v5")):
         assert "pallas_call" in str(jax.make_jaxpr(loss)(x, router))

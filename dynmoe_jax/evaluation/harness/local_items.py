@@ -10,7 +10,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
-from dynmoe_jax.evaluation.item_files import Item
+from dynmoe_jax.evaluation.harness.item_files import Item
 
 _NAMED = 5
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dynmoe_jax.data.endings import special_tokens_of
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.tokenizer import Tokenizer
+from dynmoe_jax.data.tokenizers.api import Tokenizer
+from dynmoe_jax.data.tokenizers.endings import special_tokens_of
 
 
 def check_ids(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dynmoe_jax.evaluation.prefix_tree import common_length
+from dynmoe_jax.evaluation.scoring.prefix_tree import common_length
 
 Encode = Callable[..., list[int]]
 """(text, add_special_tokens=None) -> token ids; by default with BOS where it belongs."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe_jax.absent_accelerators import leave_out_absent_accelerators, may_have_tpu
+from dynmoe_jax.hardware.absent_accelerators import leave_out_absent_accelerators, may_have_tpu
 
 LIBTPU = """
 import os

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from dynmoe_jax import config
-from dynmoe_jax.evaluation.item_files import find_items, read_items
+from dynmoe_jax.evaluation.harness.item_files import find_items, read_items
 from tests.odd_items import odd_items
 
 MARK = b"\xef\xbb\xbf"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from dynmoe_jax.data import train_tokenizer
-from dynmoe_jax.data.hf_tokenizer import HfTokenizer
-from dynmoe_jax.evaluation.pairs import encode_pair
+from dynmoe_jax.data.tokenizers.hf import HfTokenizer
+from dynmoe_jax.evaluation.harness.pairs import encode_pair
 
 LINE = (
     "he is one of the best in town and for the rest of us it was a day like all that came before "

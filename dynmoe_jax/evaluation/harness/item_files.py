@@ -7,8 +7,8 @@ from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
-from dynmoe_jax.data.document import Broken, well_formed
-from dynmoe_jax.data.files import (
+from dynmoe_jax.data.sources.document import Broken, well_formed
+from dynmoe_jax.data.sources.files import (
     BYTE_ORDER_MARK,
     READ_ERRORS,
     json_lines,

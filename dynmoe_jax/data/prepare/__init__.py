@@ -1,0 +1,1 @@
+"""Preparation: documents become one TFDS data set, with held-out splits."""

@@ -1,0 +1,1 @@
+"""Sources of text: the kinds that there are, and the documents that they yield."""

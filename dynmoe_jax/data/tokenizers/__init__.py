@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece, Hugging Face's, and the interface of both."""

@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness: the model that it asks, and its answers."""

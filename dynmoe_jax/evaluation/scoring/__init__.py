@@ -1,0 +1,1 @@
+"""Scores and texts of many requests at once, over trees of their prefixes."""

@@ -1,0 +1,1 @@
+"""Grouped matmul and SwiGLU: the choice of kernels, their contract, their twins."""

@@ -1,0 +1,1 @@
+"""Expert parallelism: how tokens travel to the devices that have their experts."""

@@ -1,0 +1,1 @@
+"""Architectures: a table of names and layouts for each kind of model."""

@@ -1,0 +1,1 @@
+"""Files of other projects: tensors, GGUF and tokenizers, read and written."""

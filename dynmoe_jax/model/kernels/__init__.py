@@ -1,0 +1,1 @@
+"""Kernels of the decoder's dense parts, each with its twin in JAX."""

@@ -1,0 +1,1 @@
+"""Attention by platform: the choice, the interface, and the kernels."""

@@ -1,0 +1,1 @@
+"""RMS norm, alone or fused with the product that follows it."""

@@ -1,0 +1,1 @@
+"""Plans for NVIDIA GPUs, by a roofline."""

@@ -1,0 +1,1 @@
+"""Compiled HLO: its instructions, products, collectives and schedule."""

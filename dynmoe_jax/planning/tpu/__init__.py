@@ -1,0 +1,1 @@
+"""Plans for TPUs, from the program that the TPU's compiler made."""

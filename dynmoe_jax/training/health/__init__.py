@@ -1,0 +1,1 @@
+"""Health of a run: anomalies, skipped updates, rollbacks, NaN reports, memory."""

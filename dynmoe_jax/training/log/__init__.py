@@ -1,0 +1,1 @@
+"""Log of a run: metrics of each step, progress, hardware, closing tables."""
