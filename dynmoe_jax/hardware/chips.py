@@ -7,8 +7,6 @@ Axis legend: T tokens, R rows ((token, expert) pairs), D model width, F hidden w
 
 import dataclasses
 
-from dynmoe_jax.hardware.target import Target
-
 
 def expert_flops(rows: float, width: int, hidden_width: int) -> float:
     """FLOPs of the forward pass of SwiGLU experts: gate, up and down for each row.
@@ -111,17 +109,6 @@ def chip_of(device_kind: str) -> Chip | None:
     # The longest name first: "TPU v5 lite" is not a "TPU v5".
     by_length = sorted(CHIPS.values(), key=lambda chip: len(chip.device_kind), reverse=True)
     return next((chip for chip in by_length if chip.device_kind in device_kind), None)
-
-
-COUNTED_SHARE, ALLOWED_SHARE = 0.7, 0.9
-"""Of the fast memory: what the tiles of a kernel may take by its own count, and what the compiler
-may use."""
-
-
-def vmem_bytes(target: Target) -> int:
-    """The fast memory of one core of a TPU; of one that is not in the table, the least there is."""
-    chip = chip_of(target.kind)
-    return chip.vmem_bytes if chip else min(c.vmem_bytes for c in CHIPS.values() if c.vmem_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

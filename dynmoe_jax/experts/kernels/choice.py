@@ -13,9 +13,10 @@ from dynmoe_jax.experts.kernels.contract import XLA, GroupedProducts
 from dynmoe_jax.experts.kernels.gpu.tiling import WIDTH_MULTIPLE
 from dynmoe_jax.experts.kernels.gpu.tokamax import tokamax_products
 from dynmoe_jax.experts.kernels.tpu.gmm import megablox_products
-from dynmoe_jax.hardware.chips import chip_of, vmem_bytes
+from dynmoe_jax.hardware.chips import chip_of
 from dynmoe_jax.hardware.native import library
 from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.hardware.vmem import vmem_bytes
 
 SETTING = "config.model.moe.grouped_product"
 MODULES = {

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.hardware.target import TPU_LANES, TPU_TILE_ROWS
+from dynmoe_jax.hardware.vmem import COMBINE_BUDGET
 
 NAME = "sum_of_rows"
 PIECE = TPU_TILE_ROWS
@@ -33,9 +34,6 @@ BLOCKS = ((256, 8), (256, 4), (256, 2), (256, 1), (128, 1))
 """Tokens of a block, and blocks of one program, best first.  Of smaller blocks, more of what is
 fetched belongs to others; larger ones make the product with zeros and ones larger.  In a program
 fetching goes on from one block to the next."""
-
-FAST_MEMORY = 12 * 2**20
-"""What a program may use of the 16 MiB that every TPU gives it."""
 
 FETCHED_BYTES = 2 * 2**20
 """Of tiles that are on their way at a time."""
@@ -72,7 +70,7 @@ def sizes_for(tokens: int, width: int, itemsize: int) -> Sizes | None:
     def fits(block, together):
         # Sums and the numbers of rows, two programs at a time; sums of a block in float32.
         moved = 2 * together * block * (width * itemsize + TPU_LANES * 4)
-        return moved + ring * tile + 4 * block * width <= FAST_MEMORY
+        return moved + ring * tile + 4 * block * width <= COMBINE_BUDGET
 
     return next(
         (

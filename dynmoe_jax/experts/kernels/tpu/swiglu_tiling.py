@@ -9,8 +9,8 @@ import functools
 from functools import partial
 
 from dynmoe_jax.experts.kernels.tpu.tiling import ROW_TILES, roofline, row_tile, uneven
-from dynmoe_jax.hardware.chips import ALLOWED_SHARE, COUNTED_SHARE
 from dynmoe_jax.hardware.target import TPU_LANES
+from dynmoe_jax.hardware.vmem import kernel_limit, tile_budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def swiglu_tiling(
     """
     if width % TPU_LANES or hidden_width % TPU_LANES:
         return None
-    budget = COUNTED_SHARE * vmem_bytes
+    budget = tile_budget(vmem_bytes)
 
     def best(products: int, sides: int, results: int) -> Tile | None:
         def vmem(m, f):
@@ -86,4 +86,4 @@ def swiglu_tiling(
     forward, backward = best(2, 1, 1), best(3, 2, 3)
     if forward is None or backward is None:
         return None
-    return SwiGLUTiling(forward, backward, int(ALLOWED_SHARE * vmem_bytes))
+    return SwiGLUTiling(forward, backward, kernel_limit(vmem_bytes))

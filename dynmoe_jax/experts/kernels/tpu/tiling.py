@@ -11,6 +11,8 @@ import functools
 import math
 from collections.abc import Callable
 
+from dynmoe_jax.hardware.vmem import MEGABLOX_BUDGET
+
 Tiling = tuple[int, int, int]
 
 CORES = 2
@@ -23,10 +25,6 @@ ROW_MULTIPLE = ROW_TILES[0]
 BOUNDARY_SHARE = 16
 """A row tile that two experts share is computed twice; tiles are so small that this adds at most
 R / 16 rows, or as small as they get."""
-
-VMEM_BYTES = 14 * 2**20
-"""v5p gives a kernel 16 MiB by default.  What is counted here came out up to 0.7 MiB below what the
-compiler counted: it refused, with 17.1 and 16.8 MiB, tiles that count 16.5 MiB here."""
 
 
 def row_tile(rows: int, experts: int) -> int:
@@ -113,7 +111,7 @@ def _fastest(
 
     m = row_tile(rows, experts)
     tilings = [(m, k, n) for k in widths(inner) for n in widths(outer)]
-    return min((t for t in tilings if vmem(*t) <= VMEM_BYTES), key=cost)
+    return min((t for t in tilings if vmem(*t) <= MEGABLOX_BUDGET), key=cost)
 
 
 def roofline(flops: float, bytes_moved: float, flops_per_byte: float) -> float:

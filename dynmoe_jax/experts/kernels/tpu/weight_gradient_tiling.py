@@ -17,8 +17,8 @@ from dynmoe_jax.experts.kernels.tpu.tiling import (
     uneven,
     widths,
 )
-from dynmoe_jax.hardware.chips import ALLOWED_SHARE, COUNTED_SHARE
 from dynmoe_jax.hardware.target import TPU_LANES
+from dynmoe_jax.hardware.vmem import kernel_limit, tile_budget
 
 BLOCK_ROWS = 256
 """At most, of a block of a tile that experts share: what a matrix unit of v6e contracts at once."""
@@ -86,7 +86,7 @@ def weight_gradient_tiling(
 
     row_tiles = [m for m in ROW_TILES if m >= block and rows % m == 0]
     tiles = product(row_tiles, widths(inner), widths(outer))
-    fits = [tile for tile in tiles if vmem(*tile) <= COUNTED_SHARE * vmem_bytes]
+    fits = [tile for tile in tiles if vmem(*tile) <= tile_budget(vmem_bytes)]
     if not fits:
         return None
-    return GradientTiling(*min(fits, key=cost), block, int(ALLOWED_SHARE * vmem_bytes))
+    return GradientTiling(*min(fits, key=cost), block, kernel_limit(vmem_bytes))

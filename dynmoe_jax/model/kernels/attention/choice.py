@@ -14,6 +14,7 @@ from jaxtyping import Array
 from dynmoe_jax import config
 from dynmoe_jax.hardware.native import library
 from dynmoe_jax.hardware.target import Target
+from dynmoe_jax.hardware.vmem import exceeds_default
 from dynmoe_jax.model.kernels.attention.api import (
     LARGE_WIDTH_BYTES,
     SPLASH_BLOCKS,
@@ -50,8 +51,6 @@ PLATFORMS = {
     "flat": ("tpu",),
     "tokamax": ("gpu", "tpu"),
 }
-SMALL_FAST_MEMORY = ("TPU v2", "TPU v3", "TPU v4")
-"""Of 16 MiB for a core; later ones have 64 or more."""
 HOPPER = 9.0
 AMPERE = 8.0
 
@@ -181,7 +180,7 @@ def _splash_obstacle(length: int) -> str:
 
 
 def _flat_obstacle(target: Target, dtype: jnp.dtype, length, width, heads, kv_heads) -> str:
-    if any(kind in target.kind for kind in SMALL_FAST_MEMORY):
+    if not exceeds_default(target):
         return "a TPU whose fast memory holds whole sequences, v5 or later"
     return flat_obstacle(length, width, heads, kv_heads, dtype)
 

@@ -19,14 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.hardware.target import TPU_LANES
+from dynmoe_jax.hardware.vmem import FLAT_ATTENTION_BUDGET
 from dynmoe_jax.model.kernels.attention.flat_heads import Heads
 from dynmoe_jax.model.kernels.attention.flat_kernels import SUM_ROWS, backward, forward
 
 TILES = (512, 256, 128)
 """Positions of a tile, the largest that divides L; scores of 512 x 512 are 1 MB in float32."""
-
-FAST_MEMORY = 56 * 2**20
-"""Bytes that a program may use; v5p and tpu7x have 64 MiB for a core, v5e and v6e 128."""
 
 
 def flat_obstacle(length: int, width: int, heads: int, kv_heads: int, dtype: jnp.dtype) -> str:
@@ -40,8 +38,9 @@ def flat_obstacle(length: int, width: int, heads: int, kv_heads: int, dtype: jnp
         return f"heads that fill blocks of {TPU_LANES} lanes on each device, not {count}"
     if length % TILES[-1]:
         return f"sequences of a multiple of {TILES[-1]} positions, not {length}"
-    if _fast_memory(_heads(length, width, heads // kv_heads), dtype) > FAST_MEMORY:
-        return f"sequences that fit into {FAST_MEMORY} bytes of fast memory, not {length} positions"
+    if _fast_memory(_heads(length, width, heads // kv_heads), dtype) > FLAT_ATTENTION_BUDGET:
+        fits = f"{FLAT_ATTENTION_BUDGET} bytes of fast memory"
+        return f"sequences that fit into {fits}, not {length} positions"
     return ""
 
 

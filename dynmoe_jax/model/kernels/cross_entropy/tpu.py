@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dynmoe_jax.hardware.chips import ALLOWED_SHARE, vmem_bytes
 from dynmoe_jax.hardware.target import TPU_LANES, current_target
+from dynmoe_jax.hardware.vmem import kernel_limit, vmem_bytes
 from dynmoe_jax.model.kernels.cross_entropy.tpu_tiles import PIECE, ROWS, Tiles
 
 MASKED = -1e30
@@ -248,7 +248,7 @@ def _product(left, right):
 def _parameters() -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"),
-        vmem_limit_bytes=int(ALLOWED_SHARE * vmem_bytes(current_target())),
+        vmem_limit_bytes=kernel_limit(vmem_bytes(current_target())),
     )
 
 

@@ -7,8 +7,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from dynmoe_jax.hardware.chips import COUNTED_SHARE, vmem_bytes
 from dynmoe_jax.hardware.target import TPU_LANES, current_target
+from dynmoe_jax.hardware.vmem import tile_budget, vmem_bytes
 
 TOKENS = (1024, 512, 256, 128)
 """Of a tile, best first: ``logit_sums`` reads the output projection once for each."""
@@ -68,7 +68,7 @@ def cross_entropy_tiles(
     target = current_target()
     if target.platform != "tpu" or dtype != jnp.bfloat16 or width % TPU_LANES:
         return None
-    allowed, most = COUNTED_SHARE * vmem_bytes(target), CHUNKS * chunk_tokens
+    allowed, most = tile_budget(vmem_bytes(target)), CHUNKS * chunk_tokens
     fits = (
         (tile, columns)
         for tile in TOKENS

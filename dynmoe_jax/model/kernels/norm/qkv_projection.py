@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dynmoe_jax.hardware.chips import ALLOWED_SHARE, COUNTED_SHARE, vmem_bytes
 from dynmoe_jax.hardware.target import TPU_LANES, current_target
+from dynmoe_jax.hardware.vmem import kernel_limit, tile_budget, vmem_bytes
 from dynmoe_jax.mesh.axes import (
     BATCH,
     MODEL,
@@ -86,7 +86,7 @@ def projection_tile(tokens: int, width: int, columns: Sequence[int], dtype: jnp.
     target = current_target()
     if target.platform != "tpu" or any(size % TPU_LANES for size in (width, *columns)):
         return 0
-    allowed = COUNTED_SHARE * vmem_bytes(target)
+    allowed = tile_budget(vmem_bytes(target))
     fits = (
         tile
         for tile in TILES
@@ -259,7 +259,7 @@ def _whole(width: int, matrices) -> list[pl.BlockSpec]:
 def _parameters(semantics: tuple[str, ...]) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=semantics,
-        vmem_limit_bytes=int(ALLOWED_SHARE * vmem_bytes(current_target())),
+        vmem_limit_bytes=kernel_limit(vmem_bytes(current_target())),
     )
 
 

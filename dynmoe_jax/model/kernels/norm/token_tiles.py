@@ -16,11 +16,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from dynmoe_jax.hardware.target import TPU_LANES, TPU_TILE_ROWS, current_target
+from dynmoe_jax.hardware.vmem import TOKEN_TILE_ELEMENTS
 from dynmoe_jax.mesh.axes import BATCH, batch_devices, mesh_sizes, on_one_device
 from dynmoe_jax.mesh.collectives import each_device
-
-TILE_ELEMENTS = 2**18
-"""Of one array in fast memory: 256 tokens of D = 1024; four arrays, twice, are 4 MB in bfloat16."""
 
 
 def runs_on_tiles(x_TD: Array) -> bool:
@@ -34,7 +32,7 @@ def runs_on_tiles(x_TD: Array) -> bool:
 
 def token_tile(tokens: int, width: int) -> int:
     """Tokens of a tile; 0 if there is none that fits."""
-    tile = TILE_ELEMENTS // width // TPU_TILE_ROWS * TPU_TILE_ROWS
+    tile = TOKEN_TILE_ELEMENTS // width // TPU_TILE_ROWS * TPU_TILE_ROWS
     while tile and tokens % tile:
         tile -= TPU_TILE_ROWS
     return 0 if width % TPU_LANES else tile

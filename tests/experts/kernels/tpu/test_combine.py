@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dynmoe_jax.experts.kernels.combine import add_up
-from dynmoe_jax.experts.kernels.tpu.combine import FAST_MEMORY, Sizes, sizes_for, sum_of_rows
+from dynmoe_jax.experts.kernels.tpu.combine import Sizes, sizes_for, sum_of_rows
 from dynmoe_jax.experts.rows import Slots, rows_from_slots
+from dynmoe_jax.hardware.vmem import COMBINE_BUDGET
 
 T, D = 512, 128
 SIZES = Sizes(block=64, together=4, ring=3)
@@ -86,7 +87,7 @@ def test_sizes_fit_and_divide():
     assert sizes_for(3 * 256, 1024, 2) == Sizes(256, 1, 8)
     for width in (128, 2048, 6144):
         sizes = sizes_for(8192, width, 2)
-        assert 2 * sizes.together * sizes.block * width * 2 < FAST_MEMORY
+        assert 2 * sizes.together * sizes.block * width * 2 < COMBINE_BUDGET
     assert sizes_for(8192, 2**15, 2) is None
     assert sizes_for(500, 1024, 2) is None
     assert sizes_for(512, 100, 2) is None

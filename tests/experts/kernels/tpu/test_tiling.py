@@ -7,11 +7,11 @@ import pytest
 from dynmoe_jax.experts.kernels.tpu.tiling import (
     ROW_MULTIPLE,
     ROW_TILES,
-    VMEM_BYTES,
     gradient_tiling,
     product_tiling,
     row_tile,
 )
+from dynmoe_jax.hardware.vmem import MEGABLOX_BUDGET
 
 V5P, V6E = 166.0, 560.0
 SHAPES = [
@@ -36,7 +36,7 @@ def test_tiles_fit(tiling, shape, chip):
         assert tile == width or tile % 128 == 0
         assert tile <= math.ceil(width / 128) * 128
     # Two copies of each side, so that the next tile loads while this one is computed.
-    assert 2 * 2 * (m * k + k * n + m * n) <= VMEM_BYTES or tiling is gradient_tiling
+    assert 2 * 2 * (m * k + k * n + m * n) <= MEGABLOX_BUDGET or tiling is gradient_tiling
 
 
 def test_row_tiles_by_hand():
@@ -73,4 +73,4 @@ def test_transposed_matrices_leave_room_for_a_copy_of_a_tile():
     assert plain == (512, 2816, 512)
     m, k, n = turned
     assert k < 5632
-    assert 4 * (m * k + k * n + m * n) + 4 * m * n + 2 * k * n <= VMEM_BYTES
+    assert 4 * (m * k + k * n + m * n) + 4 * m * n + 2 * k * n <= MEGABLOX_BUDGET

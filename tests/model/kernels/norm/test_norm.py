@@ -47,7 +47,7 @@ def value_and_gradients(fork):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 def test_equals_the_formula(monkeypatch, dtype, tolerance):
     # Twenty tiles, each with a sum of its own for the scale.
-    monkeypatch.setattr("dynmoe_jax.model.kernels.norm.token_tiles.TILE_ELEMENTS", 16 * D)
+    monkeypatch.setattr("dynmoe_jax.model.kernels.norm.token_tiles.TOKEN_TILE_ELEMENTS", 16 * D)
     x, scale, gradients = draw(dtype)
     actual = value_and_gradients(by_kernel)(x, scale, gradients)
     assert [a.dtype for a in actual] == [dtype] * 4

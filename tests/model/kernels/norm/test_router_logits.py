@@ -51,7 +51,7 @@ def value_and_gradients(fork):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 def test_equals_the_formula(monkeypatch, dtype, tolerance):
-    monkeypatch.setattr("dynmoe_jax.model.kernels.norm.token_tiles.TILE_ELEMENTS", 16 * D)
+    monkeypatch.setattr("dynmoe_jax.model.kernels.norm.token_tiles.TOKEN_TILE_ELEMENTS", 16 * D)
     inputs, gradients = draw(dtype)
     actual = value_and_gradients(by_kernel)(inputs, gradients)
     assert [a.dtype for a in actual] == [dtype, dtype, jnp.float32, dtype, dtype, jnp.float32]
