@@ -4,7 +4,7 @@ import numpy as np
 
 from benchmarks.layer_cases import PRESETS, Preset
 from benchmarks.timing import Mark, Ratio, ratio
-from dynmoe_jax.hardware.chips import expert_weight_bytes, layer_cost
+from dynmoe_jax.experts.layer_cost import expert_weight_bytes, layer_cost
 
 TIMES = (
     ("top-2 forward+backward, ours / PyTorch loop over experts", "ours/top_2/train",

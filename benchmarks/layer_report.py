@@ -8,7 +8,8 @@ from benchmarks.columns import columns
 from benchmarks.layer_cases import Preset, Used
 from benchmarks.layer_marks import marks
 from benchmarks.timing import Mark, ratio
-from dynmoe_jax.hardware.chips import Chip, layer_cost, layer_peak_bytes
+from dynmoe_jax.experts.layer_cost import layer_cost, layer_peak_bytes
+from dynmoe_jax.hardware.chips import Chip
 
 HEADINGS = (
     "method", "ours / method [quartiles]", "ms", "GFLOP/s", "of dense", "of roofline", "temp MB",

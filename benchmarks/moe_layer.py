@@ -109,7 +109,8 @@ def main(argv: list[str]) -> dict:
     import jax
 
     from benchmarks import layer_report
-    from dynmoe_jax.hardware.chips import chip_of, expert_weight_bytes
+    from dynmoe_jax.experts.layer_cost import expert_weight_bytes
+    from dynmoe_jax.hardware.chips import chip_of
 
     preset = PRESETS[flags.preset]
     if flags.tokens:

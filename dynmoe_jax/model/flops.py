@@ -1,7 +1,7 @@
 """Model FLOPs, counted from the experts really used, never from a static k."""
 
 from dynmoe_jax import config
-from dynmoe_jax.hardware.chips import expert_flops
+from dynmoe_jax.experts.layer_cost import expert_flops
 
 
 def forward_flops(model: config.Model, tokens: float, length: int, rows: float) -> float:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import saved_rows_per_token
-from dynmoe_jax.hardware.chips import expert_weight_bytes, layer_cost
+from dynmoe_jax.experts.layer_cost import expert_weight_bytes, layer_cost
 from dynmoe_jax.mesh.make_mesh import state_shardings
 from dynmoe_jax.planning.compile import compile_step, state_shapes, with_shardings
 from dynmoe_jax.planning.gpu.roofline import GpuRoofline
