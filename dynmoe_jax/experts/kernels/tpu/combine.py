@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.hardware.target import TPU_LANES, TPU_TILE_ROWS
+from dynmoe_jax.hardware.tiles import cheapest_tile
 from dynmoe_jax.hardware.vmem import COMBINE_BUDGET
 
 NAME = "sum_of_rows"
@@ -67,19 +68,14 @@ def sizes_for(tokens: int, width: int, itemsize: int) -> Sizes | None:
     tile = PIECE * PIECES * width * itemsize
     ring = max(2, min(8, FETCHED_BYTES // tile))
 
-    def fits(block, together):
+    def vmem(block, together):
         # Sums and the numbers of rows, two programs at a time; sums of a block in float32.
         moved = 2 * together * block * (width * itemsize + TPU_LANES * 4)
-        return moved + ring * tile + 4 * block * width <= COMBINE_BUDGET
+        return moved + ring * tile + 4 * block * width
 
-    return next(
-        (
-            Sizes(block, together, ring)
-            for block, together in BLOCKS
-            if tokens % (block * together) == 0 and fits(block, together)
-        ),
-        None,
-    )
+    divide = ((block, together) for block, together in BLOCKS if tokens % (block * together) == 0)
+    sizes = cheapest_tile(divide, vmem, COMBINE_BUDGET)
+    return Sizes(*sizes, ring) if sizes else None
 
 
 def sum_of_rows(

@@ -6,10 +6,11 @@ along rows and f along F.
 
 import dataclasses
 import functools
-from functools import partial
+from itertools import product
 
 from dynmoe_jax.experts.kernels.tpu.tiling import ROW_TILES, roofline, row_tile, uneven
 from dynmoe_jax.hardware.target import TPU_LANES
+from dynmoe_jax.hardware.tiles import cheapest_tile
 from dynmoe_jax.hardware.vmem import kernel_limit, tile_budget
 
 
@@ -56,7 +57,8 @@ def swiglu_tiling(
     """
     if width % TPU_LANES or hidden_width % TPU_LANES:
         return None
-    budget = tile_budget(vmem_bytes)
+    row_tiles = ROW_TILES[ROW_TILES.index(row_tile(rows, experts)) :]
+    columns = [f for f in range(TPU_LANES, hidden_width + 1, TPU_LANES) if hidden_width % f == 0]
 
     def best(products: int, sides: int, results: int) -> Tile | None:
         def vmem(m, f):
@@ -65,22 +67,18 @@ def swiglu_tiling(
             # them in float32: about as many tiles as products, and three.
             return 2 * itemsize * (read + results * m * f) + 4 * (products + 3) * m * f
 
-        def seconds(m, f):
+        def cost(m, f):
             tiles = hidden_width // f
             flops = 2 * products * rows * width * hidden_width * uneven(tiles)
             moved = tiles * sides * rows * width + results * rows * hidden_width
             moved += products * experts * width * hidden_width
+            # The row tile of the other products, if it fits: which tiles are visited is then known.
             # Where two tie, the fewest visits: each costs a fixed time besides its products.
-            return roofline(flops, itemsize * moved, flops_per_byte), -f
+            return -m, roofline(flops, itemsize * moved, flops_per_byte), -f
 
-        columns = [
-            f for f in range(TPU_LANES, hidden_width + 1, TPU_LANES) if hidden_width % f == 0
-        ]
-        # The row tile of the other products, if it fits: which tiles are visited is then known.
-        for m in ROW_TILES[ROW_TILES.index(row_tile(rows, experts)) :]:
-            if fits := [f for f in columns if vmem(m, f) <= budget]:
-                return Tile(m, min(fits, key=partial(seconds, m)))
-        return None
+        tiles = product(row_tiles, columns)
+        tile = cheapest_tile(tiles, vmem, tile_budget(vmem_bytes), cost)
+        return Tile(*tile) if tile else None
 
     # Gate and up of x to hidden; with dy and down^T to hidden and both their gradients.
     forward, backward = best(2, 1, 1), best(3, 2, 3)

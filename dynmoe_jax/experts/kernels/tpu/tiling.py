@@ -10,7 +10,9 @@ sizes m, k, n along rows, inner and outer width.
 import functools
 import math
 from collections.abc import Callable
+from itertools import product
 
+from dynmoe_jax.hardware.tiles import cheapest_tile
 from dynmoe_jax.hardware.vmem import MEGABLOX_BUDGET
 
 Tiling = tuple[int, int, int]
@@ -102,16 +104,14 @@ def _fastest(
 ) -> Tiling:
     """The tiling of least time: of products or of traffic, whichever takes longer."""
 
-    def cost(tiling):
-        m, k, n = tiling
+    def cost(m, k, n):
         # A ragged tile is computed in full.
         flops = 2 * (rows + (experts - 1) * m) * padded(inner, k) * padded(outer, n)
         # Where two tie, the fewest steps: each costs a fixed time besides its product.
         return roofline(flops, itemsize * traffic(m, k, n), flops_per_byte), -m * k * n
 
-    m = row_tile(rows, experts)
-    tilings = [(m, k, n) for k in widths(inner) for n in widths(outer)]
-    return min((t for t in tilings if vmem(*t) <= MEGABLOX_BUDGET), key=cost)
+    tiles = product([row_tile(rows, experts)], widths(inner), widths(outer))
+    return cheapest_tile(tiles, vmem, MEGABLOX_BUDGET, cost)
 
 
 def roofline(flops: float, bytes_moved: float, flops_per_byte: float) -> float:

@@ -18,6 +18,7 @@ from dynmoe_jax.experts.kernels.tpu.tiling import (
     widths,
 )
 from dynmoe_jax.hardware.target import TPU_LANES
+from dynmoe_jax.hardware.tiles import cheapest_tile
 from dynmoe_jax.hardware.vmem import kernel_limit, tile_budget
 
 BLOCK_ROWS = 256
@@ -75,18 +76,15 @@ def weight_gradient_tiling(
         # them transposed; sums in float32.
         return itemsize * (3 * m * (k + n) + 2 * k * n) + 4 * k * n
 
-    def cost(tile):
-        _, k, n = tile
+    def cost(m, k, n):
         across, down = math.ceil(outer / n), math.ceil(inner / k)
         area = padded(inner, k) * across * padded(n, UNIT)
         flops = 2 * (rows + (experts - 1) * block) * area * uneven(across * down)
         moved = rows * (inner * across + outer * down) + experts * inner * outer
         # Where two tie, the fewest steps: each costs a fixed time besides its product.
-        return roofline(flops, itemsize * moved, flops_per_byte), -math.prod(tile)
+        return roofline(flops, itemsize * moved, flops_per_byte), -m * k * n
 
     row_tiles = [m for m in ROW_TILES if m >= block and rows % m == 0]
     tiles = product(row_tiles, widths(inner), widths(outer))
-    fits = [tile for tile in tiles if vmem(*tile) <= tile_budget(vmem_bytes)]
-    if not fits:
-        return None
-    return GradientTiling(*min(fits, key=cost), block, kernel_limit(vmem_bytes))
+    tile = cheapest_tile(tiles, vmem, tile_budget(vmem_bytes), cost)
+    return GradientTiling(*tile, block, kernel_limit(vmem_bytes)) if tile else None

@@ -4,10 +4,12 @@ Axis legend: T tokens, D model width, V vocabulary.
 """
 
 import dataclasses
+from functools import partial
 
 import jax.numpy as jnp
 
 from dynmoe_jax.hardware.target import TPU_LANES, current_target
+from dynmoe_jax.hardware.tiles import cheapest_tile
 from dynmoe_jax.hardware.vmem import tile_budget, vmem_bytes
 
 TOKENS = (1024, 512, 256, 128)
@@ -68,22 +70,24 @@ def cross_entropy_tiles(
     target = current_target()
     if target.platform != "tpu" or dtype != jnp.bfloat16 or width % TPU_LANES:
         return None
-    allowed, most = tile_budget(vmem_bytes(target)), CHUNKS * chunk_tokens
-    fits = (
+    most = CHUNKS * chunk_tokens
+    candidates = (
         (tile, columns)
         for tile in TOKENS
         for columns in COLUMNS
         if tile <= min(2 * tokens, most) or tile == TOKENS[-1]
-        if columns <= vocabulary and _fast_memory(tile, width, columns) <= allowed
+        if columns <= vocabulary
     )
-    tile, columns = next(fits, (0, 0))
-    if not tile:
+    held_bytes = partial(_vmem_of_gradients, width)
+    found = cheapest_tile(candidates, held_bytes, tile_budget(vmem_bytes(target)))
+    if found is None:
         return None
+    tile, columns = found
     chunks = -(-tokens // max(tile, most // tile * tile))
     return Tiles(tile, columns, -(-tokens // (chunks * tile)) * tile)
 
 
-def _fast_memory(tile: int, width: int, columns: int) -> int:
+def _vmem_of_gradients(width: int, tile: int, columns: int) -> int:
     """Bytes that ``logit_gradients`` uses; ``logit_sums`` uses less."""
     wide, tile = jnp.dtype(jnp.bfloat16).itemsize, min(tile, GRADIENT_TOKENS)
     # Tiles of tokens, output projection and logits' gradients; of its gradient, that of before and

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from dynmoe_jax.hardware.target import TPU_LANES, current_target
+from dynmoe_jax.hardware.tiles import cheapest_tile
 from dynmoe_jax.hardware.vmem import kernel_limit, tile_budget, vmem_bytes
 from dynmoe_jax.mesh.axes import (
     BATCH,
@@ -86,16 +87,13 @@ def projection_tile(tokens: int, width: int, columns: Sequence[int], dtype: jnp.
     target = current_target()
     if target.platform != "tpu" or any(size % TPU_LANES for size in (width, *columns)):
         return 0
-    allowed = tile_budget(vmem_bytes(target))
-    fits = (
-        tile
-        for tile in TILES
-        if tokens % tile == 0 and _fast_memory(tile, width, sum(columns), dtype) <= allowed
-    )
-    return next(fits, 0)
+    divide = ((tile,) for tile in TILES if tokens % tile == 0)
+    held_bytes = partial(_vmem_of_backward, width, sum(columns), dtype)
+    (tile,) = cheapest_tile(divide, held_bytes, tile_budget(vmem_bytes(target))) or (0,)
+    return tile
 
 
-def _fast_memory(tile: int, width: int, columns: int, dtype: jnp.dtype) -> int:
+def _vmem_of_backward(width: int, columns: int, dtype: jnp.dtype, tile: int) -> int:
     """Bytes that backward uses; forward uses less."""
     wide = jnp.dtype(dtype).itemsize
     # Matrices, and their gradients in float32; tiles of two programs; five tiles of arithmetic.
