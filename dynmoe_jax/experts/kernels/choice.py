@@ -8,12 +8,12 @@ import importlib.util
 
 import jax.numpy as jnp
 
-from dynmoe_jax import config
 from dynmoe_jax.experts.kernels.contract import XLA, GroupedProducts
 from dynmoe_jax.experts.kernels.gpu.tiling import WIDTH_MULTIPLE
 from dynmoe_jax.experts.kernels.gpu.tokamax import tokamax_products
 from dynmoe_jax.experts.kernels.tpu.gmm import megablox_products
 from dynmoe_jax.hardware.chips import chip_of
+from dynmoe_jax.hardware.choice import check, choose, not_installed, platform_obstacle
 from dynmoe_jax.hardware.native import library
 from dynmoe_jax.hardware.target import Target
 from dynmoe_jax.hardware.vmem import vmem_bytes
@@ -99,59 +99,55 @@ def choose_products(
     Raises:
       ConfigError: what was asked for does not exist here, or does not run there.
     """
-    if requested != "auto":
-        check_request(requested, target, available)
-        _check_numbers(requested, jnp.dtype(dtype), width, hidden_width)
-        return requested
+    dtype = jnp.dtype(dtype)
+
+    def obstacle(name: str) -> str:
+        return _place_obstacle(name, target, available) or _number_obstacle(
+            name, dtype, width, hidden_width
+        )
+
+    return choose(SETTING, requested, _candidates(target, dtype, width, hidden_width), obstacle)
+
+
+def _candidates(target: Target, dtype: jnp.dtype, width: int, hidden_width: int) -> tuple[str, ...]:
+    """Implementations worth having, best first; the last one runs anywhere."""
     if target.platform == "cpu":
-        native = "native" in available and jnp.dtype(dtype) == jnp.float32
-        return "native" if native else "blocks"
+        return "native", "blocks"
     if target.platform == "tpu":
-        known = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
-        return "megablox" if "megablox" in available and known else "xla"
+        return ("megablox", "xla") if dtype in (jnp.bfloat16, jnp.float32) else ("xla",)
     if _uneven(width, hidden_width) or target.compute_capability < LEAST_COMPUTE_CAPABILITY:
-        return "blocks"
-    if "triton" in available and jnp.dtype(dtype).itemsize == 2:
-        return "triton"
-    return "tokamax" if "tokamax" in available else "blocks"
+        return ("blocks",)
+    return "triton", "tokamax", "blocks"
 
 
 def check_request(requested: str, target: Target, available: frozenset[str]) -> None:
     """Raises ConfigError, in one sentence, unless ``requested`` can run on ``target``."""
-    if requested not in PLATFORMS:
-        return
-    if target.platform not in PLATFORMS[requested]:
-        wanted = " or ".join(platform.upper() for platform in PLATFORMS[requested])
-        raise config.ConfigError(
-            f"{SETTING}={requested!r} needs a {wanted}, and this is a {target.platform.upper()}; "
-            f"use {SETTING}='auto'."
-        )
-    if requested not in available:
-        if requested == "native":
-            why = f"cannot be had here: {library.why_not()};"
-        else:
-            remedy = "install it (pip install tokamax)" if requested == "tokamax" else "update JAX"
-            why = f"is not installed here; {remedy} or"
-        raise config.ConfigError(f"{SETTING}={requested!r} {why} use {SETTING}='auto'.")
+    check(SETTING, requested, _place_obstacle(requested, target, available))
 
 
-def _check_numbers(requested: str, dtype: jnp.dtype, width: int, hidden_width: int) -> None:
-    """Raises ConfigError unless kernels of our own know such numbers and widths."""
-    if requested == "native" and dtype != jnp.float32:
-        raise config.ConfigError(
-            f"{SETTING}='native' computes in float32, not in {dtype.name}; set "
-            f"config.model.dtype='float32' or {SETTING}='auto'."
+def _place_obstacle(name: str, target: Target, available: frozenset[str]) -> str:
+    """The obstacle on this machine, whatever is computed."""
+    if found := platform_obstacle(PLATFORMS.get(name, ()), target):
+        return found
+    if name not in PLATFORMS or name in available:
+        return ""
+    if name == "native":
+        return f"cannot be had here: {library.why_not()}"
+    return not_installed("install it (pip install tokamax)" if name == "tokamax" else "update JAX")
+
+
+def _number_obstacle(name: str, dtype: jnp.dtype, width: int, hidden_width: int) -> str:
+    """The obstacle that kernels of our own do not know such numbers or widths."""
+    if name == "native" and dtype != jnp.float32:
+        return f"computes in float32, not in {dtype.name}; set config.model.dtype='float32' or"
+    if name == "triton" and dtype.itemsize != 2:
+        return f"computes in bfloat16, not in {dtype.name}; set config.model.dtype='bfloat16' or"
+    if name == "triton" and (uneven := _uneven(width, hidden_width)):
+        return (
+            f"needs widths that are multiples of {WIDTH_MULTIPLE}, and one is {uneven}; change it "
+            "or"
         )
-    if requested == "triton" and dtype.itemsize != 2:
-        raise config.ConfigError(
-            f"{SETTING}='triton' computes in bfloat16, not in {dtype.name}; set "
-            f"config.model.dtype='bfloat16' or {SETTING}='auto'."
-        )
-    if requested == "triton" and (uneven := _uneven(width, hidden_width)):
-        raise config.ConfigError(
-            f"{SETTING}='triton' needs widths that are multiples of {WIDTH_MULTIPLE}, and one is "
-            f"{uneven}; change it or use {SETTING}='auto'."
-        )
+    return ""
 
 
 def _uneven(*widths: int) -> int | None:

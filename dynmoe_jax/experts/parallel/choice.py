@@ -5,9 +5,11 @@ import functools
 from dynmoe_jax import config
 from dynmoe_jax.experts.parallel.exchange import Exchanged, all_to_all, ragged_all_to_all
 from dynmoe_jax.experts.parallel.transport import Transport, ring
+from dynmoe_jax.hardware.choice import choose, platform_obstacle
 from dynmoe_jax.hardware.target import Target, current_target
 
 SETTING = "config.model.moe.transport"
+PLATFORMS = {"ragged_all_to_all": ("gpu", "tpu")}
 USUAL_EXPERTS_PER_TOKEN = 1.76
 """The mean of the paper's model (table 2), for routers that choose a number."""
 
@@ -44,20 +46,16 @@ def choose_transport(moe: config.MoE, target: Target, devices: int) -> str:
     Raises:
       ConfigError: what was asked for does not run on ``target``.
     """
-    if moe.transport != "auto":
-        if moe.transport == "ragged_all_to_all" and target.platform == "cpu":
-            raise config.ConfigError(
-                f"{SETTING}='ragged_all_to_all' needs a GPU or a TPU, and this is a CPU; use "
-                f"{SETTING}='auto'."
-            )
-        return moe.transport
-    if moe.tokens_per_pair:
-        return "all_to_all"
-    if target.platform == "cpu":
-        return "ring"
     usual = moe.top_k if moe.router == "top_k" else USUAL_EXPERTS_PER_TOKEN
     share = device_visits(usual, devices) / max(1, devices - 1)
-    return "ragged_all_to_all" if share < WORTH_IT else "ring"
+    if moe.tokens_per_pair:
+        candidates = ("all_to_all",)
+    else:
+        candidates = ("ragged_all_to_all", "ring") if share < WORTH_IT else ("ring",)
+    return choose(
+        *(SETTING, moe.transport, candidates),
+        lambda name: platform_obstacle(PLATFORMS.get(name, ()), target),
+    )
 
 
 def make_transport(moe: config.MoE, devices: int, target: Target | None = None) -> Transport:

@@ -11,7 +11,7 @@ import importlib.util
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dynmoe_jax import config
+from dynmoe_jax.hardware.choice import check, choose, not_installed, platform_obstacle
 from dynmoe_jax.hardware.native import library
 from dynmoe_jax.hardware.target import Target
 from dynmoe_jax.hardware.vmem import exceeds_default
@@ -51,6 +51,13 @@ PLATFORMS = {
     "flat": ("tpu",),
     "tokamax": ("gpu", "tpu"),
 }
+CANDIDATES = {
+    "cpu": ("native", "tiled"),
+    "gpu": ("triton", "cudnn", "xla"),
+    "tpu": ("flat", "splash", "xla"),
+}
+"""Kernels that ``auto`` chooses among, best first; the last one takes any shape."""
+
 HOPPER = 9.0
 AMPERE = 8.0
 
@@ -99,7 +106,7 @@ def make_attention(requested: str, target: Target) -> Attend:
       ConfigError: what is asked for does not run on ``target`` (at once), or not at the length or
         heads that it is called with (when it is traced, before anything is compiled).
     """
-    _check_platform(requested, target)
+    check(SETTING, requested, _place_obstacle(requested, target))
     return Attend(requested, target)
 
 
@@ -145,25 +152,40 @@ def choose_attention(
     Raises:
       ConfigError: what was asked for cannot be.
     """
-    obstacles = {
-        "native": _native_obstacle(target, dtype),
-        "triton": _triton_obstacle(target, dtype, length, width),
-        "cudnn": _cudnn_obstacle(target, dtype, length, width),
-        "splash": _splash_obstacle(length),
-        "flat": _flat_obstacle(target, dtype, length, width, heads, kv_heads),
-    }
-    if requested != "auto":
-        _check_platform(requested, target)
-        if obstacles.get(requested):
-            raise config.ConfigError(
-                f"{SETTING}={requested!r} needs {obstacles[requested]}; use {SETTING}='auto'."
-            )
-        return requested
-    if target.platform == "tpu":
-        return next((name for name in ("flat", "splash") if not obstacles[name]), "xla")
-    if target.platform == "gpu":
-        return next((name for name in ("triton", "cudnn") if not obstacles[name]), "xla")
-    return "tiled" if obstacles["native"] else "native"
+    dtype, shape = jnp.dtype(dtype), (length, width, heads, kv_heads)
+
+    def obstacle(name: str) -> str:
+        return _place_obstacle(name, target) or _shape_obstacle(name, target, dtype, *shape)
+
+    return choose(SETTING, requested, CANDIDATES.get(target.platform, ("xla",)), obstacle)
+
+
+def _place_obstacle(name: str, target: Target) -> str:
+    """The obstacle on this machine, whatever is computed."""
+    if found := platform_obstacle(PLATFORMS.get(name, ()), target):
+        return found
+    if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        return not_installed("install it (pip install tokamax)")
+    return ""
+
+
+def _shape_obstacle(
+    name: str, target: Target, dtype: jnp.dtype, length: int, width: int, heads: int, kv_heads: int
+) -> str:
+    """The obstacle that a kernel does not know such numbers, lengths or heads."""
+    if name == "native":
+        missing = _native_obstacle(target, dtype)
+    elif name == "triton":
+        missing = _triton_obstacle(target, dtype, length, width)
+    elif name == "cudnn":
+        missing = _cudnn_obstacle(target, dtype, length, width)
+    elif name == "splash":
+        missing = _splash_obstacle(length)
+    elif name == "flat":
+        missing = _flat_obstacle(target, dtype, length, width, heads, kv_heads)
+    else:
+        missing = ""
+    return missing and f"needs {missing}"
 
 
 def _native_obstacle(target: Target, dtype: jnp.dtype) -> str:
@@ -213,18 +235,3 @@ def _cudnn_obstacle(target: Target, dtype: jnp.dtype, length: int, width: int) -
     if length % 2:
         return f"sequences of an even number of positions, not {length}"
     return ""
-
-
-def _check_platform(requested: str, target: Target) -> None:
-    platforms = PLATFORMS.get(requested)
-    if platforms and target.platform not in platforms:
-        wanted = " or ".join(platform.upper() for platform in platforms)
-        raise config.ConfigError(
-            f"{SETTING}={requested!r} needs a {wanted}, and this is a {target.platform.upper()}; "
-            f"use {SETTING}='auto'."
-        )
-    if requested == "tokamax" and importlib.util.find_spec("tokamax") is None:
-        raise config.ConfigError(
-            f"{SETTING}='tokamax' is not installed here; install it (pip install tokamax) or use "
-            f"{SETTING}='auto'."
-        )
