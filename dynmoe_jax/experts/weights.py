@@ -58,7 +58,11 @@ class ExpertWeights:
         return self.down_EFD.shape[1]
 
 
-def swiglu(gate_up_R2F: Float[Array, "*R 2*F"]) -> Float[Array, "*R F"]:
-    """silu(gate) * up of the two halves of the last axis."""
-    gate_RF, up_RF = jnp.split(gate_up_R2F, 2, axis=-1)
+def gated(gate_RF: Float[Array, "*R F"], up_RF: Float[Array, "*R F"]) -> Float[Array, "*R F"]:
+    """SwiGLU (arXiv 2002.05202) of gate and up activations: silu(gate) * up."""
     return jax.nn.silu(gate_RF) * up_RF
+
+
+def swiglu(gate_up_R2F: Float[Array, "*R 2*F"]) -> Float[Array, "*R F"]:
+    """:func:`gated` of the two halves of the last axis."""
+    return gated(*jnp.split(gate_up_R2F, 2, axis=-1))

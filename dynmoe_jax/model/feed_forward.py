@@ -11,14 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.experts import (
-    ExpertWeights,
-    InStack,
-    apply_experts,
-    make_backend,
-    make_transport,
-    swiglu,
-)
+from dynmoe_jax.experts import ExpertWeights, InStack, apply_experts, make_backend, make_transport
+from dynmoe_jax.experts.weights import gated, swiglu
 from dynmoe_jax.mesh.axes import EXPERT, MODEL, mesh_sizes
 from dynmoe_jax.mesh.sharding import by_token, split_columns, whole_parameter
 from dynmoe_jax.model.kernels.norm.router_logits import routed
@@ -136,4 +130,4 @@ def _swiglu_of_all(
     if mesh_sizes()[MODEL] == 1:
         return times(swiglu(times(x_TD, gate_up_D2F)), down_FD)
     gate_DF, up_DF = (split_columns(half) for half in jnp.split(gate_up_D2F, 2, axis=-1))
-    return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD
+    return gated(x_TD @ gate_DF, x_TD @ up_DF) @ down_FD

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.experts.kernels.contract import GroupedProducts
-from dynmoe_jax.experts.weights import ExpertWeights
+from dynmoe_jax.experts.weights import ExpertWeights, gated
 
 FORWARD, BACKWARD = "grouped_swiglu", "grouped_swiglu_gradient"
 KEPT_BACKWARD = "grouped_hidden_gradient"
@@ -87,5 +87,4 @@ def used_rows(rows: int, group_size_E: Int[Array, "E"]) -> Bool[Array, "n 1"]:
 def _swiglu(gate_up_n2F: Float[Array, "n 2*F"]) -> Float[Array, "n F"]:
     """silu(gate) * up, float32; the halves lie side by side, as the product leaves them."""
     # Cut, then cast: the other way round XLA writes the whole of it in float32 (v5p).
-    gate_nF, up_nF = (half.astype(jnp.float32) for half in jnp.split(gate_up_n2F, 2, axis=-1))
-    return jax.nn.silu(gate_nF) * up_nF
+    return gated(*(half.astype(jnp.float32) for half in jnp.split(gate_up_n2F, 2, axis=-1)))

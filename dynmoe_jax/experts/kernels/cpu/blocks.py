@@ -28,7 +28,7 @@ from dynmoe_jax.experts.kernels.cpu.block_matmul import (
 )
 from dynmoe_jax.experts.kernels.cpu.block_schedule import Schedule
 from dynmoe_jax.experts.rows import Rows
-from dynmoe_jax.experts.weights import ExpertWeights
+from dynmoe_jax.experts.weights import ExpertWeights, swiglu
 
 
 def block_experts(
@@ -78,8 +78,7 @@ def _outputs(x_TD, weights, schedule: Schedule, saved: int):
             # Blocks not to be kept go behind the last one that is.  A cond would copy S rows.
             place = (jnp.where(start < saved, start, saved + spare), 0)
             gate_up_S2F = jax.lax.dynamic_update_slice(gate_up_S2F, gate_up_b2F, place)
-        gate_bF, up_bF = jnp.split(gate_up_b2F, 2, axis=-1)
-        y_bD = times_expert(jax.nn.silu(gate_bF) * up_bF, weights.down_EFD, e)
+        y_bD = times_expert(swiglu(gate_up_b2F), weights.down_EFD, e)
         y_bD = y_bD.astype(jnp.float32) * weight_b[:, None]
         return scatter_add(y_TD, token_b, y_bD), gate_up_S2F
 
@@ -116,7 +115,7 @@ def _backward(saved, residuals, dy_TD):
         dx_TD, dweight_P, dgate_up_ED2F, ddown_EFD = carry
         x_bD, dy_bD = gather(x_TD, token_b), gather(dy_TD, token_b)
         gate_up_b2F = activations(x_bD, e, start)
-        hidden_bF, dhidden_bF = _hidden(gate_up_b2F), dy_bD @ expert(weights.down_EFD, e).T
+        hidden_bF, dhidden_bF = swiglu(gate_up_b2F), dy_bD @ expert(weights.down_EFD, e).T
         # <dy, hidden down> = <dy down^T, hidden>: the combine weight's gradient needs no product
         # of its own.
         dweight_b = jnp.sum((dhidden_bF * hidden_bF).astype(jnp.float32), axis=-1)
@@ -143,11 +142,6 @@ def _backward(saved, residuals, dy_TD):
 
 
 _apply.defvjp(_forward, _backward)
-
-
-def _hidden(gate_up_b2F: Float[Array, "b 2*F"]) -> Float[Array, "b F"]:
-    gate_bF, up_bF = jnp.split(gate_up_b2F, 2, axis=-1)
-    return jax.nn.silu(gate_bF) * up_bF
 
 
 def _dgate_up(gate_up_b2F: Float[Array, "b 2*F"], dhidden_bF: Float[Array, "b F"]):

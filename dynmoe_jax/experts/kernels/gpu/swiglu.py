@@ -22,6 +22,7 @@ from dynmoe_jax.experts.kernels.gpu.product import product
 from dynmoe_jax.experts.kernels.gpu.tiling import Tiles, dividing, visits_of
 from dynmoe_jax.experts.kernels.gpu.visit import Visit, grid_of
 from dynmoe_jax.experts.kernels.swiglu import FORWARD, KEPT_BACKWARD, SwiGLU
+from dynmoe_jax.experts.weights import gated
 from dynmoe_jax.hardware.triton import options
 
 
@@ -81,7 +82,7 @@ def _forward_kernel(
         for half, sum_mc in zip(halves, (gate_mc, up_mc), strict=True):
             visit.store(gate_up_n2F, half, sum_mc)
         weight_m1 = plgpu.load(weight_n.at[visit.row_m])[:, None]
-        visit.store(hidden_nF, halves[0], jax.nn.silu(gate_mc) * up_mc * weight_m1)
+        visit.store(hidden_nF, halves[0], gated(gate_mc, up_mc) * weight_m1)
 
 
 def _backward(tiles, interpret, gate_up_n2F, dy_nD, weight_n1, weights, group_size_E):
@@ -117,7 +118,7 @@ def _backward_kernel(
         # Gate and up are read for each result: kept, they and what is made of them take more
         # registers than there are.
         gate_mc, up_mc = visit.load(gate_up_n2F, gate), visit.load(gate_up_n2F, up)
-        hidden_mc = jax.nn.silu(gate_mc) * up_mc
+        hidden_mc = gated(gate_mc, up_mc)
         # <dy, hidden down> = <dy down^T, hidden>.
         visit.store_numbers(dweight_Jn, jnp.sum(dhidden_mc * hidden_mc, axis=1))
         visit.store(hidden_nF, gate, hidden_mc * weight_m1)

@@ -27,6 +27,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
 from dynmoe_jax.experts.kernels.swiglu import BACKWARD, FORWARD, SwiGLU
 from dynmoe_jax.experts.kernels.tpu.swiglu_tiling import SwiGLUTiling, Tile
+from dynmoe_jax.experts.weights import gated
 from dynmoe_jax.hardware.target import TPU_LANES
 
 ROWS = 256
@@ -85,7 +86,7 @@ def _forward_kernel(offset_e, expert_v, tile_v, x, gate, up, weight, hidden, oth
 
     weight_mP = _on_lanes(weight[...])
     for rows, columns, gate_rP, up_rP in _pieces(x, gate, up):
-        hidden_rP = jax.nn.silu(gate_rP) * up_rP * weight_mP[rows]
+        hidden_rP = gated(gate_rP, up_rP) * weight_mP[rows]
         hidden[rows, columns] = hidden_rP.astype(hidden.dtype)
 
     @pl.when(~begins)
