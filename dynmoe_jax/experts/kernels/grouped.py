@@ -67,7 +67,7 @@ def ragged_experts(
     )
     fused = products.swiglu(bounds.first, x_TD.dtype, weights) if products.swiglu else None
     kernels = _Kernels(products, fused or plain_swiglu(products), saved_rows_per_token > 0)
-    y_TD = _apply(kernels, bounds, x_TD, padded.weight_R, weights, _Layout.of(padded))
+    y_TD = _grouped_experts(kernels, bounds, x_TD, padded.weight_R, weights, _Layout.of(padded))
     return y_TD, jnp.zeros((), jnp.int32)
 
 
@@ -189,11 +189,11 @@ class _Part:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply(kernels, bounds, x_TD, weight_R, weights, layout):
-    return _forward(kernels, bounds, x_TD, weight_R, weights, layout)[0]
+def _grouped_experts(kernels, bounds, x_TD, weight_R, weights, layout):
+    return _grouped_forward(kernels, bounds, x_TD, weight_R, weights, layout)[0]
 
 
-def _forward(kernels, bounds, x_TD, weight_R, weights, layout):
+def _grouped_forward(kernels, bounds, x_TD, weight_R, weights, layout):
     def outputs(start, size):
         part = layout.part(start, size)
         weight_n1 = jax.lax.dynamic_slice_in_dim(weight_R, start, size)[:, None]
@@ -216,7 +216,7 @@ def _forward(kernels, bounds, x_TD, weight_R, weights, layout):
     return y_TD, (x_TD, weight_R, weights, layout, kept)
 
 
-def _backward(kernels, bounds, residuals, dy_TD):
+def _grouped_backward(kernels, bounds, residuals, dy_TD):
     x_TD, weight_R, weights, layout, kept = residuals
     products = kernels.products
 
@@ -260,4 +260,4 @@ def _backward(kernels, bounds, residuals, dy_TD):
     return dx_TD, dweight_R, dweights, None
 
 
-_apply.defvjp(_forward, _backward)
+_grouped_experts.defvjp(_grouped_forward, _grouped_backward)

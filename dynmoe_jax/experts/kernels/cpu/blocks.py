@@ -50,17 +50,17 @@ def block_experts(
       y_TD, and the number of rows that found no place (always 0 here).
     """
     saved = rows.kept(x_TD.shape[0], saved_rows_per_token)
-    y_TD = _apply(saved, x_TD, rows.weight_R, weights, rows.token_R, rows.group_size_E)
+    y_TD = _block_experts(saved, x_TD, rows.weight_R, weights, rows.token_R, rows.group_size_E)
     return y_TD, jnp.zeros((), jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(saved, x_TD, weight_R, weights, token_R, group_size_E):
+def _block_experts(saved, x_TD, weight_R, weights, token_R, group_size_E):
     schedule = Schedule(token_R, weight_R, group_size_E, x_TD.shape[0])
     return _outputs(x_TD, weights, schedule, 0)[0]
 
 
-def _forward(saved, x_TD, weight_R, weights, token_R, group_size_E):
+def _block_experts_forward(saved, x_TD, weight_R, weights, token_R, group_size_E):
     schedule = Schedule(token_R, weight_R, group_size_E, x_TD.shape[0])
     y_TD, gate_up_S2F = _outputs(x_TD, weights, schedule, saved)
     return y_TD, (x_TD, weight_R, weights, token_R, group_size_E, gate_up_S2F)
@@ -92,7 +92,7 @@ def _outputs(x_TD, weights, schedule: Schedule, saved: int):
     return y_TD.astype(x_TD.dtype), gate_up_S2F
 
 
-def _backward(saved, residuals, dy_TD):
+def _block_experts_backward(saved, residuals, dy_TD):
     x_TD, weight_R, weights, token_R, group_size_E, gate_up_S2F = residuals
     schedule = Schedule(token_R, weight_R, group_size_E, x_TD.shape[0])
     gate_up_ED2F = weights.gate_up_ED2F
@@ -141,7 +141,7 @@ def _backward(saved, residuals, dy_TD):
     return dx_TD.astype(dtype), dweight_R, dweights, None, None
 
 
-_apply.defvjp(_forward, _backward)
+_block_experts.defvjp(_block_experts_forward, _block_experts_backward)
 
 
 def _dgate_up(gate_up_b2F: Float[Array, "b 2*F"], dhidden_bF: Float[Array, "b F"]):

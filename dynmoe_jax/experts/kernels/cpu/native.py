@@ -52,16 +52,18 @@ def native_experts(
     saved = rows.kept(x_TD.shape[0], saved_rows_per_token)
     place = weights.in_stack
     weights = dataclasses.replace(weights, in_stack=None)
-    y_TD = _apply(saved, x_TD, rows.weight_R, weights, place, rows.token_R, rows.group_size_E)
+    y_TD = _native_experts(
+        saved, x_TD, rows.weight_R, weights, place, rows.token_R, rows.group_size_E
+    )
     return y_TD, jnp.zeros((), jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(saved, x_TD, weight_R, weights, place, token_R, group_size_E):
+def _native_experts(saved, x_TD, weight_R, weights, place, token_R, group_size_E):
     return _outputs(x_TD, weight_R, _in_place(weights, place), token_R, group_size_E, 0)[0]
 
 
-def _forward(saved, x_TD, weight_R, weights, place, token_R, group_size_E):
+def _native_experts_forward(saved, x_TD, weight_R, weights, place, token_R, group_size_E):
     # In a stack, the layer's own arrays are not kept: nobody reads them, so nobody copies them.
     operands = (x_TD, weight_R, _in_place(weights, place), token_R, group_size_E)
     y_TD, kept_S2F = _outputs(*operands, saved)
@@ -81,7 +83,7 @@ def _outputs(x_TD, weight_R, place: InStack, token_R, group_size_E, saved: int):
     return y_TD, kept_S2F
 
 
-def _backward(saved, residuals, dy_TD):
+def _native_experts_backward(saved, residuals, dy_TD):
     x_TD, weight_R, place, token_R, group_size_E, kept_S2F = residuals
     hidden_width, width = place.down_NEFD.shape[2:]
     columns = 3 * width + 5 * hidden_width + math.ceil(hidden_width / BLOCK)
@@ -93,7 +95,7 @@ def _backward(saved, residuals, dy_TD):
     return dx_TD, dweight_R, ExpertWeights(dgate_up_ED2F, ddown_EFD), None, None, None
 
 
-_apply.defvjp(_forward, _backward)
+_native_experts.defvjp(_native_experts_forward, _native_experts_backward)
 
 
 def _in_place(weights: ExpertWeights, place: InStack | None) -> InStack:

@@ -36,7 +36,7 @@ def triton_swiglu(tiles: Tiles, interpret: bool = False) -> SwiGLU:
     """
 
     def forward(x_nD, weight_n1, weights, group_size_E):
-        return _forward(tiles, interpret, x_nD, weight_n1, weights, group_size_E)
+        return _swiglu_forward(tiles, interpret, x_nD, weight_n1, weights, group_size_E)
 
     def backward(x_nD, dy_nD, weight_n1, weights, group_size_E, gate_up_n2F):
         if gate_up_n2F is None:
@@ -44,12 +44,14 @@ def triton_swiglu(tiles: Tiles, interpret: bool = False) -> SwiGLU:
             gate_up_n2F = product(
                 tiles.product, x_nD, gate_up_ED2F, group_size_E, interpret=interpret
             )
-        return _backward(tiles, interpret, gate_up_n2F, dy_nD, weight_n1, weights, group_size_E)
+        return _swiglu_backward(
+            tiles, interpret, gate_up_n2F, dy_nD, weight_n1, weights, group_size_E
+        )
 
     return SwiGLU(forward, backward)
 
 
-def _forward(tiles, interpret, x_nD, weight_n1, weights, group_size_E):
+def _swiglu_forward(tiles, interpret, x_nD, weight_n1, weights, group_size_E):
     (rows, width), hidden = x_nD.shape, weights.hidden_width
     # Half of the columns of gate, half of up.
     tile = dataclasses.replace(tiles.swiglu, c=dividing(tiles.swiglu.c // 2, hidden))
@@ -85,7 +87,7 @@ def _forward_kernel(
         visit.store(hidden_nF, halves[0], gated(gate_mc, up_mc) * weight_m1)
 
 
-def _backward(tiles, interpret, gate_up_n2F, dy_nD, weight_n1, weights, group_size_E):
+def _swiglu_backward(tiles, interpret, gate_up_n2F, dy_nD, weight_n1, weights, group_size_E):
     (rows, width), hidden = dy_nD.shape, weights.hidden_width
     tile = dataclasses.replace(tiles.dswiglu, c=dividing(tiles.dswiglu.c, hidden))
     visits = visits_of(group_size_E, rows, tile.m)

@@ -47,16 +47,16 @@ def fused_swiglu(tiling: SwiGLUTiling, interpret: bool = False) -> SwiGLU:
     """
 
     def forward(x_nD, weight_n1, weights, group_size_E):
-        hidden_nF = _forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E)
+        hidden_nF = _swiglu_forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E)
         return hidden_nF, None
 
     def backward(x_nD, dy_nD, weight_n1, weights, group_size_E, kept):
-        return _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E)
+        return _swiglu_backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E)
 
     return SwiGLU(forward, backward, keeps=False)
 
 
-def _forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E):
+def _swiglu_forward(tiling, interpret, x_nD, weight_n1, weights, group_size_E):
     rows, hidden = x_nD.shape[0], weights.hidden_width
     tile, blocks = tiling.forward, _Blocks(tiling.forward, hidden)
     metadata, count = _visits(group_size_E, rows, tile.m)
@@ -94,7 +94,7 @@ def _forward_kernel(offset_e, expert_v, tile_v, x, gate, up, weight, hidden, oth
         _copy(hidden, others, before)
 
 
-def _backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
+def _swiglu_backward(tiling, interpret, x_nD, dy_nD, weight_n1, weights, group_size_E):
     rows, hidden = x_nD.shape[0], weights.hidden_width
     tile, blocks = tiling.backward, _Blocks(tiling.backward, hidden)
     metadata, count = _visits(group_size_E, rows, tile.m)

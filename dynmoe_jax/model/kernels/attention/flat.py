@@ -84,10 +84,14 @@ def flat_attention(
       width: W.
       interpret: runs the kernels on a CPU, for tests.
     """
-    return _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, width, interpret)[0]
+    return _flat_attention_forward(
+        query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, width, interpret
+    )[0]
 
 
-def _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, width, interpret):
+def _flat_attention_forward(
+    query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, width, interpret
+):
     B, L, X = query_BLX.shape
     heads = _heads(L, width, X // key_BLY.shape[2])
     P, side_by_side, dtype = heads.lanes, heads.side_by_side, query_BLX.dtype
@@ -115,7 +119,7 @@ def _forward(query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, width, i
     return mixed_BLX, residuals
 
 
-def _backward(width, interpret, residuals, dmixed_BLX):
+def _flat_attention_backward(width, interpret, residuals, dmixed_BLX):
     query_BLX, key_BLY, value_BLY, segment_ids_BL, rotary_BLP, mixed_BLX, log_sum = residuals
     (_, L, X), dtype = query_BLX.shape, query_BLX.dtype
     heads = _heads(L, width, X // key_BLY.shape[2])
@@ -140,7 +144,7 @@ def _backward(width, interpret, residuals, dmixed_BLX):
     return *gradients, None, None
 
 
-flat_attention.defvjp(_forward, _backward)
+flat_attention.defvjp(_flat_attention_forward, _flat_attention_backward)
 
 
 def _heads(length: int, width: int, shared: int) -> Heads:

@@ -25,28 +25,28 @@ def native_attention(
       NotAvailableError: the kernels cannot be compiled here.
     """
     library.load()
-    return _attend(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
+    return _native_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
 
 
 @jax.custom_vjp
-def _attend(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
-    return _forward(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)[0]
+def _native_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
+    return _native_attention_forward(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)[0]
 
 
-def _forward(*operands):
+def _native_attention_forward(*operands):
     batch, length, heads, _ = operands[0].shape
     results = (_like(operands[0]), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32))
     mixed_BLHW, log_sum_BHL = jax.ffi.ffi_call("dynmoe_attention", results)(*operands)
     return mixed_BLHW, (*operands, mixed_BLHW, log_sum_BHL)
 
 
-def _backward(residuals, dmixed_BLHW):
+def _native_attention_backward(residuals, dmixed_BLHW):
     results = tuple(_like(array) for array in residuals[:3])
     call = jax.ffi.ffi_call("dynmoe_attention_gradient", results)
     return *call(*residuals, dmixed_BLHW), None
 
 
-_attend.defvjp(_forward, _backward)
+_native_attention.defvjp(_native_attention_forward, _native_attention_backward)
 
 
 def _like(array: Array) -> jax.ShapeDtypeStruct:

@@ -33,7 +33,7 @@ def tiled_attention(
     query_BLGRW = query_BLHW.reshape(batch, length, groups, heads // groups, width)
     query_BGRLW = jnp.moveaxis(query_BLGRW, 1, 3) * width**-0.5
     key_BGLW, value_BGLW = jnp.moveaxis(key_BLGW, 1, 2), jnp.moveaxis(value_BLGW, 1, 2)
-    mixed_BGRLW = _attend(query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL)
+    mixed_BGRLW = _tiled_attention(query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL)
     return jnp.moveaxis(mixed_BGRLW, 3, 1).reshape(query_BLHW.shape)
 
 
@@ -44,11 +44,11 @@ def tile_edges(length: int) -> list[tuple[int, int]]:
 
 
 @jax.custom_vjp
-def _attend(query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL):
-    return _forward(query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL)[0]
+def _tiled_attention(query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL):
+    return _tiled_attention_forward(query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL)[0]
 
 
-def _forward(query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL):
+def _tiled_attention_forward(query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL):
     mixed, log_sums = [], []
     for first, end in tile_edges(query_BGRLW.shape[3]):
         scores_BGRqk = _scores(query_BGRLW, key_BGLW, segment_ids_BL, first, end)
@@ -65,7 +65,7 @@ def _forward(query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL):
     return mixed_BGRLW, residuals
 
 
-def _backward(residuals, dmixed_BGRLW):
+def _tiled_attention_backward(residuals, dmixed_BGRLW):
     query_BGRLW, key_BGLW, value_BGLW, segment_ids_BL, mixed_BGRLW, log_sum_BGRL1 = residuals
     dtype = query_BGRLW.dtype
     log_sum_BGR1L = jnp.swapaxes(log_sum_BGRL1, -1, -2)
@@ -95,7 +95,7 @@ def _backward(residuals, dmixed_BGRLW):
     return *(gradient.astype(dtype) for gradient in gradients), None
 
 
-_attend.defvjp(_forward, _backward)
+_tiled_attention.defvjp(_tiled_attention_forward, _tiled_attention_backward)
 
 
 def _scores(query_BGRLW, key_BGLW, segment_ids_BL, first: int, end: int):

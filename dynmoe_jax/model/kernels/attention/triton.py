@@ -65,15 +65,15 @@ def triton_attention(
       segment_ids_BL: of each position.
       interpret: run the kernels on a CPU, slowly, for tests.
     """
-    return _attend(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
+    return _triton_attention(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
-    return _forward(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)[0]
+def _triton_attention(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
+    return _triton_attention_forward(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL)[0]
 
 
-def _forward(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
+def _triton_attention_forward(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
     batch, length, heads, _ = query_BLHW.shape
     tile = FORWARD
     first_BI, _ = spans(segment_ids_BL, tile.queries, tile.keys)
@@ -91,7 +91,7 @@ def _forward(interpret, query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
     return mixed_BLHW, residuals
 
 
-def _backward(interpret, residuals, dmixed_BLHW):
+def _triton_attention_backward(interpret, residuals, dmixed_BLHW):
     query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, mixed_BLHW, log_sum_BHL = residuals
     (batch, length, heads, _), kv_heads = query_BLHW.shape, key_BLGW.shape[2]
     # The sum over keys of probability times its gradient.
@@ -118,7 +118,7 @@ def _backward(interpret, residuals, dmixed_BLHW):
     return dquery_BLHW, dkey_BLGW, dvalue_BLGW, None
 
 
-_attend.defvjp(_forward, _backward)
+_triton_attention.defvjp(_triton_attention_forward, _triton_attention_backward)
 
 
 def spans(

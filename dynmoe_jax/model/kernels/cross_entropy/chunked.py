@@ -172,7 +172,7 @@ def _chunked_sums(options, x_NBCD, output_DV, targets_NBC, valid_NBC):
     return jax.lax.scan(step, jnp.float32(0), (x_NBCD, targets_NBC, valid_NBC))
 
 
-def _forward(options, x_NBCD, output_DV, targets_NBC, valid_NBC):
+def _chunked_forward(options, x_NBCD, output_DV, targets_NBC, valid_NBC):
     def step(carry, chunk):
         total, doutput_DV = carry
         value, nll_BC, x_BCD, dlogits_BCV = _chunk(options, output_DV, chunk)
@@ -186,7 +186,7 @@ def _forward(options, x_NBCD, output_DV, targets_NBC, valid_NBC):
     return (total, nll_NBC), (dx_NBCD, doutput_DV.astype(output_DV.dtype))
 
 
-def _backward(options, gradients, cotangents):
+def _cross_entropy_backward(options, gradients, cotangents):
     dx_NBCD, doutput_DV = gradients
     scale = cotangents[0]
     if options.vocabulary_axis:
@@ -200,7 +200,7 @@ def _backward(options, gradients, cotangents):
     )
 
 
-_chunked_sums.defvjp(_forward, _backward)
+_chunked_sums.defvjp(_chunked_forward, _cross_entropy_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -241,4 +241,4 @@ def _losses(options, sums_3T, valid_T):
     return jnp.sum(nll_T) + options.z_weight * jnp.sum(z_T), nll_T, log_z_T
 
 
-_kernel_sums.defvjp(_kernel_forward, _backward)
+_kernel_sums.defvjp(_kernel_forward, _cross_entropy_backward)

@@ -45,7 +45,7 @@ def _fork_forward(x_BLD, scale_D, epsilon, interpret):
 
 def _fork_backward(epsilon, interpret, residuals, gradients):
     x_BLD, scale_D = residuals
-    run = on_tokens(partial(_backward_of_tokens, epsilon, interpret), 3)
+    run = on_tokens(partial(_norm_backward_of_tokens, epsilon, interpret), 3)
     dx_BLD, dscale_ND = run(x_BLD, *gradients, scale_D)
     return dx_BLD, jnp.sum(dscale_ND, axis=0).astype(scale_D.dtype)
 
@@ -66,7 +66,7 @@ def norm_of_tokens(
     return normed_TD.reshape(x_BLD.shape)
 
 
-def _backward_of_tokens(epsilon, interpret, x_BLD, dstream_BLD, dnormed_BLD, scale_D):
+def _norm_backward_of_tokens(epsilon, interpret, x_BLD, dstream_BLD, dnormed_BLD, scale_D):
     """(gradient of the stream, gradient of the scale of each tile)."""
 
     def of_tile(x_ref, dstream_ref, dnormed_ref, scale_ref, dx_ref, dscale_ref):

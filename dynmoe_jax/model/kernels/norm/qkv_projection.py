@@ -126,7 +126,7 @@ def projected_by_kernels(
       epsilon: of the norm.
       interpret: runs the kernels on a CPU, for tests.
     """
-    products = _forward(x_BLD, scale_D, matrices, tile, epsilon, interpret)
+    products = _projection_forward(x_BLD, scale_D, matrices, tile, epsilon, interpret)
     # From the stream, which is kept, they are made again in less time than it takes to keep them:
     # 5 ms for the 24 layers of the paper's model on v6e, where they are written in 7 and read in
     # 15, by the planner's count.
@@ -141,7 +141,7 @@ def _project_forward(x_BLD, scale_D, matrices, tile, epsilon, interpret):
 def _project_backward(tile, epsilon, interpret, residuals, gradients):
     x_BLD, scale_D, matrices = residuals
     dstream_BLD, dproducts = gradients
-    dx_BLD, dscale_CD, dmatrices = _backward(
+    dx_BLD, dscale_CD, dmatrices = _projection_backward(
         x_BLD, dstream_BLD, dproducts, scale_D, matrices, tile, epsilon, interpret
     )
     dmatrices = tuple(jnp.sum(d_CDX, axis=0).astype(x_BLD.dtype) for d_CDX in dmatrices)
@@ -151,7 +151,7 @@ def _project_backward(tile, epsilon, interpret, residuals, gradients):
 projected_by_kernels.defvjp(_project_forward, _project_backward)
 
 
-def _forward(x_BLD, scale_D, matrices, tile, epsilon, interpret):
+def _projection_forward(x_BLD, scale_D, matrices, tile, epsilon, interpret):
     def of_tile(x_ref, scale_ref, *refs):
         unit_tD, _ = unit_rows(x_ref[...], epsilon)
         normed_tD = (unit_tD * scale_ref[...]).astype(x_ref.dtype)
@@ -175,7 +175,9 @@ def _forward(x_BLD, scale_D, matrices, tile, epsilon, interpret):
     return tuple(p.reshape(*x_BLD.shape[:2], -1) for p in products)
 
 
-def _backward(x_BLD, dstream_BLD, dproducts, scale_D, matrices, tile, epsilon, interpret):
+def _projection_backward(
+    x_BLD, dstream_BLD, dproducts, scale_D, matrices, tile, epsilon, interpret
+):
     """Gradients of the stream, and of scale and matrices for each part of the tiles."""
     arrays = [a.reshape(-1, a.shape[-1]) for a in (x_BLD, dstream_BLD, *dproducts)]
     tokens, width = arrays[0].shape

@@ -71,16 +71,16 @@ def routed_by_kernels(
     return x_BLD, normed_BLD, _logits(normed_BLD, router_DE)
 
 
-def _forward(x_BLD, scale_D, router_DE, epsilon, interpret):
+def _routed_forward(x_BLD, scale_D, router_DE, epsilon, interpret):
     results = routed_by_kernels(x_BLD, scale_D, router_DE, epsilon, interpret)
     return results, (x_BLD, scale_D, router_DE, results[1])
 
 
-def _backward(epsilon, interpret, residuals, gradients):
+def _routed_backward(epsilon, interpret, residuals, gradients):
     x_BLD, scale_D, router_DE, normed_BLD = residuals
     dstream_BLD, dnormed_BLD, dlogits_BLE = gradients
     dlogits_BLS, router_DS = summands(dlogits_BLE, router_DE, x_BLD.dtype)
-    run = on_tokens(partial(_backward_of_tokens, epsilon, interpret), 4, 2)
+    run = on_tokens(partial(_routed_backward_of_tokens, epsilon, interpret), 4, 2)
     dx_BLD, dscale_ND = run(x_BLD, dstream_BLD, dnormed_BLD, dlogits_BLS, scale_D, router_DS)
     drouter_DE = jnp.einsum(
         "bld,ble->de",
@@ -91,7 +91,7 @@ def _backward(epsilon, interpret, residuals, gradients):
     return dx_BLD, jnp.sum(dscale_ND, axis=0).astype(scale_D.dtype), drouter_DE
 
 
-routed_by_kernels.defvjp(_forward, _backward)
+routed_by_kernels.defvjp(_routed_forward, _routed_backward)
 
 
 def summands(
@@ -130,7 +130,7 @@ def _three(x, dtype):
     return parts
 
 
-def _backward_of_tokens(
+def _routed_backward_of_tokens(
     epsilon, interpret, x_BLD, dstream_BLD, dnormed_BLD, dlogits_BLS, scale_D, router_DS
 ):
     """(gradient of the stream, gradient of the scale of each tile)."""
