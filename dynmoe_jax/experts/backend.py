@@ -1,4 +1,4 @@
-"""From settings to expert compute."""
+"""Choice of expert compute: from settings to a backend."""
 
 import functools
 from collections.abc import Callable
@@ -62,12 +62,12 @@ def grouped_experts(moe: config.MoE, target: Target) -> Backend:
 
 
 def usual_rows_per_token(moe: config.MoE) -> float:
-    """How many rows a token has, as a rule: k of top-k, a little more than the paper's of top-p."""
+    """Rows per token that memory is laid out for: k of top-k, of top-p a bit over its mean."""
     return float(moe.top_k) if moe.router == "top_k" else USUAL_ROWS_PER_TOKEN
 
 
 def saved_rows_per_token(moe: config.MoE) -> float:
-    """What ``config.model.moe.saved_rows_per_token`` says, or those that there usually are.
+    """Rows per token that keep activations: the setting, or the usual number.
 
     Top-8 with two rows kept would compute gate and up of the other six twice.
     """

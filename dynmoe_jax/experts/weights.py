@@ -1,4 +1,4 @@
-"""The parameters of all experts of one layer.
+"""Parameters of all experts of one layer, and SwiGLU.
 
 Axis legend: N layers, E experts, D model width, F hidden width of an expert.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InStack:
-    """Where the experts of a layer lie among those of all layers.
+    """Place of a layer's experts in the arrays of all layers.
 
     XLA copies a layer out of the stack for whoever reads it.  A kernel that reads the stack itself
     spares that, and the memory of the copy.

@@ -1,1 +1,1 @@
-"""Devices: the target of a program, chips and their rates, pages of memory, C++ kernels."""
+"""Devices: target, chips and their rates, memory budget and tiles of kernels, C++ kernels."""

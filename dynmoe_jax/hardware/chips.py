@@ -80,7 +80,7 @@ count as if rows were filled up to the unit."""
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of ``jax.Device.device_kind``; None if it is not in the table (a CPU, say)."""
+    """Chip of a ``jax.Device.device_kind``; None if it is not in the table (a CPU, say)."""
     # The longest name first: "TPU v5 lite" is not a "TPU v5".
     by_length = sorted(CHIPS.values(), key=lambda chip: len(chip.device_kind), reverse=True)
     return next((chip for chip in by_length if chip.device_kind in device_kind), None)

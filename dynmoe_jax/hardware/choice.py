@@ -41,7 +41,7 @@ def check(setting: str, requested: str, obstacle: str) -> None:
 
 
 def platform_obstacle(platforms: tuple[str, ...], target: Target) -> str:
-    """The obstacle that an implementation does not run on the target's platform.
+    """Obstacle that an implementation does not run on the target's platform.
 
     Args:
       platforms: where it runs; empty: anywhere.
@@ -54,5 +54,5 @@ def platform_obstacle(platforms: tuple[str, ...], target: Target) -> str:
 
 
 def not_installed(remedy: str) -> str:
-    """The obstacle that a package is missing."""
+    """Obstacle that a package is missing."""
     return f"is not installed here; {remedy} or"

@@ -24,7 +24,7 @@ ON_REQUEST = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def environment_for_huge_pages(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """The environment in which large arrays lie in huge pages, and heaps are few.
+    """Environment in which large arrays lie in huge pages, and heaps are few.
 
     Args:
       environment: that of this process.

@@ -1,4 +1,4 @@
-"""What the program will run on: the devices at hand, or others, ahead of time.
+"""Target of a program: the devices at hand, or others, ahead of time.
 
 Everything that depends on the platform (compute type, expert compute, attention) asks here, so
 that a machine without a TPU can compile for one.
@@ -41,7 +41,7 @@ class Target:
 
     @classmethod
     def of(cls, device: jax.Device) -> "Target":
-        """The kind of a device, real or described by ``jax.experimental.topologies``."""
+        """Kind of a device, real or described by ``jax.experimental.topologies``."""
         try:
             capability = float(device.compute_capability)
         except (AttributeError, ValueError):  # ValueError: AMD's "gfx942"
@@ -53,7 +53,7 @@ _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 
 
 def current_target() -> Target:
-    """What :func:`compile_for` says, otherwise the default device."""
+    """Returns the target of :func:`compile_for`, otherwise that of the default device."""
     return _target.get() or Target.of(jax.devices()[0])
 
 
@@ -61,7 +61,8 @@ def current_target() -> Target:
 def compile_for(target: Target) -> Iterator[None]:
     """Within the context, models are built and traced for ``target``, whatever is at hand.
 
-    Both belong into it: a model remembers parts of the choice, and traces the rest.
+    Build and trace a model inside the same context: it keeps some choices when built and makes the
+    others when traced.
     """
     token = _target.set(target)
     try:

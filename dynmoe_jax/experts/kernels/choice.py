@@ -1,4 +1,4 @@
-"""Which implementation computes the experts' products: one rule, written down.
+"""Choice of the grouped matmul: which implementation computes the experts' products.
 
 Axis legend: R rows, E experts, D model width, F hidden width of an expert.
 """
@@ -31,15 +31,15 @@ PLATFORMS = {
     "triton": ("gpu",),
 }
 OTHER_FLOPS_PER_BYTE = 240.0
-"""Of a TPU that is not in the table: v5e's, in the middle of those that are."""
+"""FLOPs per byte assumed for TPUs that are not in the table: v5e's, the median."""
 
 LEAST_COMPUTE_CAPABILITY = 8.0
-"""Of an NVIDIA GPU that Pallas compiles for: Ampere."""
+"""Lowest compute capability that Pallas compiles for: Ampere."""
 
 
 @functools.cache
 def available_for(platform: str) -> frozenset[str]:
-    """The implementations that can be had here, for a platform."""
+    """Names of the implementations that are installed here, for a platform."""
     found = {name for name, module in MODULES.items() if _exists(module)}
     if platform == "cpu" and library.available():
         found.add("native")
@@ -61,9 +61,10 @@ def choose_products(
     width: int,
     hidden_width: int,
 ) -> str:
-    """``"native"``, ``"blocks"``, ``"megablox"``, ``"triton"``, ``"tokamax"`` or ``"xla"``.
+    """Returns the name of the implementation that computes the experts' grouped matmul.
 
-    What was asked for, if anything; otherwise:
+    One of ``"native"``, ``"blocks"``, ``"megablox"``, ``"triton"``, ``"tokamax"`` and ``"xla"``:
+    the one requested, or for ``"auto"``:
 
     1. CPU: ``native``, kernels of our own (:mod:`.cpu.native`), where a C++ compiler is installed
        and the rows are float32.  Otherwise ``blocks``, a loop over the blocks of rows used.
@@ -76,7 +77,7 @@ def choose_products(
        times.  tokamax has the same kernels, but shapes outside its table of tuned tiles, the
        paper's among them, get tiles of 128 x 128 x 128.  Not measured: there was no TPU.  With it
        go kernels of our own that fuse gate, up and SwiGLU, where D and F are multiples of 128 and a
-       tile of whole rows fits into the fast memory (:mod:`.tpu.swiglu_tiling`).
+       tile of whole rows fits into VMEM (:mod:`.tpu.swiglu_tiling`).
        Types other than bfloat16 and float32, which Megablox does not know: ``xla``.
     3. NVIDIA GPU from Ampere on, numbers of 16 bits, widths that are multiples of 128:
        ``triton``, kernels of our own (:mod:`.gpu.gmm`), also fused with SwiGLU.  XLA's
@@ -126,7 +127,7 @@ def check_request(requested: str, target: Target, available: frozenset[str]) -> 
 
 
 def _place_obstacle(name: str, target: Target, available: frozenset[str]) -> str:
-    """The obstacle on this machine, whatever is computed."""
+    """Obstacle on this machine, whatever is computed."""
     if found := platform_obstacle(PLATFORMS.get(name, ()), target):
         return found
     if name not in PLATFORMS or name in available:
@@ -137,7 +138,7 @@ def _place_obstacle(name: str, target: Target, available: frozenset[str]) -> str
 
 
 def _number_obstacle(name: str, dtype: jnp.dtype, width: int, hidden_width: int) -> str:
-    """The obstacle that kernels of our own do not know such numbers or widths."""
+    """Obstacle that kernels of our own do not know such numbers or widths."""
     if name == "native" and dtype != jnp.float32:
         return f"computes in float32, not in {dtype.name}; set config.model.dtype='float32' or"
     if name == "triton" and dtype.itemsize != 2:
@@ -156,7 +157,7 @@ def _uneven(*widths: int) -> int | None:
 
 
 def make_products(name: str, target: Target) -> GroupedProducts:
-    """The products of an implementation other than ``native`` and ``blocks``."""
+    """Makes the grouped matmuls of an implementation other than ``native`` and ``blocks``."""
     if name == "megablox":
         return megablox_products(flops_per_byte(target), vmem_bytes(target))
     if name == "triton":

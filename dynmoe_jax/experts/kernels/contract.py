@@ -1,4 +1,4 @@
-"""Products of rows with the matrix of the expert whose group they stand in.
+"""Grouped matmul: products of rows with the matrix of the expert whose group they stand in.
 
 One interface, several implementations; :mod:`.choice` says which one a machine uses.
 
@@ -25,11 +25,11 @@ WeightGradient = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class GroupedProducts:
-    """The three products of a grouped linear layer, all in the type of the rows.
+    """The grouped matmuls of a linear layer, forward and both gradients, in the type of the rows.
 
     Sums run in float32.  What an implementation does *not* promise, because kernels do not: rows
     beyond the groups hold anything, NaN included, and so does the weight gradient of an expert
-    without rows (openxla/tokamax#887), unless ``zeroes_empty``.  Who calls masks both.
+    without rows (openxla/tokamax#887), unless ``zeroes_empty``.  The caller masks both.
 
     Attributes:
       name: of the implementation.
@@ -72,7 +72,7 @@ WEIGHT_GRADIENT = _dimensions(((0,), (0,)), [])
 
 
 def products_of(name: str, ragged_dot_general: Callable, row_multiple: int = 1) -> GroupedProducts:
-    """The three products in terms of something with the signature of ``ragged_dot_general``."""
+    """Grouped matmuls by a function with the signature of ``jax.lax.ragged_dot_general``."""
 
     def product(dimensions):
         def apply(lhs, rhs, group_size_E):
@@ -88,9 +88,9 @@ def products_of(name: str, ragged_dot_general: Callable, row_multiple: int = 1) 
 
 
 XLA = products_of("xla", jax.lax.ragged_dot_general)
-"""XLA's own.  Forward and input gradient are kernels on TPU and dense over the experts elsewhere;
-so is the weight gradient, on TPU as well with the compiler of jax 0.10 (16 times the FLOPs at 16
-experts: compiled for v5p with libtpu 0.0.42; grouped with 0.0.50, of jax 0.12)."""
+"""XLA's own grouped matmul.  Forward and input gradient are kernels on TPU and dense over the
+experts elsewhere; so is the weight gradient, on TPU as well with the compiler of jax 0.10 (16 times
+the FLOPs at 16 experts: compiled for v5p with libtpu 0.0.42; grouped with 0.0.50, of jax 0.12)."""
 
 
 def _member_RE(rows: int, group_size_E: Int[Array, "E"]) -> Float[Array, "R E"]:
@@ -116,4 +116,4 @@ def _reference_weight_gradient(x_RI, dy_RO, group_size_E):
 REFERENCE = GroupedProducts(
     "reference", _reference_forward, _reference_input_gradient, _reference_weight_gradient
 )
-"""The oracle: every expert on every row, einsum."""
+"""Oracle of tests and of ``benchmarks.gpu_check``: every expert on every row, by einsum."""

@@ -1,4 +1,4 @@
-"""Dropless experts by grouped matrix products, for accelerators.
+"""Dropless experts by grouped matmuls, for accelerators.
 
 Rows are gathered from the tokens, sent through :class:`SwiGLU` and a last product, and gathered
 back.  Forward and backward are written out as one ``custom_vjp``: autodiff would derive a weight
@@ -31,7 +31,7 @@ from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights
 
 USUAL_ROWS_PER_TOKEN = 2.0
-"""Of top-p.  The paper reports a mean of 1.76 experts."""
+"""Rows per token that memory is laid out for with top-p; the paper reports a mean of 1.76."""
 
 
 def ragged_experts(
@@ -73,21 +73,21 @@ def ragged_experts(
 
 @dataclasses.dataclass(frozen=True)
 class _Kernels:
-    """What computes the rows, and whether gate and up of the first part may be kept."""
+    """Kernels of the rows, and whether gate and up of the first part may be kept."""
 
     products: GroupedProducts
     swiglu: SwiGLU
     keeps: bool
 
     def rows_of(self, part: "_Part", x_TD: Float[Array, "T D"]) -> Float[Array, "n D"]:
-        """The tokens of the rows of a part; zeros in padding where products do not ignore it."""
+        """Gathers the tokens of a part's rows; zeros in padding where products do not ignore it."""
         x_nD = part.rows_of(x_TD)
         return x_nD if self.products.ignores_padding else part.mask(x_nD)
 
     def sum_by_token(
         self, part: "_Part", y_nD: Float[Array, "n D"], tokens: int
     ) -> Float[Array, "T D"]:
-        """The sum of the rows of each token, in float32, rounded to the type of the rows."""
+        """Sums the rows of each token, in float32, rounded to the type of the rows."""
         kernel = self.products.sum_of_rows if part.row_TK is not None else None
         y_TD = kernel(y_nD, *part.places) if kernel else None
         return part.sum_by_token(y_nD, tokens).astype(y_nD.dtype) if y_TD is None else y_TD
@@ -95,7 +95,7 @@ class _Kernels:
 
 @dataclasses.dataclass(frozen=True)
 class PartBounds:
-    """How the rows are cut.
+    """Sizes of the parts that the rows are cut into.
 
     Attributes:
       first: S.
@@ -113,12 +113,12 @@ class PartBounds:
         return self.first + self.chunk * self.chunks
 
     def used_chunks(self, rows: Int[Array, ""]) -> Int[Array, ""]:
-        """How many parts after the first hold one of so many rows."""
+        """Number of parts after the first that hold one of so many rows."""
         return jnp.maximum(0, -(-(rows - self.first) // self.chunk))
 
 
 def part_bounds(rows: int, tokens: int, rows_per_token: float, multiple: int) -> PartBounds:
-    """One part if it holds all rows, otherwise S rows and chunks of a quarter of S.
+    """Cuts the rows: one part if it holds all, otherwise S rows and chunks of a quarter of S.
 
     All are rounded up to what the kernels ask for.
     """
@@ -134,7 +134,7 @@ def part_bounds(rows: int, tokens: int, rows_per_token: float, multiple: int) ->
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """All of :class:`Rows` that carries no gradient."""
+    """The layout of :class:`Rows`: everything that carries no gradient."""
 
     token_R: Int[Array, "R"]
     group_size_E: Int[Array, "E"]
@@ -142,11 +142,11 @@ class _Layout:
 
     @classmethod
     def of(cls, rows: Rows) -> "_Layout":
-        """That of some rows."""
+        """The layout of ``rows``."""
         return cls(rows.token_R, rows.group_size_E, rows.row_TK)
 
     def part(self, start: int | Int[Array, ""], size: int) -> "_Part":
-        """``size`` rows from ``start`` on."""
+        """Cuts out ``size`` rows from ``start`` on."""
         end_E = jnp.cumsum(self.group_size_E)
         first_E, last_E = (
             jnp.clip(at_E, start, start + size) for at_E in (end_E - self.group_size_E, end_E)
@@ -158,7 +158,7 @@ class _Layout:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Some rows that follow each other, and the share of each group that lies in them."""
+    """Consecutive rows, and the share of each group that lies in them."""
 
     start: int | Int[Array, ""]
     token_n: Int[Array, "n"]
@@ -167,7 +167,7 @@ class _Part:
     row_TK: Int[Array, "T K"] | None
 
     def rows_of(self, x_TD: Float[Array, "T D"]) -> Float[Array, "n D"]:
-        """The tokens of the rows; anything in padding."""
+        """Gathers the tokens of the rows (permute); anything in padding."""
         return x_TD.at[self.token_n].get(mode="clip")
 
     def mask(self, x_nI: Float[Array, "n I"]) -> Float[Array, "n I"]:
@@ -175,7 +175,7 @@ class _Part:
         return jnp.where(self.used_n1, x_nI, 0)
 
     def sum_by_token(self, y_nD: Float[Array, "n D"], tokens: int) -> Float[Array, "T D"]:
-        """The sum of the rows of each token, float32."""
+        """Sums the rows of each token (unpermute), float32."""
         return add_up(y_nD, self.token_n, self.used_n1, self.start, self.row_TK, tokens)
 
     @property

@@ -1,4 +1,4 @@
-"""The half of an expert before its last product: gate and up, SwiGLU, combine weight.
+"""First half of an expert, before its last matmul: gate and up, SwiGLU, combine weight.
 
 One interface: in terms of grouped products here, or fused with them
 (:mod:`.tpu.swiglu` for TPU, :mod:`.gpu.swiglu` for GPU), of which this is the twin.
@@ -54,7 +54,7 @@ class SwiGLU:
 
 @functools.cache
 def plain_swiglu(products: GroupedProducts) -> SwiGLU:
-    """Each product a pass over the rows, and the arithmetic between them another."""
+    """Makes a :class:`SwiGLU` of grouped matmuls, with a pass of its own for the arithmetic."""
 
     def forward(x_nD, weight_n1, weights, group_size_E):
         gate_up_n2F = products.forward(x_nD, weights.gate_up_ED2F, group_size_E)
@@ -80,7 +80,7 @@ def plain_swiglu(products: GroupedProducts) -> SwiGLU:
 
 
 def used_rows(rows: int, group_size_E: Int[Array, "E"]) -> Bool[Array, "n 1"]:
-    """False beyond the groups."""
+    """Mask of the rows that belong to a group."""
     return jnp.arange(rows)[:, None] < jnp.sum(group_size_E)
 
 

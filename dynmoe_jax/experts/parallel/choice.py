@@ -1,4 +1,4 @@
-"""Which transport brings tokens to experts on other devices: one rule, written down."""
+"""Choice of the transport of expert parallelism: how tokens reach experts on other devices."""
 
 import functools
 
@@ -10,16 +10,16 @@ from dynmoe_jax.hardware.target import Target, current_target
 
 SETTING = "config.model.moe.transport"
 PLATFORMS = {"ragged_all_to_all": ("gpu", "tpu")}
-USUAL_EXPERTS_PER_TOKEN = 1.76
-"""The mean of the paper's model (table 2), for routers that choose a number."""
+EXPECTED_EXPERTS_PER_TOKEN = 1.76
+"""Mean of the paper's model (table 2), for routers that choose a number."""
 
 WORTH_IT = 0.5
-"""Of the ring's bytes, the share from which on an exchange is left alone: its small messages, and
+"""Share of the ring's bytes from which on an exchange is not used: its small messages, and
 places that are computed from the routing, cost what a ring does not.  Not measured."""
 
 
 def device_visits(experts_per_token: float, devices: int) -> float:
-    """Devices other than its own that a token visits, if its experts lie anywhere alike.
+    """Expected number of other devices that a token visits, if its experts lie anywhere alike.
 
     A device is missed by all m experts of a token with probability (1 - 1/n)^m.
     """
@@ -27,11 +27,9 @@ def device_visits(experts_per_token: float, devices: int) -> float:
 
 
 def choose_transport(moe: config.MoE, target: Target, devices: int) -> str:
-    """The name of a transport.
+    """Returns the name of a transport: the one requested, or for ``"auto"``:
 
-    What was asked for, if anything; otherwise:
-
-    1. ``all_to_all`` if ``tokens_per_pair`` bounds what it sends: nothing else heeds that.
+    1. ``all_to_all`` if ``tokens_per_pair`` bounds what it sends: no other transport does.
     2. CPU: ``ring``; there is no other collective that sends less.
     3. TPU and GPU: what sends less.  With the ring a token travels to n - 1 devices, with a ragged
        exchange to (n - 1)(1 - (1 - 1/n)^m) of them for m experts per token: at 1.76 experts to
@@ -46,8 +44,8 @@ def choose_transport(moe: config.MoE, target: Target, devices: int) -> str:
     Raises:
       ConfigError: what was asked for does not run on ``target``.
     """
-    usual = moe.top_k if moe.router == "top_k" else USUAL_EXPERTS_PER_TOKEN
-    share = device_visits(usual, devices) / max(1, devices - 1)
+    expected = moe.top_k if moe.router == "top_k" else EXPECTED_EXPERTS_PER_TOKEN
+    share = device_visits(expected, devices) / max(1, devices - 1)
     if moe.tokens_per_pair:
         candidates = ("all_to_all",)
     else:
@@ -59,7 +57,7 @@ def choose_transport(moe: config.MoE, target: Target, devices: int) -> str:
 
 
 def make_transport(moe: config.MoE, devices: int, target: Target | None = None) -> Transport:
-    """The transport that ``config.model.moe.transport`` names.
+    """Makes the transport that ``config.model.moe.transport`` names.
 
     Raises:
       ConfigError: it does not run on ``target`` (by default :func:`current_target`).

@@ -33,7 +33,7 @@ FLAGS = ("-std=c++20", "-O3", "-fPIC")
 
 
 class NotAvailableError(Exception):
-    """The kernels cannot be had here; the message says why."""
+    """Raised where the kernels cannot be had; the message says why."""
 
 
 @functools.cache
@@ -89,7 +89,7 @@ def has_matrix_unit() -> bool:
 
 
 def _compiled() -> Path:
-    """The library, which is compiled unless one of the same sources is there."""
+    """Returns the library, which is compiled unless one of the same sources is there."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++")]
     if not compiler[0]:
         raise NotAvailableError("there is no C++ compiler; install GCC or Clang")

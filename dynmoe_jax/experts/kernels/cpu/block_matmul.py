@@ -13,7 +13,7 @@ SMALLEST_PART = 16
 
 
 def expert(array_EIO: Float[Array, "E I O"], e: Int[Array, ""]) -> Float[Array, "I O"]:
-    """The matrix of one expert.  XLA copies it, once for all blocks of the expert."""
+    """Slices out the matrix of one expert.  XLA copies it, once for all blocks of the expert."""
     return jax.lax.dynamic_index_in_dim(array_EIO, e, keepdims=False)
 
 
@@ -44,7 +44,7 @@ def times_expert(
 
 
 def _part(inner: int, row_bytes: int) -> int:
-    """The most rows of a matrix that divide it and hold at most ``PART_BYTES``.
+    """Most rows of a matrix that divide it and hold at most ``PART_BYTES``.
 
     Everything, if only slivers divide it.
     """
@@ -75,7 +75,7 @@ def add_to_expert(
 
 
 def gather(x_TD: Float[Array, "T D"], token_b: Int[Array, "b"]) -> Float[Array, "b D"]:
-    """The rows of ``x_TD`` that ``token_b`` names; zeros for a token beyond the last."""
+    """Gathers the rows of ``x_TD`` that ``token_b`` names; zeros for a token beyond the last."""
     return x_TD.at[token_b].get(mode="fill", fill_value=0)
 
 

@@ -1,4 +1,4 @@
-"""How the rows of an expert are cut into blocks of a few static sizes.
+"""Schedule of the blocks of a few static sizes into which an expert's rows are cut.
 
 Shapes are static and loads are data, so a block is computed in one of a handful of sizes, by a
 loop whose trip count is data.  A block that is larger than its rows wastes products; an additional
@@ -16,25 +16,27 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
-"""Powers of two, and what lies halfway where that can save more rows than a block costs.  Loads
-around 512 rows (log-normal, sigma 0.6) then cost 9% more than one block of their very size each,
-by the count below, with powers of two alone 13%.  A size takes 0.3 s to compile, backward too."""
+"""Rows of a block: powers of two, and sizes halfway between where that can save more rows than a
+block costs.  Loads around 512 rows (log-normal, sigma 0.6) then cost 9% more than one block of
+their very size each, by the count below, with powers of two alone 13%.  A size takes 0.3 s to
+compile, backward too."""
 
 OVERHEAD_ROWS = 48
-"""What a block costs beyond its rows, in rows.  Forward and backward of 16 experts of n rows each
+"""Cost of a block beyond its rows, in rows.  Forward and backward of 16 experts of n rows each
 (D = 512, F = 1408, two quiet cores) took 60 ms + 16 (3.3 ms + 0.0715 ms n) for n from 32 to 512:
 the constant, mostly for reading weights and adding to their gradients, is that of 46 rows."""
 
 SMALLEST_SHARE = 128
-"""Blocks smaller than T / 128 would save less than they cost to compile."""
+"""Smallest block as a fraction of T: smaller ones would save less than they cost to compile."""
 
 DECODE_TOKENS = 32
-"""Up to here blocks of 1, 2 and 4 rows count: an expert that one sequence of a few uses has one or
-two rows.  8 tokens on 11 of 16 experts of 1024 x 2816 took 18 ms with them, 27 with blocks of 8."""
+"""Most tokens for which blocks of 1, 2 and 4 rows are used: an expert that one sequence of a few
+uses has one or two rows.  8 tokens on 11 of 16 experts of 1024 x 2816 took 18 ms with them, 27 with
+blocks of 8."""
 
 
 def block_sizes(tokens: int) -> tuple[int, ...]:
-    """The sizes to use for T tokens, rising; an expert has no more than T rows."""
+    """Returns the sizes to use for T tokens, ascending; an expert has no more than T rows."""
     enough = next((size for size in SIZES if size >= tokens), SIZES[-1])
     least = 1 if tokens <= DECODE_TOKENS else max(8, tokens / SMALLEST_SHARE)
     return tuple(s for s in SIZES if s <= enough and (s >= least or s == enough))
@@ -57,7 +59,7 @@ def cheapest_cut(sizes: tuple[int, ...]) -> Int[np.ndarray, "R S"]:
 
 
 class Schedule:
-    """The rows of a layer with room for one block past their end, and how they are cut."""
+    """Rows of a layer, with room for one block past their end, and the blocks they are cut into."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from dynmoe_jax.experts.weights import ExpertWeights, InStack
 from dynmoe_jax.hardware.native import library
 
 WAVE_ROWS = 2048
-"""W at most."""
+"""Most rows worked on at a time: the bound on W."""
 
 BLOCK = 64
 """Hidden units whose share of a combine weight's gradient is one sum: kFewColumns in C++."""
@@ -99,7 +99,7 @@ _native_experts.defvjp(_native_experts_forward, _native_experts_backward)
 
 
 def _in_place(weights: ExpertWeights, place: InStack | None) -> InStack:
-    """The stack that the weights lie in, or one of their own."""
+    """Returns the stack that the weights lie in, or one of their own."""
     if place:
         return place
     return InStack(weights.gate_up_ED2F[None], weights.down_EFD[None], jnp.zeros((), jnp.int32))

@@ -1,4 +1,4 @@
-"""Grouped products for NVIDIA GPUs, by kernels of our own.
+"""Grouped matmul for NVIDIA GPUs, by kernels of our own.
 
 A program computes a tile of rows that belong to one expert, which it reads from
 :func:`~.tiling.visits_of`.  Rows beyond the groups are neither read nor written, matrices
@@ -37,7 +37,7 @@ GRADIENT = "grouped_weight_gradient"
 def triton_products(
     shared_bytes: int, tiles: Tiles | None = None, interpret: bool = False
 ) -> GroupedProducts:
-    """The products.
+    """Makes the grouped matmuls.
 
     Args:
       shared_bytes: shared memory that a program may have.
@@ -75,7 +75,7 @@ def triton_products(
 
 
 def gradient(tile: Tile, x_RI, dy_RO, group_size_E, *, interpret=False):
-    """Of every expert its rows, transposed, times theirs: [E, I, O]."""
+    """Grouped weight gradient: ``x_eᵀ dy_e`` for every expert, [E, I, O]."""
     inner, outer = x_RI.shape[1], dy_RO.shape[1]
     tile = dataclasses.replace(tile, m=dividing(tile.m, inner), c=dividing(tile.c, outer))
     end_E = jnp.cumsum(group_size_E)

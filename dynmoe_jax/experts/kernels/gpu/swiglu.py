@@ -28,7 +28,7 @@ from dynmoe_jax.hardware.triton import options
 
 @functools.cache
 def triton_swiglu(tiles: Tiles, interpret: bool = False) -> SwiGLU:
-    """The kernels.
+    """Makes the kernels of SwiGLU with these tiles.
 
     Args:
       tiles: see :func:`~.tiling.tiles_for`.

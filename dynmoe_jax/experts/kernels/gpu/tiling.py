@@ -12,25 +12,25 @@ from jaxtyping import Array, Int
 
 ROW_TILES = (128, 64, 32, 16)
 TILES_OF_EXPERT = 4
-"""Row tiles that an expert has on average, at least: its last one is half empty."""
+"""Least number of row tiles of an expert on average: its last one is half empty."""
 
 STAGES = 3
 
 COLUMN_TILES = (256, 128, 64)
 WIDTH_MULTIPLE = 128
-"""What both widths must be a multiple of: the kernels look at no column twice."""
+"""Divisor that both widths must have: the kernels look at no column twice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What one program computes, and with what.
+    """Tile sizes, warps and pipeline stages of one program.
 
     Attributes:
       m: rows.
       c: columns of the result.
       k: summed over at a time.
       warps: of 32 threads each.
-      stages: pieces of both sides that are on their way at a time.
+      stages: pieces of both sides in flight at a time.
     """
 
     m: int
@@ -42,7 +42,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Of a layer.
+    """Tile sizes of the four kernels of a layer.
 
     Attributes:
       product: of rows with matrices.
@@ -59,7 +59,7 @@ class Tiles:
 
 @functools.cache
 def tiles_for(rows: int, experts: int, shared_bytes: int) -> Tiles:
-    """Tiles for R rows of E experts.
+    """Chooses tiles for R rows of E experts.
 
     128 x 256 sums fill half of the registers of an SM, so there is one program on each.  Pieces of
     64 of both sides, three times over, take 147 kB of shared memory; where that does not fit,
@@ -84,7 +84,7 @@ def _tile(m: int, c: int, shared_bytes: int) -> Tile:
 
 
 def dividing(tile: int, width: int) -> int:
-    """The largest tile, no larger than this one, that divides a multiple of 128."""
+    """Largest tile, no larger than this one, that divides a multiple of 128."""
     return next(c for c in COLUMN_TILES if c <= tile and width % c == 0)
 
 
@@ -92,7 +92,7 @@ Visits = tuple[Int[Array, "V"], Int[Array, "V"], Int[Array, "V"]]
 
 
 def visits_of(group_size_E: Int[Array, "E"], rows: int, m: int) -> Visits:
-    """Of every row tile its expert, its first row, and where the rows of the expert end.
+    """Expert, first row and end of the expert's rows of every row tile.
 
     Row tiles begin with the rows of an expert, so none is shared.  V is the most that there may
     be; those that do not exist begin where their expert ends.

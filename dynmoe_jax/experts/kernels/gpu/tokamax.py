@@ -1,4 +1,4 @@
-"""Grouped products by tokamax, the library that JAX's kernels for GPU move to.
+"""Grouped matmul by tokamax, the library that JAX's kernels for GPU move to.
 
 Axis legend: R rows, E experts, I and O the inner and outer width of a matrix.
 """
@@ -10,13 +10,14 @@ from absl import flags
 from dynmoe_jax.experts.kernels.contract import GroupedProducts, products_of
 
 IMPLEMENTATIONS = {"gpu": ("triton", "mosaic"), "tpu": ("mosaic",)}
-"""Not tokamax's own order, which ends in ``xla`` and so, on a GPU, in dense products.  Triton comes
-first because it is this kernel that was measured on an H100 (78% of peak forward, XLA's dense
-lowering 15%: marin-community/marin#4297), and because Blackwell has no Mosaic weight gradient."""
+"""Implementations to try, in order.  Not tokamax's own order, which ends in ``xla`` and so, on a
+GPU, in dense products.  Triton comes first because it is this kernel that was measured on an H100
+(78% of peak forward, XLA's dense lowering 15%: marin-community/marin#4297), and because Blackwell
+has no Mosaic weight gradient."""
 
 
 def load_tokamax():
-    """The module.  It would parse the command line by itself, and stumble over train.py's flags."""
+    """Imports tokamax, and keeps it from parsing the command line, whose flags it does not know."""
     import tokamax
 
     if not flags.FLAGS.is_parsed():
@@ -26,7 +27,7 @@ def load_tokamax():
 
 @functools.cache
 def tokamax_products(platform: str) -> GroupedProducts:
-    """The products for ``"gpu"`` or ``"tpu"``.
+    """Grouped matmuls by tokamax for ``"gpu"`` or ``"tpu"``.
 
     Raises:
       ImportError: tokamax is not installed.

@@ -1,4 +1,4 @@
-"""What the kernels for GPU have in common: a row tile of one expert, times that expert's matrices.
+"""Visit of a row tile: what all GPU kernels of experts share, rows times their expert's matrices.
 
 Axis legend: R rows, E experts, V visits, I inner width, and the tile sizes m along rows, c along
 the columns of the result and k along what is summed over.
@@ -17,7 +17,7 @@ from dynmoe_jax.experts.kernels.gpu.tiling import Tile
 from dynmoe_jax.hardware.triton import dot
 
 PANEL_BYTES = 16 * 2**20
-"""Of an expert's matrix that is worked on while the rows go by: it has to stay in the second-level
+"""Bytes of an expert's matrix that are worked on while the rows go by: they have to stay in the L2
 cache (50 MB on an H100, 40 MB on an A100), beside the rows."""
 
 Ref = Any
@@ -26,7 +26,7 @@ Ref = Any
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """The row tile of a program, which reads it from the arrays of ``visits_of``.
+    """Row tile of one program, which reads it from the arrays of ``visits_of``.
 
     Attributes:
       tile: its sizes.
@@ -44,7 +44,7 @@ class Visit:
 
     @classmethod
     def of(cls, tile: Tile, expert_V: Ref, first_V: Ref, end_V: Ref) -> "Visit":
-        """That of this program, in a grid of :func:`grid_of`."""
+        """The visit of the current program, in a grid of :func:`grid_of`."""
         v = pl.program_id(1)
         column_tile = pl.program_id(2) * pl.num_programs(0) + pl.program_id(0)
         return cls(tile, expert_V[v], first_V[v], end_V[v], column_tile)
@@ -60,13 +60,13 @@ class Visit:
         return jnp.minimum(self._own_m, self.end - 1)
 
     def columns(self, first: int = 0) -> pl.Slice:
-        """Those of the tile, in an array where the tiles begin at ``first``."""
+        """Column slice of this tile; tiles start at column ``first``."""
         return pl.ds(first + self.column_tile * self.tile.c, self.tile.c)
 
     def sums(
         self, x_RI: Ref, matrices: Sequence[Callable[[Any], Ref]], transposed: bool = False
     ) -> list[jax.Array]:
-        """The rows times a tile of each matrix, float32.
+        """Multiplies the rows by a tile of each matrix, float32.
 
         Args:
           x_RI: all rows.
@@ -87,7 +87,7 @@ class Visit:
         return jax.lax.fori_loop(0, x_RI.shape[1] // k, add, [zeros_mc] * len(matrices))
 
     def load(self, y_RO: Ref, columns: Any) -> jax.Array:
-        """The rows of a tile of columns, float32."""
+        """Loads the rows of a tile of columns, float32."""
         return plgpu.load(at(y_RO, self.row_m, columns)).astype(jnp.float32)
 
     def store(self, y_RO: Ref, columns: Any, y_mc: jax.Array) -> None:
@@ -114,8 +114,8 @@ def at(x_RI: Ref, row_m: jax.Array, columns: pl.Slice) -> Ref:
 def grid_of(column_tiles: int, visits: int, bytes_of_tile: int) -> tuple[int, int, int]:
     """Programs in the order in which they start: tiles of a panel, visits, panels.
 
-    The tiles of a panel of an expert's matrix stay in the second-level cache while all its rows go
-    by, and each row tile is read from memory once for a panel.
+    The tiles of a panel of an expert's matrix stay in the L2 cache while all its rows go by, and
+    each row tile is read from memory once for a panel.
 
     Args:
       column_tiles: of a matrix.

@@ -1,4 +1,4 @@
-"""Rows back to tokens on TPU: reads the rows that are used, and no others.
+"""Combine (unpermute) on TPU: reads the rows that are used, and no others.
 
 Gathers read K rows for every token, though few tokens have K experts: forward and backward they
 were 37 of 514 ms of a step of the paper's model compiled for v5p.  But rows stand by expert, and
@@ -26,10 +26,10 @@ from dynmoe_jax.hardware.vmem import COMBINE_BUDGET
 
 NAME = "sum_of_rows"
 PIECE = TPU_TILE_ROWS
-"""Rows that are fetched at once."""
+"""Rows fetched by one copy."""
 
 PIECES = 8
-"""Of a tile, 128 rows: what a matrix unit adds up at once."""
+"""Pieces of a tile, 128 rows: what a matrix unit adds up at once."""
 
 BLOCKS = ((256, 8), (256, 4), (256, 2), (256, 1), (128, 1))
 """Tokens of a block, and blocks of one program, best first.  Of smaller blocks, more of what is
@@ -37,17 +37,17 @@ fetched belongs to others; larger ones make the product with zeros and ones larg
 fetching goes on from one block to the next."""
 
 FETCHED_BYTES = 2 * 2**20
-"""Of tiles that are on their way at a time."""
+"""Bytes of the tiles in flight at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of a program.
+    """Tile sizes of one program.
 
     Attributes:
       block: b.
-      together: blocks.
-      ring: tiles that are fetched at a time.
+      together: blocks of one program.
+      ring: tiles in flight at a time.
     """
 
     block: int
@@ -56,7 +56,7 @@ class Sizes:
 
 
 def sizes_for(tokens: int, width: int, itemsize: int) -> Sizes | None:
-    """Sizes that divide T and fit into fast memory; None if there are none.
+    """Chooses sizes that divide T and fit into VMEM; None if there are none.
 
     Args:
       tokens: T.
@@ -87,7 +87,7 @@ def sum_of_rows(
     *,
     interpret: bool = False,
 ) -> Float[Array, "T D"]:
-    """For every token the sum of its rows, in float32, rounded to their type.
+    """Sums the rows of every token, in float32, rounded to their type.
 
     Args:
       y_nD: rows by expert, and within an expert by token; n is a multiple of 16.
@@ -134,7 +134,7 @@ def sum_of_rows(
 
 
 def _runs(token_n, group_size_E, tokens: int, block: int) -> Int[Array, "runs"]:
-    """The first row of every expert from every block on, and where the last block's rows end.
+    """First row of every expert from every block on, and where the last block's rows end.
 
     In one dimension, as scalars are stored best.
     """
@@ -237,7 +237,7 @@ def _add_tile(row_bK, tile_ref, sums, piece_smem, tile, used):
     rows = PIECES * PIECE
 
     def numbers(shape, axis):
-        """The number of the row that each place of the tile holds; -1 for none."""
+        """Number of the row that each place of the tile holds; -1 for none."""
         place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         piece, found = jax.lax.div(place, PIECE), jnp.full(shape, -1, jnp.int32)
         for i, start in enumerate(starts):

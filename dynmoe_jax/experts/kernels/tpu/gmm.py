@@ -1,4 +1,4 @@
-"""Grouped products by the Megablox kernels that JAX ships for TPU.
+"""Grouped matmul by the Megablox kernels that JAX ships for TPU.
 
 ``gmm`` visits the row tiles that groups reach into, and no others, so time follows the rows used;
 ``tgmm``, the weight gradient, visits every expert, so that one without rows gets zeros.  It is used
@@ -21,11 +21,11 @@ from dynmoe_jax.experts.kernels.tpu.weight_gradient_tiling import weight_gradien
 def megablox_products(
     flops_per_byte: float, vmem_bytes: int, interpret: bool = False
 ) -> GroupedProducts:
-    """The products, with tiles for a chip, and the kernels that fuse SwiGLU with them.
+    """Makes the grouped matmuls, with tiles for a chip, and the kernels that fuse SwiGLU with them.
 
     Args:
       flops_per_byte: peak rate of the chip over that of its memory.
-      vmem_bytes: of the fast memory of one of its cores.
+      vmem_bytes: VMEM of one of its cores.
       interpret: run the kernels on a CPU, slowly, for tests.
 
     Raises:

@@ -31,7 +31,7 @@ from dynmoe_jax.experts.weights import gated
 from dynmoe_jax.hardware.target import TPU_LANES
 
 ROWS = 256
-"""Of a piece, at most; it has 128 columns of gate and as many of up."""
+"""Most rows of a piece; it has 128 columns of gate and as many of up."""
 
 _ROWS_BY_WIDTH = (((1,), (0,)), ((), ()))
 _ROWS_BY_TRANSPOSED = (((1,), (1,)), ((), ()))
@@ -39,7 +39,7 @@ _ROWS_BY_TRANSPOSED = (((1,), (1,)), ((), ()))
 
 @functools.cache
 def fused_swiglu(tiling: SwiGLUTiling, interpret: bool = False) -> SwiGLU:
-    """The kernels with the tiles of :func:`swiglu_tiling`.
+    """Makes the kernels of SwiGLU with the tiles of :func:`swiglu_tiling`.
 
     Args:
       tiling: sizes of the tiles.
@@ -209,7 +209,7 @@ def _gradients(results, pieces, dhidden_mf, weight_mP):
 
 
 def _copies(held, dgate_up_out, copied, first_columns, tile):
-    """The copies of the two halves of a held tile to main memory."""
+    """Copies of the two halves of a held tile to main memory, not started."""
     m, f = held.shape[2:]
     slot, rows = tile % 2, pl.ds(pl.multiple_of(tile * m, m), m)
     return [
@@ -223,7 +223,7 @@ def _copies(held, dgate_up_out, copied, first_columns, tile):
 
 
 class _Blocks:
-    """What each visit reads and writes; index maps get (j, visit, offsets, experts, tiles)."""
+    """Blocks that a visit reads and writes; index maps get (j, visit, offsets, experts, tiles)."""
 
     def __init__(self, tile: Tile, hidden: int):
         self.m, self.f = tile.m, tile.f
@@ -263,7 +263,17 @@ def _visits(group_size_E, rows, m):
 
 
 def _options(tiling, interpret, x_nD, weights, *, products: int, sides: int, results: int):
-    """What both calls say of themselves; sides are arrays [n, D], results arrays [n, F]."""
+    """Compiler parameters and cost estimate shared by both calls.
+
+    Args:
+      tiling: sizes of the tiles.
+      interpret: run the kernel on a CPU.
+      x_nD: the rows.
+      weights: the experts.
+      products: matmuls for each tile.
+      sides: arrays [n, D] that are read.
+      results: arrays [n, F] that are written.
+    """
     (rows, width), hidden = x_nD.shape, weights.hidden_width
     moved = rows * (sides * width + results * hidden) + products * weights.down_EFD.size
     return {
@@ -312,7 +322,7 @@ def _begins(tile_v, v):
 
 
 def _rows_before(offset_e, expert_v, tile_v, v, tile):
-    """How many rows of a visit's tile belong to experts before its own."""
+    """Number of rows of a visit's tile that belong to experts before its own."""
     return offset_e[expert_v[v]] - tile_v[v] * tile.shape[0]
 
 
@@ -335,5 +345,5 @@ def _product(left, right, dimensions):
 
 
 def _on_lanes(values_1m):
-    """[m, 128]."""
+    """Broadcasts one value per row over the 128 lanes, [m, 128]."""
     return jnp.broadcast_to(values_1m, (TPU_LANES, values_1m.shape[1])).T

@@ -16,7 +16,7 @@ from dynmoe_jax.hardware.vmem import kernel_limit, tile_budget
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """m rows and f hidden columns; the model width is never cut."""
+    """Tile of m rows and f hidden columns; the model width is never cut."""
 
     m: int
     f: int
@@ -24,7 +24,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class SwiGLUTiling:
-    """Tiles of both kernels, and how many bytes of fast memory they may take."""
+    """Tiles of both kernels, and how many bytes of VMEM they may take."""
 
     forward: Tile
     backward: Tile
@@ -41,10 +41,10 @@ def swiglu_tiling(
     flops_per_byte: float,
     vmem_bytes: int,
 ) -> SwiGLUTiling | None:
-    """The tiles of least time, of products or of traffic; None where no tile fits.
+    """Chooses the tiles of least time, of FLOPs or of traffic; None where no tile fits.
 
     None fits where D or F are no multiples of 128, or are so large that a tile of whole rows does
-    not fit into the fast memory.
+    not fit into VMEM.
 
     Args:
       rows: R.
@@ -53,7 +53,7 @@ def swiglu_tiling(
       hidden_width: F.
       itemsize: bytes of one number.
       flops_per_byte: the chip's peak rate over its memory's.
-      vmem_bytes: fast memory of a core.
+      vmem_bytes: VMEM of a core.
     """
     if width % TPU_LANES or hidden_width % TPU_LANES:
         return None

@@ -1,4 +1,4 @@
-"""Tile sizes for grouped products on TPU, from shapes and the chip's balance alone.
+"""Tile sizes of grouped matmuls on TPU, from shapes and the chip's balance alone.
 
 No TPU was at hand to measure on, and the compiler's estimate of a kernel's cycles is "unknown".  So
 the sizes follow from arithmetic: of the tiles that fit, those with the least time on a roofline.
@@ -18,19 +18,19 @@ from dynmoe_jax.hardware.vmem import MEGABLOX_BUDGET
 Tiling = tuple[int, int, int]
 
 CORES = 2
-"""Of a chip, at most; they share the tiles of a kernel."""
+"""Most TensorCores per chip (v4, v5p: 2); they split the grid of a kernel."""
 
 ROW_TILES = (512, 256, 128)
 ROW_MULTIPLE = ROW_TILES[0]
-"""What R must be a multiple of, so that every row tile divides it."""
+"""Divisor that R must have, so that every row tile divides it."""
 
 BOUNDARY_SHARE = 16
-"""A row tile that two experts share is computed twice; tiles are so small that this adds at most
-R / 16 rows, or as small as they get."""
+"""Largest share of R that shared tiles may add, as R / 16.  A row tile that two experts share is
+computed twice; tiles are so small that this adds no more, or as small as they get."""
 
 
 def row_tile(rows: int, experts: int) -> int:
-    """m, the same for all products of a layer: XLA then works out once which tiles they visit."""
+    """Row tile m of all products of a layer: XLA then works out once which tiles they visit."""
     fits = [m for m in ROW_TILES if (experts - 1) * m * BOUNDARY_SHARE <= rows]
     return fits[0] if fits else ROW_TILES[-1]
 
@@ -45,7 +45,7 @@ def product_tiling(
     flops_per_byte: float,
     transposed: bool = False,
 ) -> Tiling:
-    """(m, k, n) of [R, I] x [E, I, O] -> [R, O].
+    """Tile (m, k, n) of the grouped matmul [R, I] x [E, I, O] -> [R, O].
 
     While the inner width fits into one tile, a tile of the matrix is read once per expert, and the
     rows once per tile of the outer width; else both are read for every tile of the result.
@@ -57,8 +57,9 @@ def product_tiling(
       outer: O.
       itemsize: bytes of one number.
       flops_per_byte: the chip's peak rate over its memory's.
-      transposed: the matrices are stored as [E, O, I]; if they are cut along I, the kernel turns a
-        tile in a copy (v5p counts 16.08 MiB for the tiles 512 x 2816 x 512, 13.0 without a copy).
+      transposed: the matrices are stored as [E, O, I]; if they are cut along I, the kernel
+        transposes a copy of a tile (v5p counts 16.08 MiB for the tiles 512 x 2816 x 512, 13.0
+        without a copy).
     """
 
     def traffic(m, k, n):
@@ -67,8 +68,8 @@ def product_tiling(
         return sides + rows * outer
 
     def vmem(m, k, n):
-        turned = itemsize * k * n if transposed and k < inner else 0
-        return 2 * itemsize * (m * k + k * n + m * n) + 4 * m * n + turned
+        copied = itemsize * k * n if transposed and k < inner else 0
+        return 2 * itemsize * (m * k + k * n + m * n) + 4 * m * n + copied
 
     return _fastest(rows, experts, inner, outer, itemsize, flops_per_byte, traffic, vmem)
 
@@ -77,7 +78,7 @@ def product_tiling(
 def gradient_tiling(
     rows: int, experts: int, inner: int, outer: int, itemsize: int, flops_per_byte: float
 ) -> Tiling:
-    """(m, k, n) of the weight gradient [R, I]^T x [R, O] -> [E, I, O]; arguments as above.
+    """Tile (m, k, n) of the weight gradient [R, I]^T x [R, O] -> [E, I, O]; arguments as above.
 
     Each side is read once per tile of the other.  The kernel masks rows in float32 copies.
     """
@@ -102,7 +103,7 @@ def _fastest(
     traffic: Callable[[int, int, int], float],
     vmem: Callable[[int, int, int], float],
 ) -> Tiling:
-    """The tiling of least time: of products or of traffic, whichever takes longer."""
+    """Chooses the tile of least time: of FLOPs or of traffic, whichever takes longer."""
 
     def cost(m, k, n):
         # A ragged tile is computed in full.
@@ -115,21 +116,21 @@ def _fastest(
 
 
 def roofline(flops: float, bytes_moved: float, flops_per_byte: float) -> float:
-    """The time of products or of traffic, whichever is longer, in bytes that memory moves in it."""
+    """Time of FLOPs or of traffic, whichever is longer, in bytes that memory moves in it."""
     return max(flops / flops_per_byte, bytes_moved)
 
 
 def uneven(tiles: int) -> float:
-    """How much longer ``tiles`` take because a core that has one less waits for the other."""
+    """Factor by which ``tiles`` take longer because a core with one less waits for the other."""
     return math.ceil(tiles / CORES) * CORES / tiles
 
 
 def padded(width: int, tile: int) -> int:
-    """A width filled up to whole tiles."""
+    """Rounds a width up to whole tiles."""
     return math.ceil(width / tile) * tile
 
 
 def widths(width: int) -> list[int]:
-    """Tiles of a width: all of it, or multiples of 128 that cut it into 2, 3, ... parts."""
+    """Lists tiles of a width: all of it, or multiples of 128 that cut it into 2, 3, ... parts."""
     parts = range(2, math.ceil(width / 128) + 1)
     return [width, *dict.fromkeys(math.ceil(width / p / 128) * 128 for p in parts)]

@@ -1,4 +1,4 @@
-"""The weight gradient of the experts, for TPU: the rows of each, transposed, times dy.
+"""Grouped weight gradient for TPU: the rows of each expert, transposed, times dy.
 
 The grid visits the (row tile, expert) pairs that exist, and one for each expert without rows, which
 gets zeros.  A tile that one expert has to itself is one product, and nothing is masked.  Of a tile

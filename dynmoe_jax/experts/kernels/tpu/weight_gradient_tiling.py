@@ -22,15 +22,15 @@ from dynmoe_jax.hardware.tiles import cheapest_tile
 from dynmoe_jax.hardware.vmem import kernel_limit, tile_budget
 
 BLOCK_ROWS = 256
-"""At most, of a block of a tile that experts share: what a matrix unit of v6e contracts at once."""
+"""Most rows of a block of a shared tile: what a matrix unit of v6e contracts at once."""
 
 UNIT = 256
-"""Columns of a matrix unit, at most: a tile that is no multiple leaves some of it idle."""
+"""Most columns of a matrix unit: a tile that is no multiple leaves some of it idle."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientTiling:
-    """Tiles, rows of a block, and how many bytes of fast memory the kernel may take."""
+    """Tile, rows of a block, and how many bytes of VMEM the kernel may take."""
 
     m: int
     k: int
@@ -54,7 +54,7 @@ def weight_gradient_tiling(
     flops_per_byte: float,
     vmem_bytes: int,
 ) -> GradientTiling | None:
-    """The tiling of least time, of products or of traffic; None where no tile fits.
+    """Chooses the tile of least time, of FLOPs or of traffic; None where no tile fits.
 
     None fits where I or O are no multiples of 128.
 
@@ -65,7 +65,7 @@ def weight_gradient_tiling(
       outer: O.
       itemsize: bytes of one number.
       flops_per_byte: the chip's peak rate over its memory's.
-      vmem_bytes: fast memory of a core.
+      vmem_bytes: VMEM of a core.
     """
     if inner % TPU_LANES or outer % TPU_LANES:
         return None

@@ -37,7 +37,7 @@ def xla_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
 def cudnn_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
     """cuDNN's flash attention.
 
-    The segments reach it as a mask, which JAX turns into an additive bias [B, 1, L, L] in the
+    The segments reach it as a mask, which JAX makes an additive bias [B, 1, L, L] in the
     compute type: 2 B L^2 bytes for one layer at a time, where scores would take H times as many.
     (cuDNN knows packed sequences, but JAX offers them in private functions alone.)
     """
@@ -52,10 +52,10 @@ def cudnn_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
 
 
 TRITON_WIDTHS = (32, 64, 128)
-"""Of heads: what tiles of our kernels for GPU are made of."""
+"""Head widths that the kernels for GPU have tiles for."""
 
 TRITON_POSITIONS = 128
-"""What L must be a multiple of: no tile is larger."""
+"""Divisor that L must have: no tile is larger."""
 
 LARGE_WIDTH_BYTES = 160 * 2**10
 """Shared memory that heads of 128 take, as an A100 and an H100 have it; smaller ones take half."""
@@ -70,7 +70,7 @@ def triton_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL):
 
 
 def splash_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, *, interpret=False):
-    """The Splash kernels that JAX ships for TPU; ``interpret`` runs them on a CPU, for tests.
+    """Splash attention, by JAX's kernels for TPU; ``interpret`` runs them on a CPU, for tests.
 
     Blocks above the diagonal are never computed, and nothing of size L^2 exists.
     """
@@ -98,7 +98,7 @@ def splash_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, *, interp
 
 
 def splash_block(length: int) -> int | None:
-    """The largest tile that divides L; None if none does."""
+    """Largest tile that divides L; None if none does."""
     return next((block for block in SPLASH_BLOCKS if length % block == 0), None)
 
 

@@ -1,4 +1,4 @@
-"""Which implementation computes attention: one rule, written down.
+"""Choice of the kernel that computes attention.
 
 Axis legend: B batch, L positions, H query heads, G key/value heads, W head width,
 X = H W and Y = G W heads side by side.
@@ -119,11 +119,9 @@ def choose_attention(
     heads: int,
     kv_heads: int,
 ) -> str:
-    """The name of a kernel in ``KERNELS``.
+    """Returns the name of a kernel in ``KERNELS``: the one requested, or for ``"auto"``:
 
-    What was asked for, if anything; otherwise:
-
-    1. TPU: ``flat``, where heads fill blocks of 128 lanes and sequences fit into fast memory
+    1. TPU: ``flat``, where heads fill blocks of 128 lanes and sequences fit into VMEM
        (:func:`~.flat.flat_obstacle`): no head is cut out of the projections, which costs
        more than attention itself.  By the planner's count a step of the paper's model on 64 v5p
        takes 690 ms, against 874 with ``splash`` and projections to [H, W].
@@ -161,7 +159,7 @@ def choose_attention(
 
 
 def _place_obstacle(name: str, target: Target) -> str:
-    """The obstacle on this machine, whatever is computed."""
+    """Obstacle on this machine, whatever is computed."""
     if found := platform_obstacle(PLATFORMS.get(name, ()), target):
         return found
     if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
@@ -172,7 +170,7 @@ def _place_obstacle(name: str, target: Target) -> str:
 def _shape_obstacle(
     name: str, target: Target, dtype: jnp.dtype, length: int, width: int, heads: int, kv_heads: int
 ) -> str:
-    """The obstacle that a kernel does not know such numbers, lengths or heads."""
+    """Obstacle that a kernel does not know such numbers, lengths or heads."""
     if name == "native":
         missing = _native_obstacle(target, dtype)
     elif name == "triton":
@@ -224,7 +222,7 @@ def _triton_obstacle(target: Target, dtype: jnp.dtype, length: int, width: int) 
 
 
 def _cudnn_obstacle(target: Target, dtype: jnp.dtype, length: int, width: int) -> str:
-    """What JAX's check of cuDNN's flash attention asks for and is not given, if anything."""
+    """Requirement of JAX's check of cuDNN's flash attention that is not met; empty if all are."""
     widest = 256 if target.compute_capability >= HOPPER else 128
     if target.compute_capability < AMPERE:
         return "an NVIDIA GPU of compute capability 8.0 or more"

@@ -2,9 +2,9 @@
 
 The projections of all heads stand side by side, [B, L, H*W], as a matrix product makes them.
 Kernels that want heads apart, [B, H, L, W], cost a pass over memory for every array in and out, and
-half of the lanes where W = 64.  Here a program takes a block of 128 lanes, one or two heads, turns
-queries and keys by their positions in fast memory, attends, and writes side by side again.
-Backward adds up all gradients in fast memory, in one kernel.
+half of the lanes where W = 64.  Here a program takes a block of 128 lanes, one or two heads,
+rotates queries and keys by their positions in VMEM, attends, and writes side by side again.
+Backward adds up all gradients in VMEM, in one kernel.
 
 Axis legend: B batch, L positions, H query heads, G key/value heads, W head width,
 X = H W and Y = G W heads side by side, P lanes of a block.
@@ -28,7 +28,7 @@ TILES = (512, 256, 128)
 
 
 def flat_obstacle(length: int, width: int, heads: int, kv_heads: int, dtype: jnp.dtype) -> str:
-    """What these kernels ask for and are not given; empty if nothing."""
+    """Requirement of these kernels that is not met; empty if all are."""
     lanes = max(width, TPU_LANES)
     if lanes % TPU_LANES or lanes % width or width < TPU_LANES // 2:
         fits = f"{TPU_LANES // 2} or a multiple of {TPU_LANES}"
@@ -38,13 +38,13 @@ def flat_obstacle(length: int, width: int, heads: int, kv_heads: int, dtype: jnp
         return f"heads that fill blocks of {TPU_LANES} lanes on each device, not {count}"
     if length % TILES[-1]:
         return f"sequences of a multiple of {TILES[-1]} positions, not {length}"
-    if _fast_memory(_heads(length, width, heads // kv_heads), dtype) > FLAT_ATTENTION_BUDGET:
+    if _vmem_of_backward(_heads(length, width, heads // kv_heads), dtype) > FLAT_ATTENTION_BUDGET:
         fits = f"{FLAT_ATTENTION_BUDGET} bytes of fast memory"
         return f"sequences that fit into {fits}, not {length} positions"
     return ""
 
 
-def _fast_memory(heads: Heads, dtype: jnp.dtype) -> int:
+def _vmem_of_backward(heads: Heads, dtype: jnp.dtype) -> int:
     """Bytes that backward uses; forward uses less."""
     one, wide = heads.length * heads.lanes, jnp.dtype(dtype).itemsize
     # Eight arrays in and out and the angles, of two programs at a time; queries, keys and dmixed of
@@ -55,7 +55,7 @@ def _fast_memory(heads: Heads, dtype: jnp.dtype) -> int:
 
 
 def flat_heads_attention(query_BLHW, key_BLGW, value_BLGW, segment_ids_BL, *, interpret=False):
-    """An ``AttentionKernel``: of heads that stand apart, and are turned already."""
+    """An ``AttentionKernel`` of heads that stand apart, and are rotated already."""
     flat = (x_BLHW.reshape(*x_BLHW.shape[:2], -1) for x_BLHW in (query_BLHW, key_BLGW, value_BLGW))
     width = query_BLHW.shape[3]
     mixed_BLX = flat_attention(*flat, segment_ids_BL, None, width, interpret)
@@ -75,11 +75,11 @@ def flat_attention(
     """Rotary positions and attention of heads side by side.
 
     Args:
-      query_BLX: not yet turned by their positions, nor scaled.
+      query_BLX: not yet rotated by their positions, nor scaled.
       key_BLY: H/G query heads share one key/value head.
       value_BLY: values.
       segment_ids_BL: a position attends to those of its own segment up to itself.
-      rotary_BLP: :func:`~dynmoe_jax.model.rotary.rotary_table`; None: queries and keys are turned
+      rotary_BLP: :func:`~dynmoe_jax.model.rotary.rotary_table`; None: queries and keys are rotated
       already.
       width: W.
       interpret: runs the kernels on a CPU, for tests.
@@ -198,7 +198,7 @@ def _call(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_fast_memory(heads, query.dtype),
+            vmem_limit_bytes=_vmem_of_backward(heads, query.dtype),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * pairs * heads.width,
@@ -211,6 +211,6 @@ def _call(
 
 
 def segment_bounds(segment_ids_BL: Int[Array, "B L"], heads: Heads) -> Int[Array, "2 B tiles"]:
-    """The lowest and the highest segment id of each tile."""
+    """Lowest and highest segment id of each tile."""
     ids = segment_ids_BL.reshape(-1, heads.tiles, heads.tile)
     return jnp.stack([jnp.min(ids, axis=-1), jnp.max(ids, axis=-1)])

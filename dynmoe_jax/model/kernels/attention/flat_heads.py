@@ -1,4 +1,4 @@
-"""How heads side by side lie in the blocks and tiles of :mod:`.flat`.
+"""Layout of heads side by side in the blocks and tiles of :mod:`.flat`.
 
 Axis legend: L positions, P lanes of a block, W head width.
 """
@@ -13,7 +13,7 @@ from dynmoe_jax.hardware.target import TPU_LANES
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """How heads lie in blocks.
+    """Layout of heads in blocks.
 
     Attributes:
       width: W.
@@ -50,11 +50,11 @@ class Heads:
         return below + self.tiles * on_diagonal
 
     def span(self, tile) -> pl.Slice:
-        """The positions of a tile."""
+        """Positions of a tile."""
         return pl.ds(pl.multiple_of(tile * self.tile, self.tile), self.tile)
 
     def parts(self, key_tile, tile, diagonal: bool) -> list["Part"]:
-        """What is computed of two tiles: all, or on the diagonal three quarters where these fit."""
+        """Parts of two tiles to compute: all, or on the diagonal three quarters if these fit."""
         if not diagonal:
             return [Part(self.span(key_tile), self.span(tile), slice(None), None)]
         half = self.tile // 2
@@ -67,21 +67,21 @@ class Heads:
         ]
 
     def key_head(self, head: int):
-        """Which key/value head of its block a query head of this program's block uses."""
+        """Number in its block of the key/value head that a query head of this program uses."""
         if self.shared == 1:
             return head
         return jax.lax.div(self.block * self.side_by_side + head, self.shared)
 
     def rows(self, head: int) -> slice:
-        """The rows of a query head in transposed queries."""
+        """Rows of a query head in transposed queries."""
         return slice(head * self.width, (head + 1) * self.width)
 
     def key_rows(self, head: int) -> pl.Slice:
-        """The rows of its key/value head in transposed keys or values."""
+        """Rows of its key/value head in transposed keys or values."""
         return pl.ds(pl.multiple_of(self.key_head(head) * self.width, self.width), self.width)
 
     def other_rows(self, head: int) -> pl.Slice:
-        """The rows of the other of two key/value heads."""
+        """Rows of the other of two key/value heads."""
         other = 1 - self.key_head(head)
         return pl.ds(pl.multiple_of(other * self.width, self.width), self.width)
 

@@ -1,7 +1,7 @@
-"""The bodies of :mod:`.flat`: what one TPU core does for the heads of one block of lanes.
+"""Kernel bodies of :mod:`.flat`: what one TPU core does for the heads of one block of lanes.
 
 A block holds whole sequences of P lanes: one head, or P/W narrow ones side by side.  Everything is
-in fast memory, so a program reads and writes each array once.  Tiles of scores stand as [keys,
+in VMEM, so a program reads and writes each array once.  Tiles of scores stand as [keys,
 queries]: what belongs to a query (maximum, sum, delta) is then one row, and rows cost the vector
 units an eighth of columns.  A tile above the diagonal is never computed, nor a quarter of one that
 it runs through, nor a tile whose queries and keys have no segment in common.
@@ -42,30 +42,30 @@ MASKED = -1e30
 
 LN_2 = math.log(2.0)
 ID_BITS = 32
-"""Of a segment id."""
+"""Bits of a segment id."""
 
 SUM_ROWS = 16
 """Rows of ones below the values, so that the product that mixes values also adds up the odds: one
 is enough, and 16 are what bfloat16 is tiled by."""
 
 
-def turned(heads: Heads, x_Pq: jax.Array, angle_Pq: jax.Array | None, sign: float = 1.0):
-    """Rotary positions of float32 queries or keys; ``sign=-1`` turns back.
+def rotated(heads: Heads, x_Pq: jax.Array, angle_Pq: jax.Array | None, sign: float = 1.0):
+    """Rotary positions of float32 queries or keys; ``sign=-1`` rotates back.
 
     Args:
       heads: how they lie.
       x_Pq: transposed queries or keys: the partner of a row is another row, not a lane.
-      angle_Pq: cosines in the first half of the rows, sines in the second; None: nothing to turn.
+      angle_Pq: cosines in the first half of the rows, sines in the second; None: nothing to rotate.
       sign: of the angles.
     """
     if angle_Pq is None:
         return x_Pq
-    half, turned_rows = heads.width // 2, []
+    half, rotated_rows = heads.width // 2, []
     cos, sin = angle_Pq[:half], sign * angle_Pq[heads.lanes // 2 :][:half]
     for start in range(0, heads.lanes, heads.width):
         first, second = x_Pq[start:][:half], x_Pq[start + half :][:half]
-        turned_rows += [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned_rows, axis=0)
+        rotated_rows += [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated_rows, axis=0)
 
 
 def forward(
@@ -94,7 +94,7 @@ def forward(
 
     def prepare(tile):
         at = heads.span(tile)
-        _turn_queries_and_keys(
+        _rotate_queries_and_keys(
             heads, at, angle_ref, segment_ref, query_ref, key_ref, query_HPL, key_HLP
         )
         value_Pk = value_ref[0, at].T
@@ -179,7 +179,7 @@ def backward(
 
     def prepare(tile):
         at = heads.span(tile)
-        key_PL[:, at] = _turn_queries_and_keys(
+        key_PL[:, at] = _rotate_queries_and_keys(
             heads, at, angle_ref, segment_ref, query_ref, key_ref, query_HPL, key_HLP
         )
         dmixed_Pq = dmixed_ref[0, at].T
@@ -225,13 +225,13 @@ def backward(
     def finish(tile):
         at = heads.span(tile)
         angle_Pq = _angle(angle_ref, at)
-        dquery_Pq = turned(heads, dquery_PL[:, at] * heads.width**-0.5, angle_Pq, -1.0)
+        dquery_Pq = rotated(heads, dquery_PL[:, at] * heads.width**-0.5, angle_Pq, -1.0)
         dquery_ref[0, at] = dquery_Pq.astype(dtype).T
 
         @pl.when(heads.block == heads.shared - 1)
         def _():
             # Queries were scaled for scores to base 2.
-            dkey_Pk = turned(heads, dkey_PL[:, at] * LN_2, angle_Pq, -1.0)
+            dkey_Pk = rotated(heads, dkey_PL[:, at] * LN_2, angle_Pq, -1.0)
             dkey_ref[0, at] = dkey_Pk.astype(dtype).T
             dvalue_ref[0, at] = dvalue_PL[:, at].astype(dtype).T
 
@@ -251,18 +251,20 @@ def _segments_as_columns(segment_ref, segment_LO) -> None:
     segment_LO[...] = row_OL.T
 
 
-def _turn_queries_and_keys(
+def _rotate_queries_and_keys(
     heads: Heads, at, angle_ref, segment_ref, query_ref, key_ref, query_HPL, key_HLP
 ) -> jax.Array:
-    """Into scratch memory: turned, every head by itself, and queries scaled for scores to base 2.
+    """Writes rotated queries and keys to scratch memory, every head by itself.
+
+    Queries are scaled for scores to base 2.
 
     Returns:
-      Turned keys [P, k] of all heads.
+      Rotated keys [P, k] of all heads.
     """
     dtype, angle_Pq = query_ref.dtype, _angle(angle_ref, at)
-    query_Pq = turned(heads, query_ref[0, at].T.astype(jnp.float32), angle_Pq)
+    query_Pq = rotated(heads, query_ref[0, at].T.astype(jnp.float32), angle_Pq)
     query_Pq = (query_Pq * (heads.width**-0.5 / LN_2)).astype(dtype)
-    key_Pk = turned(heads, key_ref[0, at].T.astype(jnp.float32), angle_Pq).astype(dtype)
+    key_Pk = rotated(heads, key_ref[0, at].T.astype(jnp.float32), angle_Pq).astype(dtype)
     if heads.side_by_side == 1:
         query_HPL[0, :, at], key_HLP[0, at] = query_Pq, key_Pk.T
         return key_Pk
@@ -282,7 +284,7 @@ def _beside(heads: Heads, head: int, at, x_HPL, x_Wq: jax.Array, others_Wq: jax.
 
 
 def _segment_codes(segment_1q: jax.Array, width: int, dtype) -> tuple[jax.Array, jax.Array]:
-    """What queries and keys have on the 64 rows that belong to the other head.
+    """Values of queries and keys on the 64 rows that belong to the other head.
 
     A row for each bit of a segment id and one for its complement: their products add nothing to
     the score of a pair of one segment, not even a rounding, and ``MASKED`` for each bit that

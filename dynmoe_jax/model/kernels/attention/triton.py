@@ -124,7 +124,7 @@ _triton_attention.defvjp(_triton_attention_forward, _triton_attention_backward)
 def spans(
     segment_ids_BL: Int[Array, "B L"], queries: int, keys: int
 ) -> tuple[Int[Array, "B I"], Int[Array, "B J"]]:
-    """The first tile of keys that a tile of queries visits, and the last of queries one of keys.
+    """First tile of keys that a tile of queries visits, and the last of queries one of keys.
 
     Tiles whose ranges of segments overlap might share one; ids may stand in any order.
     """
@@ -143,7 +143,7 @@ def _ranges(segment_ids_BL, size):
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """H, G and W."""
+    """Numbers of heads and their width: H, G and W."""
 
     heads: int
     kv_heads: int
@@ -155,7 +155,7 @@ class _Shape:
 
     @property
     def scale(self) -> float:
-        """Of scores, which are logarithms to base 2."""
+        """Factor of scores, which are logarithms to base 2."""
         return math.log2(math.e) / math.sqrt(self.width)
 
     @property
@@ -259,7 +259,7 @@ def _batch_and_head(heads: int) -> tuple[Array, Array]:
 
 
 def _places(tile: Array, size: int) -> Int[Array, "size"]:
-    """The positions of a tile."""
+    """Positions of a tile."""
     return tile * size + jnp.arange(size)
 
 
@@ -270,7 +270,7 @@ def _attends(
 
 
 def _rows(x_BLHW: Any, b: Array, places: Int[Array, "q"], h: Array) -> Float[Array, "q W"]:
-    """Some positions of a head."""
+    """Loads some positions of a head."""
     return plgpu.load(_at(x_BLHW, b, places, h))
 
 

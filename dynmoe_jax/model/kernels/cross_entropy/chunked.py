@@ -1,7 +1,7 @@
 """Next-token cross-entropy without holding the logits of a whole batch.
 
 Gradients are computed where the loss is, since it is linear in its cotangent.  On TPU, kernels do
-it, whose logits stay in fast memory (:mod:`.tpu`).  Elsewhere, and where a shape
+it, whose logits stay in VMEM (:mod:`.tpu`).  Elsewhere, and where a shape
 does not fit them, logits are computed for a chunk of positions at a time, and the chunk's gradients
 while they exist, so that no logit is ever computed twice or kept.
 
@@ -78,7 +78,7 @@ def cross_entropy_sums(
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What does not change from chunk to chunk.
+    """Constants of all chunks.
 
     Attributes:
       z_weight: of the output z-loss.
@@ -104,7 +104,7 @@ def _local_sums(options, x_BLD, output_DV, targets_BL, valid_BL):
 
 
 def _sums_of_tokens(options, x_BLD, output_DV, targets_BL, valid_BL):
-    """By the kernels: sequences do not matter, and the last tile is filled up."""
+    """Computes the sums by the kernels: sequences do not matter, the last tile is filled up."""
     missing = -targets_BL.size % options.tiles.chunk
 
     def flat(array_BL):
@@ -117,7 +117,7 @@ def _sums_of_tokens(options, x_BLD, output_DV, targets_BL, valid_BL):
 
 
 def _sums_of_sequences(options, x_BLD, output_DV, targets_BL, valid_BL):
-    """By XLA, a chunk of each sequence at a time."""
+    """Computes the sums by XLA, a chunk of each sequence at a time."""
     batch, length = targets_BL.shape
     chunks = -(-length // max(1, options.chunk_tokens // batch))
     cut = partial(_cut, chunks=chunks, chunk_length=-(-length // chunks))
@@ -222,7 +222,7 @@ def _kernel_forward(options, x_TD, output_DV, targets_T, valid_T):
 
 
 def _columns(options, output_DV, targets_T, valid_T):
-    """The targets' columns on this device; -1 where it has none."""
+    """Columns of the targets on this device; -1 where it has none."""
     vocabulary = output_DV.shape[1]
     if options.vocabulary_axis:
         targets_T = targets_T - jax.lax.axis_index(options.vocabulary_axis) * vocabulary

@@ -1,9 +1,9 @@
-"""The kernels of the cross-entropy on TPU: logits that never leave fast memory.
+"""Kernels of the cross-entropy on TPU: logits that never leave VMEM.
 
 :func:`logit_sums` goes through the tiles of the vocabulary for each tile of tokens, and keeps what
 a loss is made of.  :func:`logit_gradients` computes the logits a second time, which takes less time
 than to write them in float32 and to read them back, and makes their gradient.  It adds up the
-gradient of the output projection in fast memory, and writes the gradients of a chunk's logits in
+gradient of the output projection in VMEM, and writes the gradients of a chunk's logits in
 the compute type, for the product with the output projection, which XLA computes.
 
 A tile is worked on in pieces, so that the matrix units make the logits of the next piece while the
@@ -38,7 +38,7 @@ def logit_sums(
     targets_T: Int[Array, "T"],
     interpret: bool = False,
 ) -> Float[Array, "3 T"]:
-    """The largest logit, the sum of exponentials of the differences from it, the target's logit.
+    """Largest logit, the sum of exponentials of the differences from it, the target's logit.
 
     Args:
       tiles: how to cut.
@@ -231,12 +231,12 @@ def _pieces(x_ref, output_ref):
 
 
 def _on_lanes(row_1t: Array) -> Array:
-    """What there is of a token, on all lanes."""
+    """Broadcasts a per-token value over the 128 lanes."""
     return jnp.broadcast_to(row_1t, (TPU_LANES, row_1t.shape[1])).T
 
 
 def _from_lane(target_1t: Array) -> Array:
-    """Where 128 columns have to begin for a token's target to be in this lane."""
+    """Column at which 128 columns begin that hold a token's target in this lane."""
     target_tP = _on_lanes(target_1t)
     return target_tP - jax.lax.broadcasted_iota(jnp.int32, target_tP.shape, 1)
 

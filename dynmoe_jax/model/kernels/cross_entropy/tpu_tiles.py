@@ -1,4 +1,4 @@
-"""How the kernels of the cross-entropy cut their work (:mod:`.tpu`).
+"""Tile sizes of the kernels of the cross-entropy (:mod:`.tpu`).
 
 Axis legend: T tokens, D model width, V vocabulary.
 """
@@ -13,28 +13,29 @@ from dynmoe_jax.hardware.tiles import cheapest_tile
 from dynmoe_jax.hardware.vmem import tile_budget, vmem_bytes
 
 TOKENS = (1024, 512, 256, 128)
-"""Of a tile, best first: ``logit_sums`` reads the output projection once for each."""
+"""Tokens of a tile, best first: ``logit_sums`` reads the output projection once for each."""
 
 GRADIENT_TOKENS = 512
-"""The most of a tile of ``logit_gradients``, whose program is twice as long."""
+"""Most tokens of a tile of ``logit_gradients``, whose program is twice as long."""
 
 COLUMNS = (1280, 1024, 768, 512, 256)
-"""Of a tile, best first: ``logit_gradients`` reads all tokens once for each."""
+"""Columns of a tile, best first: ``logit_gradients`` reads all tokens once for each."""
 
 PIECE = 256
 """Columns whose logits are made at a time: the width of the matrix units of v6e."""
 
 ROWS = 128
-"""Of a piece."""
+"""Rows (tokens) of a piece."""
 
 CHUNKS = 4
-"""Of ``chunk_tokens`` that the kernels take at a time: the gradients of their logits alone, in
-bfloat16, are less than what a chunk of logits takes without kernels (float32, and three arrays)."""
+"""Multiple of ``chunk_tokens`` that the kernels take at a time: the gradients of their logits
+alone, in bfloat16, are less than what a chunk of logits takes without kernels (float32, and three
+arrays)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How the kernels cut their work.
+    """Tile sizes of the kernels.
 
     Attributes:
       tokens: of a tile.
@@ -55,7 +56,7 @@ class Tiles:
 def cross_entropy_tiles(
     tokens: int, width: int, vocabulary: int, chunk_tokens: int, dtype: jnp.dtype
 ) -> Tiles | None:
-    """The tiles on the current target; None if it is no TPU, or nothing fits.
+    """Chooses the tiles on the current target; None if it is no TPU, or nothing fits.
 
     The compute type has to be bfloat16 (products in float32 are six, and the programs as long), the
     width a multiple of 128, and the vocabulary at least one tile; no tile has to divide it.

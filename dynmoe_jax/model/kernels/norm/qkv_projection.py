@@ -1,6 +1,6 @@
-"""The fork in the residual stream before attention, and the products of its RMSNorm.
+"""Fork in the residual stream before attention, and the products of its RMSNorm.
 
-On TPU, one kernel for each direction, if the matrices fit into fast memory: a tile of the stream is
+On TPU, one kernel for each direction, if the matrices fit into VMEM: a tile of the stream is
 there once, for the norm, all products and, in backward, all gradients.  By XLA backward takes a
 pass for every product, for their sum, and for the norm.  Where D is small, such passes are what
 a layer's time goes into.
@@ -41,7 +41,7 @@ TILES = (512, 256, 128)
 """Tokens of a tile, best first: backward adds to the gradients of all matrices once for each."""
 
 PARTS = 2
-"""Of the tiles, for the two cores of a v4 or v5p; each adds up gradients of its own."""
+"""Parts of the tiles, for the two cores of a v4 or v5p; each adds up gradients of its own."""
 
 
 def projected(

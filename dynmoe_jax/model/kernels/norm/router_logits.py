@@ -1,4 +1,4 @@
-"""The fork in the residual stream before experts: the stream, its RMSNorm, and the router's logits.
+"""Fork in the residual stream before experts: the stream, its RMSNorm, and the router's logits.
 
 On TPU the norm is a kernel each way (:mod:`.norm`), and the one of backward adds what the logits
 tell the normed stream: a product with the router, of E columns.  By XLA that sum is a pass of its

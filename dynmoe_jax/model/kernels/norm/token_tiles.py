@@ -1,6 +1,6 @@
 """Kernels that go through an array of tokens once, tile by tile.
 
-What a tile of tokens needs is in fast memory at one time, so arithmetic that XLA would spread over
+All that a tile of tokens needs is in VMEM at one time, so arithmetic that XLA would spread over
 several passes is one.
 
 Axis legend: T tokens, D model width, N tiles of tokens.

@@ -69,8 +69,8 @@ def test_transposed_matrices_leave_room_for_a_copy_of_a_tile():
     # The input gradient of gate and up: 5632 contracted.  The compiler for v5p counted 16.08 MiB
     # for tiles of 512 x 2816 x 512, of the 16 that a kernel has.
     shape = 131072, 16, 5632, 1024, 2, 459 / 2.77
-    plain, turned = (product_tiling(*shape, transposed=t) for t in (False, True))
+    plain, transposed = (product_tiling(*shape, transposed=t) for t in (False, True))
     assert plain == (512, 2816, 512)
-    m, k, n = turned
+    m, k, n = transposed
     assert k < 5632
     assert 4 * (m * k + k * n + m * n) + 4 * m * n + 2 * k * n <= MEGABLOX_BUDGET
