@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from benchmarks.layer_cases import Arrays, Choice, Used
 from dynmoe_jax import config
 from dynmoe_jax.experts import Backend, ExpertWeights, apply_experts, make_backend, swiglu
-from dynmoe_jax.model.layers import compute_dtype
+from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.routing import Router, TopK, TopP
 
 METHODS = {

@@ -7,13 +7,13 @@ from dynmoe_jax.experts.backend import Backend, make_backend, reads_in_stack, sa
 from dynmoe_jax.experts.parallel.choice import make_transport
 from dynmoe_jax.experts.parallel.shard import apply_experts
 from dynmoe_jax.experts.rows import Rows, row_bound, rows_from_routing
-from dynmoe_jax.experts.weights import ExpertWeights, InStack, swiglu
+from dynmoe_jax.experts.weights import ExpertWeights, StackedView, swiglu
 
 __all__ = [
     "Backend",
     "ExpertWeights",
-    "InStack",
     "Rows",
+    "StackedView",
     "apply_experts",
     "make_backend",
     "make_transport",

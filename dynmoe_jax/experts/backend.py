@@ -76,7 +76,7 @@ def saved_rows_per_token(moe: config.MoE) -> float:
 
 
 def reads_in_stack(moe: config.MoE, width: int, dtype: jnp.dtype) -> bool:
-    """Whether experts are read where an :class:`InStack` says, by the backend of the settings.
+    """Whether experts are read where an :class:`StackedView` says, by the backend of the settings.
 
     Args:
       moe: the settings.

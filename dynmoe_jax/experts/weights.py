@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class InStack:
+class StackedView:
     """Place of a layer's experts in the arrays of all layers.
 
     XLA copies a layer out of the stack for whoever reads it.  A kernel that reads the stack itself
@@ -39,13 +39,13 @@ class ExpertWeights:
         they are one matrix product.  (As [E, D, 2, F] a TPU lays it out in tiles of two rows, which
         no product takes: compiled for v5p, copies to another layout were 30% of a training step.)
       down_EFD: output projection.
-      in_stack: the same numbers in place, for kernels that read them there; gradients go to the
+      stacked: the same numbers in place, for kernels that read them there; gradients go to the
         other two arrays.
     """
 
     gate_up_ED2F: Float[Array, "E D 2*F"]
     down_EFD: Float[Array, "E F D"]
-    in_stack: InStack | None = None
+    stacked: StackedView | None = None
 
     @property
     def num_experts(self) -> int:

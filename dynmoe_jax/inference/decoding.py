@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from dynmoe_jax.inference.sampling import Draw, draw_tokens
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.model.cache import (
-    Cache,
-    extend,
-    read,
+from dynmoe_jax.model.kv_cache import (
+    KVCache,
+    decode_step,
+    prefill,
     repeated,
     stacked,
     unstacked,
@@ -40,7 +40,7 @@ class Writing:
       key_B: of the draws.
     """
 
-    cache: Cache
+    cache: KVCache
     drawn: Int[Array, ""]
     active_B: Bool[Array, "B"]
     limit_B: Int[Array, "B"]
@@ -51,7 +51,7 @@ class Writing:
 
 @partial(jax.jit, static_argnames="structure")
 def split_layers(structure: nnx.GraphDef, params: nnx.State) -> list[tuple[nnx.State, ...]]:
-    """The layers' parameters for :func:`write`, see :func:`dynmoe_jax.model.cache.unstacked`."""
+    """The layers' parameters for :func:`write`, see :func:`dynmoe_jax.model.kv_cache.unstacked`."""
     return unstacked(nnx.merge(structure, params))
 
 
@@ -84,7 +84,7 @@ def begin(
       in_scan: leave the layers of the cache stacked.
     """
     decoder = nnx.merge(structure, params)
-    x_BPD, cache, experts_NBP = read(decoder, tokens_BP, start_B)
+    x_BPD, cache, experts_NBP = prefill(decoder, tokens_BP, start_B)
     logits_BV = decoder.logits(x_BPD[:, -1:])[:, 0]
     cache = with_room(repeated(cache, samples), tokens_BP.shape[1] + room)
     cache = cache if in_scan else unstacked_cache(cache)
@@ -137,7 +137,7 @@ def write(
 def _one_token(decoder: Decoder, stacks, writing: Writing, draw: Draw) -> Writing:
     newest = partial(jax.lax.dynamic_slice_in_dim, start_index=writing.drawn - 1, slice_size=1)
     token_B1 = newest(writing.tokens_BM, axis=1)
-    x_B1D, cache, experts_NB1 = extend(
+    x_B1D, cache, experts_NB1 = decode_step(
         decoder, stacks, token_B1, writing.active_B[:, None], writing.cache
     )
     logits_BV = decoder.logits(x_B1D)[:, 0]

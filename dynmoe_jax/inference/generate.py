@@ -75,7 +75,7 @@ class Generator:
         Args:
           decoder: the model.
           copy_layers: hold the layers' parameters a second time, in the form that decodes fastest
-            (see :mod:`dynmoe_jax.model.cache`).  Without, programs compile sooner and run slower.
+            (see :mod:`dynmoe_jax.model.kv_cache`).  Without, programs compile sooner, run slower.
         """
         self._structure, self._params = nnx.split(decoder)
         self._rows = decoder.config.vocab_size

@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from dynmoe_jax.hardware.target import TPU_TILE_ROWS, current_target
-from dynmoe_jax.mesh.axes import MODEL, mesh_axes_at, mesh_sizes, on_one_device
+from dynmoe_jax.mesh.axes import MODEL, mesh_axes_at, mesh_sizes
 
 GATHERED = "gathered"
 """Name, for ``jax.checkpoint``, of parameters put together for one layer: none is kept for
@@ -147,62 +146,6 @@ def keep_all_but_gathered(primitive, *_, **settings) -> bool:
         return GATHERED not in named and not constrained
     nothing_new = ("all_gather", "all_to_all", "optimization_barrier", "sharding_constraint")
     return primitive.name not in nothing_new
-
-
-def gradients_together(values: Any) -> Any:
-    """The values; backward goes on with the gradient of any of them when it has them all.
-
-    Nobody waits for the gradient of a parameter before the end of its layer's backward pass, so a
-    compiler may send it at the end, when nothing is left to compute: of the paper's experts, 34 of
-    388 ms of a step compiled for v6e:8x8.  Together with the gradient of an activation it is sent
-    in time.  On one device nothing travels, and a scan over layers would keep a copy of each
-    parameter: 0.55 of 4.5 GB of a step of `benchmarks.train_step`.
-    """
-    return values if on_one_device() else _together(values)
-
-
-@jax.custom_vjp
-def _together(values):
-    # Nothing is kept of it: the values themselves are there.
-    return checkpoint_name(values, GATHERED)
-
-
-def _together_forward(values):
-    return _together(values), None
-
-
-def _together_backward(_, gradients):
-    return (jax.lax.optimization_barrier(gradients),)
-
-
-_together.defvjp(_together_forward, _together_backward)
-
-
-def behind(value: Array, others: Any) -> Array:
-    """The value, for those who read it once the others are computed.
-
-    A compiler puts off what backward computes again until somebody reads it.  But while the experts
-    of a layer travel, there is little else to compute: of the paper's model compiled for v6e:8x8,
-    10 of 339 ms of a step were waits that queries, keys and values now fill.
-    """
-    return value if on_one_device() else _behind(value, others)
-
-
-@jax.custom_vjp
-def _behind(value, others):
-    value, _ = jax.lax.optimization_barrier((value, others))
-    return checkpoint_name(value, GATHERED)  # nothing is kept of it either
-
-
-def _behind_forward(value, others):
-    return _behind(value, others), others
-
-
-def _behind_backward(others, gradient):
-    return gradient, jax.tree.map(jnp.zeros_like, others)
-
-
-_behind.defvjp(_behind_forward, _behind_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

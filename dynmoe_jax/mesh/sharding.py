@@ -134,7 +134,7 @@ def by_batch_and_head(
     query_BLX: Float[Array, "B L X"],
     key_BLY: Float[Array, "B L Y"],
     value_BLY: Float[Array, "B L Y"],
-    places: Any,
+    positions: Any,
 ) -> Float[Array, "B L X"]:
     """Attention on the sequences and heads of each device: the partitioner cannot split kernels.
 
@@ -143,9 +143,9 @@ def by_batch_and_head(
       query_BLX: queries.
       key_BLY: keys.
       value_BLY: values.
-      places: arrays of positions, [B, L, ...].
+      positions: arrays of positions, [B, L, ...].
     """
-    arrays = (query_BLX, key_BLY, value_BLY, places)
+    arrays = (query_BLX, key_BLY, value_BLY, positions)
     if on_one_device():
         return mix(*arrays)
     heads = P(BATCH, None, MODEL)

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 from dynmoe_jax import config
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.sharding import by_batch_and_head
+from dynmoe_jax.model.components import compute_dtype, matrix, normalize_heads
 from dynmoe_jax.model.kernels.attention.choice import Attend, make_attention
 from dynmoe_jax.model.kernels.attention.flat import flat_attention
 from dynmoe_jax.model.kernels.norm.qkv_projection import projected
-from dynmoe_jax.model.layers import compute_dtype, matrix, normalize_heads
 from dynmoe_jax.model.linear import times_parameter
-from dynmoe_jax.model.rotary import Places, rotate
+from dynmoe_jax.model.rotary import TokenPositions, rotate
 
 
 class Attention(nnx.Module):
@@ -68,16 +68,18 @@ class Attention(nnx.Module):
             key_BLY = normalize_heads(key_BLY, self.key_scale_GW[...].reshape(-1), self.epsilon)
         return x_BLD, (query_BLX, key_BLY, value_BLY)
 
-    def mix(self, heads: tuple[Array, Array, Array], places: Places) -> Float[Array, "B L D"]:
-        """What attention adds to the stream.
+    def mix(
+        self, heads: tuple[Array, Array, Array], positions: TokenPositions
+    ) -> Float[Array, "B L D"]:
+        """Computes the sum that attention adds to the residual stream.
 
         Each position attends to the positions of its own segment up to itself.
 
         Args:
           heads: from :meth:`project`.
-          places: of the tokens.
+          positions: of the tokens.
         """
-        return self._back(by_batch_and_head(self._mix, *heads, places))
+        return self._back(by_batch_and_head(self._mix, *heads, positions))
 
     def heads_apart(
         self, heads: tuple[Array, Array, Array], rotary_BLR: Float[Array, "B L R"]
@@ -92,13 +94,15 @@ class Attention(nnx.Module):
         """The heads' mixed values, back in the residual stream."""
         return self._back(mixed_BLHW.reshape(*mixed_BLHW.shape[:2], -1))
 
-    def _mix(self, query_BLX, key_BLY, value_BLY, places):
+    def _mix(self, query_BLX, key_BLY, value_BLY, positions):
         """Mixed values, side by side, of the heads of one device."""
         heads = (query_BLX, key_BLY, value_BLY)
         if isinstance(self.attend, Attend) and self.attend.takes_flat(*heads[:2], self.width):
-            return flat_attention(*heads, places.segment_ids_BL, places.rotary_BLR, self.width)
-        heads_apart = self.heads_apart(heads, places.rotary_BLR)
-        return self.attend(*heads_apart, places.segment_ids_BL).reshape(query_BLX.shape)
+            return flat_attention(
+                *heads, positions.segment_ids_BL, positions.rotary_BLR, self.width
+            )
+        heads_apart = self.heads_apart(heads, positions.rotary_BLR)
+        return self.attend(*heads_apart, positions.segment_ids_BL).reshape(query_BLX.shape)
 
     def _back(self, mixed_BLX):
         return times_parameter(mixed_BLX, "output_HWD", self.output_HWD[...])

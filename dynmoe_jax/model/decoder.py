@@ -8,29 +8,24 @@ Axis legend: B batch, L positions, T = B L tokens, D model width, V vocabulary, 
 E experts, K slots per token.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.experts import InStack, reads_in_stack
+from dynmoe_jax.experts import StackedView, reads_in_stack
 from dynmoe_jax.hardware.native import library
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.axes import on_one_device
-from dynmoe_jax.mesh.collectives import behind, gradients_together
 from dynmoe_jax.mesh.sharding import embedded, split_by_batch, whole_parameter
-from dynmoe_jax.model.attention import Attention
-from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
-from dynmoe_jax.model.kernels.norm.norm import forked
-from dynmoe_jax.model.layers import added, compute_dtype, matrix, rms_norm
+from dynmoe_jax.model.components import compute_dtype, matrix, rms_norm
+from dynmoe_jax.model.layer import Layer
+from dynmoe_jax.model.output import DecoderOutput, LayerRouting
 from dynmoe_jax.model.remat import remat_policy
-from dynmoe_jax.model.rotary import Places, rotary_table
-from dynmoe_jax.routing import Routing
+from dynmoe_jax.model.rotary import TokenPositions, rotary_table
 
 UNROLLED_GROUPS = 12
 
@@ -55,111 +50,19 @@ def groups_at_a_time(model: config.Model, groups: int) -> int:
     return groups if platform == "gpu" or (platform == "cpu" and kernels) else 1
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerRouting:
-    """What losses and reports need to know of the routing of N MoE layers.
-
-    Attributes:
-      by_layer: a Routing whose arrays are stacked: [N, T, K] and [N, T, E].
-      valid_BL: False for padding.
-      rows_dropped_N: rows that a budget or a capacity left out.
-    """
-
-    by_layer: Routing
-    valid_BL: Bool[Array, "B L"]
-    rows_dropped_N: Int[Array, "N"]
-
-    @property
-    def valid_T(self) -> Bool[Array, "T"]:
-        """valid_BL, flattened like the tokens of ``by_layer``."""
-        return self.valid_BL.reshape(-1)
-
-    @property
-    def experts_per_token(self) -> Int[Array, "N B L"]:
-        """Experts that each token used in each MoE layer."""
-        return self.by_layer.experts_per_token_T.reshape(-1, *self.valid_BL.shape)
-
-    @property
-    def probs(self) -> Float[Array, "N B L E"]:
-        """Router probabilities."""
-        return self.by_layer.probs_TE.reshape(-1, *self.valid_BL.shape, self.by_layer.num_experts)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecoderOutput:
-    """What a decoder returns.
-
-    Attributes:
-      logits: [B, L, V], float32.
-      routing: of the MoE layers; None in a dense model.
-    """
-
-    logits: Float[Array, "B L V"]
-    routing: LayerRouting | None
-
-
-class Layer(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
-
-    def __init__(self, model: config.Model, is_moe: bool, *, rngs: nnx.Rngs):
-        self.attention_norm = rms_norm(model, rngs)
-        self.attention = Attention(model, rngs=rngs)
-        self.feed_forward_norm = rms_norm(model, rngs)
-        feed_forward = MoEFeedForward if is_moe else DenseFeedForward
-        self.feed_forward = feed_forward(model, rngs=rngs)
-        self.is_moe = is_moe
-
-    def __call__(self, x_BLD, places, in_stack=None):
-        """Returns (x_BLD, None) or, for an MoE layer, (x_BLD, (routing, rows dropped)).
-
-        Args:
-          x_BLD: the residual stream.
-          places: documents and positions.
-          in_stack: where the experts of an MoE layer lie in a stack, if that is known.
-        """
-        weights = self.feed_forward.weights(in_stack) if self.is_moe else None
-        x_BLD, weights = self.attend(x_BLD, places, weights)
-        return self.feed(x_BLD, places.segment_ids_BL, weights)
-
-    def attend(self, x_BLD, places, weights=None):
-        """The first half: x_BLD with attention added.
-
-        Returns:
-          x_BLD, and the weights of the experts, whose gradients travel while the backward pass of
-          this half computes.
-        """
-        x_BLD, heads = self.attention.project(self.attention_norm, x_BLD)
-        heads, weights = gradients_together((heads, weights))
-        x_BLD += self.attention.mix(heads, places)
-        # Named, so that it is kept, and not the projection that it would be added up from again.
-        return behind(checkpoint_name(x_BLD, "stream"), heads), weights
-
-    def feed(self, x_BLD, segment_ids_BL, weights=None):
-        """The second half: x_BLD with the feed-forward added, and the routing of an MoE layer."""
-        if not self.is_moe:
-            x_BLD, normed_BLD = forked(self.feed_forward_norm, x_BLD)
-            flat_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
-            return x_BLD + self.feed_forward(flat_TD).reshape(x_BLD.shape), None
-        x_BLD, normed_TD, logits_TE = self.feed_forward.project(self.feed_forward_norm, x_BLD)
-        valid_T = segment_ids_BL.reshape(-1) > 0
-        y_TD, *routed = self.feed_forward(normed_TD, logits_TE, valid_T, weights)
-        return added(x_BLD.reshape(y_TD.shape), y_TD).reshape(x_BLD.shape), tuple(routed)
-
-
 class LayerGroup(nnx.Module):
     """The scanned unit: one MoE layer and the dense layers around it, or dense layers alone."""
 
     def __init__(self, model: config.Model, is_moe: Sequence[bool], *, rngs: nnx.Rngs):
         self.layers = nnx.List(Layer(model, moe, rngs=rngs) for moe in is_moe)
 
-    def __call__(self, x_BLD, places, in_stack=None):
-        """Returns (x_BLD, what the group's MoE layer recorded); arguments as those of a layer."""
+    def __call__(self, x_BLD, positions, stacked=None):
+        """Returns (x_BLD, (routing, rows dropped) of the group's MoE layer or None)."""
         record = None
         for layer in self.layers:
-            x_BLD, routed = layer(x_BLD, places, in_stack)
-            record = routed or record
+            out = layer(x_BLD, positions, stacked=stacked)
+            x_BLD = out.x_BLD
+            record = record if out.routing is None else (out.routing, out.rows_dropped)
         return x_BLD, record
 
 
@@ -202,7 +105,7 @@ class Decoder(nnx.Module):
         return split_by_batch(embedded("embedding_VD", self.embedding_VD[...], tokens_BL, dtype))
 
     def rotary(self, positions_BL: Int[Array, "B L"]) -> Float[Array, "B L R"]:
-        """What all layers turn queries and keys by."""
+        """The angles by which every layer rotates queries and keys."""
         return rotary_table(positions_BL, self.config.head_width, self.config.rope_theta)
 
     def hidden(
@@ -225,22 +128,22 @@ class Decoder(nnx.Module):
             segment_ids_BL = jnp.ones_like(tokens_BL)
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-        places = Places(segment_ids_BL, self.rotary(positions_BL))
+        positions = TokenPositions(segment_ids_BL, self.rotary(positions_BL))
         x_BLD, record = self.embed(tokens_BL), None
         for stack in self.stacks:
-            x_BLD, record = self._scan(stack, x_BLD, places)
+            x_BLD, record = self._scan(stack, x_BLD, positions)
         routing = record and LayerRouting(record[0], segment_ids_BL > 0, record[1])
         return self.norm(x_BLD), routing
 
-    def _scan(self, stack: LayerGroup, x_BLD, places: Places):
+    def _scan(self, stack: LayerGroup, x_BLD, positions: TokenPositions):
         """(x_BLD behind all groups of a stack, what their MoE layers recorded)."""
         structure, params = nnx.split(stack)
         whole = self._experts_in_place(stack)
 
         def apply_group(x_BLD, inputs):
             params, i = inputs
-            in_stack = whole and InStack(*whole, i)
-            x_BLD, record = nnx.merge(structure, params)(x_BLD, places, in_stack)
+            stacked = whole and StackedView(*whole, i)
+            x_BLD, record = nnx.merge(structure, params)(x_BLD, positions, stacked)
             return split_by_batch(x_BLD), record
 
         policy = remat_policy(self.config.remat)

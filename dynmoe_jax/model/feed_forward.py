@@ -11,12 +11,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.experts import ExpertWeights, InStack, apply_experts, make_backend, make_transport
+from dynmoe_jax.experts import (
+    ExpertWeights,
+    StackedView,
+    apply_experts,
+    make_backend,
+    make_transport,
+)
 from dynmoe_jax.experts.weights import gated, swiglu
 from dynmoe_jax.mesh.axes import EXPERT, MODEL, mesh_sizes
 from dynmoe_jax.mesh.sharding import by_token, split_columns, whole_parameter
+from dynmoe_jax.model.components import added, compute_dtype, matrix
+from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.router_logits import routed
-from dynmoe_jax.model.layers import compute_dtype, matrix
 from dynmoe_jax.model.linear import times
 from dynmoe_jax.routing import Routing, make_router
 
@@ -30,8 +37,23 @@ class DenseFeedForward(nnx.Module):
         self.down_FD = matrix(rngs, (F, D), model.init_std)
         self.dtype = compute_dtype(model)
 
+    def weights(self, stacked: StackedView | None = None) -> None:
+        """Nothing that would have to travel before attention."""
+
+    def added_to(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        norm: nnx.RMSNorm,
+        valid_BL: Bool[Array, "B L"],
+        weights: None,
+    ) -> tuple[Float[Array, "B L D"], None, None]:
+        """Returns (the stream plus the feed-forward of its norm, no routing, no dropped rows)."""
+        x_BLD, normed_BLD = forked(norm, x_BLD)
+        y_TD = self(normed_BLD.reshape(-1, x_BLD.shape[-1]))
+        return x_BLD + y_TD.reshape(x_BLD.shape), None, None
+
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """down(silu(x gate) * (x up))."""
+        """Computes down(silu(x gate) * (x up))."""
         return _swiglu_of_all(x_TD, self.gate_up_D2F, self.down_FD, self.dtype)
 
 
@@ -58,14 +80,14 @@ class MoEFeedForward(nnx.Module):
         self.route = make_router(model.moe)
         self.backend = make_backend(model.moe)
 
-    def weights(self, in_stack: InStack | None = None) -> ExpertWeights:
+    def weights(self, stacked: StackedView | None = None) -> ExpertWeights:
         """All experts, in the compute type.
 
         Args:
-          in_stack: where these are among the experts of all layers, if that is known.
+          stacked: where these are among the experts of all layers, if that is known.
         """
         matrices = self.gate_up_ED2F[...], self.down_EFD[...]
-        return ExpertWeights(*(array.astype(self.dtype) for array in matrices), in_stack)
+        return ExpertWeights(*(array.astype(self.dtype) for array in matrices), stacked)
 
     def project(
         self, norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"]
@@ -80,6 +102,26 @@ class MoEFeedForward(nnx.Module):
         x_BLD, normed_BLD, logits_BLE = routed(norm, x_BLD, router_DE)
         flat = (a.reshape(-1, a.shape[-1]) for a in (normed_BLD, logits_BLE))
         return x_BLD, *flat
+
+    def added_to(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        norm: nnx.RMSNorm,
+        valid_BL: Bool[Array, "B L"],
+        weights: ExpertWeights | None,
+    ) -> tuple[Float[Array, "B L D"], Routing, Int[Array, ""]]:
+        """Returns (the stream plus what the experts of its norm add, routing, rows dropped).
+
+        Args:
+          x_BLD: the residual stream.
+          norm: of what the router and the experts read.
+          valid_BL: a token that is not valid uses no expert.
+          weights: what :meth:`weights` returned.
+        """
+        x_BLD, normed_TD, logits_TE = self.project(norm, x_BLD)
+        y_TD, routing, dropped = self(normed_TD, logits_TE, valid_BL.reshape(-1), weights)
+        x_TD = added(x_BLD.reshape(y_TD.shape), y_TD)
+        return x_TD.reshape(x_BLD.shape), routing, dropped
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ from dynmoe_jax.mesh.axes import on_one_device
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Places:
+class TokenPositions:
     """Where the tokens of a batch stand.
 
     Attributes:

@@ -28,8 +28,8 @@ from dynmoe_jax.mesh.make_mesh import (
     state_shardings,
 )
 from dynmoe_jax.model import decoder_structure
+from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.kernels.attention.choice import choose_attention
-from dynmoe_jax.model.layers import compute_dtype
 from dynmoe_jax.runs.checkpoint import (
     CheckpointError,
     Checkpoints,

@@ -12,9 +12,9 @@ from dynmoe_jax.hardware.target import Target, compile_for
 from dynmoe_jax.mesh.axes import MESH_AXES
 from dynmoe_jax.mesh.collectives import keep_all_but_gathered
 from dynmoe_jax.model.attention import Attention
+from dynmoe_jax.model.components import rms_norm
 from dynmoe_jax.model.decoder import Layer
-from dynmoe_jax.model.layers import rms_norm
-from dynmoe_jax.model.rotary import Places, rotary_table, rotate
+from dynmoe_jax.model.rotary import TokenPositions, rotary_table, rotate
 
 B, L = 2, 7
 
@@ -114,14 +114,14 @@ def test_grouped_query_attention(small, draw, changes):
     x_BLD = random.normal(size=(B, L, 16)).astype(np.float32)
     segment_BL = np.array([[1] * 4 + [2] * 3, [1] * 7])
     positions_BL = np.array([[0, 1, 2, 3, 0, 1, 2], list(range(7))])
-    places = Places(segment_BL, decoder.rotary(positions_BL))
+    positions = TokenPositions(segment_BL, decoder.rotary(positions_BL))
 
     @nnx.jit
-    def attend(layer, x_BLD, places):
+    def attend(layer, x_BLD, positions):
         _, heads = layer.attention.project(layer.attention_norm, x_BLD)
-        return layer.attention.mix(heads, places)
+        return layer.attention.mix(heads, positions)
 
-    actual = attend(layer, x_BLD, places)
+    actual = attend(layer, x_BLD, positions)
     normed_BLD = x_BLD / np.sqrt(
         np.mean(x_BLD**2, axis=-1, keepdims=True) + decoder.config.norm_epsilon
     )
@@ -137,12 +137,12 @@ def test_matrices_that_were_put_together_are_not_kept_for_backward(capsys):
     structure, params = nnx.split(nnx.Dict(layer))
     x_BLD = jnp.ones((4, 8, 48))
     positions_BL = jnp.ones((4, 8), jnp.int32)
-    places = Places(positions_BL, rotary_table(positions_BL, 16, 500.0))
+    positions = TokenPositions(positions_BL, rotary_table(positions_BL, 16, 500.0))
 
     def layer(params, x_BLD):
         module = nnx.merge(structure, params)
         x_BLD, heads = module["attention"].project(module["norm"], x_BLD)
-        return module["attention"].mix(heads, places)
+        return module["attention"].mix(heads, positions)
 
     kept = jax.checkpoint(layer, policy=keep_all_but_gathered)
     with jax.set_mesh(jax.make_mesh((1, 4, 1, 1), MESH_AXES, (AxisType.Auto,) * 4)):

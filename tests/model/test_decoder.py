@@ -14,7 +14,7 @@ from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.model.decoder import groups_at_a_time
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
-from dynmoe_jax.model.rotary import Places
+from dynmoe_jax.model.rotary import TokenPositions
 from dynmoe_jax.routing import ROUTERS, TopP
 from tests.close import assert_close
 
@@ -135,7 +135,7 @@ def test_scan_equals_a_loop_over_layers(small, draw, run):
         for i in range(2):
             group = nnx.merge(structure, jax.tree.map(lambda leaf, i=i: leaf[i], params))
             for layer in group.layers:
-                x_BLD, _ = layer(x_BLD, Places(SEGMENTS, decoder.rotary(POSITIONS)))
+                x_BLD = layer(x_BLD, TokenPositions(SEGMENTS, decoder.rotary(POSITIONS))).x_BLD
         return decoder.norm(x_BLD) @ decoder.head_DV[...]
 
     np.testing.assert_allclose(

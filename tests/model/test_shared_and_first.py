@@ -12,7 +12,7 @@ from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.flops import forward_flops
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
-from dynmoe_jax.model.rotary import Places
+from dynmoe_jax.model.rotary import TokenPositions
 
 T, D = 6, 16
 X_TD = np.random.default_rng(4).normal(size=(T, D)).astype(np.float32)
@@ -101,7 +101,7 @@ def test_dense_layers_before_all_others(small, draw, run):
             for i in range(length):
                 group = nnx.merge(structure, jax.tree.map(lambda leaf, i=i: leaf[i], params))
                 for layer in group.layers:
-                    x_BLD, _ = layer(x_BLD, Places(segments, decoder.rotary(positions)))
+                    x_BLD = layer(x_BLD, TokenPositions(segments, decoder.rotary(positions))).x_BLD
         return decoder.norm(x_BLD) @ decoder.output_DV
 
     output = run(decoder, TOKENS)

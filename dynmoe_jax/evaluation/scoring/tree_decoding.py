@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 
 from dynmoe_jax.evaluation.scoring.tree_attention import tree_attention
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.model.cache import stacked, through
+from dynmoe_jax.model.kv_cache import apply_layers, stacked
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +81,7 @@ def begin(
         return mixed_BLHW, (key_BLGW, value_BLGW)
 
     nothing = [[None for _ in stack.layers] for stack in decoder.stacks]
-    x_BLD, rows, experts_NBL = through(
+    x_BLD, rows, experts_NBL = apply_layers(
         decoder, stacked(decoder), tokens_BL, segment_ids_BL, positions_BL, nothing, attend
     )
     x_BQD = jnp.take_along_axis(x_BLD, leaves_BQ[..., None], axis=1)
@@ -140,7 +140,7 @@ def write(
             )
             return _attend(query_BQHW, row, own, sees_BQL, last), own
 
-        x_BQD, kept, experts_NBQ = through(
+        x_BQD, kept, experts_NBQ = apply_layers(
             decoder,
             stacked(decoder),
             token_BQ,

@@ -6,8 +6,6 @@ Axis legend: B batch, L positions, T = B L tokens, N groups of layers.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +16,8 @@ from jaxtyping import Array, Bool, Float
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
-from dynmoe_jax.model.rotary import Places
+from dynmoe_jax.model.layer import LayerOutput
+from dynmoe_jax.model.walk import walk
 from dynmoe_jax.training.objective import Batch
 from dynmoe_jax.training.step import TrainState
 
@@ -65,36 +64,27 @@ def forward_places(
 ) -> tuple[list[Place], Float[Array, "B L"]]:
     """(what a forward pass computes, negative log-likelihood of every position).
 
-    The groups of layers are walked through one after another, not scanned, so that what lies
-    between their parts can be looked at.  Padding is left out: it may hold anything.
+    Padding is left out: it may hold anything.
     """
     valid_BL = batch["segment_ids"] > 0
-    names = [
-        f"layer {{}}: {part}" for part in ("after attention", "router logits", "after feed-forward")
-    ]
+    names = ("after attention", "router logits", "after feed-forward")
 
-    token_places = Places(batch["segment_ids"], decoder.rotary(batch["positions"]))
-
-    @partial(jax.jit, static_argnums=0)
-    def visit(structure, x_BLD, group_params):
-        tallies = []
-        for layer in nnx.merge(structure, group_params).layers:
-            x_BLD, _ = layer.attend(x_BLD, token_places)
-            attended = _tally(x_BLD, valid_BL)
-            x_BLD, routed = layer.feed(x_BLD, batch["segment_ids"])
-            router = routed and _tally(routed[0].logits_TE, valid_BL.reshape(-1))
-            tallies.append((attended, router, _tally(x_BLD, valid_BL)))
-        return x_BLD, tallies
+    def tallies(output: LayerOutput):
+        routing = output.routing
+        return (
+            _tally(output.attended_BLD, valid_BL),
+            routing and _tally(routing.logits_TE, valid_BL.reshape(-1)),
+            _tally(output.x_BLD, valid_BL),
+        ), output.x_BLD
 
     x_BLD = decoder.embed(batch["tokens"])
     places = [Place("embedding", *_plain(_tally(x_BLD, valid_BL)))]
-    number = 0
-    for structure, group_params in _groups(decoder):
-        x_BLD, tallies = visit(structure, x_BLD, group_params)
-        for layer in tallies:
-            named = zip(names, layer, strict=True)
-            places += [Place(name.format(number), *_plain(t)) for name, t in named if t is not None]
-            number += 1
+    for number, (tallies_of_layer, last_BLD) in walk(decoder, batch, tallies):
+        x_BLD = last_BLD
+        named = zip(names, tallies_of_layer, strict=True)
+        places += [
+            Place(f"layer {number}: {name}", *_plain(tally)) for name, tally in named if tally
+        ]
     x_BLD = decoder.norm(x_BLD)
     places.append(Place("last norm", *_plain(_tally(x_BLD, valid_BL))))
     _, nll_BL = cross_entropy_sums(
@@ -102,14 +92,6 @@ def forward_places(
     )
     places.append(Place("loss of each token", *_plain(_tally(nll_BL, valid_BL))))
     return places, nll_BL
-
-
-def _groups(decoder: Decoder) -> Iterator[tuple[nnx.GraphDef, nnx.State]]:
-    """(structure, parameters) of every group of layers, in the order of computation."""
-    for stack in decoder.stacks:
-        structure, params = nnx.split(stack)
-        for group in range(jax.tree.leaves(params)[0].shape[0]):
-            yield structure, jax.tree.map(lambda x, g=group: x[g], params)
 
 
 def _tally(array: Array, mask: Bool[Array, "..."] | None = None, axes: Any = None) -> Tally:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.experts.rows import Rows
-from dynmoe_jax.experts.weights import ExpertWeights, InStack
+from dynmoe_jax.experts.weights import ExpertWeights, StackedView
 from dynmoe_jax.hardware.native import library
 
 WAVE_ROWS = 2048
@@ -50,8 +50,8 @@ def native_experts(
     """
     library.load()
     saved = rows.kept(x_TD.shape[0], saved_rows_per_token)
-    place = weights.in_stack
-    weights = dataclasses.replace(weights, in_stack=None)
+    place = weights.stacked
+    weights = dataclasses.replace(weights, stacked=None)
     y_TD = _native_experts(
         saved, x_TD, rows.weight_R, weights, place, rows.token_R, rows.group_size_E
     )
@@ -70,7 +70,7 @@ def _native_experts_forward(saved, x_TD, weight_R, weights, place, token_R, grou
     return y_TD, (*operands, kept_S2F)
 
 
-def _outputs(x_TD, weight_R, place: InStack, token_R, group_size_E, saved: int):
+def _outputs(x_TD, weight_R, place: StackedView, token_R, group_size_E, saved: int):
     """y_TD, and the gate and up activations of the first rows."""
     hidden_width, width = place.down_NEFD.shape[2:]
     results = (
@@ -98,14 +98,14 @@ def _native_experts_backward(saved, residuals, dy_TD):
 _native_experts.defvjp(_native_experts_forward, _native_experts_backward)
 
 
-def _in_place(weights: ExpertWeights, place: InStack | None) -> InStack:
+def _in_place(weights: ExpertWeights, place: StackedView | None) -> StackedView:
     """Returns the stack that the weights lie in, or one of their own."""
     if place:
         return place
-    return InStack(weights.gate_up_ED2F[None], weights.down_EFD[None], jnp.zeros((), jnp.int32))
+    return StackedView(weights.gate_up_ED2F[None], weights.down_EFD[None], jnp.zeros((), jnp.int32))
 
 
-def _arrays(place: InStack) -> tuple[Array, Array, Array]:
+def _arrays(place: StackedView) -> tuple[Array, Array, Array]:
     return place.gate_up_NED2F, place.down_NEFD, place.layer
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.experts import ExpertWeights, InStack
+from dynmoe_jax.experts import ExpertWeights, StackedView
 from dynmoe_jax.experts.kernels.cpu import native
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.experts.rows import Slots, rows_from_slots
@@ -113,18 +113,18 @@ def test_experts_that_are_read_in_a_stack(layer):
         # NaN wherever another layer lies.
         return jnp.full((3, *array.shape), jnp.nan).at[layer].set(array)
 
-    place = InStack(
+    place = StackedView(
         stacked(weights.gate_up_ED2F), stacked(weights.down_EFD), jnp.asarray(layer, jnp.int32)
     )
 
-    def in_stack(x_TD, rows, weights):
+    def from_stack(x_TD, rows, weights):
         # What lies in the layer's own arrays is not read, but gradients are theirs.
         alone = jax.tree.map(lambda array: array + jnp.nan, weights)
-        return native.native_experts(x_TD, rows, dataclasses.replace(alone, in_stack=place))
+        return native.native_experts(x_TD, rows, dataclasses.replace(alone, stacked=place))
 
     case = x_TD, rows, weights
     wanted = value_and_gradients(reference_experts, *case)
-    assert_close(value_and_gradients(in_stack, *case), wanted)
+    assert_close(value_and_gradients(from_stack, *case), wanted)
 
 
 ROOT = Path(__file__).parents[4]

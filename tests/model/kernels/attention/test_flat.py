@@ -12,6 +12,7 @@ from dynmoe_jax.hardware.target import Target, compile_for
 from dynmoe_jax.mesh.axes import MESH_AXES
 from dynmoe_jax.mesh.sharding import by_batch_and_head
 from dynmoe_jax.model import attention
+from dynmoe_jax.model.components import rms_norm
 from dynmoe_jax.model.kernels.attention.api import xla_attention
 from dynmoe_jax.model.kernels.attention.choice import Attend
 from dynmoe_jax.model.kernels.attention.flat import (
@@ -20,8 +21,7 @@ from dynmoe_jax.model.kernels.attention.flat import (
     flat_obstacle,
 )
 from dynmoe_jax.model.kernels.attention.flat_heads import Heads
-from dynmoe_jax.model.layers import rms_norm
-from dynmoe_jax.model.rotary import Places, rotary_table, rotate
+from dynmoe_jax.model.rotary import TokenPositions, rotary_table, rotate
 from tests.close import assert_close
 
 B, L, THETA = 2, 384, 10000.0  # three tiles of 128
@@ -171,7 +171,7 @@ def test_a_layer_on_tpu_is_the_layer_on_cpu(monkeypatch, changes):
 
     def gradients(target):
         with compile_for(target):
-            places = Places(SEGMENTS_BL, rotary_table(POSITIONS_BL, 64, model.rope_theta))
+            places = TokenPositions(SEGMENTS_BL, rotary_table(POSITIONS_BL, 64, model.rope_theta))
 
         def loss(layer, norm, x_BLD):
             _, heads = layer.project(norm, x_BLD)

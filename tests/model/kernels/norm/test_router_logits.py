@@ -11,9 +11,9 @@ from jax.sharding import AxisType
 
 from dynmoe_jax.hardware.target import Target, compile_for
 from dynmoe_jax.mesh.axes import MESH_AXES
+from dynmoe_jax.model.components import added
 from dynmoe_jax.model.kernels.norm.router_logits import routed, routed_by_kernels, summands
 from dynmoe_jax.model.kernels.norm.token_tiles import over_tiles
-from dynmoe_jax.model.layers import added
 from dynmoe_jax.model.remat import remat_policy
 from tests.close import assert_close
 
@@ -115,7 +115,7 @@ def test_the_stream_is_added_alike_by_a_kernel(monkeypatch, dtype):
     wanted, pull_back = jax.vjp(added, x, y)
     np.testing.assert_array_equal(wanted, (x.astype(jnp.float32) + y).astype(dtype))
     interpreted = partial(over_tiles, interpret=True)
-    monkeypatch.setattr("dynmoe_jax.model.layers.over_tiles", interpreted)
+    monkeypatch.setattr("dynmoe_jax.model.components.over_tiles", interpreted)
     with compile_for(Target("tpu", "TPU v5")):
         by_kernel = jax.jit(added)
         assert "pallas_call" in str(jax.make_jaxpr(by_kernel)(x, y))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynmoe_jax.model.cache import (
-    extend,
-    read,
+from dynmoe_jax.model.kv_cache import (
+    decode_step,
+    prefill,
     repeated,
     stacked,
     unstacked,
@@ -47,7 +47,7 @@ def whole(structure, params, tokens_BL, segment_ids_BL=None, positions_BL=None):
 @partial(jax.jit, static_argnums=0)
 def read_context(structure, params, tokens_BP, start_B):
     decoder = nnx.merge(structure, params)
-    x_BPD, cache, experts_NBP = read(decoder, tokens_BP, start_B)
+    x_BPD, cache, experts_NBP = prefill(decoder, tokens_BP, start_B)
     return decoder.logits(x_BPD), with_room(cache, SLOTS), experts_NBP
 
 
@@ -57,7 +57,7 @@ def go_on(structure, params, layers, tokens_BC, cache):
     decoder = nnx.merge(structure, params)
     stacks = stacked(decoder) if layers is None else layers
     valid_BC = jnp.ones(tokens_BC.shape, bool)
-    x_BCD, cache, experts_NBC = extend(decoder, stacks, tokens_BC, valid_BC, cache)
+    x_BCD, cache, experts_NBC = decode_step(decoder, stacks, tokens_BC, valid_BC, cache)
     return decoder.logits(x_BCD), cache, experts_NBC
 
 
@@ -144,7 +144,7 @@ def test_copied_layers_are_in_the_compute_type_and_change_nothing(small, draw):
         "router_DE",
     }
     _, cache, _ = read_context(*model, TOKENS_BL[:, :CONTEXT], START_B)
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cache.kept))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cache.kv))
     wanted = go_on(*model, None, TOKENS_BL[:, CONTEXT:], cache)[0]
     actual = go_on(*model, layers, TOKENS_BL[:, CONTEXT:], unstacked_cache(cache))[0]
     np.testing.assert_allclose(actual, wanted, rtol=5e-2, atol=5e-2)

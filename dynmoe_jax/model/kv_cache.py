@@ -1,15 +1,15 @@
-"""Keys and values that are kept, so that every position is computed once.
+"""The KV cache: keys and values are kept, so that every position is computed once.
 
-Two passes keep them or use them.  :func:`read` computes whole contexts, by the attention that
-training uses, and keeps the keys and values of every layer.  :func:`extend` computes positions
+Two passes keep them or use them.  :func:`prefill` computes whole contexts, by the attention that
+training uses, and keeps the keys and values of every layer.  :func:`decode_step` computes positions
 behind a context, which attend to what was kept and to themselves.  Sequences of different lengths
 are filled up at their left, so that the next position stands in the same slot for all of them.
 
-:func:`extend` takes the layers in one of two forms.  Stacked, in a scan: its program does not grow
-with depth, but XLA copies the parameters of a layer out of the stack in every pass.  Or one by one,
-from parameters that :func:`unstacked` has copied once.  Reading parameters is what decoding costs:
-one sequence of SmolLM2-135M's shape on two cores takes 25 ms a token one by one, 31 stacked; eight
-take 44 and 51.  The program of its 30 layers compiles in 2.4 s instead of 0.5.
+:func:`decode_step` takes the layers in one of two forms.  Stacked, in a scan: its program does not
+grow with depth, but XLA copies the parameters of a layer out of the stack in every pass.  Or one by
+one, from parameters that :func:`unstacked` has copied once.  Reading parameters is what decoding
+costs: one sequence of SmolLM2-135M's shape on two cores takes 25 ms a token one by one, 31 stacked;
+eight take 44 and 51.  The program of its 30 layers compiles in 2.4 s instead of 0.5.
 
 Axis legend: B sequences, P positions of a context, C positions behind it, S slots, D model width,
 H query heads, G key/value heads, R = H/G query heads of one key/value head, W head width, N MoE
@@ -26,33 +26,35 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dynmoe_jax.model.decoder import Decoder, Layer
-from dynmoe_jax.model.layers import compute_dtype
+from dynmoe_jax.model.components import compute_dtype
+from dynmoe_jax.model.decoder import Decoder
+from dynmoe_jax.model.layer import Layer
+from dynmoe_jax.model.rotary import TokenPositions
 
-Kept = Any
+LayerKV = Any
 """(key_BSGW, value_BSGW) of every layer, nested as the parameters are: over stacks, over groups (a
 tuple, or a leading axis of the arrays), over the layers of a group."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class KVCache:
     """Keys and values of B sequences in slots; sequence b has filled ``start_B[b]`` to ``end``.
 
     Attributes:
-      kept: of every layer.
+      kv: of every layer.
       start_B: the first slot of each sequence.
       end: one behind the last filled slot.
     """
 
-    kept: Kept
+    kv: LayerKV
     start_B: Int[Array, "B"]
     end: Int[Array, ""]
 
 
-def read(
+def prefill(
     decoder: Decoder, tokens_BP: Int[Array, "B P"], start_B: Int[Array, "B"]
-) -> tuple[Float[Array, "B P D"], Cache, Int[Array, "N B P"]]:
+) -> tuple[Float[Array, "B P D"], KVCache, Int[Array, "N B P"]]:
     """Computes contexts, and keeps the keys and values of their P positions.
 
     Args:
@@ -73,19 +75,19 @@ def read(
 
     nothing = [[None for _ in stack.layers] for stack in decoder.stacks]
     stacks = stacked(decoder)
-    x_BPD, kept, experts = through(
+    x_BPD, kv, experts = apply_layers(
         decoder, stacks, tokens_BP, segment_ids_BP, positions_BP, nothing, attend
     )
-    return x_BPD, Cache(kept, start_B, jnp.int32(tokens_BP.shape[1])), experts
+    return x_BPD, KVCache(kv, start_B, jnp.int32(tokens_BP.shape[1])), experts
 
 
-def extend(
+def decode_step(
     decoder: Decoder,
     stacks: list,
     tokens_BC: Int[Array, "B C"],
     valid_BC: Bool[Array, "B C"],
-    cache: Cache,
-) -> tuple[Float[Array, "B C D"], Cache, Int[Array, "N B C"]]:
+    cache: KVCache,
+) -> tuple[Float[Array, "B C D"], KVCache, Int[Array, "N B C"]]:
     """Computes C positions behind a cache that has room for them, and keeps theirs in it.
 
     The cache that is passed stays valid for other continuations; where it is not used again (in a
@@ -102,21 +104,21 @@ def extend(
     Returns:
       the normed residual stream; the cache with C more slots; experts that each position used.
     """
-    slots = jax.tree.leaves(cache.kept)[0].shape[-3]
+    slots = jax.tree.leaves(cache.kv)[0].shape[-3]
     slot_C = cache.end + jnp.arange(tokens_BC.shape[1])
     positions_BC = slot_C - cache.start_B[:, None]
     visible_BCS = jnp.arange(slots) <= slot_C[None, :, None]
     visible_BCS &= jnp.arange(slots) >= cache.start_B[:, None, None]
 
-    def attend(_, kept, query_BCHW, *new):
+    def attend(_, kv, query_BCHW, *new):
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.end, axis=1)
-        key_BSGW, value_BSGW = (write(a, b.astype(a.dtype)) for a, b in zip(kept, new, strict=True))
+        key_BSGW, value_BSGW = (write(a, b.astype(a.dtype)) for a, b in zip(kv, new, strict=True))
         return _attend(query_BCHW, key_BSGW, value_BSGW, visible_BCS), (key_BSGW, value_BSGW)
 
-    x_BCD, kept, experts = through(
-        decoder, stacks, tokens_BC, valid_BC.astype(jnp.int32), positions_BC, cache.kept, attend
+    x_BCD, kv, experts = apply_layers(
+        decoder, stacks, tokens_BC, valid_BC.astype(jnp.int32), positions_BC, cache.kv, attend
     )
-    return x_BCD, Cache(kept, cache.start_B, cache.end + tokens_BC.shape[1]), experts
+    return x_BCD, KVCache(kv, cache.start_B, cache.end + tokens_BC.shape[1]), experts
 
 
 def stacked(decoder: Decoder) -> list[nnx.State]:
@@ -140,25 +142,25 @@ def unstacked(decoder: Decoder) -> list[tuple[nnx.State, ...]]:
     return [_parted(jax.tree.map_with_path(cast, params)) for params in stacked(decoder)]
 
 
-def with_room(cache: Cache, slots: int) -> Cache:
+def with_room(cache: KVCache, slots: int) -> KVCache:
     """The cache with free slots behind its own, up to ``slots``."""
 
-    def widen(kept_BSGW):
-        room = slots - kept_BSGW.shape[-3]
-        return jnp.pad(kept_BSGW, [(0, 0)] * (kept_BSGW.ndim - 3) + [(0, room), (0, 0), (0, 0)])
+    def widen(slots_BSGW):
+        room = slots - slots_BSGW.shape[-3]
+        return jnp.pad(slots_BSGW, [(0, 0)] * (slots_BSGW.ndim - 3) + [(0, room), (0, 0), (0, 0)])
 
-    return dataclasses.replace(cache, kept=jax.tree.map(widen, cache.kept))
+    return dataclasses.replace(cache, kv=jax.tree.map(widen, cache.kv))
 
 
-def repeated(cache: Cache, times: int) -> Cache:
+def repeated(cache: KVCache, times: int) -> KVCache:
     """Each sequence ``times`` times, side by side; of a cache with stacked layers."""
-    kept = jax.tree.map(lambda a: jnp.repeat(a, times, axis=-4), cache.kept)
-    return Cache(kept, jnp.repeat(cache.start_B, times), cache.end)
+    kv = jax.tree.map(lambda a: jnp.repeat(a, times, axis=-4), cache.kv)
+    return KVCache(kv, jnp.repeat(cache.start_B, times), cache.end)
 
 
-def unstacked_cache(cache: Cache) -> Cache:
+def unstacked_cache(cache: KVCache) -> KVCache:
     """A cache of stacked layers, nested like :func:`unstacked` parameters."""
-    return dataclasses.replace(cache, kept=[_parted(kept) for kept in cache.kept])
+    return dataclasses.replace(cache, kv=[_parted(kv) for kv in cache.kv])
 
 
 def _parted(tree) -> tuple:
@@ -167,56 +169,58 @@ def _parted(tree) -> tuple:
     return tuple(jax.tree.map(lambda a, i=i: a[i], tree) for i in range(parts))
 
 
-def through(
-    decoder: Decoder, stacks, tokens_BL, segment_ids_BL, positions_BL, kept, attend: Callable
+def apply_layers(
+    decoder: Decoder, stacks, tokens_BL, segment_ids_BL, positions_BL, kv, attend: Callable
 ):
     """Embeds, passes all layers, norms.
 
     Args:
       decoder: embedding, norms and the structure of the layers.
-      stacks: parameters, see :func:`extend`.
+      stacks: parameters, see :func:`decode_step`.
       tokens_BL: token ids.
       segment_ids_BL: 0 where no experts are to be used.
       positions_BL: positions within the documents.
-      kept: what ``attend`` gets of each layer, nested like the parameters.
-      attend: ``(layer, kept, query, key, value) -> (mixed, kept)``.
+      kv: what ``attend`` gets of each layer, nested like the parameters.
+      attend: ``(layer, kv, query, key, value) -> (mixed, kv)``.
     """
+    positions = TokenPositions(segment_ids_BL, decoder.rotary(positions_BL))
 
-    rotary_BLR = decoder.rotary(positions_BL)
+    def one_layer(layer: Layer, x_BLD, kv):
+        def mix(attention, heads, positions):
+            projected = attention.heads_apart(heads, positions.rotary_BLR)
+            mixed_BLHW, new_kv = attend(layer, kv, *projected)
+            return attention.project_back(mixed_BLHW), new_kv
 
-    def one_layer(layer: Layer, x_BLD, kept):
-        x_BLD, heads = layer.attention.project(layer.attention_norm, x_BLD)
-        projected = layer.attention.heads_apart(heads, rotary_BLR)
-        mixed_BLHW, kept = attend(layer, kept, *projected)
-        x_BLD += layer.attention.project_back(mixed_BLHW)
-        x_BLD, routed = layer.feed(x_BLD, segment_ids_BL)
-        return x_BLD, kept, routed and routed[0].experts_per_token_T.reshape(tokens_BL.shape)
+        out = layer(x_BLD, positions, mix)
+        routing = out.routing
+        used_BL = routing and routing.experts_per_token_T.reshape(tokens_BL.shape)
+        return out.x_BLD, out.kv, used_BL
 
     def one_group(structure, x_BLD, inputs):
-        params, kept = inputs
+        params, kv = inputs
         new, experts_BL = [], None
-        for layer, kept_of_layer in zip(nnx.merge(structure, params).layers, kept, strict=True):
-            x_BLD, kept_of_layer, used_BL = one_layer(layer, x_BLD, kept_of_layer)
-            new.append(kept_of_layer)
+        for layer, kv_of_layer in zip(nnx.merge(structure, params).layers, kv, strict=True):
+            x_BLD, kv_of_layer, used_BL = one_layer(layer, x_BLD, kv_of_layer)
+            new.append(kv_of_layer)
             experts_BL = experts_BL if used_BL is None else used_BL
         return x_BLD, (new, experts_BL)
 
-    x_BLD, all_kept, all_experts = decoder.embed(tokens_BL), [], []
-    for stack, params, kept_of_stack in zip(decoder.stacks, stacks, kept, strict=True):
+    x_BLD, all_kv, all_experts = decoder.embed(tokens_BL), [], []
+    for stack, params, kv_of_stack in zip(decoder.stacks, stacks, kv, strict=True):
         step = partial(one_group, nnx.split(stack)[0])
         if not isinstance(params, tuple):
-            x_BLD, (new, experts_NBL) = jax.lax.scan(step, x_BLD, (params, kept_of_stack))
+            x_BLD, (new, experts_NBL) = jax.lax.scan(step, x_BLD, (params, kv_of_stack))
             all_experts += [] if experts_NBL is None else [experts_NBL]
         else:
             new = []
-            for inputs in zip(params, kept_of_stack, strict=True):
+            for inputs in zip(params, kv_of_stack, strict=True):
                 x_BLD, (new_of_group, experts_BL) = step(x_BLD, inputs)
                 new.append(new_of_group)
                 all_experts += [] if experts_BL is None else [experts_BL[None]]
             new = tuple(new)
-        all_kept.append(new)
+        all_kv.append(new)
     none_0BL = jnp.zeros((0, *tokens_BL.shape), jnp.int32)
-    return decoder.norm(x_BLD), all_kept, jnp.concatenate([none_0BL, *all_experts])
+    return decoder.norm(x_BLD), all_kv, jnp.concatenate([none_0BL, *all_experts])
 
 
 def _attend(
