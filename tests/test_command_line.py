@@ -177,7 +177,7 @@ def test_help_lists_every_setting_and_runs_nothing(monkeypatch, capsys):
     assert command_line.run(lambda *_: pytest.fail("ran"), "What it is.") == 0
     printed = capsys.readouterr().out
     assert "What it is." in printed
-    assert not [name for name in config.setting_names() if name not in printed]
+    assert not [path for path, _, _ in config.walk(config.Config()) if path not in printed]
 
 
 def test_message_with_markup_is_printed_as_it_is(monkeypatch, capsys):

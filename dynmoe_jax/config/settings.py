@@ -384,11 +384,6 @@ class Config:
         rules.check_together(self)
 
 
-def setting_names() -> list[str]:
-    """The dotted paths of all settings."""
-    return [path for path, _, _ in walk(Config())]
-
-
 def nearest_name(name: str) -> str:
     """The existing setting, or group of settings, whose dotted path is most like ``name``."""
     return fields.nearest_name(Config, name)

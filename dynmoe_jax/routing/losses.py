@@ -75,59 +75,41 @@ def loss_sums(routing: Routing, valid_T: Bool[Array, "T"]) -> LossSums:
     )
 
 
-def balance_of(sums: LossSums, normalise: str = "sum") -> Float[Array, "*"]:
-    """:func:`balance_loss` of sums."""
-    counts_E = {
-        "sum": sums.chosen_E,
-        "per_choice": sums.chosen_E,
-        "first_choice_only": sums.first_E,
-    }.get(normalise)
-    if counts_E is None:
-        raise ValueError(f"normalise={normalise!r} must be sum, per_choice or first_choice_only.")
-    share_E = counts_E / sums.divisor
-    if normalise == "per_choice":
-        share_E = share_E / jnp.maximum(jnp.sum(share_E, axis=-1, keepdims=True), 1e-9)
-    return share_E.shape[-1] * jnp.sum(share_E * sums.probs_E / sums.divisor, axis=-1)
-
-
-def entropy_of(sums: LossSums) -> Float[Array, "*"]:
-    """:func:`entropy_loss` of sums."""
-    return sums.entropy / sums.divisor
-
-
-def router_z_of(sums: LossSums) -> Float[Array, "*"]:
-    """:func:`router_z_loss` of sums."""
-    return sums.squared_z / sums.divisor
-
-
-def balance_loss(
-    routing: Routing, valid_T: Bool[Array, "T"], *, normalise: str = "sum"
-) -> Float[Array, "*N"]:
-    """E sum_e f_e Q_e, the load-balance loss (Switch eq. 4; Top-P paper eq. 5).
+def balance_loss(sums: LossSums, normalize: str = "sum") -> Float[Array, "*"]:
+    """E sum_e f_e Q_e, the load-balancing loss (Switch eq. 4; Top-P paper eq. 5).
 
     With ``"sum"``, f counts every chosen expert, so the loss equals the mean number of experts per
     token when load and probabilities are even: it presses on the count as well.
 
     Args:
-      routing: the routing of T tokens.
-      valid_T: False for padding.
-      normalise: how f counts: ``"sum"`` (every choice), ``"per_choice"`` (every choice, divided
+      sums: of the tokens.
+      normalize: how f counts: ``"sum"`` (every choice), ``"per_choice"`` (every choice, divided
         by the mean number of choices) or ``"first_choice_only"`` (GShard).
 
     Raises:
-      ValueError: another ``normalise``.
+      ValueError: another ``normalize``.
     """
-    return balance_of(loss_sums(routing, valid_T), normalise)
+    counts_E = {
+        "sum": sums.chosen_E,
+        "per_choice": sums.chosen_E,
+        "first_choice_only": sums.first_E,
+    }.get(normalize)
+    if counts_E is None:
+        raise ValueError(f"normalize={normalize!r} must be sum, per_choice or first_choice_only.")
+    share_E = counts_E / sums.divisor
+    if normalize == "per_choice":
+        share_E = share_E / jnp.maximum(jnp.sum(share_E, axis=-1, keepdims=True), 1e-9)
+    return share_E.shape[-1] * jnp.sum(share_E * sums.probs_E / sums.divisor, axis=-1)
 
 
-def entropy_loss(routing: Routing, valid_T: Bool[Array, "T"]) -> Float[Array, "*N"]:
+def entropy_loss(sums: LossSums) -> Float[Array, "*"]:
     """Mean entropy of the router's distribution in nats, the "dynamic loss" (Top-P paper eq. 4).
 
     It keeps the router from buying quality with flat distributions, which use many experts.
     """
-    return entropy_of(loss_sums(routing, valid_T))
+    return sums.entropy / sums.divisor
 
 
-def router_z_loss(routing: Routing, valid_T: Bool[Array, "T"]) -> Float[Array, "*N"]:
+def router_z_loss(sums: LossSums) -> Float[Array, "*"]:
     """Mean squared logsumexp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return router_z_of(loss_sums(routing, valid_T))
+    return sums.squared_z / sums.divisor

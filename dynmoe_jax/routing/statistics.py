@@ -1,16 +1,10 @@
-"""What is logged and plotted about routing."""
+"""Statistics of routing that are logged and plotted."""
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.routing.record import Routing
-
-
-def mean_experts_per_token(routing: Routing, valid_T: Bool[Array, "T"]) -> Float[Array, "*N"]:
-    """Mean number of experts over the valid tokens."""
-    total = jnp.sum(routing.experts_per_token_T, axis=-1)
-    return total / jnp.maximum(jnp.sum(valid_T), 1)
 
 
 def load_imbalance(load_E: Int[np.ndarray, "*N E"]) -> Float[np.ndarray, "*N"]:

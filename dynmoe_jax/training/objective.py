@@ -105,8 +105,8 @@ def _routing_losses(sums: losses.LossSums | None, loss: config.Loss) -> dict[str
     if sums is None:
         return dict.fromkeys(("balance_loss", "entropy_loss", "router_z_loss"), jnp.float32(0))
     by_layer = {
-        "balance_loss": losses.balance_of(sums, loss.balance_counts),
-        "entropy_loss": losses.entropy_of(sums),
-        "router_z_loss": losses.router_z_of(sums),
+        "balance_loss": losses.balance_loss(sums, loss.balance_counts),
+        "entropy_loss": losses.entropy_loss(sums),
+        "router_z_loss": losses.router_z_loss(sums),
     }
     return {name: jnp.mean(value_N) for name, value_N in by_layer.items()}

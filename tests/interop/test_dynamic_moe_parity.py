@@ -15,7 +15,8 @@ from flax import nnx
 
 from dynmoe_jax.interop import load_hf
 from dynmoe_jax.interop.architectures.dynamic_moe import DYNAMIC_MOE
-from dynmoe_jax.interop.architectures.mapping import places, to_tensors
+from dynmoe_jax.interop.architectures.mapping import places
+from tests.interop.foreign_tensors import to_tensors
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "dynamic_moe_tiny"
 EXPECTED = np.load(FOLDER / "expected.npz")

@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 from dynmoe_jax import config
 from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.architectures.dynamic_moe import DYNAMIC_MOE, model_from_hf
-from dynmoe_jax.interop.architectures.mapping import places, to_tensors
+from dynmoe_jax.interop.architectures.mapping import places
 from dynmoe_jax.model import parameter_shapes
+from tests.interop.foreign_tensors import to_tensors
 
 # Four layers, of which 0 and 2 are MoE; widths all different, so that no mix-up goes unseen.
 SETTINGS = {

@@ -13,14 +13,27 @@ from dynmoe_jax.routing import Routing, TopK, TopP, losses
 
 T, E = 8, 4
 ALL = jnp.ones(T, bool)
-# Jitted: eagerly, every small operation compiles on its own.
-balance_loss = jax.jit(losses.balance_loss, static_argnames="normalise")
-entropy_loss = jax.jit(losses.entropy_loss)
-router_z_loss = jax.jit(losses.router_z_loss)
+
+
+def of_tokens(loss):
+    """A loss of sums as one of (routing, valid).
+
+    Jitted: eagerly, every small operation compiles on its own.
+    """
+
+    def compute(routing, valid_T, **settings):
+        return loss(losses.loss_sums(routing, valid_T), **settings)
+
+    return jax.jit(compute, static_argnames="normalize")
+
+
+balance_loss = of_tokens(losses.balance_loss)
+entropy_loss = of_tokens(losses.entropy_loss)
+router_z_loss = of_tokens(losses.router_z_loss)
 LOSSES = {
     "balance": balance_loss,
-    "per_choice": functools.partial(balance_loss, normalise="per_choice"),
-    "first_choice_only": functools.partial(balance_loss, normalise="first_choice_only"),
+    "per_choice": functools.partial(balance_loss, normalize="per_choice"),
+    "first_choice_only": functools.partial(balance_loss, normalize="first_choice_only"),
     "entropy": entropy_loss,
     "z": router_z_loss,
 }
@@ -51,9 +64,9 @@ def test_balance_of_even_routing_is_k(k):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_balance_per_choice_of_even_routing_is_one(k):
     # f is divided by its sum k: E * sum_e (1/E)(1/E) = 1, whatever k.
-    loss = balance_loss(even_routing(k), ALL, normalise="per_choice")
+    loss = balance_loss(even_routing(k), ALL, normalize="per_choice")
     np.testing.assert_allclose(loss, 1.0, rtol=1e-6)
-    first = balance_loss(even_routing(k), ALL, normalise="first_choice_only")
+    first = balance_loss(even_routing(k), ALL, normalize="first_choice_only")
     np.testing.assert_allclose(first, 1.0, rtol=1e-6)
 
 
@@ -69,8 +82,8 @@ def test_balance_of_two_unlike_tokens():
     # first choice: f = (1/2, 1/2, 0), so 3 (.15 + .275) = 1.275.
     logits_TE = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]))
     routing, valid_T = route(TopP(3, 0.6), logits_TE, ALL[:2]), ALL[:2]
-    for normalise, wanted in [("sum", 2.1), ("per_choice", 1.4), ("first_choice_only", 1.275)]:
-        loss = balance_loss(routing, valid_T, normalise=normalise)
+    for normalize, wanted in [("sum", 2.1), ("per_choice", 1.4), ("first_choice_only", 1.275)]:
+        loss = balance_loss(routing, valid_T, normalize=normalize)
         np.testing.assert_allclose(loss, wanted, rtol=1e-5)
 
 
@@ -86,8 +99,8 @@ def test_balance_gradient_is_that_of_the_probabilities_alone():
 
 
 def test_unknown_normalisation():
-    with pytest.raises(ValueError, match="normalise='mean' must be"):
-        balance_loss(even_routing(1), ALL, normalise="mean")
+    with pytest.raises(ValueError, match="normalize='mean' must be"):
+        balance_loss(even_routing(1), ALL, normalize="mean")
 
 
 def test_entropy_of_uniform_is_log_e():

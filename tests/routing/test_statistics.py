@@ -9,7 +9,6 @@ from dynmoe_jax.routing import Routing
 from dynmoe_jax.routing.statistics import (
     count_histogram,
     load_imbalance,
-    mean_experts_per_token,
     unused_experts,
 )
 
@@ -40,14 +39,6 @@ def test_counts_of_a_routing():
 def test_counts_of_a_stack():
     np.testing.assert_array_equal(STACKED.experts_per_token_T, [[3, 1, 2, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(STACKED.load_E, [[2, 3, 1, 0], [0, 0, 0, 0]])
-
-
-def test_mean_experts_per_token_counts_valid_tokens_alone():
-    # (3 + 1 + 2) / 3 valid tokens.
-    assert mean_experts_per_token(ROUTING, VALID_T) == 2.0
-    np.testing.assert_array_equal(mean_experts_per_token(STACKED, VALID_T), [2.0, 0.0])
-    empty = Routing(jnp.full((4, 3), 4), *[jnp.zeros((4, n)) for n in (3, 4, 4)])
-    assert mean_experts_per_token(empty, jnp.zeros(4, bool)) == 0.0
 
 
 def test_load_imbalance():

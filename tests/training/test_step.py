@@ -84,10 +84,10 @@ def test_loss_is_the_sum_of_its_parts_from_plain_formulas(whole):
     nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["targets"])
     z = jnp.square(jax.nn.logsumexp(output.logits, axis=-1))
     lm, z = (jnp.sum(x * valid) / valid.sum() for x in (nll, z))
-    of_layers = (output.routing.by_layer, output.routing.valid_T)
-    balance = jnp.mean(losses.balance_loss(*of_layers))
-    entropy = jnp.mean(losses.entropy_loss(*of_layers))
-    router_z = jnp.mean(losses.router_z_loss(*of_layers))
+    sums = losses.loss_sums(output.routing.by_layer, output.routing.valid_T)
+    balance = jnp.mean(losses.balance_loss(sums))
+    entropy = jnp.mean(losses.entropy_loss(sums))
+    router_z = jnp.mean(losses.router_z_loss(sums))
     _, metrics = whole
     np.testing.assert_allclose(metrics["lm_loss"], lm, rtol=1e-5)
     np.testing.assert_allclose(metrics["balance_loss"], balance, rtol=1e-5)
@@ -122,7 +122,8 @@ def test_balance_loss_over_microbatches_is_weighted_by_their_tokens():
         decoder = Decoder(MODEL, rngs=nnx.Rngs(params=jax.random.key(0)))
         routing = decoder(part["tokens"], part["segment_ids"], part["positions"]).routing
         share = (part["segment_ids"] > 0).sum() / (batch["segment_ids"] > 0).sum()
-        wanted += share * jnp.mean(losses.balance_loss(routing.by_layer, routing.valid_T))
+        sums = losses.loss_sums(routing.by_layer, routing.valid_T)
+        wanted += share * jnp.mean(losses.balance_loss(sums))
     np.testing.assert_allclose(metrics["balance_loss"], wanted, rtol=1e-5)
 
 

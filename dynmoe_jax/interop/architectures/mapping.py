@@ -112,16 +112,6 @@ def _index(
     return (*index, ..., slice(half * width, (half + 1) * width))
 
 
-def to_tensors(
-    found: Mapping[str, Place], parameters: Mapping[Path, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Our parameters, or anything of their structure such as gradients, as foreign tensors."""
-    return {
-        name: place.layout.to_foreign(np.asarray(parameters[place.path])[place.index])
-        for name, place in found.items()
-    }
-
-
 def fill(
     found: Mapping[str, Place],
     tensors: Iterable[tuple[str, np.ndarray]],

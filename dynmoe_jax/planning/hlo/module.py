@@ -12,7 +12,6 @@ experts treat rows beyond the usual number (``experts/kernels/grouped.py``).
 """
 
 import collections
-import math
 import re
 from collections.abc import Iterator
 
@@ -122,14 +121,6 @@ class Module:
         }
         return found.pop() if len(found) == 1 else None
 
-    def loops_bounded_by_data(self) -> list[str]:
-        """Names of the loops of which a usual run makes no round."""
-        return [
-            i.name
-            for _, _, i in self.instructions()
-            if i.opcode == "while" and self.trip_count(i) is None
-        ]
-
     def instructions(self, usual: bool = False) -> Iterator[tuple[int, str, Instruction]]:
         """(times it runs, computation, instruction) of all that runs.
 
@@ -181,10 +172,6 @@ class Module:
     def flops(self, usual: bool = False) -> float:
         """Of all products, as often as they run."""
         return sum(product.times * product.flops for product in self.products(usual))
-
-    def largest_array(self) -> int:
-        """Elements of the largest array that an instruction makes, within fusions too."""
-        return max(math.prod(s) for _, _, i in self.instructions() for s in i.shapes)
 
     def cycles(self) -> tuple[int, int]:
         """(sum of the compiler's estimates, how many kernels are not in it).

@@ -7,8 +7,9 @@ from flax import nnx
 
 from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.architectures.llama import LLAMA
-from dynmoe_jax.interop.architectures.mapping import places, to_tensors
+from dynmoe_jax.interop.architectures.mapping import places
 from dynmoe_jax.interop.files.source import open_source
+from tests.interop.foreign_tensors import to_tensors
 
 D, F, H, G, W, V, N = 64, 96, 4, 2, 16, 40, 2
 NAMES = {

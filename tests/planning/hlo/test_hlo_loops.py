@@ -84,14 +84,12 @@ def test_nested_loops_multiply_by_the_constants_of_their_conditions():
     # Three rounds, bounded within a fusion, of five rounds.
     assert [(p.name, p.times) for p in loops.products()] == [("d", 15)]
     assert loops.flops() == loops.flops(usual=True) == 15 * DOT
-    assert loops.loops_bounded_by_data() == []
 
 
 def test_a_loop_that_data_bound_runs_once_at_most_and_usually_never():
     loops = module("%loop = (s32[], f32[4,8]{1,0}) while(%a), condition=%by_data, body=%body")
     assert loops.flops() == 5 * DOT
     assert loops.flops(usual=True) == 0
-    assert loops.loops_bounded_by_data() == ["loop"]
 
 
 @pytest.mark.parametrize("branches", ["%nothing, %body", "%body, %nothing"])
