@@ -40,8 +40,8 @@ CLUSTER_FLAGS = {
         f"seconds of silence after which one counts as dead, {Place.heartbeat_timeout}",
     ),
 }
-"""Where JAX finds the cluster by itself (TPU, SLURM, Open MPI 4), none is needed; where Open MPI 5
-starts the processes, only the first."""
+"""Flags of a cluster: type and help by name.  Where JAX finds the cluster by itself (TPU, SLURM,
+Open MPI 4), none is needed; where Open MPI 5 starts the processes, only the first."""
 
 
 def run(

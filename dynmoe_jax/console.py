@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: one console, and progress bars on it."""
+"""Terminal output: one console, and progress bars on it."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""How a setting is declared, found, checked and built; knows none of them by name.
+"""Declaration of settings, and how they are found, checked and built; knows none of them by name.
 
 The settings themselves are in :mod:`dynmoe_jax.config`, what they ask of each other in
 :mod:`dynmoe_jax.config.rules`.

@@ -1,4 +1,5 @@
-"""What process 0 decides or collects for all, through the key-value store of JAX's coordinator.
+"""Agreement between processes: what process 0 decides or collects for all, through JAX's key-value
+store.
 
 Not through the devices: these values are text of any length, some come before the first program,
 and a process that waits for data to be prepared may wait for hours, which collectives don't.

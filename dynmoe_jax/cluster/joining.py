@@ -1,4 +1,4 @@
-"""How a process finds the others: JAX's detection of the cluster, or explicit flags."""
+"""Joining of processes to a run: by JAX's detection of the cluster, or by explicit flags."""
 
 import contextlib
 import socket

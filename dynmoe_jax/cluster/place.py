@@ -1,4 +1,4 @@
-"""Where a process stands among others, as its flags say, or flags and Open MPI.
+"""Position of a process among those of its run, as its flags say, or flags and Open MPI.
 
 Without JAX, which is slow to load.
 """
@@ -10,7 +10,8 @@ from typing import Any
 from dynmoe_jax.fields import ConfigError
 
 EXIT_PEER_LOST = 5
-"""Of a process that was well itself, when another one has died; the same command goes on."""
+"""Exit code of a process that was well itself, when another one has died; the same command goes
+on."""
 
 _COUNT = "OMPI_COMM_WORLD_SIZE"
 _BY_OPEN_MPI = {
@@ -19,8 +20,8 @@ _BY_OPEN_MPI = {
     "local_id": "OMPI_COMM_WORLD_LOCAL_RANK",
 }
 _ADDRESS = "OMPI_MCA_orte_hnp_uri"
-"""Of mpirun, where JAX has process 0 be found.  Open MPI 5 tells it no more, and JAX takes each of
-its processes for one by itself."""
+"""Environment variable with mpirun's address, by which JAX has process 0 be found.  Open MPI 5
+tells it no more, and JAX takes each of its processes for one by itself."""
 
 
 @dataclasses.dataclass(frozen=True)

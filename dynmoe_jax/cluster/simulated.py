@@ -6,7 +6,8 @@ import re
 import jax
 
 THREADS = "PJRT_NPROC"
-"""What XLA for CPU asks for the number of its threads; else it has one for each core or device."""
+"""Environment variable that XLA for CPU asks for the number of its threads; else it has one for
+each core or device."""
 
 THREADS_OF_DEVICE = 8
 _FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")

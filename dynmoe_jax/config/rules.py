@@ -1,4 +1,4 @@
-"""What settings ask of each other: the checks that need more than one."""
+"""Checks between settings: those that need more than one."""
 
 from typing import Any
 

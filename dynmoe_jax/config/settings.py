@@ -193,7 +193,7 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where text comes from and how it becomes batches."""
+    """Sources of text, and how it becomes batches."""
 
     sources: str = free_setting(
         "python",
@@ -321,7 +321,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What is kept on disk while training."""
+    """Checkpoints on disk: when one is written, and which ones are kept."""
 
     every_steps: int = free_setting(
         1000, "steps between checkpoints; 0 = only by time", unit="steps", low=0
@@ -357,7 +357,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """Where metrics go besides metrics.jsonl."""
+    """Outputs of metrics besides metrics.jsonl."""
 
     tensorboard: bool = free_setting(True, "write TensorBoard event files")
     wandb_project: str = free_setting("", "Weights & Biases project; empty = off (extra: wandb)")
@@ -400,7 +400,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """What a config file returns: the settings, open to overrides from the command line."""
+    """Returns what a config file returns: the settings, open to overrides from the command line."""
     return ml_collections.ConfigDict(to_dict(config))
 
 

@@ -1,1 +1,1 @@
-"""What a trained model is worth: held-out loss by domain, and the report of a run."""
+"""Evaluation of a trained model: held-out loss by domain, tasks, perplexity, and reports."""

@@ -1,4 +1,4 @@
-"""How many experts tokens use: by task, by layer, by token.
+"""Number of experts that tokens use: by task, by layer, by token.
 
 Every token counts that a model reads when each request of a task is put to it alone: context and
 continuation without its last token, which is only predicted; of a text that is written, the prompt
@@ -25,7 +25,7 @@ class Example:
 
 @dataclasses.dataclass
 class TaskUse:
-    """Of one task.
+    """Use of experts by the tokens of one task.
 
     Attributes:
       tokens: that counted.

@@ -22,7 +22,7 @@ from dynmoe_jax.runs.summary import DomainResult, HeldOut
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """What adds up over batches.
+    """Sums that add up over batches.
 
     Attributes:
       nll: negative log-likelihood of the targets, nats.

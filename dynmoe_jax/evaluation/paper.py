@@ -1,4 +1,5 @@
-"""What the paper of Top-P routing reports (Harder Tasks Need More Experts, arXiv 2403.07652)."""
+"""Figures that the paper of Top-P routing reports (Harder Tasks Need More Experts, arXiv
+2403.07652)."""
 
 import dataclasses
 from collections.abc import Mapping

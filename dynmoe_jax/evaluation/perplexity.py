@@ -197,7 +197,7 @@ def print_perplexity(found: dict[str, DomainText]) -> None:
 
 
 def to_record(found: dict[str, DomainText], window: int, stride: int) -> dict:
-    """What ``perplexity.json`` holds."""
+    """Contents of ``perplexity.json``."""
 
     def record(domain: DomainText) -> dict:
         return {

@@ -17,7 +17,8 @@ from dynmoe_jax.routing import Routing
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What expert compute needs of the routing of T tokens: the experts, and their weights.
+    """Slots of the routing of T tokens, as expert compute needs them: the experts, and their
+    weights.
 
     Attributes:
       expert_TK: expert of each slot; ``num_experts`` means "no expert".

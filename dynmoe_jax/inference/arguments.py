@@ -23,7 +23,7 @@ Without a prompt, on a terminal, it asks for one after another; Ctrl-D ends it."
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What was asked for.
+    """Arguments of the command.
 
     Attributes:
       workdir: folder of the run.

@@ -1,4 +1,4 @@
-"""Which words were hard: the experts behind each token, as colours or as numbers.
+"""Experts behind each token, shown as colours or as numbers: which words were hard.
 
 The shade is the number of experts that the token used, mean over the MoE layers, in five steps from
 the fewest to the most in the texts shown.
@@ -28,17 +28,17 @@ class Scale:
 
     @classmethod
     def of(cls, texts: Sequence[Written]) -> "Scale | None":
-        """Of all tokens; None if they used no experts."""
+        """Scale of all tokens; None if they used no experts."""
         counts = [count for written in texts for count in written.experts_n]
         return cls(min(counts), max(counts)) if counts else None
 
     def step(self, count: float) -> int:
-        """Which of the ``SHADES``."""
+        """Index of a count's shade in ``SHADES``."""
         share = (count - self.low) / (self.high - self.low) if self.high > self.low else 0.0
         return min(int(share * len(SHADES)), len(SHADES) - 1)
 
     def edges(self) -> list[float]:
-        """Where the shades begin and end."""
+        """Edges of the shades, from the lowest to the highest."""
         width = (self.high - self.low) / len(SHADES)
         return [self.low + i * width for i in range(len(SHADES) + 1)]
 
@@ -53,7 +53,7 @@ def print_effort(console: Console, written: Written, scale: Scale) -> None:
 
 
 def legend(console: Console, scale: Scale) -> Text:
-    """What the shades, or the numbers, mean."""
+    """Legend of the shades, or of the numbers."""
     if console.color_system is None:
         return Text("Below each token: the experts that it used, mean over layers.")
     edges = scale.edges()

@@ -26,7 +26,7 @@ CHUNK = 4
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What was written after a prompt.
+    """Continuation of a prompt.
 
     Attributes:
       ids: token ids, the token that ended it (if one did) not included.
@@ -42,7 +42,7 @@ class Continuation:
 
 @dataclasses.dataclass
 class Speed:
-    """What a generator has done so far.  Seconds of computing do not count those of compiling."""
+    """Speed of a generator so far.  Seconds of computing do not count those of compiling."""
 
     prompt_tokens: int = 0
     prompt_s: float = 0.0
@@ -208,7 +208,7 @@ class _Watched:
         return any(row not in self.ends and drawn < n for row, n in enumerate(self.limits))
 
     def without_ended(self, writing: Writing) -> Writing:
-        """What was ended from here is ended there."""
+        """Marks sequences that the host stopped as inactive on the device."""
         if self.watch is None or not self.ends:
             return writing
         ended_B = np.isin(np.arange(writing.active_B.shape[0]), list(self.ends))

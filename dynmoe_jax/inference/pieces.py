@@ -65,7 +65,7 @@ class Pieces:
 
 
 def end_of_text(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the strings that end a text begins; None if there is none."""
+    """Position where the first of the strings that end a text begins; None if there is none."""
     found = [text.find(stop) for stop in stops if stop in text]
     return min(found, default=None)
 

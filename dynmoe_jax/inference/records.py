@@ -1,4 +1,4 @@
-"""What was written, as JSON."""
+"""Records of written texts, as JSON."""
 
 from collections.abc import Sequence
 from typing import Any

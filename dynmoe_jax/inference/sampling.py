@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits.
+"""Sampling of the next token from logits.
 
 Filters look for a threshold bit by bit instead of sorting: non-negative floats are ordered like
 their bits, so thirty-one counts find the exact one.
@@ -25,7 +25,7 @@ MOST_BY_DEFAULT = 256
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.  The only home of these defaults."""
+    """Settings of sampling.  The only home of these defaults."""
 
     max_tokens: int = free_setting(
         0,
@@ -52,7 +52,7 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """What a compiled program needs to know of drawing; all of it data, so that one fits all.
+    """Parameters of sampling for a compiled program; all of it data, so that one fits all.
 
     Attributes:
       temperature, top_k, nucleus: as in :class:`Sampling`.

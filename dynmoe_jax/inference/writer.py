@@ -22,7 +22,7 @@ from dynmoe_jax.model import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What the model wrote after a prompt.
+    """Text that the model wrote after a prompt.
 
     Attributes:
       prompt: the prompt.

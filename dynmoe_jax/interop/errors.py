@@ -1,4 +1,4 @@
-"""What can be wrong with somebody else's checkpoint, and how it is said."""
+"""Errors in somebody else's checkpoint, and how they are said."""
 
 import reprlib
 from typing import Any

@@ -43,7 +43,7 @@ def axes_of(name: str) -> list[str]:
 
 
 def parameter_spec(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
-    """How a parameter lies on a mesh.
+    """Sharding of a parameter on a mesh.
 
     Axes in front of those of the name (a stack of layers) stay whole, and so does an axis that the
     mesh axes do not divide.

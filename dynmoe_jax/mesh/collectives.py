@@ -1,4 +1,4 @@
-"""What devices compute each for itself, and what they then say to each other.
+"""Programs that each device runs for itself, and the collectives between devices.
 
 Where a value is whole on several devices, JAX gives each of them its share of the cotangent there:
 a sum over the devices is the cotangent of the value.

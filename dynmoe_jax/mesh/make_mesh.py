@@ -117,7 +117,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """Where each array of a state lies: parameters by their names, moments like their parameter.
+    """Sharding of each array of a state: parameters by their names, moments like their parameter.
 
     Args:
       shapes: a tree of arrays or of shapes, such as a TrainState.

@@ -1,4 +1,4 @@
-"""What a model says to the partitioner: where activations lie, and when a parameter is whole.
+"""Sharding within a model: where activations lie, and when a parameter is whole.
 
 Outside of a mesh everything here does nothing.
 

@@ -31,7 +31,7 @@ UNROLLED_GROUPS = 12
 
 
 def groups_at_a_time(model: config.Model, groups: int) -> int:
-    """How many groups of layers one iteration of the loop over all of them computes.
+    """Number of groups of layers that one iteration of the loop over all of them computes.
 
     ``config.model.unroll``, if it is set.  Otherwise all of up to 12 on one CPU with kernels of our
     own or on one GPU, and one anywhere else.  There a loop copies what each layer saves for
@@ -201,7 +201,7 @@ def _check_causal(groups: LayerGroup, model: config.Model) -> None:
 
 
 def decoder_structure(model: config.Model) -> nnx.GraphDef:
-    """What :func:`nnx.merge` needs to make a decoder of parameters."""
+    """Structure from which :func:`nnx.merge` makes a decoder of parameters."""
     return nnx.graphdef(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
 
 

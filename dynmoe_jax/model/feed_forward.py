@@ -155,7 +155,7 @@ class MoEFeedForward(nnx.Module):
         return y_TD, routing, dropped
 
     def shared(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """What the shared expert adds to every token."""
+        """Computes what the shared expert adds to every token."""
         y_TD = _swiglu_of_all(x_TD, self.shared_gate_up_D2F, self.shared_down_FD, self.dtype)
         if not self.moe.shared_gate:
             return y_TD

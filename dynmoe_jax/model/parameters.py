@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them one token uses.
+"""Number of parameters that a model has, and of those that one token uses.
 
 Pure arithmetic over :func:`parameter_shapes`: nothing is allocated, so the count of a model of any
 size costs a second.

@@ -1,4 +1,5 @@
-"""What backward keeps of a layer, and what it computes again (``config.model.remat``)."""
+"""Rematerialization: what backward keeps of a layer, and what it computes again
+(``config.model.remat``)."""
 
 from collections.abc import Callable
 
@@ -21,7 +22,8 @@ _SHAPES = {
 
 
 def remat_policy(remat: str) -> Callable | None:
-    """What ``jax.checkpoint`` keeps of a layer for backward; None: nothing has to be left out.
+    """Policy of ``jax.checkpoint`` for a layer: what it keeps for backward; None: nothing has to be
+    left out.
 
     Parameters that were put together for a layer are never kept: all layers together would be the
     whole model on every device.

@@ -1,4 +1,4 @@
-"""What a run will cost on hardware that you don't have yet.
+"""Plans a run on hardware that you don't have yet.
 
     python -m dynmoe_jax.planning --config=configs/paper/moe_dynamic.py --topology=v5p:4x4x4
 

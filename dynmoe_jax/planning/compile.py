@@ -37,7 +37,7 @@ class TooLarge(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler made of a training step.
+    """Result of compiling a training step.
 
     Attributes:
       module: as it is scheduled.

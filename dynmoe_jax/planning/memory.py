@@ -91,7 +91,7 @@ def memory_too_large(
 
 
 def remedy(cfg: config.Config, plan: MemoryPlan, batch_devices: int) -> str:
-    """What would make a step fit."""
+    """Advises what would make a step fit."""
     state = plan.parameters + plan.optimizer
     need = Need(state, plan.parameters, max(0, plan.total - state - plan.parameters))
     if state + plan.parameters > _ROOM * plan.limit:

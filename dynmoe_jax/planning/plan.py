@@ -1,4 +1,4 @@
-"""What a training step will cost on a topology: the figures of a report.
+"""Plan of a training step on a topology: the figures of a report.
 
 Axis legend: T tokens, L positions, E experts, D model width, F hidden width of an expert.
 """
@@ -50,7 +50,7 @@ class FlopsPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one device sends along some mesh axes in one step.
+    """Traffic of one device along some mesh axes in one step.
 
     Attributes:
       axes: joined by ``+``.
@@ -91,7 +91,7 @@ class TimePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run costs.
+    """Cost of a run.
 
     Attributes:
       topology: as it was asked for.
@@ -138,17 +138,17 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all devices."""
+        """Tokens per second of all devices."""
         return self.tokens / self.time.step if self.time else math.nan
 
     @property
     def days(self) -> float:
-        """Of the whole run, without evaluation, checkpoints and failures."""
+        """Days of the whole run, without evaluation, checkpoints and failures."""
         return self.steps * self.time.step / 86400 if self.time else math.nan
 
     @property
     def chip_hours(self) -> float:
-        """Of the whole run."""
+        """Chip hours of the whole run."""
         return 24 * self.days * self.chips
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def new_plan(
 
 
 def analytic_flops(cfg: config.Config, experts: float, devices: int) -> float:
-    """Of one device in one step, if tokens use so many experts."""
+    """FLOPs of one device in one step, if tokens use so many experts."""
     tokens = cfg.train.batch_size * cfg.data.seq_len
     rows = tokens * experts * cfg.model.num_moe_layers
     return training_flops(cfg.model, tokens, cfg.data.seq_len, rows) / devices

@@ -16,7 +16,7 @@ from dynmoe_jax.planning.tpu.topology import Topology, describe_devices, parse_t
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be planned.
+    """Request for a plan.
 
     Attributes:
       cfg: all settings.

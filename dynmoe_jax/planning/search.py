@@ -1,4 +1,4 @@
-"""Which meshes of a topology there are, and which of them is the best."""
+"""Search among the meshes of a topology for the best one."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from dynmoe_jax.planning.tpu.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
       topology: as it was asked for.

@@ -1,4 +1,4 @@
-"""Who goes where: pure functions of router logits.
+"""Routing of tokens to experts: pure functions of router logits.
 
 Knows no transport, no mesh and no weights of experts.
 """

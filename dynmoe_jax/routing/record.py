@@ -1,4 +1,4 @@
-"""What a router decides, and what a router is.
+"""Record of what a router decides, and the interface of routers.
 
 Axis legend (used in names everywhere): T tokens, E experts, K slots per token (a static bound).
 """
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Which experts each of T tokens uses, and how their outputs are weighed.
+    """Routing of T tokens: the experts that each uses, and the weights of their outputs.
 
     Attributes:
       expert_TK: expert of each slot; E means "no expert", a slot that costs nothing.

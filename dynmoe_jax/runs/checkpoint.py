@@ -28,7 +28,7 @@ FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
 
 IMPORTED = "imported"
-"""Of a position in the data that is none: what the model was imported from."""
+"""Key that stands in place of a position in the data: what the model was imported from."""
 
 _CLOCK_STEPS = 10
 """Several processes agree every so many steps on what the clock of process 0 says."""
@@ -79,7 +79,7 @@ class Checkpoints:
         )
 
     def folder(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Folder of the checkpoint of a step."""
         return self._workdir / FOLDER / str(step)
 
     def reload(self) -> None:
@@ -287,12 +287,12 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def _save_args(leaf: Any) -> ocp.SaveArgs:
-    """How a leaf is cut into chunks, where it has an opinion."""
+    """Options for saving a leaf: how it is cut into chunks, where it has an opinion."""
     return getattr(leaf, "save_args", None) or ocp.SaveArgs()
 
 
 def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
-    """How a tree is read: shapes, types and places as in ``like``."""
+    """Options for reading a tree: shapes, types and places as in ``like``."""
     placed = ocp.checkpoint_utils.construct_restore_args(like)
     return ocp.args.PyTreeRestore(item=like, restore_args=placed, **options)
 
@@ -304,8 +304,8 @@ def _shortly(error: Exception, most: int = 300) -> str:
 
 
 def _tells_news(record: logging.LogRecord) -> bool:
-    """Of what fails, Orbax logs the traceback, where we make a sentence of it; and of waiting for
-    a save, that it took its time."""
+    """Filters Orbax's log: tracebacks, of which we make a sentence, and notes that waiting for a
+    save took its time."""
     return not record.exc_info and "previous save to complete" not in str(record.msg)
 
 

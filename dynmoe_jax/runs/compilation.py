@@ -1,4 +1,4 @@
-"""How programs are compiled: kept for the next start (JAX's persistent compilation cache, on by
+"""Compilation of programs: kept for the next start (JAX's persistent compilation cache, on by
 default), and with the options that a platform needs.
 """
 
@@ -59,7 +59,7 @@ def options_of(target: Target) -> dict[str, str | bool]:
 
 @functools.cache
 def compiler_options(target: Target) -> dict[str, str | bool]:
-    """Those of :func:`options_of`; a version of XLA that does not know them gets none.
+    """Compiler options of :func:`options_of`; a version of XLA that does not know them gets none.
 
     They decide about speed alone.
     """

@@ -1,4 +1,4 @@
-"""What a disk can refuse, in one sentence."""
+"""Errors of a disk, each in one sentence."""
 
 import contextlib
 import errno

@@ -37,7 +37,7 @@ def write_checksums(folder: Path, after: Callable[[int], None] = lambda num_byte
 
 
 def find_damage(folder: Path, items: tuple[str, ...], within: str = "") -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if it is as it was written.
+    """Describes the damage of a checkpoint in a few words; None if it is as it was written.
 
     Reads all of it.  A checkpoint without a list (of an earlier version) is only looked at for
     whether its items are there.

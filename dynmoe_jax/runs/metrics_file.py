@@ -1,4 +1,4 @@
-"""Where the numbers of training go: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+"""Writers of the numbers of training: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
 
 import importlib.util
 import os

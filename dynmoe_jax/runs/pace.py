@@ -24,10 +24,11 @@ _BYTES_PER_SECOND_AND_CORE = 25e6
 """A fortieth of what the core could do."""
 
 _LONGEST_S = 300.0
-"""What is not yet saved can be lost, so a large state is written faster."""
+"""Longest time that writing may take, in seconds: what is not yet saved can be lost, so a large
+state is written faster."""
 
 _CHECKSUM_SHARE = 0.25
-"""What a checksum costs, of what writing costs."""
+"""Cost of a checksum, as a share of the cost of writing."""
 
 
 class Pace:
@@ -108,7 +109,7 @@ class _PacedArrays(ocp.type_handlers.ArrayHandler):
 
 
 def paced_types(pace: Pace) -> ocp.type_handlers.TypeHandlerRegistry:
-    """How Orbax saves the leaves of a state, arrays at a pace."""
+    """Handlers by which Orbax saves the leaves of a state, arrays at a pace."""
     arrays = (jax.Array, _PacedArrays(pace))
     others = [(t, ocp.type_handlers.get_type_handler(t)) for t in (np.ndarray, StreamedArray)]
     return ocp.type_handlers.create_type_handler_registry(arrays, *others)

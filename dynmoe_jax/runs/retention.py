@@ -1,4 +1,4 @@
-"""When a checkpoint is written and which ones are kept: the settings as Orbax's policies."""
+"""Retention of checkpoints: when one is written and which ones are kept, as Orbax's policies."""
 
 import dataclasses
 import math
@@ -62,6 +62,7 @@ def keep_policy(checkpoint: config.Checkpoint, before_decay: BeforeDecay) -> ocm
 
 
 def heldout_loss(metrics: Mapping[str, float]) -> float:
-    """What the best checkpoint has least of; infinite where nothing finite was evaluated."""
+    """Held-out loss, of which the best checkpoint has least; infinite where nothing finite was
+    evaluated."""
     loss = metrics.get(METRIC, math.inf)
     return loss if math.isfinite(loss) else math.inf

@@ -58,7 +58,7 @@ class _Handler(SlicewiseHandler):
         self._turn: asyncio.Lock | None = None
 
     def typestr(self) -> str:
-        """What metadata call it; whoever restores says what it becomes."""
+        """Name of the type in metadata; whoever restores says what it becomes."""
         return "dynmoe_jax.StreamedArray"
 
     async def serialize(self, values, infos, args=None):

@@ -1,4 +1,4 @@
-"""What a finished run has to say for itself: ``summary.json``.
+"""Summary of a finished run: ``summary.json``.
 
 The closing table (:mod:`dynmoe_jax.training.log.summary_tables`) and the report
 (:mod:`dynmoe_jax.evaluation.report.page`) are both drawn from this one record, and a command that
@@ -20,7 +20,7 @@ FILE_NAME = "summary.json"
 
 @dataclasses.dataclass(frozen=True)
 class DomainResult:
-    """How well one held-out domain is predicted, and with how many experts."""
+    """Result on one held-out domain: how well it is predicted, and with how many experts."""
 
     loss: float  # nats per token
     bits_per_byte: float
@@ -52,7 +52,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What the model wrote."""
+    """Sample of what the model writes."""
 
     prompt: str
     text: str  # the continuation, without the prompt

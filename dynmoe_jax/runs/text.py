@@ -60,7 +60,7 @@ def load_text(
 
 
 def _open_text(directory: Path, workdir: Path, digest: str) -> tuple[Prepared, Tokenizer]:
-    """What process 0 has made."""
+    """Opens the data and the tokenizer that process 0 has made."""
     if not is_seen(directory.is_dir):
         raise DataError(
             f"{directory}, where process 0 has prepared the data, is not there; have "

@@ -1,4 +1,4 @@
-"""Which part of every batch a process reads, and the way of batches onto the devices.
+"""Feed of batches: which part a process reads, and the way onto the devices.
 
 The rows that a process needs follow from the sharding of the batch, whatever the mesh is and
 however its devices lie among the processes.  Where an axis that does not split the batch reaches

@@ -1,4 +1,4 @@
-"""What comes after the last step: held-out evaluation, a sample, the table, the report."""
+"""End of a run: held-out evaluation, a sample, the table, the report."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a new run begins with, where it is the model of another run, trained here or imported."""
+"""Initial model of a new run, where it is that of another run, trained here or imported."""
 
 import dataclasses
 import os

@@ -113,7 +113,7 @@ def _tell_rise(
 
 
 def _settings(checkpoints: Checkpoints, step: int) -> config.Config | None:
-    """What a checkpoint was written with; None if that cannot be read."""
+    """Settings that a checkpoint was written with; None if they cannot be read."""
     with contextlib.suppress(CheckpointError, config.ConfigError):
         return checkpoints.config(step)
     return None

@@ -1,4 +1,4 @@
-"""What training minimises: sums over the tokens of a batch, and the loss made of them.
+"""Objective that training minimises: sums over the tokens of a batch, and the loss made of them.
 
 Sums add up over microbatches, so that the loss is that of the whole batch however it is cut.
 

@@ -296,7 +296,7 @@ def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:
 
 
 def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:
-    """What this run is: the settings that differ from the defaults."""
+    """Prints the settings of a run that differ from the defaults."""
     verb = f"Continuing {workdir} after step {done:,}" if done else f"New run in {workdir}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     devices += f" in {jax.process_count()} processes" if agreement.has_peers() else ""

@@ -32,7 +32,7 @@ _SAMPLED_CHARACTERS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Amount:
-    """How much text one side of a domain holds."""
+    """Amount of text on one side of a domain, training or held out."""
 
     documents: int
     bytes: int  # of text in UTF-8
@@ -40,7 +40,7 @@ class Amount:
 
 @dataclasses.dataclass(frozen=True)
 class BrokenReport:
-    """What could not be read.
+    """Records of the sources that could not be read.
 
     Attributes:
       records: how many records are lost.
@@ -188,7 +188,7 @@ def _prepare_in(directory: Path, data: config.Data, fingerprint: str) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What a complete preparation says of itself.
+    """Reads the summary that a complete preparation has left in its folder.
 
     Raises:
       FileNotFoundError: there is none.
@@ -277,7 +277,8 @@ def settings_of(data: config.Data) -> dict:
 
 
 def source_fingerprint(data: config.Data) -> str:
-    """Of everything that determines the documents; cheap, reads only the ends of files."""
+    """Fingerprint of everything that determines the documents; cheap, reads only the ends of
+    files."""
     content = json.dumps([_FORMAT, settings_of(data)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

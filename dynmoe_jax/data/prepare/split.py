@@ -1,4 +1,4 @@
-"""Which documents are kept, and which of them are held out."""
+"""Choice of the documents that are kept, and of those among them that are held out."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

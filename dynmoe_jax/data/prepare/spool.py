@@ -14,7 +14,7 @@ from dynmoe_jax.data.sources.document import Document
 
 
 class Entry(NamedTuple):
-    """What is known of a spooled document without reading it again.
+    """Entry of a document in the spool: what is known without reading it again.
 
     Attributes:
       hash: of the text; 64 bits, the same for equal texts and for nothing else in practice.

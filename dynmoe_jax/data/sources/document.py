@@ -1,4 +1,4 @@
-"""What sources yield: a document, or the place where one is broken."""
+"""Documents as sources yield them, and places where one is broken."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Where documents come from: the grammar of ``config.data.sources``, and a reader for each kind."""
+"""Registry of sources: the grammar of ``config.data.sources``, and a reader for each kind."""
 
 import difflib
 import glob
@@ -135,7 +135,8 @@ def check_sources(data: config.Data) -> None:
 
 
 def source_identity(source: Source) -> dict:
-    """What tells whether a source still holds the same documents: JSON-able, cheap to compute.
+    """Identity of a source, which tells whether it still holds the same documents: JSON-able, cheap
+    to compute.
 
     For files: name, size, and a hash of both ends, wherever they lie.  For ``python``: nothing
     more, so that a package installed in the middle of a run does not change the run's data.

@@ -1,4 +1,4 @@
-"""What a tokenizer is, and which kind of it lies at a path."""
+"""Interface of tokenizers, and the choice of the kind that lies at a path."""
 
 import os
 import shutil
@@ -81,7 +81,7 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def find_tokenizer(workdir: Path) -> Path | None:
-    """Where the tokenizer of a run's folder lies; None if it has none."""
+    """Path of the tokenizer in a run's folder; None if it has none."""
     places = (workdir / kind.place for kind in KINDS)
     return next((place for place in places if place.exists()), None)
 

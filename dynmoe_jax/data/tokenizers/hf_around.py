@@ -1,4 +1,4 @@
-"""What a tokenizer of Hugging Face's library puts before and after a text."""
+"""Tokens that a tokenizer of Hugging Face's library puts before and after a text."""
 
 import tokenizers
 from tokenizers import processors

@@ -1,4 +1,4 @@
-"""What the class of a tokenizer makes of ``tokenizer.json``.
+"""Classes of tokenizers, and what each makes of ``tokenizer.json``.
 
 ``AutoTokenizer`` takes most files as they stand.  Some classes take the vocabulary, the merges and
 the post-processor alone, and bring everything else along.

@@ -16,7 +16,7 @@ MAIN, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_to
 ADDED, MODEL = "added_tokens.json", "tokenizer.model"
 TRAVELING = ("chat_template.jinja", GENERATION)
 FILES = (MAIN, SETTINGS, SPECIAL, ADDED, "vocab.json", "merges.txt", MODEL, *TRAVELING)
-"""What travels with a tokenizer, as far as it is there."""
+"""Files that travel with a tokenizer, as far as they are there."""
 
 
 def holds_tokenizer(folder: Path) -> bool:

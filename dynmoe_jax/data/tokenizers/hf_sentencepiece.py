@@ -24,7 +24,7 @@ _UNIGRAM, _BPE = 1, 2
 
 
 class Model:
-    """What a ``tokenizer.model`` holds.
+    """Contents of a ``tokenizer.model``.
 
     Attributes:
       vocabulary: ids of pieces.

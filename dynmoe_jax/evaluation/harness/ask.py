@@ -62,7 +62,7 @@ def ask_texts(
     prompts: Sequence[TextPrompt],
     on_answer: OnAnswer,
 ) -> list[Written]:
-    """What is written after each prompt; what is asked twice is computed once.
+    """Writes a text after each prompt; what is asked twice is computed once.
 
     Args:
       writer: of the model.
@@ -123,7 +123,7 @@ def _found(
 
 
 def _record(answer: Answer | Written, **values: Any) -> dict[str, Any]:
-    """What is kept of an answer; a dense model has no experts to keep."""
+    """Record of an answer, as it is kept; a dense model has no experts to keep."""
     by_token = answer.experts_L.tolist() if len(answer.experts_N) else []
     return {**values, "experts_N": answer.experts_N.tolist(), "experts_L": by_token}
 

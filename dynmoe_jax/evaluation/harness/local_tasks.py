@@ -29,13 +29,13 @@ _TRIMMED = {
     "name": "none",
     "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
 }
-"""Of an alias: answers count without the spaces around them.  By the harness's own definition of
-``bbh_fewshot``, every answer of a model whose tokens begin with their space is wrong: SmolLM2 gets
-0%."""
+"""Filter of an alias: answers count without the spaces around them.  By the harness's own
+definition of ``bbh_fewshot``, every answer of a model whose tokens begin with their space is wrong:
+SmolLM2 gets 0%."""
 
 
 def load_tasks(names: list[str], data_dir: Path | None) -> dict[str, list[Task | Group]]:
-    """What each name stands for: a task, a group of tasks, or the several tasks of a tag.
+    """Loads what each name stands for: a task, a group of tasks, or the several tasks of a tag.
 
     Args:
       names: of the harness, or of :data:`ALIASES`.

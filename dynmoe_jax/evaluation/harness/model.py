@@ -28,7 +28,7 @@ from dynmoe_jax.inference.stops import Stops
 
 
 class HarnessModel(TemplateLM):
-    """What the harness asks of a model, answered by a :class:`Scorer`.
+    """Model as the harness asks it, answered by a :class:`Scorer`.
 
     Texts become tokens as in the harness's ``hf`` model, but for a token that reaches over the
     border of context and continuation (:func:`.pairs.encode_pair`).  What no model can take as it
@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):
         return [log_prob for log_prob, _ in self._scored(asked, tasks, "Scoring texts")]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each prompt, greedily, up to a string that ends it.
+        """Writes a text after each prompt, greedily, up to a string that ends it.
 
         Raises:
           ConfigError: a task wants its answers drawn at random.

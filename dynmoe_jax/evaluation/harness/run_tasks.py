@@ -97,5 +97,5 @@ def run_tasks(
 
 
 def part_name(part: Task | Group) -> str:
-    """What the harness calls a task or a group in its results."""
+    """Name of a task or a group in the harness's results."""
     return part.name if isinstance(part, Group) else part.task_name

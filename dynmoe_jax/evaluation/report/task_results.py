@@ -1,4 +1,4 @@
-"""What an evaluation found: one record, from which tables, page and files are made."""
+"""Results of an evaluation: one record, from which tables, page and files are made."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ _METRICS = ("acc", "exact_match", "word_perplexity", "perplexity", "bits_per_byt
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """Of one task, or group of tasks.
+    """Result of one task, or of one group of tasks.
 
     Attributes:
       items: that were asked.

@@ -76,7 +76,7 @@ def mean(values: list[float]) -> float:
 
 
 def percents(result: TaskResult) -> tuple[str, str, str]:
-    """What a task is judged by, its standard error, and accuracy by length.
+    """Formats the figure that a task is judged by, its standard error, and accuracy by length.
 
     Percent, but for a metric that is none.
     """

@@ -55,7 +55,7 @@ def build_tree(texts: Sequence[Tokens]) -> Tree:
 
 
 def common_length(one: Tokens, other: Tokens) -> int:
-    """How many tokens two texts have in common at their beginning."""
+    """Length of the beginning that two texts have in common, in tokens."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

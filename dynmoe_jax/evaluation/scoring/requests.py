@@ -1,4 +1,4 @@
-"""What is asked of a model, and what it answers."""
+"""Requests to a model, and its answers."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def in_parts(request: Request, window: int) -> list[Request]:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model says to a request.
+    """Answer of a model to a request.
 
     Attributes:
       log_prob: of the scored tokens together, nats.

@@ -160,7 +160,8 @@ def write(
 
 
 def _paired(rows, own):
-    """Of every layer, what was kept of the prompts and of what is written."""
+    """Pairs, layer by layer, what was kept of the prompts with what is kept of the written
+    texts."""
     return [
         list(zip(row_layers, own_layers, strict=True))
         for row_layers, own_layers in zip(rows, own, strict=True)

@@ -46,7 +46,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What was written after a prompt.
+    """Text that was written after a prompt.
 
     Attributes:
       ids: the tokens, the one that ended it not included.
@@ -177,7 +177,7 @@ class TreeWriter:
         return finished, unfinished
 
     def _end(self, ids: list[int], prompt: Prompt, start: int) -> int | None:
-        """How many tokens the text has, once it has ended."""
+        """Returns the number of tokens of a text that has ended; None if it goes on."""
         ends = (start + n for n, token in enumerate(ids[start:]) if token in self._end_ids)
         end = next(ends, None)
         found = prompt.ended(ids[:end])

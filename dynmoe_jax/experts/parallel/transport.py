@@ -1,4 +1,4 @@
-"""How tokens reach experts that other devices keep, and how results come back.
+"""Transport of tokens to experts that other devices keep (dispatch), and of results back (combine).
 
 Inside of ``jax.shard_map`` every device has T tokens of its own and E / n of the experts, n being
 the size of the ``expert`` axis.  A transport brings S tokens to each device, of which it computes

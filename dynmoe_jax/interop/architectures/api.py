@@ -1,4 +1,4 @@
-"""What has to be known of a foreign architecture."""
+"""Description of a foreign architecture."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""How a foreign tensor and a slice of our parameter hold the same numbers.
+"""Layouts: how a foreign tensor and a slice of our parameter hold the same numbers.
 
 A layout knows both directions, so that one table serves for loading and for saving.
 """

@@ -40,7 +40,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one foreign tensor lives: the slice ``index`` of the parameter at ``path``."""
+    """Place of one foreign tensor: the slice ``index`` of the parameter at ``path``."""
 
     path: Path
     index: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""Which layers have experts: lists of foreign configurations, and our repeating groups."""
+"""MoE layers by number: lists of foreign configurations, and our repeating groups."""
 
 from dynmoe_jax import config
 from dynmoe_jax.interop.errors import CheckpointError

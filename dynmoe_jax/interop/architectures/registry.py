@@ -1,4 +1,4 @@
-"""Which foreign architecture a model has."""
+"""Registry of foreign architectures."""
 
 from collections.abc import Mapping
 from typing import Any

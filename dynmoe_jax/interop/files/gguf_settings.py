@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say of a Llama, as ``config.json`` would have it.
+"""Settings of a Llama in the metadata of a GGUF file, as ``config.json`` would have them.
 
 llama.cpp decides what a key means, which keys there must be, and what stands in for others.
 """

@@ -43,10 +43,10 @@ CUTTERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "llama-bpe": lambda: _by_pattern(_LETTERS + r"\p{N}{1,3}" + _REST),
     "qwen2": lambda: _by_pattern(_LETTERS + r"\p{N}" + _REST),
 }
-"""How a text is cut before merging, by the name that llama.cpp gives to it."""
+"""Pre-tokenizers that cut a text before merging, by the name that llama.cpp gives to each."""
 _LIKE_LLAMA_3 = ("llama-bpe",)
-"""Where llama.cpp puts BOS before a text if no key says otherwise, and takes a stretch that is a
-token as it is, without merging."""
+"""Pre-tokenizers for which llama.cpp puts BOS before a text if no key says otherwise, and takes a
+stretch that is a token as it is, without merging."""
 
 
 def tokenizer_of(metadata: Callable[[str], Any]) -> HfTokenizer | None:

@@ -1,4 +1,4 @@
-"""Where a foreign model is read from: a folder in Hugging Face's format, or a GGUF file."""
+"""Sources of foreign models: a folder in Hugging Face's format, or a GGUF file."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping

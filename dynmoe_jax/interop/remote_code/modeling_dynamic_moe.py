@@ -148,7 +148,7 @@ class Layer(nn.Module):
 
 
 class DynamicMoEPreTrainedModel(PreTrainedModel):
-    """What transformers wants to know."""
+    """Base class of the model, with what transformers asks for."""
 
     config_class = DynamicMoEConfig
     base_model_prefix = "model"

@@ -21,7 +21,8 @@ _KIB, _MIB = 2**10, 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the compiler asks about a GPU, from its data sheet and the CUDA programming guide.
+    """Description of a GPU as the compiler asks for it, from its data sheet and the CUDA
+    programming guide.
 
     Attributes:
       kind: as ``jax.Device.device_kind`` has it.

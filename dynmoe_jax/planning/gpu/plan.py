@@ -30,7 +30,7 @@ from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state
 
 _BYTES = 2
-"""Of a number in the compute type."""
+"""Bytes of a number in the compute type."""
 _DEAREST = 10
 _ARITHMETIC = (
     "Arithmetic, nothing is compiled: every part of the model takes its products at the peak rate "
@@ -93,7 +93,7 @@ def plan_on_gpu(
 
 @dataclasses.dataclass(frozen=True)
 class _Compiled:
-    """What the compiler made of a step."""
+    """Result of compiling a step."""
 
     operations: list[Operation]
     memory: MemoryPlan
@@ -208,7 +208,7 @@ class _Step:
         return Operation("", module, what, layers * self.cfg.train.microbatches, seconds)
 
     def transfers(self) -> list[tuple[int, Transfer, Operation]]:
-        """What travels in a step: (runs, one run, the same as an operation)."""
+        """Transfers of a step: (runs, one run, the same as an operation)."""
         model, parts = self.cfg.model, self.cfg.train.microbatches
         state = _state_shapes(self.cfg, self.sizes)
         mine = shard_bytes(state.params) * self.sizes["data"]

@@ -1,4 +1,4 @@
-"""What a step compiled for a GPU costs: every operation by its FLOPs or its bytes.
+"""Roofline of a step compiled for a GPU: every operation by its FLOPs or its bytes.
 
 XLA for GPU estimates no times.  But it says what runs, and what each operation reads and writes: an
 operation takes its products at the peak rate, or its bytes through main memory, whichever is

@@ -1,4 +1,4 @@
-"""What travels between devices: how many bytes, along which mesh axis, and how long it takes."""
+"""Traffic between devices: how many bytes, along which mesh axis, and how long it takes."""
 
 import dataclasses
 import math
@@ -20,8 +20,8 @@ KINDS = (
     "collective-permute",
 )
 HOP_SECONDS = 1e-6
-"""Of a message from one chip to the next, whatever its size: about a microsecond ("How to Scale
-Your Model", the chapter on TPUs)."""
+"""Seconds that a message takes from one chip to the next, whatever its size: about a microsecond
+("How to Scale Your Model", the chapter on TPUs)."""
 
 _EXPLICIT = re.compile(r"replica_groups=\{(\{[\d,{}]*\})?\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -56,7 +56,8 @@ def groups_of(instruction: Instruction, devices: int) -> Int[np.ndarray, "groups
 
 
 def _groups_by_axes(mesh: str, chosen: str) -> np.ndarray:
-    """Of ``'axis_0'=4,'axis_1'=2`` and ``'axis_1'``: devices that differ along those axes alone."""
+    """Groups of devices that differ along the chosen axes alone, from ``'axis_0'=4,'axis_1'=2`` and
+    ``'axis_1'``."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     inside = [i for i, name in enumerate(sizes) if f"'{name}'" in chosen]
     outside = [i for i in range(len(sizes)) if i not in inside]
@@ -110,7 +111,8 @@ class Network:
         self._extent = self._place.max(axis=0) - self._place.min(axis=0) + 1
 
     def transfer(self, instruction: Instruction) -> Transfer:
-        """What a collective sends, and how long it takes at the links' full rate."""
+        """Transfer of a collective: what it sends, and how long it takes at the links' full
+        rate."""
         kind = kind_of(instruction)
         groups = groups_of(instruction, self._mesh.size)
         if kind == "collective-permute":

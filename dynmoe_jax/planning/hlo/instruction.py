@@ -87,7 +87,7 @@ class Instruction:
 
     @property
     def index(self) -> int | None:
-        """Of a ``get-tuple-element``."""
+        """Index of a ``get-tuple-element``."""
         found = _INDEX.search(self.text) if self.opcode == "get-tuple-element" else None
         return int(found[1]) if found else None
 
@@ -113,6 +113,6 @@ def dimensions(text: str) -> Shape:
 
 
 def _bytes(kind: str, dims: str) -> int:
-    """Of an array of a type such as ``bf16``, ``s32`` or ``pred``."""
+    """Bytes of an array of a type such as ``bf16``, ``s32`` or ``pred``."""
     bits = re.search(r"\d+", kind)
     return math.ceil(math.prod(dimensions(dims)) * (int(bits[0]) if bits else 8) / 8)

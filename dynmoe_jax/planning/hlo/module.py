@@ -24,7 +24,8 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"^[su](?:8|16|32|64)\[\]\S* constant\((\d+)\)")
 _SCHEDULED = ("while", "conditional", "call")
-"""What runs computations whose instructions are scheduled one by one, not fused or applied."""
+"""Operations that run computations whose instructions are scheduled one by one, not fused or
+applied."""
 
 
 class Module:
@@ -94,14 +95,14 @@ class Module:
         return len(instructions) + sum(self._length(c) for i in instructions for c in i.called)
 
     def rounds(self, instruction: Instruction, usual: bool) -> int:
-        """How often what an instruction calls runs for one run of it."""
+        """Number of times that what an instruction calls runs for one run of it."""
         trips = self.trip_count(instruction)
         if instruction.opcode != "while" or trips is not None:
             return 1 if trips is None else trips
         return 0 if usual else 1
 
     def trip_count(self, instruction: Instruction) -> int | None:
-        """How often a loop runs its body; None if it is no loop, or data decide."""
+        """Number of times that a loop runs its body; None if it is no loop, or data decide."""
         if instruction.opcode != "while":
             return None
         if known := _TRIPS.search(instruction.text):
@@ -170,7 +171,7 @@ class Module:
         return [product for product in found if product]
 
     def flops(self, usual: bool = False) -> float:
-        """Of all products, as often as they run."""
+        """FLOPs of all products, as often as they run."""
         return sum(product.times * product.flops for product in self.products(usual))
 
     def cycles(self) -> tuple[int, int]:

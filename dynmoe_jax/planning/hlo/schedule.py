@@ -32,7 +32,7 @@ _UNKNOWN = ("sort", "scatter")
 _FUSED_START = 'custom_call_target="AsyncCollectiveStart"'
 _FUSED_END = 'custom_call_target="AsyncCollectiveDone"'
 _STEPS = 8
-"""How many instructions back the start of an asynchronous collective is looked for."""
+"""Number of instructions back that the start of an asynchronous collective is looked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Operation:
 
 @dataclasses.dataclass
 class Played:
-    """What a run of a computation took.
+    """Time that a run of a computation took.
 
     Attributes:
       compute: seconds of everything but collectives.

@@ -1,4 +1,4 @@
-"""Which function of the program an HLO instruction comes from, by the module's own tables."""
+"""Functions of the program that HLO instructions come from, by the module's own tables."""
 
 import re
 

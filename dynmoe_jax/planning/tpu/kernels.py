@@ -1,4 +1,4 @@
-"""What Pallas kernels cost, of which the compiler says nothing: a roofline of their own shapes.
+"""Cost of Pallas kernels, of which the compiler says nothing: a roofline of their own shapes.
 
 Kernels of grouped products visit the rows used alone, so they are counted at those and not at the
 static bound.  Attention kernels are counted by the blocks that a causal mask leaves.
@@ -39,7 +39,7 @@ _BLOCKS["dkv"] = ("block_q_dkv", "block_kv_dkv")
 
 @dataclasses.dataclass(frozen=True)
 class KernelCost:
-    """What one run of a kernel does.
+    """Cost of one run of a kernel.
 
     Attributes:
       flops: of its products.
@@ -142,7 +142,7 @@ def _filled(width: float, chip: Chip) -> float:
 
 
 def attention_part(instruction: Instruction) -> str:
-    """What a kernel of attention computes; empty for anything else.
+    """Part of attention that a kernel computes; empty for anything else.
 
     ``"fwd"``, ``"dq"`` or ``"dkv"`` of Splash, ``"flat_attention_forward"`` or ``"..._backward"``.
     """

@@ -46,7 +46,7 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        """What each device is."""
+        """Data sheet of each device."""
         return CHIPS[self.chip_name]
 
     @property
@@ -56,7 +56,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return math.prod(self.sizes) * self.slices
 
     @property

@@ -10,7 +10,8 @@ from dynmoe_jax import config
 from dynmoe_jax.routing import make_router
 
 _NEAR = 0.02
-"""Of the way between one expert per token and the bound: so near to an end counts as at it."""
+"""Share of the way between one expert per token and the bound: so near to an end counts as at
+it."""
 
 _NAMED = 5
 
@@ -86,7 +87,7 @@ class CollapseWatch:
 
 
 def _listed(unused_NE: Bool[np.ndarray, "N E"]) -> str:
-    """Which experts, the first few by number."""
+    """Lists experts that no token has chosen, the first few by number."""
     pairs = [f"{expert} of MoE layer {layer}" for layer, expert in np.argwhere(unused_NE)]
     more = f" and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else ""
     noun = "expert" if len(pairs) == 1 else "experts"

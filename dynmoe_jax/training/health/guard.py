@@ -1,4 +1,4 @@
-"""What a step notices about itself: numbers that are not finite, losses that jump.
+"""Guard within a step against numbers that are not finite and losses that jump.
 
 It is counted on the device, inside the step, and is part of the state: nothing waits for the host,
 and a run that goes on from a checkpoint judges the next loss as the run that never stopped.
@@ -34,7 +34,7 @@ _DEVIATION_OF_MAD = 1.4826
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """What is remembered from step to step.
+    """State of the guard, kept from step to step.
 
     Attributes:
       skipped: updates left out so far.

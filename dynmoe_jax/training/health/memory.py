@@ -25,10 +25,10 @@ from dynmoe_jax.training.step import init_state
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _ROOM = 0.95
-"""Of the memory, the share that the advice aims at: the figures are estimates."""
+"""Share of the memory that the advice aims at: the figures are estimates."""
 
 _SURPRISE = 0.7
-"""Where memory ran out although the step should fit, the advice aims at this share of the step."""
+"""Share of the step that the advice aims at, where memory ran out although the step should fit."""
 
 
 class OutOfMemory(RuntimeError):
@@ -55,7 +55,7 @@ class Need:
 
     @property
     def of_model(self) -> int:
-        """What the model takes, however small the batch is."""
+        """Bytes that the model takes, however small the batch is."""
         return self.state + self.gradients + self.snapshot
 
     @property
@@ -159,7 +159,7 @@ class Memory:
 
 
 def advice(need: Need, limit: int, cfg: config.Config, data_devices: int) -> str:
-    """What to turn, and how far, so that a run fits: settings joined by "or".
+    """Advises what to change, and how far, so that a run fits: settings joined by "or".
 
     What a token takes falls with the tokens that a device computes at one time; logits are bounded
     by ``config.loss.chunk_tokens`` instead, state and gradients by the model alone.

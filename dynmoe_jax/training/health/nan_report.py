@@ -1,4 +1,5 @@
-"""Which arrays of a step hold numbers that are not finite, in the order of their computation.
+"""Report of the arrays of a step that hold numbers that are not finite, in the order of their
+computation.
 
 Axis legend: B batch, L positions, T = B L tokens, N groups of layers.
 """
@@ -140,7 +141,7 @@ def _places(tree: Any, kind: str) -> list[Place]:
 
 
 def _place_in_group(path: Any) -> int | None:
-    """Which layer of its group a leaf belongs to; None for what is not in a layer."""
+    """Index of the layer of its group that a leaf belongs to; None for what is not in a layer."""
     found = re.search(r"'layers'\]\[(\d+)\]", jax.tree_util.keystr(path))
     return int(found[1]) if found else None
 
@@ -157,7 +158,7 @@ def _name(path: Any) -> str:
 
 
 def _distance(name: str) -> float:
-    """How far from the loss a parameter is: the output first, the embedding last."""
+    """Distance of a parameter from the loss: the output first, the embedding last."""
     if name.startswith("layer "):
         return -int(name.split()[1].rstrip(":"))
     return math.inf if name.startswith("embedding") else -math.inf

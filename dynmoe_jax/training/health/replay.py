@@ -132,7 +132,7 @@ def _show(title: str, places: list[Place]) -> list[Place]:
 
 
 def _print_sequences(workdir: Path, batch: Batch, nll_BL: np.ndarray) -> None:
-    """Which sequences have a loss that is not finite, and how the first of them reads."""
+    """Prints which sequences have a loss that is not finite, and how the first of them reads."""
     bad = np.flatnonzero(~np.isfinite(nll_BL).all(axis=-1))
     if not bad.size or bad.size == len(nll_BL):
         sequences = "every sequence" if bad.size else "no sequence"

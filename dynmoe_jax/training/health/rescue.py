@@ -1,4 +1,4 @@
-"""What is done about a step that went wrong: keep it and stop, or go back and around it."""
+"""Rescue of a run whose step went wrong: keep it and stop, or go back and around it."""
 
 import dataclasses
 import json

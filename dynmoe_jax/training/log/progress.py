@@ -1,4 +1,5 @@
-"""What a person sees while the model trains: a live bar, or a line per logged step in a log."""
+"""Progress that a person sees while the model trains: a live bar, or a line per logged step in a
+log."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Seconds of a run by what they went into."""
 
 import contextlib
 import time

@@ -138,7 +138,7 @@ def _sample(summary: Summary) -> list[Text]:
 
 
 def _print_paths(summary: Summary, workdir: Path) -> None:
-    """Where everything is, a line each; a path is never broken, so that it can be copied."""
+    """Prints where everything is, a line each; a path is never broken, so that it can be copied."""
     width = max(map(len, summary.paths), default=0)
     for name, path in summary.paths.items():
         line = Text.assemble(" ", (f"{name:<{width}}", "cyan"), f"   {workdir / path}")
