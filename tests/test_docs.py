@@ -1,5 +1,6 @@
 """The documents name what is there."""
 
+import ast
 import dataclasses
 import re
 import shlex
@@ -35,6 +36,19 @@ def test_settings_that_are_named_exist(page):
 def test_files_that_are_linked_exist(page):
     links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8"))
     assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_the_tour_links_definitions_that_are_there():
+    text = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    links = re.findall(r"\[`([^`]+)`\]\(\.\./([^)]+)\)", text)
+    assert 20 <= len({file for _, file in links}) <= 26  # 25, and one to look further
+    for name, file in links:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        if name != file:
+            for part in name.split("."):
+                found = [node for node in tree.body if getattr(node, "name", None) == part]
+                assert found, f"{name} is not in {file}"
+                tree = found[0]
 
 
 def test_every_metric_is_explained():

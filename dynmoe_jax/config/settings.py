@@ -244,7 +244,9 @@ class Train:
 
     steps: int = free_setting(1000, "optimizer steps", unit="steps", low=1)
     batch_size: int = run_setting(32, "sequences per optimizer step", unit="sequences", low=1)
-    microbatches: int = free_setting(1, "parts of a batch whose gradients are added up", low=1)
+    microbatches: int = free_setting(
+        1, "parts of a batch whose gradients are added up (gradient accumulation)", low=1
+    )
     log_every_steps: int = free_setting(
         10, "steps between lines of metrics.jsonl", unit="steps", low=1
     )
@@ -315,8 +317,12 @@ class Mesh:
         low=-1,
     )
     data: int = free_setting(-1, "batch, and width of parameters (FSDP)", unit="devices", low=-1)
-    expert: int = free_setting(1, "experts; batch for everything else", unit="devices", low=-1)
-    model: int = free_setting(1, "heads, hidden width, vocabulary", unit="devices", low=-1)
+    expert: int = free_setting(
+        1, "experts (expert parallelism); batch for everything else", unit="devices", low=-1
+    )
+    model: int = free_setting(
+        1, "heads, hidden width, vocabulary (tensor parallelism)", unit="devices", low=-1
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What requests of tasks lose on their way to the model: counted by task, and said at the end."""
+"""Losses of requests on their way to the model, counted by task and shown at the end."""
 
 import dataclasses
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""How many tokens a model reads at once, and what is said of it."""
+"""Window of evaluation: the tokens that a model reads at once, and a warning where they are few."""
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console, warn

@@ -39,7 +39,7 @@ def check_text(text: str, where: str) -> None:
 
 
 def _kind(path: Path) -> str:
-    """What a file's name says that it holds, without how it is compressed."""
+    """Format that a file's name tells, without its compression."""
     name = path.name.lower()
     for suffix in _COMPRESSED:
         name = name.removesuffix(suffix)

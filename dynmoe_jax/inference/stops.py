@@ -56,7 +56,7 @@ class Stops:
         return text
 
     def end(self, marked: str) -> int | None:
-        """Where the first string begins in a marked text; None if there is none."""
+        """Position of the first stop string in a marked text; None if there is none."""
         return end_of_text(marked, self.strings)
 
     def before(self, ids: Sequence[int] | Int[np.ndarray, "_"]) -> str:

@@ -6,11 +6,11 @@ a new parameter is sharded by being named.
 Four mesh axes, from the slowest links to the fastest:
 
 - ``slice``: copies of everything, joined by a data-centre network.  It splits the batch alone.
-- ``data``: splits the batch; its devices share the parameters, each keeps a piece, and the pieces
-  are put together layer by layer (FSDP, ZeRO-3).
-- ``expert``: splits the batch too; every device keeps E / expert of the experts, and tokens travel.
-  Parameters without experts are shared along it like along ``data``.
-- ``model``: splits heads, hidden width and vocabulary.
+- ``data``: data parallelism with sharded parameters (FSDP, ZeRO-3).  It splits the batch; each of
+  its devices keeps a piece of the parameters, and an all-gather makes them whole layer by layer.
+- ``expert``: expert parallelism.  It splits the batch too; every device keeps E / expert of the
+  experts, and tokens travel.  Parameters without experts are shared along it like along ``data``.
+- ``model``: tensor parallelism.  It splits heads, hidden width and vocabulary.
 """
 
 import math

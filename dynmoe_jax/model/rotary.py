@@ -19,7 +19,7 @@ from dynmoe_jax.mesh.axes import on_one_device
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenPositions:
-    """Where the tokens of a batch stand.
+    """Documents and positions of the tokens of a batch.
 
     Attributes:
       segment_ids_BL: which document a position belongs to; 0 is padding.

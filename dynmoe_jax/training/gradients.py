@@ -1,4 +1,4 @@
-"""Gradients of a batch, in one piece or in microbatches.
+"""Gradients of a batch, in one piece or by gradient accumulation over microbatches.
 
 Axis legend: B batch.
 """

@@ -20,7 +20,7 @@ _TEXTS = (
 
 
 class _Column(NamedTuple):
-    """Where the values of a field are, and of what type."""
+    """Position of a field's values, and their type."""
 
     name: str
     inside: tuple[str, ...]

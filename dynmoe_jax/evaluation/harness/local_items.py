@@ -61,7 +61,7 @@ def as_data_set(items: list[Item]) -> DataSet:
 
 
 def usable_docs(task: ConfigurableTask, items: DataSet, name: str) -> DataSet:
-    """What a task makes of items; one that it can make nothing of is left out, which is said.
+    """Documents that a task makes of items, without those it can use nothing of, as a warning says.
 
     Args:
       task: a task, as far as its ``config`` and ``prompt`` are there.

@@ -174,7 +174,7 @@ class HarnessModel(TemplateLM):
         return TextPrompt(tuple(tokens), limit, tuple(stop for stop in stops if stop))
 
     def _requests(self, instance: Instance) -> list[Request]:
-        """What has to be asked to score a continuation: mostly one request."""
+        """Returns the requests that score a continuation: mostly one."""
         (context, continuation), task = instance.args, instance.task_name or ""
         self._note(task, context, continuation)
         before, rest = self._encode_pair(context, continuation)
