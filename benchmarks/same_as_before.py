@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from benchmarks.command import run
 from dynmoe_jax.console import console
 
 LIMITS = {1: 1e-6, 10: 1e-5, 50: 1e-3}
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
