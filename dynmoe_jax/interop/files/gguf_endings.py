@@ -31,7 +31,8 @@ def ends_in_gguf(metadata: Callable[[str], Any]) -> list[int]:
     Args:
       metadata: the value of a key, None where the file lacks it.
     """
-    tokens = metadata("tokenizer.ggml.tokens") or []
+    tokens = metadata("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
     texts, found = set(_ENDS), set()
     for name in _KEYS:
         number = metadata(f"tokenizer.ggml.{name}_token_id")

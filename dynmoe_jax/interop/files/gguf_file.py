@@ -140,13 +140,13 @@ class GgufFile:
 
     def _hf_settings(self) -> dict[str, Any]:
         found = llama_settings(self.metadata, str(self._path))
-        embedding = self._tensors.get("model.embed_tokens.weight")
-        if embedding is None:
+        rows = self.shapes().get("model.embed_tokens.weight", ())[:1]
+        if not rows:
             raise CheckpointError(f"{self._path} lacks the tensor token_embd.weight.")
         return {
             **found,
             "architectures": ["LlamaForCausalLM"],
-            "vocab_size": int(embedding.shape[-1]),
+            "vocab_size": rows[0],
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
         }
 

@@ -96,6 +96,8 @@ def test_without_an_embedding(tmp_path):
     tensors = small_tensors()
     del tensors["token_embd.weight"]
     refused(write_gguf(tmp_path / "m.gguf", tensors), r"lacks the tensor token_embd\.weight")
+    tensors["token_embd.weight"] = np.array(1, np.float32)
+    refused(write_gguf(tmp_path / "n.gguf", tensors), r"lacks the tensor token_embd\.weight")
 
 
 def test_text_that_is_no_utf8(tmp_path):
