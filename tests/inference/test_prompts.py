@@ -13,8 +13,10 @@ import zstandard
 
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.data.sources.files import open_bytes
+from dynmoe_jax.inference.__main__ import _converse
 from dynmoe_jax.inference.arguments import parse
 from dynmoe_jax.inference.prompts import read_prompts
+from dynmoe_jax.inference.writer import Writer
 from tests.odd_files import as_json, broken_line, odd_lines, odd_text, odd_value, write_odd
 
 MARK = b"\xef\xbb\xbf"
@@ -95,6 +97,28 @@ def test_a_command_with_a_name_and_a_prompt_that_are_not_utf_8_ends_with_a_sente
     assert (asked.returncode, asked.stderr) == (2, b"")
     assert rb"caf\xe9.jsonl, line 1, must be a string" in asked.stdout
     assert asked.stdout.count(b"\n") == 1
+
+
+def test_typed_text_that_is_not_utf_8_ends_no_conversation(monkeypatch, capsys, letters):
+    class Alone(Writer):
+        def __init__(self):
+            self._tokenizer, self._begin_with_bos = letters, False
+
+        def write(self, prompts, **more):
+            return [self.encode(prompt) for prompt in prompts]
+
+    def typed(_):
+        if not lines:
+            raise EOFError
+        line = lines.pop(0)
+        return line.decode() if isinstance(line, bytes) else line
+
+    lines = [b"caf\xe9", "caf\udce9"]
+    monkeypatch.setattr("builtins.input", typed)
+    _converse(Alone(), parse(["--workdir=a"], interactive=True))
+    printed = capsys.readouterr().out
+    assert "That line is not UTF-8; type it again." in printed
+    assert "The prompt holds a lone surrogate, which has no UTF-8 encoding" in printed
 
 
 def oracle(path):

@@ -240,7 +240,9 @@ def _read_into(spool: Spool, data: config.Data) -> BrokenReport:
         lines = "".join(f"\n  {example}" for example in examples[:_BROKEN_PRINTED])
         more = f"\n  ... and more, listed in the prepared data's {_SUMMARY}"
         more = more if lost > _BROKEN_PRINTED else ""
-        console.print(f"{lost:,} broken records ({share:.2%}):{lines}{more}", markup=False)
+        console.print(
+            f"{lost:,} broken records ({share:.2%}):{lines}{more}", markup=False, soft_wrap=True
+        )
     if share > data.max_broken_fraction:
         raise DataError(
             f"{lost:,} of {lost + len(spool):,} records are broken ({share:.2%}, the first is "

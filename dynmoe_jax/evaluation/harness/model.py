@@ -187,6 +187,8 @@ class HarnessModel(TemplateLM):
             self.remarks.add(task, PARTS, len(rest))
         elif len(request.read) > self.max_length:
             self.remarks.add(task, CUT, len(request.read))
+            # Here, so that answers are kept under what was read.
+            return [Request(request.tokens[-(self.max_length + 1) :], request.scored)]
         return parts
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:

@@ -8,10 +8,14 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra eval: pip install -e '.[eval]'")
 
+from lm_eval.evaluator import evaluate
+from lm_eval.models.dummy import DummyLM
+
 from dynmoe_jax import config
 from dynmoe_jax.evaluation.harness.item_files import find_items, read_items
 from dynmoe_jax.evaluation.harness.local_items import Items, as_data_set
 from dynmoe_jax.evaluation.harness.local_tasks import load_tasks
+from dynmoe_jax.evaluation.harness.quiet import quiet_harness
 from tests.odd_items import odd_items
 
 PIQA = {"goal": "To boil water", "sol1": "heat it.", "sol2": "cool it.", "label": 0}
@@ -180,6 +184,22 @@ def test_more_examples_than_there_are_is_one_sentence(tmp_path):
         else:
             with pytest.raises(config.ConfigError, match=rf"--num_fewshot={wanted} .* than the 1 "):
                 task.build_all_requests()
+
+
+def test_an_evaluation_of_odd_items_comes_to_its_end(tmp_path):
+    lines = [
+        PIQA,
+        PIQA | {"goal": "hi \ud83d"},
+        PIQA | {"sol1": ""},
+        PIQA | {"goal": 7, "n": 2**70},
+    ]
+    write_lines(tmp_path / "piqa.jsonl", lines)
+    with quiet_harness():
+        tasks = load_tasks(["piqa"], tmp_path)["piqa"]
+        found = evaluate(DummyLM(), {"piqa": tasks[0]}, bootstrap_iters=0)
+    assert found["n-samples"]["piqa"] == {"original": 3, "effective": 3}
+    assert [sample["doc"]["n"] for sample in found["samples"]["piqa"]] == [None, None, 2**70]
+    json.dumps(found["samples"], ensure_ascii=False).encode()
 
 
 def write_lines(path, items):

@@ -172,6 +172,20 @@ def test_prompts_that_are_cut_are_counted(make_scorer, writer, tokenizer, tmp_pa
     }
 
 
+def test_an_answer_of_a_shorter_window_is_not_taken_for_that_of_a_longer_one(
+    make_scorer, writer, tokenizer, tmp_path
+):
+    kept = AnswerFile(tmp_path / "a.jsonl", "m")
+    asked = [instance("loglikelihood", "t", "A prompt that is longer than sixteen tokens", " end")]
+    short, long = (
+        HarnessModel(make_scorer(window), writer, tokenizer, kept).loglikelihood(asked)
+        for window in (16, 64)
+    )
+    fresh = AnswerFile(tmp_path / "b.jsonl", "m")
+    again = HarnessModel(make_scorer(64), writer, tokenizer, fresh).loglikelihood(asked)
+    assert long == again != short
+
+
 def test_lone_surrogates_and_empty_texts_end_no_evaluation(model):
     asked = [instance("loglikelihood", "t", "hi \ud83d", end) for end in (" a", " \udcff")]
     whole = [instance("loglikelihood", "w", "hi \ufffd", end) for end in (" a", " \ufffd")]
