@@ -1,4 +1,4 @@
-"""Losses of requests on their way to the model, counted by task and shown at the end."""
+"""Counts of what requests of tasks lose on their way to the model, said at the end."""
 
 import dataclasses
 from collections import defaultdict
@@ -11,8 +11,8 @@ EMPTY = "empty_continuations"
 REPLACED = "replaced_characters"
 
 _SENTENCES = {
-    CUT: "{task}: {count} of {requests} requests lost their beginning: {room} tokens are read at "
-    "once (--window), and the longest of them has {most}.",
+    CUT: "{task}: {count} of {requests} requests lost their beginning: with its answer, the "
+    "longest has {most} tokens, and {room} are read at once (--window).",
     PARTS: "{task}: {count} of {requests} requests have more to score than the {room} tokens that "
     "are read at once (--window), up to {most}; they are scored in parts.",
     SHORTER: "{task}: the answers of {count} of {requests} requests may have {room} tokens, not "
@@ -57,7 +57,7 @@ class Remarks:
         count.count, count.most = count.count + 1, max(count.most, size)
 
     def sentences(self) -> list[str]:
-        """One for each task and kind."""
+        """Sentences for the user, one for each task and kind."""
         return [
             _SENTENCES[kind].format(
                 task=task or "the task",
@@ -71,7 +71,7 @@ class Remarks:
         ]
 
     def record(self) -> dict[str, Any]:
-        """``{task: {kind: count}}``, for the results on disk."""
+        """Counts as ``{task: {kind: count}}``, for the results on disk."""
         return {
             task: {kind: found.count for kind, found in kinds.items()}
             for task, kinds in self._found.items()

@@ -1,11 +1,11 @@
-"""Window of evaluation: the tokens that a model reads at once, and a warning where they are few."""
+"""Choice of how many tokens a model reads at once, and of what is said of it."""
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console, warn
 
 
 def choose_window(asked: int | None, cfg: config.Config, imported: bool) -> int:
-    """Tokens read at once: all that an imported model has room for, or what a run was trained on.
+    """Chooses the tokens read at once: what a run was trained on, or an imported model's room.
 
     A window that is shorter than the model's, or longer, is said.
 

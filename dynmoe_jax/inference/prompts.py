@@ -39,7 +39,7 @@ def check_text(text: str, where: str) -> None:
 
 
 def _kind(path: Path) -> str:
-    """Format that a file's name tells, without its compression."""
+    """Suffix of a file's name, without that of its compression."""
     name = path.name.lower()
     for suffix in _COMPRESSED:
         name = name.removesuffix(suffix)

@@ -72,7 +72,7 @@ def well_formed(text: str) -> str:
 
 
 def unusable(string: str) -> str | None:
-    """Why no model reads a string; None if it can."""
+    """Says why no model can read a string; None if one can."""
     if "\0" in string:
         return "holds a NUL character; is it binary or UTF-16?"
     try:

@@ -118,7 +118,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def parse_json(content: bytes) -> tuple[object, str | None]:
-    """(the value, None) of JSON in UTF-8, or (None, what is wrong with it)."""
+    """Parses JSON in UTF-8: (the value, None), or (None, what is wrong with it)."""
     try:
         return json.loads(content.decode("utf-8")), None
     except UnicodeDecodeError as error:
@@ -170,7 +170,7 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file cannot be read, in a few words."""
+    """Says in a few words why a file cannot be read."""
     if isinstance(error, EOFError):
         return "the compressed stream is truncated"
     if isinstance(error, OSError) and error.strerror:

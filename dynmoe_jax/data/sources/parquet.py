@@ -20,7 +20,7 @@ _TEXTS = (
 
 
 class _Column(NamedTuple):
-    """Position of a field's values, and their type."""
+    """Place and type of the values of a field."""
 
     name: str
     inside: tuple[str, ...]

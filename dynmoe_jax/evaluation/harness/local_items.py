@@ -61,7 +61,7 @@ def as_data_set(items: list[Item]) -> DataSet:
 
 
 def usable_docs(task: ConfigurableTask, items: DataSet, name: str) -> DataSet:
-    """Documents that a task makes of items, without those it can use nothing of, as a warning says.
+    """Makes a task's docs of items; one that the task cannot use is left out, which is said.
 
     Args:
       task: a task, as far as its ``config`` and ``prompt`` are there.
@@ -69,7 +69,7 @@ def usable_docs(task: ConfigurableTask, items: DataSet, name: str) -> DataSet:
       name: of the file.
 
     Raises:
-      ConfigError: the task can make nothing of any item.
+      ConfigError: the task can use none of them.
     """
     docs, left_out = _processed(task.config.process_docs, items)
     task.features = list(docs.features)
@@ -115,7 +115,7 @@ def check_examples(task: ConfigurableTask, name: str) -> None:
 
 
 def _processed(process: Callable[[DataSet], DataSet] | None, items: DataSet):
-    """(what a task's own function makes of the items, [(number, why one is left out)])."""
+    """Applies a task's own function: (docs, [(number of an item that is left out, why)])."""
     if process is None:
         return items, []
     try:
@@ -131,7 +131,7 @@ def _processed(process: Callable[[DataSet], DataSet] | None, items: DataSet):
 
 
 def _unusable(task: ConfigurableTask, doc: Item) -> str | None:
-    """Why the harness would fail at an item; None if it does not."""
+    """Says why the harness would fail at an item; None if it does not."""
     try:
         text, target = task.doc_to_text(doc), task.doc_to_target(doc)
         choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else None

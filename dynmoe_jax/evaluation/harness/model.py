@@ -168,13 +168,13 @@ class HarnessModel(TemplateLM):
         # Where there is neither a text nor BOS, something has to be read.
         tokens = self.tok_encode(context) or [self.prefix_token_id]
         if len(tokens) > self.max_length - limit:
-            self.remarks.add(task, CUT, len(tokens))
+            self.remarks.add(task, CUT, len(tokens) + limit)
             tokens = tokens[-(self.max_length - limit) :]
         stops = handle_stop_sequences(settings.get("until"), eos=None)
         return TextPrompt(tuple(tokens), limit, tuple(stop for stop in stops if stop))
 
     def _requests(self, instance: Instance) -> list[Request]:
-        """Returns the requests that score a continuation: mostly one."""
+        """Requests that together score a continuation: mostly one."""
         (context, continuation), task = instance.args, instance.task_name or ""
         self._note(task, context, continuation)
         before, rest = self._encode_pair(context, continuation)

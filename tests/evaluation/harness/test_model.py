@@ -158,13 +158,13 @@ def test_prompts_that_are_cut_are_counted(make_scorer, writer, tokenizer, tmp_pa
     assert (len(prompt.tokens), prompt.limit) == (8, 8)
     most = 1 + len(tokenizer.encode(long * 2 + " end")) - 1
     longest = 1 + len(tokenizer.encode(long))
+    cut = "requests lost their beginning: with its answer, the longest has"
+    room = "tokens, and 16 are read at once (--window)."
     assert model.remarks.sentences() == [
-        "one: 2 of 3 requests lost their beginning: 16 tokens are read at once (--window), and the "
-        f"longest of them has {most}.",
+        f"one: 2 of 3 {cut} {most} {room}",
         "two: the answers of 1 of 1 requests may have 8 tokens, not 12: half of what is read at "
         "once (--window) is left to the prompt.",
-        "two: 1 of 1 requests lost their beginning: 16 tokens are read at once (--window), and the "
-        f"longest of them has {longest}.",
+        f"two: 1 of 1 {cut} {longest + 8} {room}",
     ]
     assert model.remarks.record() == {
         "one": {"lost_beginning": 2},
