@@ -66,7 +66,8 @@ def write_hf(folder, name):
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
     made.decoder = decoders.Fuse()
     made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 

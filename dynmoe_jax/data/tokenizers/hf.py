@@ -1,12 +1,11 @@
 """Tokenizers in Hugging Face's format: a folder with ``tokenizer.json``, by their own library."""
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import tokenizers
@@ -21,10 +20,10 @@ from dynmoe_jax.data.tokenizers.hf_files import (
     contents,
     holds_tokenizer,
     library_errors,
-    library_tokenizer,
-    named_tokens,
+    parse,
 )
 from dynmoe_jax.data.tokenizers.hf_folder import read_folder
+from dynmoe_jax.data.tokenizers.hf_plain import names_of, plain_tokenizer
 
 _LARGEST_ID = 2**24
 # What transformers takes out of decoded text, where the settings ask for it.
@@ -57,13 +56,8 @@ class HfTokenizer:
         """
         self.files = files
         with library_errors(f"{MAIN} or {SETTINGS} cannot be read"):
-            main = json.loads(files[MAIN])
-            self._tokenizer = library_tokenizer(files[MAIN], main)
-            settings = json.loads(files.get(SPECIAL, b"{}"))
-            settings |= json.loads(files.get(SETTINGS, b"{}"))
-        # Padding and truncation are the business of whoever makes batches.
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+            self._tokenizer, tokens = plain_tokenizer(files)
+        settings = parse(files, SPECIAL) | parse(files, SETTINGS)
         self._tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
         is_bpe = isinstance(self._tokenizer.model, tokenizers.models.BPE)
         self._cleans = bool(settings.get(_CLEANS) and (not is_bpe or settings.get(_CLEANS_BPE)))
@@ -75,8 +69,10 @@ class HfTokenizer:
                 f"{MAIN} has {len(ids)} tokens, of which one has the id {self.vocab_size - 1}; "
                 f"no model has more than {_LARGEST_ID}."
             )
-        named = named_tokens(settings)
-        eos, bos = (self._id_of(named, name) for name in ("eos_token", "bos_token"))
+        names = names_of(tokens)
+        eos, bos = (
+            self._tokenizer.token_to_id(names.get(name, "")) for name in ("eos_token", "bos_token")
+        )
         if eos is None:
             raise DataError(f"{SETTINGS} names no eos_token that {MAIN} has; documents need one.")
         self.eos_id: int = eos
@@ -92,7 +88,7 @@ class HfTokenizer:
         self.fingerprint = hashlib.sha256(
             b"".join(files.get(name, b"") + b"\0" for name in (MAIN, SETTINGS, SPECIAL))
         ).hexdigest()
-        self.token_bytes_V = _token_bytes(self._tokenizer, main, self.vocab_size)
+        self.token_bytes_V = _token_bytes(self._tokenizer, self.vocab_size)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "HfTokenizer":
@@ -157,16 +153,11 @@ class HfTokenizer:
         """The same with these ``end_ids``, besides EOS."""
         return HfTokenizer(self.files | {GENERATION: generation_content(ends)})
 
-    def _id_of(self, named: Mapping[str, str], name: str) -> int | None:
-        return self._tokenizer.token_to_id(named[name]) if name in named else None
 
-
-def _token_bytes(
-    tokenizer: tokenizers.Tokenizer, main: dict[str, Any], vocab_size: int
-) -> np.ndarray:
+def _token_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
     """Bytes of text by token: of control tokens none."""
     # Byte-level tokens are written with one character a byte.
-    bytes_as_characters = '"ByteLevel"' in json.dumps(main.get("decoder"))
+    bytes_as_characters = "ByteLevel" in repr(tokenizer.decoder)
     added = tokenizer.get_added_tokens_decoder()
     lengths_V = np.zeros(vocab_size, np.int32)
     for token, number in tokenizer.get_vocab(with_added_tokens=True).items():

@@ -1,7 +1,9 @@
 """Tokens that a tokenizer of Hugging Face's library puts before and after a text."""
 
+import json
+
 import tokenizers
-from tokenizers import processors
+from tokenizers import models
 
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.tokenizers.hf_tokens import Token, content_of
@@ -35,16 +37,23 @@ def put_around(made: tokenizers.Tokenizer, before: Token | None, after: Token | 
       made: the tokenizer, which has the tokens.
       before: the token before a text, None for none.
       after: the token after it.
-
-    Raises:
-      ValueError: a token cannot be written in a template.
     """
     texts = [content_of(token) if token is not None else None for token in (before, after)]
-    made.post_processor = processors.TemplateProcessing(
-        single=[part for part in (texts[0], "$A", texts[1]) if part is not None],
-        pair=None,
-        special_tokens=[(text, made.token_to_id(text)) for text in texts if text is not None],
-    )
+    sides = [[{"SpecialToken": {"id": text, "type_id": 0}}] if text else [] for text in texts]
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*sides[0], first, *sides[1]],
+        "pair": [*sides[0], first, second, *sides[1]],
+        "special_tokens": {
+            text: {"id": text, "ids": [made.token_to_id(text)], "tokens": [text]}
+            for text in texts
+            if text
+        },
+    }
+    # Given to its constructor, a token such as "$" would be taken for a text.
+    bare = {**json.loads(tokenizers.Tokenizer(models.BPE()).to_str()), "post_processor": template}
+    made.post_processor = tokenizers.Tokenizer.from_str(json.dumps(bare)).post_processor
 
 
 def check_around(

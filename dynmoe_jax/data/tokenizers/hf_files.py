@@ -10,10 +10,9 @@ import tokenizers
 
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.tokenizers.endings import GENERATION
-from dynmoe_jax.data.tokenizers.hf_tokens import NAMED
 
 MAIN, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-ADDED, MODEL = "added_tokens.json", "tokenizer.model"
+ADDED, MODEL, CONFIG = "added_tokens.json", "tokenizer.model", "config.json"
 TRAVELING = ("chat_template.jinja", GENERATION)
 FILES = (MAIN, SETTINGS, SPECIAL, ADDED, "vocab.json", "merges.txt", MODEL, *TRAVELING)
 """Files that travel with a tokenizer, as far as they are there."""
@@ -29,21 +28,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
 
-def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of the tokens that settings name, by name."""
-    found = {name: settings.get(name) for name in NAMED}
-    found = {n: t.get("content") if isinstance(t, dict) else t for n, t in found.items()}
-    return {name: text for name, text in found.items() if isinstance(text, str)}
+def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The JSON object in a file; an empty one if the file is not there.
 
-
-def parse(name: str, content: bytes) -> dict[str, Any]:
-    """The JSON object in a file.
+    Args:
+      files: contents by name.
+      name: of the file.
 
     Raises:
-      DataError: it holds none.
+      DataError: the file holds something else.
     """
     try:
-        value = json.loads(content)
+        value = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} cannot be read as JSON ({shortly(error)}).") from error
     if not isinstance(value, dict):

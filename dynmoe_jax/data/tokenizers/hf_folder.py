@@ -19,23 +19,20 @@ from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.tokenizers.hf_around import around, check_around, put_around
 from dynmoe_jax.data.tokenizers.hf_classes import CLASSES, build, class_of
 from dynmoe_jax.data.tokenizers.hf_files import (
-    ADDED,
+    CONFIG,
     MAIN,
     MODEL,
     SETTINGS,
-    SPECIAL,
     TRAVELING,
     contents,
     library_errors,
-    library_tokenizer,
-    named_tokens,
     parse,
 )
+from dynmoe_jax.data.tokenizers.hf_plain import FLAGS, names_of, plain_tokenizer, tokens_of
 from dynmoe_jax.data.tokenizers.hf_sentencepiece import Model, found_whole
-from dynmoe_jax.data.tokenizers.hf_tokens import NAMED, Tokens, content_of, read_tokens
+from dynmoe_jax.data.tokenizers.hf_tokens import Tokens, content_of
 
 _ENDS = ("bos_token", "eos_token")
-_FLAGS = ("add_bos_token", "add_eos_token")
 _KEPT_SETTINGS = (
     "chat_template", "model_max_length", "padding_side", "split_special_tokens",
     "clean_up_tokenization_spaces",
@@ -66,27 +63,24 @@ class _Reading:
 
     def __init__(self, folder: Path):
         self._files = contents(folder)
-        self._settings = self._object(SETTINGS)
-        self._main = self._object(MAIN)
-        config = folder / "config.json"
-        model = parse(config.name, config.read_bytes()) if config.is_file() else {}
+        self._settings = parse(self._files, SETTINGS)
+        self._main = parse(self._files, MAIN)
+        config = folder / CONFIG
+        model = parse({CONFIG: config.read_bytes()}, CONFIG) if config.is_file() else {}
         is_byte_level = b'"ByteLevel"' in self._files.get(MAIN, b"")
         self._class = class_of(self._settings, model, is_byte_level)
         try:
-            self._depends_on_model = class_of(self._settings, {}, is_byte_level) != self._class
+            without = class_of(self._settings, {}, is_byte_level)
         except DataError:
-            self._depends_on_model = True
+            without = ""
+        self._depends_on_model = without != self._class
 
     def kept_files(self) -> dict[str, bytes]:
-        made, tokens = self._from_model() if MAIN not in self._files else self._from_main()
-        # Padding and truncation are the business of whoever makes batches.
-        made.no_padding()
-        made.no_truncation()
+        made, tokens = self._from_main() if self._main else self._from_model()
         if getattr(made.model, "dropout", None):
             raise DataError("its model leaves out merges at random (dropout).")
         _check_ids(made, tokens, self._main)
-        plain = self._plain() if self._main else None
-        names = {name: content_of(tokens.named[name]) for name in NAMED if name in tokens.named}
+        names = names_of(tokens)
         for name in _ENDS:
             if name in names and made.token_to_id(names[name]) is None:
                 raise DataError(f"{name}={names[name]!r} is no token.")
@@ -95,45 +89,44 @@ class _Reading:
             names.setdefault("bos_token", made.id_to_token(before[0]))
         check_around(made, names, before, after)
         self._compare_flag(bool(before))
-        if (
-            plain
-            and _essence(made) == _essence(plain)
-            and all(self._kept_name(name) == names.get(name) for name in _ENDS)
-            and not self._depends_on_model
-        ):
+        if self._main and self._stays(made, names):
             return self._files
         settings = {n: self._settings[n] for n in _KEPT_SETTINGS if n in self._settings}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **names}
         kept = {name: self._files[name] for name in TRAVELING if name in self._files}
         return kept | {MAIN: _written(made).encode(), SETTINGS: json.dumps(settings).encode()}
 
+    def _stays(self, made: tokenizers.Tokenizer, names: Mapping[str, str]) -> bool:
+        """Whether the files are read so whatever class reads them."""
+        plain, tokens = plain_tokenizer(self._files)
+        others = names_of(tokens)
+        return (
+            not self._depends_on_model
+            and all(names.get(name) == others.get(name) for name in _ENDS)
+            and (self._class is None or _essence(made) == _essence(plain))
+        )
+
     def _from_main(self) -> tuple[tokenizers.Tokenizer, Tokens]:
-        plain = self._plain()
+        plain, tokens = plain_tokenizer(self._files)
         if self._class is None:
-            tokens = self._tokens({})
-            tokens.add_to(plain)
             return plain, tokens
         vocabulary, merges = _parts(self._main)
         made = build(self._class, vocabulary, merges, self._settings)
         if self._class != "GPTNeoXTokenizer":  # which forgets what stands around a text
             made.post_processor = plain.post_processor
-        tokens = self._tokens(CLASSES[self._class].tokens)
+        tokens = tokens_of(self._files, CLASSES[self._class].tokens)
         self._add(tokens, made)
         return made, tokens
 
-    def _plain(self) -> tokenizers.Tokenizer:
-        return library_tokenizer(self._files[MAIN], self._main)
-
     def _from_model(self) -> tuple[tokenizers.Tokenizer, Tokens]:
         model = Model(self._files[MODEL])
-        more = found_whole(model.control, special=True)
+        control = found_whole(model.control, special=True)
         if self._class == "LlamaTokenizer":
-            tokens = self._tokens(
-                CLASSES[self._class].tokens, more + found_whole(model.user_defined, special=False)
-            )
+            more = control + found_whole(model.user_defined, special=False)
+            tokens = tokens_of(self._files, CLASSES[self._class].tokens, more)
             made = build(self._class, model.vocabulary, model.merges(), self._settings)
         elif self._class is None:
-            tokens = self._tokens(model.tokens, more)
+            tokens = tokens_of(self._files, model.tokens, control)
             renamed = {number: token.content for number, token in tokens.added.items()}
             made = model.tokenizer(renamed, legacy=bool(self._settings.get("legacy", True)))
             if model.puts_space_before:
@@ -147,18 +140,10 @@ class _Reading:
         before, after = (
             # A text is a token that has the flag's name.
             None if isinstance(flag, str) or not flag else tokens.named.get(name)
-            for name, flag in zip(_ENDS, map(self._settings.get, _FLAGS), strict=True)
+            for name, flag in zip(_ENDS, map(self._settings.get, FLAGS), strict=True)
         )
         put_around(made, before, after)
         return made, tokens
-
-    def _tokens(self, usual: Mapping[str, Any], more: list[AddedToken] | None = None) -> Tokens:
-        special, added = self._object(SPECIAL), self._object(ADDED)
-        settings = self._settings
-        if self._main:
-            # Its post-processor decides what stands around a text.
-            settings = {name: value for name, value in settings.items() if name not in _FLAGS}
-        return read_tokens(settings, special, added, self._main, usual, more)
 
     def _add(self, tokens: Tokens, made: tokenizers.Tokenizer) -> None:
         tokens.add_to(made)
@@ -175,13 +160,6 @@ class _Reading:
                 f"{'one' if begins else 'none'} before a text, and in transformers 5 it decides; "
                 "--begin_with_bos or --no-begin_with_bos overrides it."
             )
-
-    def _kept_name(self, name: str) -> str | None:
-        """Text of a named token, if the files are kept as they are."""
-        return named_tokens(self._object(SPECIAL) | self._settings).get(name)
-
-    def _object(self, name: str) -> dict[str, Any]:
-        return parse(name, self._files[name]) if name in self._files else {}
 
 
 def _parts(main: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -248,6 +226,4 @@ def _essence(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
 
     found = json.loads(tokenizer.to_str())
     model = {name: value or None for name, value in found.pop("model").items()}
-    for name in ("truncation", "padding"):
-        found.pop(name)
     return simple(found) | {"model": model}

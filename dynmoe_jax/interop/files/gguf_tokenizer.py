@@ -87,8 +87,8 @@ def tokenizer_of(metadata: Callable[[str], Any]) -> HfTokenizer | None:
     }
     if template := metadata("tokenizer.chat_template"):
         settings["chat_template"] = template
+    put_around(made, *keys.around(begins=cutter in _LIKE_LLAMA_3))
     try:
-        put_around(made, *keys.around(begins=cutter in _LIKE_LLAMA_3))
         return HfTokenizer({MAIN: made.to_str().encode(), SETTINGS: json.dumps(settings).encode()})
-    except (DataError, ValueError) as error:
+    except DataError as error:
         raise CheckpointError(f"the tokenizer of the GGUF file cannot be read: {error}") from error

@@ -10,7 +10,8 @@ from tokenizers import decoders, models, normalizers, processors
 from dynmoe_jax.console import warn
 from dynmoe_jax.data import SentencePieceTokenizer, Tokenizer
 from dynmoe_jax.data.tokenizers.hf import HfTokenizer
-from dynmoe_jax.data.tokenizers.hf_files import MAIN, SETTINGS
+from dynmoe_jax.data.tokenizers.hf_classes import CLASS_OF_MODEL
+from dynmoe_jax.data.tokenizers.hf_files import CONFIG, MAIN, SETTINGS, parse
 from dynmoe_jax.data.tokenizers.hf_sentencepiece import merges_of
 
 _SPACE = "▁"
@@ -35,10 +36,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
     Args:
       tokenizer: the model's.
-      folder: of the exported model.
+      folder: of the exported model; its ``config.json`` is there already.
     """
     if not isinstance(tokenizer, SentencePieceTokenizer):
-        for name, content in tokenizer.files.items():
+        for name, content in _with_class(tokenizer.files, folder).items():
             (folder / name).write_bytes(content)
         return
     # With the generation_config.json, if it has one.
@@ -56,6 +57,16 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         files = {SETTINGS: json.dumps(settings, indent=2).encode()}
     for name, content in files.items():
         (folder / name).write_bytes(content)
+
+
+def _with_class(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
+    """The files of a tokenizer, naming a class if transformers would take the model's instead."""
+    settings = parse(files, SETTINGS)
+    model = parse({CONFIG: (folder / CONFIG).read_bytes()}, CONFIG)
+    if settings.get("tokenizer_class") or model.get("model_type") not in CLASS_OF_MODEL:
+        return files
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return files | {SETTINGS: json.dumps(settings, indent=2).encode()}
 
 
 def hf_files(path: Path) -> dict[str, bytes]:

@@ -135,16 +135,21 @@ def changed_keys(seed):
     keys |= {name: draw.random() < 0.5 for name in ("add_bos_token",) if draw.random() < 0.5}
     for _ in range(draw.choice((1, 1, 2))):
         name = draw.choice((*sorted(keys), "add_bos_token", "add_eos_token", "unknown_token_id"))
-        value = keys.get(name)
+        value = keys.get(name, True)
         if isinstance(value, list) and value and draw.random() < 0.8:
-            value, place = copy.copy(value), draw.randrange(len(value))
-            if draw.random() < 0.5:
-                value[place] = draw.choice((*VALUES, value[draw.randrange(len(value))]))
+            value = copy.copy(value)
+            one, other = draw.randrange(len(value)), draw.randrange(len(value))
+            what = draw.choice(("swap", "swap", "set", "delete"))
+            if what == "swap":
+                value[one], value[other] = value[other], value[one]
+            elif what == "set":
+                value[one] = draw.choice(VALUES)
             else:
-                del value[place]
+                del value[one]
             keys[name] = value
         else:
-            keys[name] = draw.choice(VALUES)
+            alike = [other for other in VALUES if type(other) is type(value)]
+            keys[name] = draw.choice(alike if draw.random() < 0.5 else VALUES)
     return {name: value for name, value in keys.items() if value is not None}
 
 
