@@ -1,6 +1,7 @@
 """Plans of models whose layers are not all alike, against the shapes of their parameters."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -53,15 +54,19 @@ def cfg(request):
     return request.param
 
 
-def moe_layers_in(shapes):
-    return sum(leaf.shape[0] for path, leaf in shapes.flat_state() if path[-1] == "router_DE")
+@functools.cache
+def shapes_of(model):
+    return parameter_shapes(model).flat_state()
+
+
+def moe_layers_in(model):
+    return sum(leaf.shape[0] for path, leaf in shapes_of(model) if path[-1] == "router_DE")
 
 
 def multiplied_numbers(cfg):
     """Numbers of matrices that a token is multiplied with, in a model that uses K experts."""
-    shapes = parameter_shapes(cfg.model)
     found = 0.0
-    for path, leaf in shapes.flat_state():
+    for path, leaf in shapes_of(cfg.model):
         name = path[-1]
         if len(leaf.shape) < 2 or "scale" in name or "bias" in name or "norm" in str(path):
             continue
@@ -71,7 +76,7 @@ def multiplied_numbers(cfg):
 
 
 def test_layers_with_experts_are_those_that_have_a_router(cfg):
-    assert cfg.model.num_moe_layers == moe_layers_in(parameter_shapes(cfg.model))
+    assert cfg.model.num_moe_layers == moe_layers_in(cfg.model)
     layers = list(cfg.model.moe_layers)
     assert len(layers) == cfg.model.num_moe_layers
     moe = dataclasses.replace(cfg.model.moe, **grouping(layers, cfg.model.num_layers))
@@ -86,8 +91,10 @@ def test_analytic_flops_are_two_for_each_number_that_is_multiplied(cfg):
     assert analytic_flops(cfg, K, 1) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_parts_of_a_gpu_plan_compute_what_the_model_does(cfg, monkeypatch):
+@pytest.mark.parametrize("layers", [LAYERS[0], LAYERS[4], LAYERS[5]])
+def test_parts_of_a_gpu_plan_compute_what_the_model_does(layers, monkeypatch):
     """On a chip whose memory takes no time."""
+    cfg = make(layers, SHARED[1])
     quick = dataclasses.replace(CHIPS["h100"], bytes_per_s=math.inf)
     monkeypatch.setitem(CHIPS, "h100", quick)
     plan = plan_run(Request(cfg, "h100:1", K))
