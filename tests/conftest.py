@@ -7,6 +7,7 @@ import tempfile
 from importlib.metadata import version
 
 import pytest
+from hypothesis import settings
 
 pytest.register_assert_rewrite("tests.close")
 
@@ -51,6 +52,12 @@ def pytest_addoption(parser):
 def fuzz_cases(request):
     """``fuzz_cases(few, many)``: the number of cases to try, ``many`` with ``--fuzz``."""
     return lambda few, many: many if request.config.getoption("--fuzz") else few
+
+
+def pytest_configure(config):
+    # The same examples each time, so that a change is to blame for what it breaks.
+    settings.register_profile("fixed", derandomize=True)
+    settings.load_profile("default" if config.getoption("--fuzz") else "fixed")
 
 
 def pytest_collection_modifyitems(items):

@@ -204,7 +204,9 @@ def _stretches(texts: Iterable[str]) -> Iterator[str]:
                 shown = stretch.rstrip(_LINE_ENDS)
                 if shown:
                     yield shown
-                stretch = stretch[len(shown) :] if shown and part else ""
+                # Of line ends alone, as many as leave room.
+                rest = stretch[len(shown) :] if shown else stretch[-_TRAINING_BYTES // 2 :]
+                stretch = rest if part else ""
             stretch += part
         if shown := stretch.rstrip(_LINE_ENDS):
             yield shown
