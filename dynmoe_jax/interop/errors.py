@@ -1,4 +1,4 @@
-"""Errors in somebody else's checkpoint, and how they are said."""
+"""The error of somebody else's checkpoint, and how its values and names are shown."""
 
 import reprlib
 from typing import Any

@@ -1,6 +1,7 @@
-"""What transformers reads from a ``config.json``, in the settings of our model."""
+"""Settings that transformers reads from a ``config.json``, by the names of our model."""
 
 import contextlib
+import json
 
 import transformers
 
@@ -17,19 +18,16 @@ def theirs(folder, name):
     """
     kind = getattr(transformers, name.replace("ForCausalLM", "Config"))
     try:
-        try:
-            cfg = transformers.AutoConfig.from_pretrained(folder)
-        except ValueError as error:  # without a model_type it is the class that decides
-            if "model_type" not in str(error):
-                raise
-            cfg = kind.from_pretrained(folder)
+        # Without a model_type it would guess by the folder's name.
+        typed = json.loads((folder / "config.json").read_text()).get("model_type")
+        cfg = (transformers.AutoConfig if typed else kind).from_pretrained(folder)
         return facts(cfg) if type(cfg) is kind else f"of {type(cfg).__name__}"
     except Exception as error:  # of any kind
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def facts(cfg):
-    """Of a configuration of transformers."""
+    """Facts of a configuration of transformers."""
     rope = cfg.rope_parameters
     found = {
         "num_layers": cfg.num_hidden_layers,

@@ -55,7 +55,7 @@ def cases(kind, fuzz_cases):
 
 
 def outcome(kind, case, read):
-    """What a case gives: what is read; None where it is refused, as it must be."""
+    """Reads a case: what is read; None where it is refused in a sentence."""
     try:
         found = read()
     except REFUSED as error:

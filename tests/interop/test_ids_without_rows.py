@@ -77,7 +77,7 @@ def test_text_with_such_an_id_is_refused_and_other_text_is_read(run):
 
 
 def test_ids_themselves_are_refused(run):
-    """Of whoever brings them from elsewhere: they would read the last row."""
+    """Ids from elsewhere, which would read the last row."""
     _, decoder, _ = load_run(run)
     generator, scorer = Generator(decoder, copy_layers=False), Scorer(decoder, 64, 32)
     writer = TreeWriter(decoder, 64, 8, 1)
@@ -107,7 +107,7 @@ def fine_tuning(run, folder, *texts, **changes):
 
 
 def batches(cfg, workdir):
-    """What training would read: a batch, and the held-out text of each domain."""
+    """Batches as training would read them: one, and the held-out ones of each domain."""
     prepared, tokenizer = load_text(cfg, workdir, None)
     with TrainStream(prepared, tokenizer, cfg.data, 8, 0) as stream:
         yield next(stream)

@@ -1,4 +1,4 @@
-"""Settings of a Llama in the metadata of a GGUF file, as ``config.json`` would have them.
+"""Settings of a Llama by the metadata of a GGUF file, as ``config.json`` would have them.
 
 llama.cpp decides what a key means, which keys there must be, and what stands in for others.
 """

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model is read as llama.cpp reads it, or refused."""
+"""Metadata of a GGUF file are read as llama.cpp reads them, or refused."""
 
 import struct
 
