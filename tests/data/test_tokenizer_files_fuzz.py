@@ -4,13 +4,13 @@ import collections
 import contextlib
 
 import pytest
-from tokenizer_mutations import mutated
 
 from dynmoe_jax.data import DataError, open_tokenizer
+from tests.data.tokenizer_mutations import mutated
 from tests.data.tokenizers.as_transformers import differences, read_by_transformers
 from tests.data.tokenizers.tokenizer_folders import PROBES, write
 
-pytest.importorskip("transformers", minversion="5.20", reason="needs the extra test")
+pytest.importorskip("transformers", minversion="5.24", reason="needs the extra test")
 
 
 def outcome(seed, folder) -> str:

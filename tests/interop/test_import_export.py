@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 
 from dynmoe_jax import config
 from dynmoe_jax.interop import CheckpointError, load_hf
@@ -112,6 +112,25 @@ def test_tokenizer_travels_along(travelled):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((back / "config.json").read_text())["eos_token_id"] == 0
+
+
+def test_transformers_would_not_take_another_class(tmp_path):
+    source = write_hf(tmp_path / "hf", "OlmoeForCausalLM")
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    import_model(source, tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "back")
+    # OLMoE's own class would put parts of its own in the place of those of tokenizer.json.
+    settings = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    assert settings == {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def test_eos_after_each_text_is_said(tmp_path, capsys):
+    source = write_hf(tmp_path / "hf", "LlamaForCausalLM")
+    made = Tokenizer.from_file(str(source / "tokenizer.json"))
+    made.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 0)])
+    made.save(str(source / "tokenizer.json"))
+    import_model(source, tmp_path / "run")
+    assert "puts EOS after each text" in " ".join(capsys.readouterr().out.split())
 
 
 def test_large_models_are_split_over_files(travelled, tmp_path):

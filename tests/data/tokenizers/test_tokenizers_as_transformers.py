@@ -7,7 +7,7 @@ from tests.data.tokenizers.as_transformers import differences, read_by_transform
 from tests.data.tokenizers.tokenizer_folders import write
 from tests.data.tokenizers.tokenizer_table import TABLE
 
-pytest.importorskip("transformers", minversion="5.20", reason="needs the extra test")
+pytest.importorskip("transformers", minversion="5.24", reason="needs the extra test")
 
 
 @pytest.mark.parametrize("name", TABLE)
