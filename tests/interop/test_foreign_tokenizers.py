@@ -1,12 +1,12 @@
 """Tokenizers of foreign models' folders: what lies beside a SentencePiece model is read too."""
 
 import pytest
-from dynmoe_jax.interop.source import open_source
 from safetensors.numpy import save_file
 
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.data import kept_tokenizer
 from dynmoe_jax.interop.__main__ import BAD_INPUT
+from dynmoe_jax.interop.files.source import open_source
 from tests.data.tokenizers.as_transformers import differences, read_by_transformers
 from tests.data.tokenizers.tokenizer_folders import (
     LLAMA,
