@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, prepare
+from dynmoe_jax.data.prepare import preparation
 from dynmoe_jax.data.prepare.builder import slugs
 from dynmoe_jax.data.prepare.preparation import Prepared
 from dynmoe_jax.data.prepare.split import hold_out, keep_within
@@ -162,8 +163,8 @@ def test_a_half_written_preparation_is_never_taken_for_a_complete_one(tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dynmoe_jax.data.prepare.preparation.write_dataset", power_cut)
-        patch.setattr("dynmoe_jax.data.prepare.preparation.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr(preparation, "write_dataset", power_cut)
+        patch.setattr(preparation.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             prepare(data, out)
     assert len(list(out.iterdir())) == 1  # what the interrupted one left

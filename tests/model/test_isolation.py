@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing.losses import balance_loss, entropy_loss, router_z_loss
+from dynmoe_jax.routing.losses import balance_loss, entropy_loss, loss_sums, router_z_loss
 
 L = 12
 ONE, ARANGE = np.ones((1, L), np.int32), np.arange(L)[None]
@@ -98,7 +98,7 @@ def test_padding_changes_nothing(decoder, run):
         assert np.all(output.routing.experts_per_token[:, :, :real] >= 1)
         np.testing.assert_array_equal(output.routing.valid_BL, segments > 0)
     for loss in (balance_loss, entropy_loss, router_z_loss):
-        losses = [loss(o.routing.by_layer, o.routing.valid_T) for o in outputs]
+        losses = [loss(loss_sums(o.routing.by_layer, o.routing.valid_T)) for o in outputs]
         np.testing.assert_array_equal(*losses)
         assert losses[0].shape == (2,)
         assert np.all(np.isfinite(losses[0]))

@@ -179,7 +179,7 @@ def test_reports_show_every_figure(capsys):
         "analytic: the model",
         "collectives that nothing hides",
         "all-gather",
-        "experts.parallel:",
+        "experts.parallel.shard:",
         "in 2 microbatches",
     ):
         assert part in text
