@@ -221,7 +221,7 @@ class Data:
     )
     tokenizer: str = free_setting(
         "",
-        "a SentencePiece .model, or a folder with a tokenizer.json; empty = train one here",
+        "a SentencePiece .model, or a folder in Hugging Face's format; empty = train one here",
     )
     tokenizer_megabytes: float = free_setting(
         8.0, "text a new tokenizer is trained on", unit="MB", above=0.0
