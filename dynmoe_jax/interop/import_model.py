@@ -13,7 +13,7 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.console import Stage, stage, warn
-from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data import Tokenizer, remove_tokenizer
 from dynmoe_jax.data.tokenizers.vocabulary import token_text
 from dynmoe_jax.interop.architectures.layouts import Shape
 from dynmoe_jax.interop.architectures.mapping import Path as ParameterPath
@@ -57,6 +57,7 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
     if tokenizer is None:
         warn(f"{source} holds no tokenizer; put one into {workdir} before the model meets text.")
     else:
+        remove_tokenizer(workdir)
         tokenizer.save(workdir / tokenizer.place)
         _compare(tokenizer, cfg.model.vocab_size)
         if tokenizer.ends_with_eos:

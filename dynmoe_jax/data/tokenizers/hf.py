@@ -25,7 +25,6 @@ from dynmoe_jax.data.tokenizers.hf_files import (
 from dynmoe_jax.data.tokenizers.hf_folder import read_folder
 from dynmoe_jax.data.tokenizers.hf_plain import names_of, plain_tokenizer
 
-_LARGEST_ID = 2**24
 # What transformers takes out of decoded text, where the settings ask for it.
 _CLEANED = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
@@ -64,15 +63,8 @@ class HfTokenizer:
         # Ids may have gaps.
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = 1 + max(ids, default=0)
-        if self.vocab_size > _LARGEST_ID:
-            raise DataError(
-                f"{MAIN} has {len(ids)} tokens, of which one has the id {self.vocab_size - 1}; "
-                f"no model has more than {_LARGEST_ID}."
-            )
-        names = names_of(tokens)
-        eos, bos = (
-            self._tokenizer.token_to_id(names.get(name, "")) for name in ("eos_token", "bos_token")
-        )
+        named = {name: self._tokenizer.token_to_id(t) for name, t in names_of(tokens).items()}
+        eos, bos = named.get("eos_token"), named.get("bos_token")
         if eos is None:
             raise DataError(f"{SETTINGS} names no eos_token that {MAIN} has; documents need one.")
         self.eos_id: int = eos
@@ -80,7 +72,6 @@ class HfTokenizer:
         self.end_ids = end_ids(eos, files.get(GENERATION))
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {n: token.content for n, token in added.items() if token.special}
-        # Which it says by what its post-processor does.
         with library_errors(f"the post-processor of {MAIN} fails"):
             before, after = around(self._tokenizer)
         self.begins_with_bos: bool = before[:1] == [self.bos_id]

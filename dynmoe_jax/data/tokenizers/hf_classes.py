@@ -24,12 +24,12 @@ class Class(NamedTuple):
     """A class that brings its own parts along.
 
     Attributes:
-      dress: gives a bare tokenizer its parts, by the settings of ``tokenizer_config.json``.
+      complete: gives a bare tokenizer its parts, by the settings of ``tokenizer_config.json``.
       bpe: what its byte-pair model is made with, besides vocabulary and merges.
       tokens: its named tokens where the settings are silent.
     """
 
-    dress: Callable[[Tokenizer, Mapping[str, Any]], None]
+    complete: Callable[[Tokenizer, Mapping[str, Any]], None]
     bpe: Mapping[str, Any]
     tokens: Mapping[str, Token]
 
@@ -170,5 +170,5 @@ def build(
     """
     kind = CLASSES[name]
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **kind.bpe))
-    kind.dress(made, settings)
+    kind.complete(made, settings)
     return made

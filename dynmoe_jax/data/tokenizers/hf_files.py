@@ -16,6 +16,8 @@ ADDED, MODEL, CONFIG = "added_tokens.json", "tokenizer.model", "config.json"
 TRAVELING = ("chat_template.jinja", GENERATION)
 FILES = (MAIN, SETTINGS, SPECIAL, ADDED, "vocab.json", "merges.txt", MODEL, *TRAVELING)
 """Files that travel with a tokenizer, as far as they are there."""
+LARGEST_ID = 2**24
+"""Tables of all ids, here and in the library, are as long as the largest one."""
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -55,12 +57,26 @@ def library_tokenizer(content: bytes, main: Mapping[str, Any]) -> tokenizers.Tok
       main: what it holds.
 
     Raises:
-      DataError: it has what ends the process in the library, which does not check it.
+      DataError: it has what ends the process in the library, or fills the memory.
       Exception: the library cannot read it.
     """
     _check_template(main.get("post_processor"))
-    model = main.get("model")
-    if isinstance(model, dict) and (prefix := model.get("continuing_subword_prefix")):
+    if isinstance(main.get("model"), dict):
+        _check_model(main["model"])
+    return tokenizers.Tokenizer.from_str(content.decode())
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    """Checks the largest id, and that merges fit to the prefix of what continues a word."""
+    vocabulary = model.get("vocab")
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    largest = max((number for number in ids if type(number) is int), default=0)
+    if largest > LARGEST_ID:
+        raise DataError(
+            f"{MAIN} has {len(ids)} tokens, of which one has the id {largest}; no model has more "
+            f"than {LARGEST_ID}."
+        )
+    if prefix := model.get("continuing_subword_prefix"):
         for merge in model.get("merges") or []:
             *_, right = merge.split(" ") if isinstance(merge, str) else merge or [""]
             if not str(right).startswith(prefix):
@@ -68,7 +84,6 @@ def library_tokenizer(content: bytes, main: Mapping[str, Any]) -> tokenizers.Tok
                     f"its merges have {right!r} behind another token, but its "
                     f"continuing_subword_prefix is {prefix!r}."
                 )
-    return tokenizers.Tokenizer.from_str(content.decode())
 
 
 def _check_template(part: Any) -> None:

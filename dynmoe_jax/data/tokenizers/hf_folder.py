@@ -19,6 +19,7 @@ from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.tokenizers.hf_around import around, check_around, put_around
 from dynmoe_jax.data.tokenizers.hf_classes import CLASSES, build, class_of
 from dynmoe_jax.data.tokenizers.hf_files import (
+    ADDED,
     CONFIG,
     MAIN,
     MODEL,
@@ -64,7 +65,7 @@ class _Reading:
     def __init__(self, folder: Path):
         self._files = contents(folder)
         self._settings = parse(self._files, SETTINGS)
-        self._main = parse(self._files, MAIN)
+        self._main = parse(self._files, MAIN) if MAIN in self._files else None
         config = folder / CONFIG
         model = parse({CONFIG: config.read_bytes()}, CONFIG) if config.is_file() else {}
         is_byte_level = b'"ByteLevel"' in self._files.get(MAIN, b"")
@@ -76,10 +77,11 @@ class _Reading:
         self._depends_on_model = without != self._class
 
     def kept_files(self) -> dict[str, bytes]:
-        made, tokens = self._from_main() if self._main else self._from_model()
+        """The files that a run keeps, by name."""
+        made, tokens = self._from_model() if self._main is None else self._from_main()
         if getattr(made.model, "dropout", None):
             raise DataError("its model leaves out merges at random (dropout).")
-        _check_ids(made, tokens, self._main)
+        _check_ids(made, tokens, self._main or {})
         names = names_of(tokens)
         for name in _ENDS:
             if name in names and made.token_to_id(names[name]) is None:
@@ -89,7 +91,7 @@ class _Reading:
             names.setdefault("bos_token", made.id_to_token(before[0]))
         check_around(made, names, before, after)
         self._compare_flag(bool(before))
-        if self._main and self._stays(made, names):
+        if self._main is not None and self._stays(made, names):
             return self._files
         settings = {n: self._settings[n] for n in _KEPT_SETTINGS if n in self._settings}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **names}
@@ -97,20 +99,21 @@ class _Reading:
         return kept | {MAIN: _written(made).encode(), SETTINGS: json.dumps(settings).encode()}
 
     def _stays(self, made: tokenizers.Tokenizer, names: Mapping[str, str]) -> bool:
-        """Whether the files are read so whatever class reads them."""
-        plain, tokens = plain_tokenizer(self._files)
+        """Whether the files, as they are, decide alone, whatever class reads them."""
+        # A run knows its tokenizer by a digest without that of these.
+        plain, tokens = plain_tokenizer({n: c for n, c in self._files.items() if n != ADDED})
         others = names_of(tokens)
         return (
             not self._depends_on_model
             and all(names.get(name) == others.get(name) for name in _ENDS)
-            and (self._class is None or _essence(made) == _essence(plain))
+            and _essence(made) == _essence(plain)
         )
 
     def _from_main(self) -> tuple[tokenizers.Tokenizer, Tokens]:
         plain, tokens = plain_tokenizer(self._files)
         if self._class is None:
             return plain, tokens
-        vocabulary, merges = _parts(self._main)
+        vocabulary, merges = _parts(self._main or {})
         made = build(self._class, vocabulary, merges, self._settings)
         if self._class != "GPTNeoXTokenizer":  # which forgets what stands around a text
             made.post_processor = plain.post_processor
@@ -154,7 +157,7 @@ class _Reading:
     def _compare_flag(self, begins: bool) -> None:
         """Warns if ``tokenizer.json`` and ``add_bos_token`` disagree about BOS before a text."""
         asked = self._settings.get("add_bos_token")
-        if self._main and type(asked) is bool and asked != begins:
+        if self._main is not None and type(asked) is bool and asked != begins:
             warn(
                 f"{SETTINGS} has add_bos_token={str(asked).lower()}, but {MAIN} puts "
                 f"{'one' if begins else 'none'} before a text, and in transformers 5 it decides; "

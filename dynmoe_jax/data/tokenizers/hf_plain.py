@@ -46,7 +46,7 @@ def tokens_of(
     settings, special, added, main = (
         parse(files, name) for name in (SETTINGS, SPECIAL, ADDED, MAIN)
     )
-    if main:
+    if MAIN in files:
         settings = {name: value for name, value in settings.items() if name not in FLAGS}
     return read_tokens(settings, special, added, main, usual, usual_more)
 

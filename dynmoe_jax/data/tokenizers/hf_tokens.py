@@ -77,10 +77,10 @@ def read_tokens(
     """The tokens that the four files of a folder hold.
 
     Args:
-      settings: what ``tokenizer_config.json`` holds; so for the following ones.
-      special: ``special_tokens_map.json``.
-      added: ``added_tokens.json``.
-      main: ``tokenizer.json``.
+      settings: what ``tokenizer_config.json`` holds.
+      special: what ``special_tokens_map.json`` holds.
+      added: what ``added_tokens.json`` holds.
+      main: what ``tokenizer.json`` holds.
       usual: named tokens where the files are silent; null is not silence.
       usual_more: special tokens without a name where ``tokenizer_config.json`` is silent.
 

@@ -12,10 +12,7 @@ from dynmoe_jax.data.tokenizers.hf import HfTokenizer
 from dynmoe_jax.data.tokenizers.hf_around import put_around
 from dynmoe_jax.data.tokenizers.hf_files import MAIN, SETTINGS
 from dynmoe_jax.interop.errors import CheckpointError
-from dynmoe_jax.interop.files.gguf_vocabulary import GgufVocabulary
-
-_CONTROL, _USER_DEFINED = 3, 4
-"""Kinds of tokens that are found in a text before it is cut."""
+from dynmoe_jax.interop.files.gguf_vocabulary import CONTROL, USER_DEFINED, GgufVocabulary
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:
@@ -77,13 +74,18 @@ def tokenizer_of(metadata: Callable[[str], Any]) -> HfTokenizer | None:
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = CUTTERS[cutter]()
     made.decoder = decoders.ByteLevel()
-    for token, what in zip(keys.tokens, keys.token_types, strict=False):
-        if what in (_CONTROL, _USER_DEFINED):
-            made.add_tokens([AddedToken(token, special=what == _CONTROL, normalized=False)])
+    kinds = zip(keys.tokens, keys.token_types, strict=False)
+    whole = [token for token, kind in kinds if kind in (CONTROL, USER_DEFINED)]
+    made.add_tokens([AddedToken(t, special=t in keys.control, normalized=False) for t in whole])
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **{f"{name}_token": token for name, token in keys.named.items()},
+        **{
+            f"{name}_token": token
+            for name, token in keys.named.items()
+            # Files name tokens of text as unknown or padding, which must not vanish from texts.
+            if name in ("bos", "eos") or token in keys.control
+        },
     }
     if template := metadata("tokenizer.chat_template"):
         settings["chat_template"] = template

@@ -7,6 +7,8 @@ from typing import Any
 
 from dynmoe_jax.interop.errors import CheckpointError
 
+CONTROL, USER_DEFINED = 3, 4
+"""Kinds of tokens that are found in a text before it is cut."""
 _KEYS = "tokenizer.ggml."
 
 
@@ -55,7 +57,7 @@ class GgufVocabulary:
         if found is None:
             raise CheckpointError(
                 f"the GGUF file has no {_KEYS}merges, without which text cannot be cut into its "
-                "byte-level tokens; convert the model anew."
+                "byte-level tokens; convert the model again."
             )
         known, pairs = set(self.tokens), []
         for merge in found:
@@ -93,6 +95,12 @@ class GgufVocabulary:
                     f"{len(self.tokens)} tokens."
                 )
         return {name: self.tokens[number] for name, number in ids.items() if number is not None}
+
+    @functools.cached_property
+    def control(self) -> set[str]:
+        """Texts of the tokens that stand for no text."""
+        kinds = zip(self.tokens, self.token_types, strict=False)
+        return {token for token, kind in kinds if kind == CONTROL}
 
     def around(self, begins: bool) -> tuple[str | None, str | None]:
         """Tokens that stand before and after a text, None for none.

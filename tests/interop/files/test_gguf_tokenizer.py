@@ -94,6 +94,13 @@ def test_a_file_is_read_as_transformers_reads_it(tmp_path):
             assert [*before, *ours.encode(text).tolist(), *after] == theirs(text).input_ids
 
 
+def test_a_token_of_text_that_is_named_unknown_or_padding_stays_text():
+    keys = vocabulary(unknown_token_id=vocabulary()["tokens"].index("a"), padding_token_id=300)
+    tokenizer = tokenizer_of(metadata(keys))
+    assert tokenizer.decode(tokenizer.encode("a cat<|im_end|>")) == "a cat"
+    assert b'"pad_token": "<|im_end|>"' in tokenizer.files["tokenizer_config.json"]
+
+
 REFUSED = [
     ({"merges": None}, "no tokenizer.ggml.merges"),
     ({"tokens": None}, "no tokenizer.ggml.tokens"),
