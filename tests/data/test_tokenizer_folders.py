@@ -56,7 +56,15 @@ REFUSED = {
     ),
     "merges without their prefix": (
         folder_of(PREFIXED, FAST),
-        "merges have .* its continuing_subword_prefix is '##'",
+        "merges have '.*' and '.*', which make no token",
+    ),
+    "merges that make no token": (
+        folder_of(changed(byte_level(), model_merges=[["the", "Ġreturning"]]), FAST),
+        "merges have 'the' and 'Ġreturning', which make no token",
+    ),
+    "merges of three": (
+        folder_of(changed(byte_level(), model_merges=["a b c"]), FAST),
+        "merges have 'a b c', which is no pair of tokens",
     ),
     "two tokens of one id": (folder_of(COLLIDING, FAST), "2 of its tokens have the id 300"),
     "an id far away": (folder_of(FAR, FAST), "one has the id 2147483648"),

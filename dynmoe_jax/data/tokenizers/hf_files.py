@@ -67,7 +67,7 @@ def library_tokenizer(content: bytes, main: Mapping[str, Any]) -> tokenizers.Tok
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
-    """Checks the largest id, and that merges fit to the prefix of what continues a word."""
+    """Checks the largest id, and that each merge of two tokens makes a third."""
     vocabulary = model.get("vocab")
     ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
     largest = max((number for number in ids if type(number) is int), default=0)
@@ -76,14 +76,20 @@ def _check_model(model: Mapping[str, Any]) -> None:
             f"{MAIN} has {len(ids)} tokens, of which one has the id {largest}; no model has more "
             f"than {LARGEST_ID}."
         )
-    if prefix := model.get("continuing_subword_prefix"):
-        for merge in model.get("merges") or []:
-            *_, right = merge.split(" ") if isinstance(merge, str) else merge or [""]
-            if not str(right).startswith(prefix):
-                raise DataError(
-                    f"its merges have {right!r} behind another token, but its "
-                    f"continuing_subword_prefix is {prefix!r}."
-                )
+    if not isinstance(vocabulary, dict):
+        return
+    prefix = str(model.get("continuing_subword_prefix") or "")
+    for merge in model.get("merges") or []:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or len(parts) != 2 or not all(map(_is_text, parts)):
+            raise DataError(f"its merges have {merge!r}, which is no pair of tokens.")
+        left, right = parts
+        if not right.startswith(prefix) or left + right[len(prefix) :] not in vocabulary:
+            raise DataError(f"its merges have {left!r} and {right!r}, which make no token.")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _check_template(part: Any) -> None:

@@ -40,7 +40,11 @@ def of_transformers(keys):
     )
     names = {"model": "tokenizer_type", "pre": "pre_tokenizer_type"}
     named = {names.get(name, name): value for name, value in keys.items()}
-    return mapping.convert_gguf_tokenizer("llama", named)[0]
+    made = mapping.convert_gguf_tokenizer("llama", named)[0]
+    # As AutoTokenizer does with the tokens that the file names.
+    ends = [keys[f"{name}_token_id"] for name in ("bos", "eos") if f"{name}_token_id" in keys]
+    made.add_special_tokens([keys["tokens"][number] for number in ends])
+    return made
 
 
 @pytest.mark.parametrize(("pre", "flags", "around"), FLAGS)
