@@ -91,22 +91,25 @@ class _Reading:
             names.setdefault("bos_token", made.id_to_token(before[0]))
         check_around(made, names, before, after)
         self._compare_flag(bool(before))
-        if self._main is not None and self._stays(made, names):
+        if self._main is not None and self._stays(made, tokens, names):
             return self._files
         settings = {n: self._settings[n] for n in _KEPT_SETTINGS if n in self._settings}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **names}
         kept = {name: self._files[name] for name in TRAVELING if name in self._files}
         return kept | {MAIN: _written(made).encode(), SETTINGS: json.dumps(settings).encode()}
 
-    def _stays(self, made: tokenizers.Tokenizer, names: Mapping[str, str]) -> bool:
+    def _stays(self, made: tokenizers.Tokenizer, tokens: Tokens, names: Mapping[str, str]) -> bool:
         """Whether the files, as they are, decide alone, whatever class reads them."""
-        # A run knows its tokenizer by a digest without that of these.
-        plain, tokens = plain_tokenizer({n: c for n, c in self._files.items() if n != ADDED})
+        plain = made
+        if self._class is not None or ADDED in self._files:
+            # A run knows its tokenizer by a digest without that of added_tokens.json.
+            files = {name: content for name, content in self._files.items() if name != ADDED}
+            plain, tokens = plain_tokenizer(files)
         others = names_of(tokens)
         return (
             not self._depends_on_model
             and all(names.get(name) == others.get(name) for name in _ENDS)
-            and _essence(made) == _essence(plain)
+            and (plain is made or _essence(made) == _essence(plain))
         )
 
     def _from_main(self) -> tuple[tokenizers.Tokenizer, Tokens]:
@@ -117,7 +120,7 @@ class _Reading:
         made = build(self._class, vocabulary, merges, self._settings)
         if self._class != "GPTNeoXTokenizer":  # which forgets what stands around a text
             made.post_processor = plain.post_processor
-        tokens = tokens_of(self._files, CLASSES[self._class].tokens)
+        tokens = tokens_of(self._files, CLASSES[self._class].tokens, main=self._main or {})
         self._add(tokens, made)
         return made, tokens
 
@@ -126,10 +129,10 @@ class _Reading:
         control = found_whole(model.control, special=True)
         if self._class == "LlamaTokenizer":
             more = control + found_whole(model.user_defined, special=False)
-            tokens = tokens_of(self._files, CLASSES[self._class].tokens, more)
+            tokens = tokens_of(self._files, CLASSES[self._class].tokens, more, main={})
             made = build(self._class, model.vocabulary, model.merges(), self._settings)
         elif self._class is None:
-            tokens = tokens_of(self._files, model.tokens, control)
+            tokens = tokens_of(self._files, model.tokens, control, main={})
             renamed = {number: token.content for number, token in tokens.added.items()}
             made = model.tokenizer(renamed, legacy=bool(self._settings.get("legacy", True)))
             if model.puts_space_before:

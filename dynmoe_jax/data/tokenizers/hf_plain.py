@@ -1,6 +1,7 @@
 """A ``tokenizer.json`` as it stands, with the tokens that other files of its folder add."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tokenizers
 
@@ -28,11 +29,12 @@ def plain_tokenizer(files: Mapping[str, bytes]) -> tuple[tokenizers.Tokenizer, T
       DataError: a file is not what it must be.
       Exception: the library cannot read ``tokenizer.json``.
     """
-    made = library_tokenizer(files[MAIN], parse(files, MAIN))
+    main = parse(files, MAIN)
+    made = library_tokenizer(files[MAIN], main)
     # Padding and truncation are the business of whoever makes batches.
     made.no_padding()
     made.no_truncation()
-    tokens = tokens_of(files, {})
+    tokens = tokens_of(files, {}, main=main)
     tokens.add_to(made)
     return made, tokens
 
@@ -41,11 +43,11 @@ def tokens_of(
     files: Mapping[str, bytes],
     usual: Mapping[str, Token],
     usual_more: Sequence[Token] | None = None,
+    *,
+    main: Mapping[str, Any],
 ) -> Tokens:
     """The tokens that the files of a folder hold, see :func:`read_tokens`."""
-    settings, special, added, main = (
-        parse(files, name) for name in (SETTINGS, SPECIAL, ADDED, MAIN)
-    )
+    settings, special, added = (parse(files, name) for name in (SETTINGS, SPECIAL, ADDED))
     if MAIN in files:
         settings = {name: value for name, value in settings.items() if name not in FLAGS}
     return read_tokens(settings, special, added, main, usual, usual_more)
