@@ -109,13 +109,13 @@ def memory_by_step(steps: int) -> list[Memory]:
 
     points = []
 
-    class Watched(trainer.Logbook):
-        def add(self, step, *rest):
-            super().add(step, *rest)
-            if step % (steps // POINTS) == 0:
-                points.append(Memory.after(step))
+    class Watched(trainer.PendingStep):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            if self.number % (steps // POINTS) == 0:
+                points.append(Memory.after(self.number))
 
-    trainer.Logbook = Watched
+    trainer.PendingStep = Watched
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         corpus.mkdir()

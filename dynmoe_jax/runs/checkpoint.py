@@ -8,7 +8,7 @@ Of several processes each writes its arrays; process 0 writes the rest, renames,
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,27 @@ class Checkpoints:
             self._manager.save(
                 step, args=items, metrics={} if loss is None else {METRIC: loss}, force=True
             )
+
+    @contextlib.contextmanager
+    def saving(self, step: int, last: bool, save: Callable[[], None]) -> Iterator[None]:
+        """Saves a step at the end of a block, if it is due, whatever happens in the block.
+
+        An evaluation that fails does not cost the step.  Only where other processes save together
+        with this one it is not saved then: they would wait for one that never comes.
+
+        Args:
+          step: steps done.
+          last: whether it is the run's last, which is always saved.
+          save: calls :meth:`save`.
+        """
+        try:
+            yield
+        except BaseException:
+            if not agreement.has_peers() and (last or self.due(step)):
+                save()
+            raise
+        if last or self.due(step):
+            save()
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written."""

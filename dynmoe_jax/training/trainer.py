@@ -1,12 +1,9 @@
-"""The main job, told from top to bottom: settings, data, state, loop, results."""
+"""Training of one run, told from top to bottom: settings, data, state, step, loop, results."""
 
 import contextlib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.markup import escape
 from rich.table import Table
@@ -16,17 +13,11 @@ from dynmoe_jax.cluster import agreement
 from dynmoe_jax.cluster.same_settings import check_same_settings
 from dynmoe_jax.cluster.watch import losses_told
 from dynmoe_jax.console import console, stage, warn
-from dynmoe_jax.data import DataError, check_sources
+from dynmoe_jax.data import Batch, DataError, check_sources
 from dynmoe_jax.evaluation.heldout import make_eval_step
 from dynmoe_jax.experts import make_backend, make_transport
 from dynmoe_jax.hardware.target import current_target
-from dynmoe_jax.mesh.make_mesh import (
-    batch_sharding,
-    check_divides,
-    make_mesh,
-    replicated,
-    state_shardings,
-)
+from dynmoe_jax.mesh.make_mesh import batch_sharding, check_divides, make_mesh, replicated
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.kernels.attention.choice import choose_attention
@@ -38,27 +29,26 @@ from dynmoe_jax.runs.checkpoint import (
     make_folder,
     saved_config,
 )
-from dynmoe_jax.runs.compilation import compiled_programs_kept, compiler_options
+from dynmoe_jax.runs.compilation import compiled_programs_kept
 from dynmoe_jax.runs.disk import DiskError, check_folder_name, disk_errors
 from dynmoe_jax.runs.lock import locked
 from dynmoe_jax.runs.metrics_file import check_packages
 from dynmoe_jax.runs.recovery import recover
-from dynmoe_jax.runs.summary import read_summary
+from dynmoe_jax.runs.summary import HeldOut, read_summary
 from dynmoe_jax.runs.text import load_text
 from dynmoe_jax.training.feed import Feed, place_whole
 from dynmoe_jax.training.finish import evaluate_heldout, finish_run
 from dynmoe_jax.training.health.memory import Memory, OutOfMemory
-from dynmoe_jax.training.health.rescue import BadNumbers, RolledBack, rescue, without_old_streak
+from dynmoe_jax.training.health.rescue import BadNumbers, RolledBack, rescue
 from dynmoe_jax.training.health.skips import SkippingStream, skips_of
-from dynmoe_jax.training.initial_model import initial_state, with_initial_model
+from dynmoe_jax.training.initial_model import with_initial_model
 from dynmoe_jax.training.interrupt import Stopped, StopRequest, stop_on_signal
-from dynmoe_jax.training.log.metric_logger import Logbook
+from dynmoe_jax.training.log.metric_logger import MetricLogger, PendingStep
 from dynmoe_jax.training.log.seconds import Seconds
 from dynmoe_jax.training.log.summary_tables import print_summary
 from dynmoe_jax.training.longer import before_decay
-from dynmoe_jax.training.objective import Batch
-from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.step import TrainState, init_state, make_train_step
+from dynmoe_jax.training.run import Run
+from dynmoe_jax.training.start import start
 
 BAD_INPUT = (
     config.ConfigError, DataError, CheckpointError, DiskError, BadNumbers, OutOfMemory
@@ -103,16 +93,16 @@ def train(cfg: config.Config, workdir: Path) -> int:
         compiled_programs_kept(cfg.train, workdir),
         memory.explained(),
     ):
-        stop = StopRequest()
+        run = Run(cfg, workdir, mesh, memory, checkpoints, StopRequest(), seconds)
         while True:
             try:
                 with losses_told():
-                    return _train(cfg, workdir, mesh, memory, checkpoints, seconds, stop)
+                    return _train(run)
             except RolledBack as back:
                 warn(str(back))
-                if stop.requested:
+                if run.stop.requested:
                     console.print("Stopped there; the same command continues.")
-                    return stop.exit_code
+                    return run.stop.exit_code
 
 
 def _is_complete(cfg: config.Config, workdir: Path) -> bool:
@@ -162,137 +152,93 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
     return mesh, memory
 
 
-def _train(
-    cfg: config.Config,
-    workdir: Path,
-    mesh: Mesh,
-    memory: Memory,
-    checkpoints: Checkpoints,
-    seconds: Seconds,
-    stop: StopRequest,
-) -> int:
-    """The run itself, on a mesh, with its checkpoints open."""
+def _train(run: Run) -> int:
+    """The run from its newest checkpoint to its last step, or until it is stopped."""
+    cfg, checkpoints, seconds, stop = run.cfg, run.checkpoints, run.seconds, run.stop
     done = recover(checkpoints, cfg.checkpoint.verify) or 0
-    done = before_decay(cfg, workdir, checkpoints, done)
-    _print_settings(cfg, workdir, done)
+    done = before_decay(cfg, run.workdir, checkpoints, done)
+    _print_settings(cfg, run.workdir, done)
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────
     with seconds.of("data preparation"):
         position = checkpoints.position(done) if done else None
-        prepared, tokenizer = load_text(cfg, workdir, position)
-        on_devices = batch_sharding(mesh)
+        prepared, tokenizer = load_text(cfg, run.workdir, position)
+        on_devices = batch_sharding(run.mesh)
         feed = Feed(cfg, prepared, tokenizer, on_devices)
         if position is not None:
             feed.stream.set_state(position)
+        batches = SkippingStream(feed.stream, skips_of(run.workdir, done), done)
 
-    with jax.set_mesh(mesh), contextlib.ExitStack() as at_end:
+    with jax.set_mesh(run.mesh), contextlib.ExitStack() as at_end:
         # ── State and step ───────────────────────────────────────────────────────────────────────
-        schedule = make_schedule(cfg.optimizer, cfg.train.steps)
-        optimizer = make_optimizer(cfg.optimizer, schedule)
         with seconds.of("compile"), stage("Compiling the training step"):
-            init = partial(init_state, cfg.model, optimizer)
-            shapes = _state_shapes(init, mesh)
-            # What the host reads must be whole in every process.
-            placed = jax.tree.map(lambda x: x.sharding, shapes)
-            train_step = jax.jit(
-                make_train_step(cfg, optimizer, schedule),
-                donate_argnums=0,
-                out_shardings=(placed, replicated(mesh)),
-                compiler_options=compiler_options(current_target()),
-            )
-            train_step = train_step.lower(shapes, _batch_shapes(cfg, on_devices)).compile()
-            memory.check_step(train_step)
-            state = _start(cfg, init, optimizer, checkpoints, done, shapes)
+            train_step, state = start(run, done)
             eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
-            eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
-        batches = SkippingStream(feed.stream, skips_of(workdir, done), done)
-        at_end.enter_context(stop_on_signal(stop))
+            eval_step = jax.jit(eval_step, out_shardings=replicated(run.mesh))
 
-        def place(batch):
+        # ── Loop: step s is dispatched before the metrics of step s-1 are read ───────────────────
+        step, pending, heldout = done, None, None
+        at_end.enter_context(stop_on_signal(stop))
+        log = at_end.enter_context(MetricLogger(cfg, run.workdir, done))
+        at_end.callback(lambda: log.read(pending))  # whatever ends the loop, the step has its line
+
+        def read(dispatched: PendingStep | None) -> None:
+            log.read(dispatched)
+            if log.anomaly:
+                rescue(log.anomaly, run, state)
+
+        def place(batch: Batch) -> Batch:
             stop.check()
             return place_whole(batch, on_devices)
 
-        def evaluate():
+        def evaluate() -> HeldOut:
             with seconds.of("evaluation"):
                 return evaluate_heldout(cfg, eval_step, state.params, prepared, tokenizer, place)
 
-        # ── Loop: step s is dispatched before the metrics of step s-1 are read ───────────────────
-        step, heldout = done, None
-        with Logbook(cfg, workdir, done) as logbook, contextlib.suppress(Stopped):
-            if _due(done, cfg.evaluation.every_steps, cfg) and logbook.owes_heldout(done):
-                heldout = logbook.complete(done, evaluate)
+        def save() -> None:
+            with seconds.of("saving"):
+                log.flush(pending)
+                loss = heldout.loss if heldout else None
+                checkpoints.save(step, state, feed.position(), cfg, loss)
+
+        with contextlib.suppress(Stopped):
+            if _evaluates(done, cfg) and log.owes_heldout(done):
+                heldout = log.complete(done, evaluate)
             for step in range(done + 1, cfg.train.steps + 1):
                 with seconds.of("data waiting"):
                     batch = feed.place(next(batches))
                 with seconds.of("step"):
                     state, metrics = train_step(state, batch)
-                    logbook.add(step, metrics, batch)
-                if logbook.trouble:
-                    rescue(logbook.trouble, cfg, workdir, state, checkpoints, stop.requested)
+                    previous, pending = pending, PendingStep(step, metrics, batch)
+                    read(previous)
                 if checkpoints.reached_preemption(step):
                     stop.preempt()
-                heldout, together = None, not agreement.has_peers()
-                try:
-                    if _due(step, cfg.evaluation.every_steps, cfg):
-                        heldout = logbook.with_heldout(evaluate)
-                    together = True
-                finally:
-                    # Whatever happens to the evaluation, the step is not lost; but a process whose
-                    # evaluation fails must not wait for others to save with it.
-                    if together and (step == cfg.train.steps or checkpoints.due(step)):
-                        with seconds.of("saving"):
-                            logbook.flush()
-                            loss = heldout.loss if heldout else None
-                            checkpoints.save(step, state, feed.position(), cfg, loss)
+                heldout = None
+                with checkpoints.saving(step, step == cfg.train.steps, save):
+                    if _evaluates(step, cfg):
+                        heldout = log.read_with_heldout(pending, evaluate)
                 checkpoints.check()
                 stop.check()
             heldout = heldout or evaluate()
-        if logbook.trouble:
-            rescue(logbook.trouble, cfg, workdir, state, checkpoints, stop.requested)
+        read(pending)
         if stop.requested:
-            checkpoints.save(step, state, feed.position(), cfg)
-            checkpoints.wait()
-            console.print(f"Stopped after step {step:,} and saved; the same command continues.")
-            return stop.exit_code
+            save()
+        # Who finds a summary looks for nothing else: the last checkpoint has to be there before.
+        checkpoints.wait()
+    if stop.requested:
+        console.print(f"Stopped after step {step:,} and saved; the same command continues.")
+        return stop.exit_code
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────
-    # Who finds a summary looks for nothing else, so the last checkpoint has to be there before.
-    checkpoints.wait()
     # Outside the mesh: the sample is one sequence, which a data axis cannot split.
-    finish_run(cfg, workdir, step, state.params, heldout, tokenizer, seconds)
+    finish_run(cfg, run.workdir, step, state.params, heldout, tokenizer, seconds)
     return 0
 
 
-def _due(step: int, every: int, cfg: config.Config) -> bool:
-    """Whether something done every so many steps (0 = never) and at the end is due."""
+def _evaluates(step: int, cfg: config.Config) -> bool:
+    """Whether the run evaluates after this step: at its end, and every so many steps (0: never)."""
+    every = cfg.evaluation.every_steps
     return step == cfg.train.steps or (every > 0 and step % every == 0)
-
-
-def _state_shapes(init: Callable, mesh: Mesh) -> TrainState:
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        state_shardings(shapes, mesh),
-    )
-
-
-def _start(cfg, init, optimizer, checkpoints, done, shapes):
-    """The state: a new one, or that of the checkpoint of step ``done``."""
-    if done:
-        state, _ = checkpoints.restore(done, shapes)
-        return without_old_streak(state, cfg.train)
-    if cfg.train.init_from:
-        return initial_state(cfg, optimizer, shapes)
-    # The key is an argument: XLA would spend seconds on folding draws of a constant key.
-    placed = jax.tree.map(lambda x: x.sharding, shapes)
-    return jax.jit(init, out_shardings=placed)(jax.random.key(cfg.seed))
-
-
-def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:
-    shape = (cfg.train.batch_size, cfg.data.seq_len)
-    array_BL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array_BL)
 
 
 def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:

@@ -34,15 +34,15 @@ def test_nothing_is_compiled_after_step_2(settings, change, tmp_path, monkeypatc
     """Neither by steps, nor by evaluations and checkpoints after the first of them."""
     by_step = {}
 
-    class Watched(trainer.Logbook):
-        def add(self, step, *rest):
-            by_step[step] = len(compilations)
-            super().add(step, *rest)
+    class Watched(trainer.PendingStep):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            by_step[self.number] = len(compilations)
 
     def finish(*_):
         by_step["end"] = len(compilations)
 
-    monkeypatch.setattr(trainer, "Logbook", Watched)
+    monkeypatch.setattr(trainer, "PendingStep", Watched)
     monkeypatch.setattr(trainer, "finish_run", finish)
     cfg = change(settings, model__moe__backend="reference")
     cfg = change(cfg, evaluation__every_steps=1, checkpoint__every_steps=1)

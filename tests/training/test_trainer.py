@@ -19,7 +19,7 @@ from dynmoe_jax.runs.lock import locked
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.summary import read_summary
 from dynmoe_jax.runs.text import load_text
-from dynmoe_jax.training import trainer
+from dynmoe_jax.training import feed, trainer
 from dynmoe_jax.training.trainer import train
 
 pytestmark = pytest.mark.slow
@@ -35,14 +35,14 @@ TIMES = {"tokens_per_second", "model_flops_per_second", "mfu", "seconds_step"}
 
 def interrupt_at(monkeypatch, step):
     """Somebody presses Ctrl-C while the step is under way."""
-    add = trainer.Logbook.add
 
-    def add_and_interrupt(logbook, number, *rest):
-        add(logbook, number, *rest)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGINT)
+    class Interrupted(trainer.PendingStep):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            if self.number == step:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(trainer.Logbook, "add", add_and_interrupt)
+    monkeypatch.setattr(trainer, "PendingStep", Interrupted)
 
 
 def without_times(workdir):
@@ -332,6 +332,22 @@ def test_tokenizer_of_a_run_that_never_began_is_made_anew(settings, change, tmp_
     with pytest.raises(config.ConfigError, match="vocab_size=280 is smaller than the 300 tokens"):
         load_text(cfg, other, None)
     assert not (other / "tokenizer.model").exists()
+
+
+def test_last_step_before_a_failure_has_its_line(settings, tmp_path, monkeypatch):
+    """Its metrics are still on the device when the next batch cannot be read."""
+    place = feed.Feed.place
+
+    def third_fails(self, batch, seen=[]):  # noqa: B006
+        seen.append(batch)
+        if len(seen) == 3:
+            raise DataError("The third batch is damaged.")
+        return place(self, batch)
+
+    monkeypatch.setattr(feed.Feed, "place", third_fails)
+    with pytest.raises(DataError, match="third"):
+        train(settings, tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_settings_with_brackets_are_shown_as_they_are(settings, change, capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""From what steps say about themselves to warnings, and to what the loop has to act on."""
+"""Anomalies of training: skipped updates and loss spikes, as the metrics of steps show them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -31,11 +31,11 @@ class Spike:
     last: int
 
 
-Trouble = TooManySkips | Spike
+Anomaly = TooManySkips | Spike
 
 
-class Troubles:
-    """Looks at every step once, in order.
+class AnomalyWatch:
+    """Looks for anomalies in every step, once and in order.
 
     Args:
       cfg: all settings.
@@ -49,7 +49,7 @@ class Troubles:
 
     def look(
         self, step: int, metrics: Mapping[str, jax.Array], batch: Batch | None
-    ) -> Trouble | None:
+    ) -> Anomaly | None:
         """Warns of what can be lived with, and returns what cannot.
 
         Args:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,9 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.command_line import EXIT_BAD_NUMBERS
 from dynmoe_jax.console import warn
-from dynmoe_jax.runs.checkpoint import Checkpoints
-from dynmoe_jax.training.health.anomalies import Spike, TooManySkips, Trouble
+from dynmoe_jax.training.health.anomalies import Anomaly, Spike, TooManySkips
 from dynmoe_jax.training.health.skips import Skip, batch_of_step, read_skips, write_skips
+from dynmoe_jax.training.run import Run
 from dynmoe_jax.training.step import TrainState
 
 FOLDER = "not_finite"
@@ -33,58 +32,49 @@ class RolledBack(Exception):
     """The run's folder is back at an earlier step, from which the run is to be continued."""
 
 
-def rescue(
-    trouble: Trouble,
-    cfg: config.Config,
-    workdir: Path,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    stopping: bool = False,
-) -> None:
+def rescue(anomaly: Anomaly, run: Run, state: TrainState) -> None:
     """Stops the run, or takes it back; returns if there is nothing to go back to.
 
+    Where the run stops anyway, skipped updates are left to the run that continues.  A spike is not:
+    that run would go on from behind it.
+
     Args:
-      trouble: what was noticed.
-      cfg: all settings.
-      workdir: the run's folder.
+      anomaly: what was noticed.
+      run: the run.
       state: the newest; after too many skips it holds the parameters that failed.
-      checkpoints: of the run.
-      stopping: whether it stops anyway; then skips are left to the run that continues.  A spike is
-        not: that run would go on from behind it.
 
     Raises:
       BadNumbers: the run cannot go on.
       RolledBack: it can, from an earlier checkpoint.
     """
-    if isinstance(trouble, TooManySkips):
-        if not stopping:
-            _stop(trouble, cfg, workdir, state)
-    else:
-        _roll_back(trouble, workdir, checkpoints)
+    if isinstance(anomaly, Spike):
+        _roll_back(anomaly, run)
+    elif not run.stop.requested:
+        _stop(anomaly, run, state)
 
 
-def _stop(trouble: TooManySkips, cfg: config.Config, workdir: Path, state: TrainState) -> None:
-    folder = workdir / FOLDER / str(trouble.step)
+def _stop(skips: TooManySkips, run: Run, state: TrainState) -> None:
+    folder = run.workdir / FOLDER / str(skips.step)
     with ocp.StandardCheckpointer() as writer:
-        arrays = {"state": state, "batch": trouble.batch}
+        arrays = {"state": state, "batch": skips.batch}
         writer.save((folder / ARRAYS).absolute(), arrays, force=True)
     if agreement.is_first():
-        text = json.dumps(config.to_dict(cfg), indent=2)
+        text = json.dumps(config.to_dict(run.cfg), indent=2)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
     raise BadNumbers(
-        f"The loss or the gradient was not finite in {trouble.count} steps in a row, the last of "
-        f"them step {trouble.step:,}; its batch and state are kept, and "
-        f"`python -m dynmoe_jax.training.health.replay --workdir={workdir}` shows where the first "
-        "such number arises."
+        f"The loss or the gradient was not finite in {skips.count} steps in a row, the last of "
+        f"them step {skips.step:,}; its batch and state are kept, and "
+        f"`python -m dynmoe_jax.training.health.replay --workdir={run.workdir}` shows where the "
+        "first such number arises."
     )
 
 
-def _roll_back(spike: Spike, workdir: Path, checkpoints: Checkpoints) -> None:
+def _roll_back(spike: Spike, run: Run) -> None:
     # The first high loss was computed after the update of the step before: that one goes too.
     culprit = spike.first - 1
-    checkpoints.wait()
+    run.checkpoints.wait()
     target = agreement.on_first(
-        lambda: max((step for step in checkpoints.steps() if step < culprit), default=None)
+        lambda: max((step for step in run.checkpoints.steps() if step < culprit), default=None)
     )
     if target is None:
         warn(
@@ -92,7 +82,7 @@ def _roll_back(spike: Spike, workdir: Path, checkpoints: Checkpoints) -> None:
             "lower config.checkpoint.every_steps or raise config.checkpoint.keep."
         )
         return
-    skips = read_skips(workdir)
+    skips = read_skips(run.workdir)
     if sum(skip.resumed_step == target for skip in skips) >= MOST_ROLLBACKS:
         raise BadNumbers(
             f"The loss jumped again at step {spike.first:,} after {MOST_ROLLBACKS} rollbacks to "
@@ -106,8 +96,8 @@ def _roll_back(spike: Spike, workdir: Path, checkpoints: Checkpoints) -> None:
         resumed_step=target,
     )
     # In this order: killed in between, the run meets the spike again and comes here again.
-    checkpoints.delete_after(target)
-    agreement.on_first(lambda: write_skips(workdir, [*skips, skip]))
+    run.checkpoints.delete_after(target)
+    agreement.on_first(lambda: write_skips(run.workdir, [*skips, skip]))
     raise RolledBack(
         f"back to step {target:,}; the batches {skip.first:,} to {skip.last:,} are left out."
     )

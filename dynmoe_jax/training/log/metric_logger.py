@@ -1,8 +1,9 @@
-"""From the arrays that a step leaves on the device to metrics.jsonl and the progress bar.
+"""Metrics of steps: from the arrays on the devices to metrics.jsonl and the progress bar.
 
 Axis legend: N MoE layers, E experts.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.routing import statistics
 from dynmoe_jax.runs.metrics_file import MetricsWriter, NoWriter
 from dynmoe_jax.runs.summary import HeldOut
-from dynmoe_jax.training.health.anomalies import Trouble, Troubles
+from dynmoe_jax.training.health.anomalies import Anomaly, AnomalyWatch
 from dynmoe_jax.training.log.hardware import peak_flops_per_second
 from dynmoe_jax.training.log.progress import TrainingProgress
 from dynmoe_jax.training.objective import Batch
@@ -88,16 +89,30 @@ def _heldout_record(heldout: HeldOut) -> dict[str, float]:
     return {"heldout_loss": heldout.loss, "heldout_bits_per_byte": heldout.bits_per_byte}
 
 
-class Logbook:
-    """Writes and shows the metrics of a run without stalling the device.
-
-    ``add`` keeps the metrics of step s on the device and reads those of step s-1, which by then
-    have been computed: the device works on step s meanwhile, and the host is never more than one
-    step ahead of it.  Of several processes, all read what steps say and act on it alike; process 0
-    writes it.
+@dataclasses.dataclass(frozen=True)
+class PendingStep:
+    """A step that was dispatched, and whose metrics may not have been computed yet.
 
     Attributes:
-      trouble: what the newest step that was read makes necessary; None as a rule.
+      number: of the step, from 1.
+      metrics: on the devices, by name.
+      batch: what the step was trained on, to be had again if it turns out to have gone wrong.
+    """
+
+    number: int
+    metrics: Mapping[str, jax.Array]
+    batch: Batch | None = None
+
+
+class MetricLogger:
+    """Writes and shows the metrics of a run.
+
+    Reading a step waits for it.  Who reads step s-1 after step s was dispatched leaves no device
+    idle, and the host is never more than one step ahead of them.  Of several processes, all read
+    what steps say and act on it alike; process 0 writes it.
+
+    Attributes:
+      anomaly: what the newest step that was read makes necessary; None as a rule.
 
     Args:
       cfg: all settings.
@@ -112,46 +127,45 @@ class Logbook:
         self._progress = TrainingProgress(done, cfg.train.steps)
         self._speed = StepRecorder(cfg, done)
         self._every, self._first, self._last = cfg.train.log_every_steps, done + 1, cfg.train.steps
-        self._pending: tuple[int, Mapping[str, jax.Array], Batch | None] | None = None
-        self._troubles = Troubles(cfg, done)
-        self.trouble: Trouble | None = None
+        self._read_until = done
+        self._anomalies = AnomalyWatch(cfg, done)
+        self.anomaly: Anomaly | None = None
 
-    def __enter__(self) -> "Logbook":
+    def __enter__(self) -> "MetricLogger":
         self._progress.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        try:
-            self._read()
-        finally:
-            self._progress.__exit__(*exception)
-            self._writer.close()
+        self._progress.__exit__(*exception)
+        self._writer.close()
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch | None = None) -> None:
-        """Takes the metrics of ``step``, which was just dispatched, and reads the step before.
+    def read(self, pending: PendingStep | None) -> None:
+        """Reads a step, once: writes its line if one is due, and looks at it for anomalies."""
+        if pending is None or pending.number <= self._read_until:
+            return
+        step = self._read_until = pending.number
+        logged = step % self._every == 0 or step in (self._first, self._last)
+        if logged:
+            self._write(step, self._speed.record(step, pending.metrics))
+        else:
+            jax.block_until_ready(pending.metrics)
+            self._progress.update(step)
+        self._look(pending, logged)
 
-        Args:
-          step: the step.
-          metrics: its metrics.
-          batch: its batch, to be had again if the step turns out to have gone wrong.
-        """
-        self._read()
-        self._pending = (step, metrics, batch)
-
-    def with_heldout(self, evaluate: Callable[[], HeldOut]) -> HeldOut:
-        """Evaluates after the newest step and adds the result to that step's line.
+    def read_with_heldout(self, pending: PendingStep, evaluate: Callable[[], HeldOut]) -> HeldOut:
+        """Reads a step, evaluates, and adds the result to the step's line.
 
         The step's speed is measured before, and the evaluation's time is not the next steps'.
         Whatever happens to the evaluation, the step has its line.
         """
-        (step, metrics, batch), self._pending = self._pending, None
-        record = self._speed.record(step, metrics)
+        step = self._read_until = pending.number
+        record = self._speed.record(step, pending.metrics)
         try:
             heldout = evaluate()
             record |= _heldout_record(heldout)
         finally:
             self._write(step, record)
-            self._look(step, metrics, batch, logged=True)
+            self._look(pending, logged=True)
             self._speed.restart(step)
         return heldout
 
@@ -169,32 +183,20 @@ class Logbook:
         self._speed.restart(step)
         return heldout
 
-    def flush(self) -> None:
-        """Returns when the newest step's line is on disk.
+    def flush(self, pending: PendingStep | None) -> None:
+        """Reads a step, and returns when its line is on disk.
 
         A checkpoint must not be there before the lines of its steps: the run that goes on from it
         would not write them again.
         """
-        self._read()
+        self.read(pending)
         self._writer.flush()
 
-    def _read(self) -> None:
-        if self._pending is None:
-            return
-        (step, metrics, batch), self._pending = self._pending, None
-        logged = step % self._every == 0 or step in (self._first, self._last)
-        if logged:
-            self._write(step, self._speed.record(step, metrics))
-        else:
-            jax.block_until_ready(metrics)
-            self._progress.update(step)
-        self._look(step, metrics, batch, logged)
-
-    def _look(self, step: int, metrics, batch: Batch | None, logged: bool) -> None:
+    def _look(self, pending: PendingStep, logged: bool) -> None:
         """Reads what every step says about itself; it has been computed by now."""
-        self.trouble = self._troubles.look(step, metrics, batch)
+        self.anomaly = self._anomalies.look(pending.number, pending.metrics, pending.batch)
         if logged:
-            self._troubles.look_at_routing(step, metrics)
+            self._anomalies.look_at_routing(pending.number, pending.metrics)
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
         self._writer.write(step, record)

@@ -21,6 +21,8 @@ from dynmoe_jax.training.health import replay as replay_command
 from dynmoe_jax.training.health.replay import replay
 from dynmoe_jax.training.health.rescue import BadNumbers
 from dynmoe_jax.training.health.skips import Skip, read_skips
+from dynmoe_jax.training.interrupt import StopRequest
+from dynmoe_jax.training.run import Run
 from dynmoe_jax.training.trainer import train
 
 pytestmark = pytest.mark.slow
@@ -219,7 +221,7 @@ def test_signal_and_rollback_are_both_obeyed(rolled_back, tmp_path, monkeypatch,
         (copy / name).unlink()
     monkeypatch.setattr(feed, "TrainStream", JumpingStream)
     place, name = {
-        "as the spike is seen": (anomalies.Troubles, "_spiked"),
+        "as the spike is seen": (anomalies.AnomalyWatch, "_spiked"),
         "while going back": (rescue, "write_skips"),
     }[moment]
     original = getattr(place, name)
@@ -237,6 +239,11 @@ def test_signal_and_rollback_are_both_obeyed(rolled_back, tmp_path, monkeypatch,
     assert losses(copy) == losses(workdir)
 
 
+def run_with(cfg, workdir, checkpoints):
+    """A run of which rescue needs no more than this."""
+    return Run(cfg, workdir, None, None, checkpoints, StopRequest(), None)
+
+
 def test_spike_without_an_older_checkpoint_is_a_warning(cfg, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(rescue, "warn", said.append)
@@ -249,7 +256,7 @@ def test_spike_without_an_older_checkpoint_is_a_warning(cfg, tmp_path, monkeypat
             return [44]
 
     spike = rescue.Spike(44, 45)
-    rescue.rescue(spike, cfg, tmp_path, None, Empty())
+    rescue.rescue(spike, run_with(cfg, tmp_path, Empty()), None)
     assert re.fullmatch(r"no checkpoint is older than the spike at step 44, so .*", said[0])
     assert read_skips(tmp_path) == []
 
@@ -268,11 +275,12 @@ def test_loss_that_jumps_however_often_one_goes_back_stops_the_run(cfg, tmp_path
             self.deleted = (*self.deleted, step)
 
     checkpoints = One()
+    run = run_with(cfg, tmp_path, checkpoints)
     for number in range(rescue.MOST_ROLLBACKS):
         with pytest.raises(rescue.RolledBack):
-            rescue.rescue(rescue.Spike(44, 45), cfg, tmp_path, None, checkpoints)
+            rescue.rescue(rescue.Spike(44, 45), run, None)
         # The steps 43 to 45 are other batches each time.
         assert read_skips(tmp_path)[number].first == 43 + 3 * number
     with pytest.raises(BadNumbers, match=r"after 3 rollbacks to step 40; .*learning_rate"):
-        rescue.rescue(rescue.Spike(44, 45), cfg, tmp_path, None, checkpoints)
+        rescue.rescue(rescue.Spike(44, 45), run, None)
     assert checkpoints.deleted == (40, 40, 40)

@@ -1,5 +1,7 @@
 """From a step's arrays to its line: the numbers by hand, the rhythm, the clock."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.summary import HeldOut
 from dynmoe_jax.training.health.anomalies import Spike, TooManySkips
 from dynmoe_jax.training.log import metric_logger
-from dynmoe_jax.training.log.metric_logger import COUNTS, SCALARS, Logbook
+from dynmoe_jax.training.log.metric_logger import COUNTS, SCALARS, MetricLogger, PendingStep
 
 PEAK = 1e9
 HELDOUT = HeldOut(loss=3.0, bits_per_byte=1.5, unigram_entropy=5.0, domains={})
@@ -38,10 +40,32 @@ def step_metrics(step=1, load_NE=((8, 0, 4, 4), (16, 16, 0, 0)), tokens=16, drop
     return scalars | counts | {"rows_dropped": np.int32(dropped)}
 
 
+class Loop:
+    """Reads each step when the next one has been dispatched, as the trainer does."""
+
+    def __init__(self, log):
+        self.log, self.pending = log, None
+
+    def dispatch(self, number, metrics, batch=None):
+        previous, self.pending = self.pending, PendingStep(number, metrics, batch)
+        self.log.read(previous)
+
+    def evaluate(self, evaluate):
+        return self.log.read_with_heldout(self.pending, evaluate)
+
+
+@contextlib.contextmanager
+def looped(cfg, workdir, done=0):
+    with MetricLogger(cfg, workdir, done) as log:
+        loop = Loop(log)
+        yield loop
+        log.read(loop.pending)
+
+
 def record(cfg, workdir, clock, metrics, seconds=2.0):
-    with Logbook(cfg, workdir, 0) as book:
+    with looped(cfg, workdir) as loop:
         clock.now += seconds
-        book.add(1, metrics)
+        loop.dispatch(1, metrics)
     return read_metrics(workdir)[0]
 
 
@@ -72,11 +96,11 @@ def test_flops_are_those_of_the_rows_that_were_computed(cfg, tmp_path, clock):
 
 def test_step_is_read_when_the_next_is_under_way(cfg, tmp_path, clock):
     """Reading at once would leave the device idle between steps."""
-    with Logbook(cfg, tmp_path, 0) as book:
+    with looped(cfg, tmp_path) as loop:
         clock.now += 1.0
-        book.add(1, step_metrics(1))
+        loop.dispatch(1, step_metrics(1))
         assert read_metrics(tmp_path) == []
-        book.add(2, step_metrics(2))
+        loop.dispatch(2, step_metrics(2))
         clock.now += 1.0
         assert [line["step"] for line in read_metrics(tmp_path)] == [1]
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
@@ -84,10 +108,10 @@ def test_step_is_read_when_the_next_is_under_way(cfg, tmp_path, clock):
 
 def test_first_last_and_every_nth_step_are_written(cfg, change, tmp_path, clock):
     cfg = change(cfg, train__log_every_steps=4)
-    with Logbook(cfg, tmp_path, 2) as book:
+    with looped(cfg, tmp_path, done=2) as loop:
         for step in range(3, 11):
             clock.now += 1.0
-            book.add(step, step_metrics(step))
+            loop.dispatch(step, step_metrics(step))
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [3, 4, 8, 10]
     # The clock is read when the next step is added: step 4 after one second, 8 after four.
@@ -103,10 +127,10 @@ def test_time_that_a_line_takes_is_counted(cfg, tmp_path, clock, monkeypatch):
         return routing_record(*arguments)
 
     monkeypatch.setattr(metric_logger, "_routing_record", slowly)
-    with Logbook(cfg, tmp_path, 0) as book:
+    with looped(cfg, tmp_path) as loop:
         for step in range(1, 11):
             clock.now += 0.5
-            book.add(step, step_metrics(step))
+            loop.dispatch(step, step_metrics(step))
     assert [line["seconds_step"] for line in read_metrics(tmp_path)][1:9] == [1.0] * 8
 
 
@@ -115,28 +139,16 @@ def test_evaluation_joins_its_step_and_is_not_counted_as_training(cfg, tmp_path,
         clock.now += 100.0
         return HELDOUT
 
-    with Logbook(cfg, tmp_path, 0) as book:
+    with looped(cfg, tmp_path) as loop:
         clock.now += 1.0
-        book.add(1, step_metrics(1))
-        assert book.with_heldout(evaluate) is HELDOUT
+        loop.dispatch(1, step_metrics(1))
+        assert loop.evaluate(evaluate) is HELDOUT
         clock.now += 1.0
-        book.add(2, step_metrics(2))
+        loop.dispatch(2, step_metrics(2))
     first, second = read_metrics(tmp_path)
     assert (first["heldout_loss"], first["heldout_bits_per_byte"]) == (3.0, 1.5)
     assert (first["seconds_step"], second["seconds_step"]) == (1.0, 1.0)
     assert "heldout_loss" not in second
-
-
-def test_last_step_before_a_failure_is_written(cfg, tmp_path, clock):
-    def fail_after_a_step():
-        with Logbook(cfg, tmp_path, 0) as book:
-            clock.now += 1.0
-            book.add(1, step_metrics(1))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail_after_a_step()
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
 def test_dense_model_uses_no_experts(cfg, tmp_path, clock):
@@ -154,31 +166,31 @@ def test_batch_of_padding_alone_is_no_division_by_zero(cfg, tmp_path, clock):
 def test_every_step_is_looked_at_even_if_it_is_not_logged(cfg, change, tmp_path, clock):
     """A run must stop at the step after its last chance, not at the next line of its log."""
     cfg = change(cfg, train__log_every_steps=5, train__max_skipped_in_a_row=2)
-    with Logbook(cfg, tmp_path, 0) as book:
+    with looped(cfg, tmp_path) as loop:
         for step in range(1, 4):
             clock.now += 1.0
             skipped = {"skipped_in_a_row": np.int32(step - 1), "loss": np.float32(np.nan)}
-            book.add(step, step_metrics(step) | skipped, {"tokens": step})
-            assert book.trouble is None
-    assert book.trouble == TooManySkips(step=3, count=2, batch={"tokens": 3})
+            loop.dispatch(step, step_metrics(step) | skipped, {"tokens": step})
+            assert loop.log.anomaly is None
+    assert loop.log.anomaly == TooManySkips(step=3, count=2, batch={"tokens": 3})
 
 
 def test_evaluation_step_is_looked_at_too(cfg, change, tmp_path, clock):
     cfg = change(cfg, train__spike_action="rollback", train__spike_steps=4)
-    with Logbook(cfg, tmp_path, 6) as book:
+    with looped(cfg, tmp_path, done=6) as loop:
         clock.now += 1.0
-        book.add(7, step_metrics(7) | {"spike_steps": np.int32(4)})
-        book.with_heldout(lambda: HELDOUT)
-        assert book.trouble == Spike(first=4, last=7)
+        loop.dispatch(7, step_metrics(7) | {"spike_steps": np.int32(4)})
+        loop.evaluate(lambda: HELDOUT)
+        assert loop.log.anomaly == Spike(first=4, last=7)
 
 
 @pytest.mark.parametrize(("action", "said"), [("none", ""), ("warn", "the loss has jumped to 1")])
 def test_spike_is_said_once_or_not_at_all(cfg, change, tmp_path, clock, capsys, action, said):
     cfg = change(cfg, train__spike_action=action, train__spike_steps=2)
-    with Logbook(cfg, tmp_path, 0) as book:
+    with looped(cfg, tmp_path) as loop:
         for step in range(1, 5):
             clock.now += 1.0
-            book.add(step, step_metrics(1) | {"spike_steps": np.int32(step)})
+            loop.dispatch(step, step_metrics(1) | {"spike_steps": np.int32(step)})
         clock.now += 1.0
-    assert book.trouble is None
+    assert loop.log.anomaly is None
     assert capsys.readouterr().out.count("warning:") == bool(said)
