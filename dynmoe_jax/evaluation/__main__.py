@@ -29,9 +29,9 @@ from dynmoe_jax.evaluation.scoring.scoring import Scorer
 from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.evaluation.window import choose_window
 from dynmoe_jax.model import Decoder, decoder_structure
-from dynmoe_jax.runs.checkpoint import CheckpointError
 from dynmoe_jax.runs.compilation import compiled_programs_kept
 from dynmoe_jax.runs.disk import DiskError, disk_errors
+from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.load import opened_run
 from dynmoe_jax.runs.records import to_json, write_atomically
 

@@ -19,8 +19,8 @@ from dynmoe_jax.inference.arguments import Arguments, parse
 from dynmoe_jax.inference.effort import Scale, legend, print_effort
 from dynmoe_jax.inference.records import as_record
 from dynmoe_jax.inference.writer import Writer, Written
-from dynmoe_jax.runs.checkpoint import CheckpointError
 from dynmoe_jax.runs.compilation import compiled_programs_kept
+from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.formatting import printable
 from dynmoe_jax.runs.load import load_run
 from dynmoe_jax.runs.records import to_json, write_atomically

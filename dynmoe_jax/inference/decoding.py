@@ -1,6 +1,7 @@
-"""The two compiled programs of generation: read the prompts, and write until all have ended.
+"""Compiled programs of generation: prefill, and decode steps until all sequences have ended.
 
-Axis legend: B sequences, P slots of the prompts, M tokens to write at most, N MoE layers.
+Axis legend: B prompts, P slots of the prompts, S sequences, M tokens to draw at most, D model
+width, N MoE layers; a step computes S = B C tokens, one of each sequence.
 """
 
 import dataclasses
@@ -9,12 +10,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dynmoe_jax.inference.sampling import Draw, draw_tokens
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.kv_cache import (
-    KVCache,
+    Cache,
     decode_step,
     prefill,
     repeated,
@@ -27,36 +28,36 @@ from dynmoe_jax.model.kv_cache import (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Writing:
-    """B sequences in the middle of being written.
+class DecodeState:
+    """S sequences in the middle of being decoded.
 
     Attributes:
       cache: keys and values of all positions but the newest token's.
       drawn: tokens drawn so far, the same number for all sequences.
-      active_B: which sequences have not ended.
-      limit_B: tokens that each sequence may have.
-      tokens_BM: the tokens drawn; what stands behind the end of a sequence means nothing.
-      experts_BMN: experts that each layer used at the position from which a token was predicted.
-      key_B: of the draws.
+      active_S: which sequences have not ended.
+      limit_S: tokens that each sequence may have.
+      tokens_SM: the tokens drawn; what stands behind the end of a sequence means nothing.
+      experts_SMN: experts that each layer used at the position from which a token was predicted.
+      key_S: of the draws; None where none is needed, see :meth:`.sampling.Draw.greedy`.
     """
 
-    cache: KVCache
+    cache: Cache
     drawn: Int[Array, ""]
-    active_B: Bool[Array, "B"]
-    limit_B: Int[Array, "B"]
-    tokens_BM: Int[Array, "B M"]
-    experts_BMN: Int[Array, "B M N"]
-    key_B: PRNGKeyArray
+    active_S: Bool[Array, "S"]
+    limit_S: Int[Array, "S"]
+    tokens_SM: Int[Array, "S M"]
+    experts_SMN: Int[Array, "S M N"]
+    key_S: PRNGKeyArray | None
 
 
 @partial(jax.jit, static_argnames="structure")
 def split_layers(structure: nnx.GraphDef, params: nnx.State) -> list[tuple[nnx.State, ...]]:
-    """The layers' parameters for :func:`write`, see :func:`dynmoe_jax.model.kv_cache.unstacked`."""
+    """The layers' parameters for :func:`decode`, by :func:`dynmoe_jax.model.kv_cache.unstacked`."""
     return unstacked(nnx.merge(structure, params))
 
 
 @partial(jax.jit, static_argnames=("structure", "room", "samples", "in_scan"))
-def begin(
+def prefill_prompts(
     structure: nnx.GraphDef,
     params: nnx.State,
     tokens_BP: Int[Array, "B P"],
@@ -68,7 +69,7 @@ def begin(
     room: int,
     samples: int = 1,
     in_scan: bool = False,
-) -> Writing:
+) -> DecodeState:
     """Reads prompts and draws the first token of each sequence.
 
     Args:
@@ -80,80 +81,115 @@ def begin(
       key_S: a key for each sequence.
       draw: how tokens are drawn.
       room: M.
-      samples: sequences to write for each prompt, side by side in the result.
+      samples: sequences for each prompt, side by side in the result.
       in_scan: leave the layers of the cache stacked.
     """
     decoder = nnx.merge(structure, params)
     x_BPD, cache, experts_NBP = prefill(decoder, tokens_BP, start_B)
-    logits_BV = decoder.logits(x_BPD[:, -1:])[:, 0]
     cache = with_room(repeated(cache, samples), tokens_BP.shape[1] + room)
-    cache = cache if in_scan else unstacked_cache(cache)
-    sequences = cache.start_B.shape[0]
-    experts_BMN = jnp.zeros((sequences, room, experts_NBP.shape[0]), jnp.int32)
-    writing = Writing(
-        cache,
-        jnp.int32(0),
+    again = partial(jnp.repeat, repeats=samples, axis=0)
+    return first_draw(
+        decoder,
+        cache if in_scan else unstacked_cache(cache),
+        again(x_BPD[:, -1]),
+        again(experts_NBP[:, :, -1].T),
         cache.start_B < tokens_BP.shape[1],
         limit_S,
+        key_S,
+        draw,
+        room,
+    )
+
+
+def first_draw(
+    decoder: Decoder,
+    cache: Cache,
+    x_SD: Float[Array, "S D"],
+    experts_SN: Int[Array, "S N"],
+    active_S: Bool[Array, "S"],
+    limit_S: Int[Array, "S"],
+    key_S: PRNGKeyArray | None,
+    draw: Draw,
+    room: int,
+) -> DecodeState:
+    """The state after the first token of each sequence, by the last position of its prompt.
+
+    Args:
+      decoder: for the logits.
+      cache: of the prompts.
+      x_SD: the normed residual stream there.
+      experts_SN: experts used there.
+      active_S: False for a sequence without a prompt.
+      limit_S: as in :class:`DecodeState`.
+      key_S: as in :class:`DecodeState`.
+      draw: how tokens are drawn.
+      room: M.
+    """
+    sequences, layers = experts_SN.shape
+    state = DecodeState(
+        cache,
+        jnp.int32(0),
+        active_S,
+        limit_S,
         jnp.zeros((sequences, room), jnp.int32),
-        experts_BMN,
+        jnp.zeros((sequences, room, layers), jnp.int32),
         key_S,
     )
-    again = partial(jnp.repeat, repeats=samples, axis=0)
-    return _drawn(writing, again(logits_BV), again(experts_NBP[:, :, -1].T), draw)
+    return _drawn(decoder, state, x_SD, experts_SN, draw)
 
 
-@partial(jax.jit, static_argnames="structure", donate_argnames="writing")
-def write(
+@partial(jax.jit, static_argnames="structure", donate_argnames="state")
+def decode(
     structure: nnx.GraphDef,
     params: nnx.State,
     layers: list | None,
-    writing: Writing,
+    state: DecodeState,
     draw: Draw,
     until: Int[Array, ""],
-) -> Writing:
+) -> DecodeState:
     """Draws tokens until ``until`` have been drawn or every sequence has ended.
 
     Args:
       structure: of a decoder.
       params: its parameters.
       layers: from :func:`split_layers`; None to use those in ``params``, in a scan.
-      writing: from :func:`begin`, which tells whether the layers are in a scan; given up.
+      state: given up; its cache is nested as the layers are.
       draw: how tokens are drawn.
       until: at most M.
     """
     decoder = nnx.merge(structure, params)
     stacks = stacked(decoder) if layers is None else layers
 
-    def more(writing: Writing):
-        return (writing.drawn < until) & jnp.any(writing.active_B)
+    def more(state: DecodeState):
+        return (state.drawn < until) & jnp.any(state.active_S)
 
-    def one_token(writing: Writing) -> Writing:
-        return _one_token(decoder, stacks, writing, draw)
+    def one_token(state: DecodeState) -> DecodeState:
+        return _one_token(decoder, stacks, state, draw)
 
-    return jax.lax.while_loop(more, one_token, writing)
-
-
-def _one_token(decoder: Decoder, stacks, writing: Writing, draw: Draw) -> Writing:
-    newest = partial(jax.lax.dynamic_slice_in_dim, start_index=writing.drawn - 1, slice_size=1)
-    token_B1 = newest(writing.tokens_BM, axis=1)
-    x_B1D, cache, experts_NB1 = decode_step(
-        decoder, stacks, token_B1, writing.active_B[:, None], writing.cache
-    )
-    logits_BV = decoder.logits(x_B1D)[:, 0]
-    writing = dataclasses.replace(writing, cache=cache)
-    return _drawn(writing, logits_BV, experts_NB1[:, :, 0].T, draw)
+    return jax.lax.while_loop(more, one_token, state)
 
 
-def _drawn(writing: Writing, logits_BV, experts_BN, draw: Draw) -> Writing:
-    """One token further, by these logits."""
-    token_B = draw_tokens(logits_BV, draw, writing.key_B, writing.drawn)
-    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=writing.drawn, axis=1)
-    drawn = writing.drawn + 1
+def _one_token(decoder: Decoder, stacks, state: DecodeState, draw: Draw) -> DecodeState:
+    newest = partial(jax.lax.dynamic_index_in_dim, index=state.drawn - 1, keepdims=False)
+    shape = state.cache.step_shape
+    tokens_BC = newest(state.tokens_SM, axis=1).reshape(shape)
+    active_BC = state.active_S.reshape(shape)
+    x_BCD, cache, experts_NBC = decode_step(decoder, stacks, tokens_BC, active_BC, state.cache)
+    x_SD = x_BCD.reshape(-1, x_BCD.shape[-1])
+    experts_SN = experts_NBC.reshape(len(experts_NBC), -1).T
+    return _drawn(decoder, dataclasses.replace(state, cache=cache), x_SD, experts_SN, draw)
+
+
+def _drawn(decoder: Decoder, state: DecodeState, x_SD, experts_SN, draw: Draw) -> DecodeState:
+    """The state one token further, by what was computed at the newest position."""
+    logits_SV = decoder.logits(x_SD[:, None])[:, 0]
+    token_S = draw_tokens(logits_SV, draw, state.key_S, state.drawn)
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.drawn, axis=1)
+    drawn = state.drawn + 1
     return dataclasses.replace(
-        writing,
+        state,
         drawn=drawn,
-        active_B=writing.active_B & ~draw.stops(token_B) & (drawn < writing.limit_B),
-        tokens_BM=put(writing.tokens_BM, token_B[:, None]),
-        experts_BMN=put(writing.experts_BMN, experts_BN[:, None]),
+        active_S=state.active_S & ~draw.stops(token_S) & (drawn < state.limit_S),
+        tokens_SM=put(state.tokens_SM, token_S[:, None]),
+        experts_SMN=put(state.experts_SMN, experts_SN[:, None]),
     )

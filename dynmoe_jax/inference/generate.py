@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from dynmoe_jax.data import check_ids
 from dynmoe_jax.hardware.target import current_target
-from dynmoe_jax.inference.decoding import Writing, begin, split_layers, write
+from dynmoe_jax.inference.decoding import DecodeState, decode, prefill_prompts, split_layers
 from dynmoe_jax.inference.sampling import Draw, Sampling, sequence_keys
 from dynmoe_jax.model import Decoder
 
@@ -117,23 +117,23 @@ class Generator:
             check_ids(prompt, self._rows)
         draw = Draw.of(sampling, vocab_size, stop_ids)
         watched = _Watched(np.repeat(limits, samples), stop_ids, watch)
-        writing = self._begin(prompts, watched.limits, sampling.seed, draw, samples)
+        state = self._begin(prompts, watched.limits, sampling.seed, draw, samples)
         begun = time.perf_counter()
         end, until = int(max(limits)), 1
-        while until < end and watched.look(writing):
+        while until < end and watched.look(state):
             until = end if watch is None else min(end, until + CHUNK)
-            writing = watched.without_ended(writing)
-            arguments = self._params, self._layers, writing, draw, jnp.int32(until)
-            compiled, compile_s = self._program(write, *arguments)
+            state = watched.without_ended(state)
+            arguments = self._params, self._layers, state, draw, jnp.int32(until)
+            compiled, compile_s = self._program(decode, *arguments)
             begun += compile_s
-            writing = jax.block_until_ready(compiled(*arguments))
-        watched.look(writing)
+            state = jax.block_until_ready(compiled(*arguments))
+        watched.look(state)
         self.speed.writing_s += time.perf_counter() - begun
         # The first token of each sequence came with the prompt.
         self.speed.written_tokens += sum(max(0, len(c.ids) - 1) for c in watched.written)
         return watched.written
 
-    def _begin(self, prompts, limits, seed: int, draw: Draw, samples: int) -> Writing:
+    def _begin(self, prompts, limits, seed: int, draw: Draw, samples: int) -> DecodeState:
         """The prompts read, one token of each sequence drawn."""
         lengths = [len(prompt) for prompt in prompts]
         rows = 2 ** (len(prompts) - 1).bit_length()
@@ -149,17 +149,17 @@ class Generator:
         key_S = sequence_keys(seed, [*prompts, *nobody], samples)
         arguments = self._params, tokens_BP, start_B, limit_S, key_S, draw
         compiled, _ = self._program(
-            begin,
+            prefill_prompts,
             *arguments,
             room=rounded_up(int(max(limits)), "cpu"),
             samples=samples,
             in_scan=self._layers is None,
         )
         begun = time.perf_counter()
-        writing = jax.block_until_ready(compiled(*arguments))
+        state = jax.block_until_ready(compiled(*arguments))
         self.speed.prompt_s += time.perf_counter() - begun
         self.speed.prompt_tokens += sum(lengths)
-        return writing
+        return state
 
     def _program(self, function, *arguments, **static):
         """(the compiled program for arguments like these, seconds that compiling it took now)."""
@@ -189,17 +189,17 @@ class _Watched:
         """Tokens of the sequences that ended before their limits."""
         self.written: list[Continuation] = []
 
-    def look(self, writing: Writing) -> bool:
+    def look(self, state: DecodeState) -> bool:
         """Reads what there is; returns whether anything is left to write."""
-        drawn = int(writing.drawn)
-        tokens_BM, experts_BMN = jax.device_get((writing.tokens_BM, writing.experts_BMN))
+        drawn = int(state.drawn)
+        tokens_SM, experts_SMN = jax.device_get((state.tokens_SM, state.experts_SMN))
         self.written = []
         for row, limit in enumerate(self.limits):
             end = self.ends.get(row, min(drawn, int(limit)))
-            stops = np.flatnonzero(np.isin(tokens_BM[row, :end], self.stop_ids))
+            stops = np.flatnonzero(np.isin(tokens_SM[row, :end], self.stop_ids))
             if stops.size:
                 end = self.ends[row] = int(stops[0])
-            ids, experts_nN = tokens_BM[row, :end], experts_BMN[row, :end]
+            ids, experts_nN = tokens_SM[row, :end], experts_SMN[row, :end]
             self.written.append(Continuation(ids, experts_nN, row in self.ends))
         if self.watch is not None:
             for row in self.watch(self.written):
@@ -207,12 +207,12 @@ class _Watched:
                 self.written[row] = dataclasses.replace(self.written[row], ended=True)
         return any(row not in self.ends and drawn < n for row, n in enumerate(self.limits))
 
-    def without_ended(self, writing: Writing) -> Writing:
+    def without_ended(self, state: DecodeState) -> DecodeState:
         """Marks sequences that the host stopped as inactive on the device."""
         if self.watch is None or not self.ends:
-            return writing
-        ended_B = np.isin(np.arange(writing.active_B.shape[0]), list(self.ends))
-        return dataclasses.replace(writing, active_B=writing.active_B & ~ended_B)
+            return state
+        ended_S = np.isin(np.arange(state.active_S.shape[0]), list(self.ends))
+        return dataclasses.replace(state, active_S=state.active_S & ~ended_S)
 
 
 def _on_every_device(params: nnx.State) -> jax.sharding.NamedSharding | None:

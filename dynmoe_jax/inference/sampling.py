@@ -55,14 +55,15 @@ class Draw:
     """Parameters of sampling for a compiled program; all of it data, so that one fits all.
 
     Attributes:
-      temperature, top_k, nucleus: as in :class:`Sampling`.
+      temperature, top_k, nucleus: as in :class:`Sampling`; a temperature of None is greedy in a
+        program that cannot do anything else, and compiles sooner.
       vocab_size: of the tokenizer; a model may have more rows, which mean nothing.
       stop_Z: tokens that end a sequence, filled up with ``NO_TOKEN``.
     """
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    nucleus: Float[Array, ""]
+    temperature: Float[Array, ""] | None
+    top_k: Int[Array, ""] | None
+    nucleus: Float[Array, ""] | None
     vocab_size: Int[Array, ""]
     stop_Z: Int[Array, "Z"]
 
@@ -78,6 +79,12 @@ class Draw:
             jnp.int32(vocab_size),
             jnp.asarray(stops, jnp.int32),
         )
+
+    @classmethod
+    def greedy(cls, vocab_size: int) -> "Draw":
+        """The most probable token, and no token that ends a sequence."""
+        stop_Z = jnp.full(_STOPS_PADDED_TO, NO_TOKEN, jnp.int32)
+        return cls(None, None, None, jnp.int32(vocab_size), stop_Z)
 
     def stops(self, token_B: Int[Array, "B"]) -> Bool[Array, "B"]:
         """Whether a token ends its sequence."""
@@ -98,14 +105,14 @@ def sequence_keys(seed: int, prompts: Sequence[Int[np.ndarray, "_"]], samples: i
 
 
 def draw_tokens(
-    logits_BV: Float[Array, "B V"], draw: Draw, key_B: PRNGKeyArray, step: Int[Array, ""]
+    logits_BV: Float[Array, "B V"], draw: Draw, key_B: PRNGKeyArray | None, step: Int[Array, ""]
 ) -> Int[Array, "B"]:
     """The next token of each sequence: temperature, then top-k, then nucleus, then the draw.
 
     Args:
       logits_BV: of the next token.
       draw: how.
-      key_B: of each sequence, see :func:`sequence_keys`.
+      key_B: of each sequence, see :func:`sequence_keys`; None where ``draw`` is greedy.
       step: which token of its sequence this is.
     """
     known_V = jnp.arange(logits_BV.shape[1]) < draw.vocab_size
@@ -119,6 +126,8 @@ def draw_tokens(
         return pick(jax.nn.softmax(kept_BV, axis=-1), jax.vmap(jax.random.uniform)(step_key_B))
 
     greedy = lambda: jnp.argmax(logits_BV, axis=-1)  # noqa: E731
+    if draw.temperature is None:
+        return greedy().astype(jnp.int32)
     return jax.lax.cond(draw.temperature > 0, drawn, greedy).astype(jnp.int32)
 
 

@@ -5,7 +5,7 @@ of, and the layout between the two (:mod:`.architectures.mapping`).  The same ta
 tests map gradients back with it.
 """
 
-from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.load import load_hf
+from dynmoe_jax.runs.errors import CheckpointError
 
 __all__ = ["CheckpointError", "load_hf"]

@@ -15,14 +15,13 @@ from pathlib import Path
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError
-from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.export_model import SHARD_BYTES, export_model
 from dynmoe_jax.interop.files.tensor_writer import DTYPES
 from dynmoe_jax.interop.import_model import import_model
 from dynmoe_jax.model.parameters import count_parameters
-from dynmoe_jax.runs import checkpoint
+from dynmoe_jax.runs.errors import CheckpointError
 
-BAD_INPUT = (CheckpointError, DataError, checkpoint.CheckpointError)
+BAD_INPUT = (CheckpointError, DataError)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -11,10 +11,11 @@ from dynmoe_jax.interop.architectures.api import Architecture
 from dynmoe_jax.interop.architectures.layouts import Shape
 from dynmoe_jax.interop.architectures.mapping import Path, Place, places
 from dynmoe_jax.interop.architectures.registry import architecture_of
-from dynmoe_jax.interop.errors import CheckpointError, named, shown
 from dynmoe_jax.interop.files.source import Source
+from dynmoe_jax.interop.quoted import named, shown
 from dynmoe_jax.interop.tied_head import untied
 from dynmoe_jax.model import parameter_shapes
+from dynmoe_jax.runs.errors import CheckpointError
 
 _COUNTED = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
 """Settings of which each one has tensors of its own."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dynmoe_jax.interop.errors import CheckpointError, shown
+from dynmoe_jax.interop.quoted import shown
+from dynmoe_jax.runs.errors import CheckpointError
 
 _CHANGE_EVERYTHING = ("quantization_config", "per_layer_config")
 """Settings of any architecture with which tensors, or layers, are others than read here."""

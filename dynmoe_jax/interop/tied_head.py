@@ -7,8 +7,8 @@ import numpy as np
 
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.interop.architectures.layouts import Shape
-from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.files.source import Source
+from dynmoe_jax.runs.errors import CheckpointError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """As all architectures name them."""

@@ -19,7 +19,7 @@ layers.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,28 @@ LayerKV = Any
 tuple, or a leading axis of the arrays), over the layers of a group."""
 
 
+Attend = Callable[..., tuple[Array, Any]]
+"""``(layer, kv of the layer, query, key, value) -> (attended values, new kv of the layer)``."""
+
+
+class Cache(Protocol):
+    """Keys and values of contexts, with room for those of positions behind them.
+
+    Attributes:
+      kv: of every layer, see :data:`LayerKV`.
+      step_shape: [B, C] of the tokens that one step of decoding computes, one for each sequence.
+    """
+
+    kv: LayerKV
+    step_shape: tuple[int, int]
+
+    def behind(self, count: int) -> tuple[Int[Array, "B C"], Attend]:
+        """(positions in their texts of the next ``count`` tokens of a row, how they attend)."""
+
+    def filled(self, kv: LayerKV, count: int) -> "Cache":
+        """The cache with the keys and values that ``count`` tokens of a row have added."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -50,6 +72,29 @@ class KVCache:
     kv: LayerKV
     start_B: Int[Array, "B"]
     end: Int[Array, ""]
+
+    @property
+    def step_shape(self) -> tuple[int, int]:
+        """[B, 1]: each sequence is a row."""
+        return len(self.start_B), 1
+
+    def behind(self, count: int) -> tuple[Int[Array, "B C"], Attend]:
+        """(positions of the next ``count`` slots, attention to the filled slots and to these)."""
+        slots = jax.tree.leaves(self.kv)[0].shape[-3]
+        slot_C = self.end + jnp.arange(count)
+        visible_BCS = jnp.arange(slots) <= slot_C[None, :, None]
+        visible_BCS &= jnp.arange(slots) >= self.start_B[:, None, None]
+
+        def attend(_, kv, query_BCHW, *new):
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.end, axis=1)
+            kv = tuple(write(a, b.astype(a.dtype)) for a, b in zip(kv, new, strict=True))
+            return _attend(query_BCHW, *kv, visible_BCS), kv
+
+        return slot_C - self.start_B[:, None], attend
+
+    def filled(self, kv: LayerKV, count: int) -> "KVCache":
+        """The cache with ``count`` more slots."""
+        return KVCache(kv, self.start_B, self.end + count)
 
 
 def prefill(
@@ -86,8 +131,8 @@ def decode_step(
     stacks: list,
     tokens_BC: Int[Array, "B C"],
     valid_BC: Bool[Array, "B C"],
-    cache: KVCache,
-) -> tuple[Float[Array, "B C D"], KVCache, Int[Array, "N B C"]]:
+    cache: Cache,
+) -> tuple[Float[Array, "B C D"], Cache, Int[Array, "N B C"]]:
     """Computes C positions behind a cache that has room for them, and keeps theirs in it.
 
     The cache that is passed stays valid for other continuations; where it is not used again (in a
@@ -99,26 +144,17 @@ def decode_step(
         nested alike (:func:`unstacked_cache`).
       tokens_BC: one continuation of each sequence, filled up at the right.
       valid_BC: False where filled up, or where nobody asks: such positions use no experts.
-      cache: at least C slots behind ``end`` are free.
+      cache: with room for C tokens.
 
     Returns:
-      the normed residual stream; the cache with C more slots; experts that each position used.
+      the normed residual stream; the cache with C more tokens; experts that each position used.
     """
-    slots = jax.tree.leaves(cache.kv)[0].shape[-3]
-    slot_C = cache.end + jnp.arange(tokens_BC.shape[1])
-    positions_BC = slot_C - cache.start_B[:, None]
-    visible_BCS = jnp.arange(slots) <= slot_C[None, :, None]
-    visible_BCS &= jnp.arange(slots) >= cache.start_B[:, None, None]
-
-    def attend(_, kv, query_BCHW, *new):
-        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.end, axis=1)
-        key_BSGW, value_BSGW = (write(a, b.astype(a.dtype)) for a, b in zip(kv, new, strict=True))
-        return _attend(query_BCHW, key_BSGW, value_BSGW, visible_BCS), (key_BSGW, value_BSGW)
-
+    count = tokens_BC.shape[1]
+    positions_BC, attend = cache.behind(count)
     x_BCD, kv, experts = apply_layers(
         decoder, stacks, tokens_BC, valid_BC.astype(jnp.int32), positions_BC, cache.kv, attend
     )
-    return x_BCD, KVCache(kv, cache.start_B, cache.end + tokens_BC.shape[1]), experts
+    return x_BCD, cache.filled(kv, count), experts
 
 
 def stacked(decoder: Decoder) -> list[nnx.State]:
@@ -170,7 +206,7 @@ def _parted(tree) -> tuple:
 
 
 def apply_layers(
-    decoder: Decoder, stacks, tokens_BL, segment_ids_BL, positions_BL, kv, attend: Callable
+    decoder: Decoder, stacks, tokens_BL, segment_ids_BL, positions_BL, kv, attend: Attend
 ):
     """Embeds, passes all layers, norms.
 
@@ -181,7 +217,7 @@ def apply_layers(
       segment_ids_BL: 0 where no experts are to be used.
       positions_BL: positions within the documents.
       kv: what ``attend`` gets of each layer, nested like the parameters.
-      attend: ``(layer, kv, query, key, value) -> (mixed, kv)``.
+      attend: attention of a layer.
     """
     positions = TokenPositions(segment_ids_BL, decoder.rotary(positions_BL))
 

@@ -19,6 +19,7 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.runs.disk import not_writable
+from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.integrity import find_damage, write_checksums
 from dynmoe_jax.runs.pace import Pace, paced_types
 from dynmoe_jax.runs.retention import METRIC, BeforeDecay, heldout_loss, keep_policy, save_policy
@@ -32,10 +33,6 @@ IMPORTED = "imported"
 
 _CLOCK_STEPS = 10
 """Several processes agree every so many steps on what the clock of process 0 says."""
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be written or read; the message is one sentence for the user."""
 
 
 class Checkpoints:

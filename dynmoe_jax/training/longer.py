@@ -15,7 +15,8 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import find_tokenizer
-from dynmoe_jax.runs.checkpoint import FOLDER, ITEMS, CheckpointError, Checkpoints
+from dynmoe_jax.runs.checkpoint import FOLDER, ITEMS, Checkpoints
+from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.integrity import find_damage
 from dynmoe_jax.runs.metrics_file import FILE_NAME as METRICS
 from dynmoe_jax.runs.recovery import move_damaged

@@ -22,7 +22,6 @@ from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.kernels.attention.choice import choose_attention
 from dynmoe_jax.runs.checkpoint import (
-    CheckpointError,
     Checkpoints,
     check_compatible,
     check_not_imported,
@@ -31,6 +30,7 @@ from dynmoe_jax.runs.checkpoint import (
 )
 from dynmoe_jax.runs.compilation import compiled_programs_kept
 from dynmoe_jax.runs.disk import DiskError, check_folder_name, disk_errors
+from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.lock import locked
 from dynmoe_jax.runs.metrics_file import check_packages
 from dynmoe_jax.runs.recovery import recover

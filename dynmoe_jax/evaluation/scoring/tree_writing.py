@@ -17,7 +17,9 @@ from jaxtyping import Int
 from dynmoe_jax.data import check_ids
 from dynmoe_jax.evaluation.scoring.batches import Batch, lay_out, make_batches
 from dynmoe_jax.evaluation.scoring.requests import Request
-from dynmoe_jax.evaluation.scoring.tree_decoding import begin, write
+from dynmoe_jax.evaluation.scoring.tree_decoding import prefill_trees
+from dynmoe_jax.inference.decoding import decode
+from dynmoe_jax.inference.sampling import Draw
 from dynmoe_jax.model import Decoder
 
 ROUNDS = (16, 64, 256)
@@ -82,7 +84,7 @@ class TreeWriter:
         self._structure, self._params = nnx.split(decoder)
         self._rows = decoder.config.vocab_size
         self._batch_tokens = batch_tokens
-        self._vocab_size, self._end_ids = vocab_size, frozenset((eos_id, *end_ids))
+        self._draw, self._end_ids = Draw.greedy(vocab_size), frozenset((eos_id, *end_ids))
         self.tokens_asked = 0
         """Of prompts, as if each one had been read alone."""
         self.tokens_read = 0
@@ -122,20 +124,12 @@ class TreeWriter:
         self.tokens_asked += sum(len(path) for _, path, _ in batch.requests)
         self.tokens_read += int(batch.segment_ids.sum())
         layout = (batch.tokens, batch.segment_ids, batch.positions, batch.ends)
-        rows, writing, experts_NT = begin(
-            self._structure,
-            self._params,
-            *layout,
-            leaves_BQ,
-            active_BQ,
-            self._vocab_size,
-            room=room,
-        )
-        depths_BQ = np.take_along_axis(batch.positions, leaves_BQ, axis=1)
+        arguments = self._structure, self._params, *layout, leaves_BQ, active_BQ, self._draw
+        state, experts_NT = prefill_trees(*arguments, room=room)
         ended: dict[int, int] = {}
         until = 1
         while True:
-            tokens_BQM = np.asarray(writing.tokens_BQM)
+            tokens_BQM = np.asarray(state.tokens_SM).reshape(*active_BQ.shape, room)
             for n, (owner, place) in enumerate(zip(owners, places, strict=True)):
                 if n not in ended:
                     ids = so_far[owner] + tokens_BQM[place][:until].tolist()
@@ -148,18 +142,16 @@ class TreeWriter:
             active_BQ = active_BQ.copy()
             for n in ended:
                 active_BQ[places[n]] = False
-            writing = dataclasses.replace(writing, active_BQ=active_BQ)
-            writing = write(
-                self._structure, self._params, rows, writing, batch.ends, leaves_BQ, depths_BQ,
-                self._vocab_size, until,
-            )  # fmt: skip
-        return self._texts(
-            batch, owners, places, so_far, ended, tokens_BQM[:, :, :until], writing, experts_NT
-        )
+            state = dataclasses.replace(state, active_S=active_BQ.reshape(-1))
+            state = decode(self._structure, self._params, None, state, self._draw, until)
+        # Behind what predicted the first token, which is in the prompt, come the decoded ones.
+        experts_BQMN = np.asarray(state.experts_SMN).reshape(*tokens_BQM.shape, -1)[:, :, 1:]
+        experts = np.asarray(experts_NT), experts_BQMN
+        return self._texts(batch, owners, places, so_far, ended, tokens_BQM[:, :, :until], experts)
 
-    def _texts(self, batch, owners, places, so_far, ended, tokens_BQM, writing, experts_NT):
+    def _texts(self, batch, owners, places, so_far, ended, tokens_BQM, experts):
         """(texts that have ended, tokens of those that have not)."""
-        experts_NT, experts_MNBQ = np.asarray(experts_NT), np.asarray(writing.experts_MNBQ)
+        experts_NT, experts_BQMN = experts
         finished, unfinished = [], {}
         for n, (_, path, _) in enumerate(batch.requests):
             owner, before = owners[n], so_far[owners[n]]
@@ -170,7 +162,7 @@ class TreeWriter:
             ids = ids[: ended[n]]
             read = max(0, len(ids) - len(before) - 1)
             experts_LN = np.concatenate(
-                [experts_NT[:, path].T, experts_MNBQ[:read, :, places[n][0], places[n][1]]]
+                [experts_NT[:, path].T, experts_BQMN[places[n]][:read]]
             ).astype(np.int32)
             written = Written(ids, experts_LN.sum(axis=0), experts_LN.sum(axis=1))
             finished.append((owner, written))

@@ -11,8 +11,9 @@ from dynmoe_jax import config
 from dynmoe_jax.interop.architectures.api import Architecture
 from dynmoe_jax.interop.architectures.layouts import Linear, Same
 from dynmoe_jax.interop.architectures.mapping import GATE, UP, Rule
-from dynmoe_jax.interop.errors import CheckpointError, shown
+from dynmoe_jax.interop.quoted import shown
 from dynmoe_jax.interop.settings import check_count, read_settings, rope_theta
+from dynmoe_jax.runs.errors import CheckpointError
 
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 DEFAULTS = {

@@ -13,7 +13,7 @@ import numpy as np
 
 from dynmoe_jax import config
 from dynmoe_jax.interop.architectures.layouts import LINEAR, Layout, Shape
-from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.runs.errors import CheckpointError
 
 Path = tuple[str | int, ...]
 GATE, UP = 0, 1

@@ -1,7 +1,7 @@
 """MoE layers by number: lists of foreign configurations, and our repeating groups."""
 
 from dynmoe_jax import config
-from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.runs.errors import CheckpointError
 
 
 def moe_layers(model: config.Model) -> list[int]:

@@ -23,8 +23,9 @@ from dynmoe_jax.interop.architectures.llama import (
 )
 from dynmoe_jax.interop.architectures.mapping import GATE, UP, Rule
 from dynmoe_jax.interop.architectures.moe_layers import grouping, moe_layers
-from dynmoe_jax.interop.errors import CheckpointError, shown
+from dynmoe_jax.interop.quoted import shown
 from dynmoe_jax.interop.settings import check_count, check_window, read_settings
+from dynmoe_jax.runs.errors import CheckpointError
 
 _DEFAULTS = DEFAULTS | {
     "max_position_embeddings": 32768,

@@ -12,7 +12,7 @@ from dynmoe_jax.interop.architectures.mixtral import MIXTRAL
 from dynmoe_jax.interop.architectures.moe_layers import moe_layers
 from dynmoe_jax.interop.architectures.olmoe import OLMOE
 from dynmoe_jax.interop.architectures.qwen2_moe import QWEN2_MOE
-from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.runs.errors import CheckpointError
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture

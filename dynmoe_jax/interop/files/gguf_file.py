@@ -14,10 +14,11 @@ import numpy as np
 
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.interop.architectures.layouts import Shape
-from dynmoe_jax.interop.errors import CheckpointError, named
 from dynmoe_jax.interop.files.gguf_endings import ends_in_gguf
 from dynmoe_jax.interop.files.gguf_settings import llama_settings
 from dynmoe_jax.interop.files.gguf_tokenizer import tokenizer_of
+from dynmoe_jax.interop.quoted import named
+from dynmoe_jax.runs.errors import CheckpointError
 
 _LAYER = "model.layers.{layer}."
 _NAMES = {

@@ -6,7 +6,8 @@ llama.cpp decides what a key means, which keys there must be, and what stands in
 from collections.abc import Callable
 from typing import Any
 
-from dynmoe_jax.interop.errors import CheckpointError, shown
+from dynmoe_jax.interop.quoted import shown
+from dynmoe_jax.runs.errors import CheckpointError
 
 Metadata = Callable[[str], Any]
 """The value of a key; None where a file lacks it."""

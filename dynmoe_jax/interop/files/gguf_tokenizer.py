@@ -11,8 +11,8 @@ from dynmoe_jax.data import DataError
 from dynmoe_jax.data.tokenizers.hf import HfTokenizer
 from dynmoe_jax.data.tokenizers.hf_around import put_around
 from dynmoe_jax.data.tokenizers.hf_files import MAIN, SETTINGS
-from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.files.gguf_vocabulary import CONTROL, USER_DEFINED, GgufVocabulary
+from dynmoe_jax.runs.errors import CheckpointError
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from dynmoe_jax.interop.errors import CheckpointError
+from dynmoe_jax.runs.errors import CheckpointError
 
 CONTROL, USER_DEFINED = 3, 4
 """Kinds of tokens that are found in a text before it is cut."""

@@ -11,7 +11,6 @@ from dynmoe_jax.data import Tokenizer, open_tokenizer
 from dynmoe_jax.data.tokenizers.endings import GENERATION, named_ends
 from dynmoe_jax.data.tokenizers.hf_files import holds_tokenizer
 from dynmoe_jax.interop.architectures.layouts import Shape
-from dynmoe_jax.interop.errors import CheckpointError
 from dynmoe_jax.interop.files.gguf_file import MAGIC, GgufFile
 from dynmoe_jax.interop.files.tensor_files import (
     read_json,
@@ -20,6 +19,7 @@ from dynmoe_jax.interop.files.tensor_files import (
     tensor_shapes,
     tensors_are_equal,
 )
+from dynmoe_jax.runs.errors import CheckpointError
 
 
 class Source(Protocol):

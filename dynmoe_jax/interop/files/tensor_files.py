@@ -14,7 +14,8 @@ import numpy as np
 import safetensors
 
 from dynmoe_jax.interop.architectures.layouts import Shape
-from dynmoe_jax.interop.errors import CheckpointError, named, shown
+from dynmoe_jax.interop.quoted import named, shown
+from dynmoe_jax.runs.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")

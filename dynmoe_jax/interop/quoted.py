@@ -1,15 +1,7 @@
-"""The error of somebody else's checkpoint, and how its values and names are shown."""
+"""Values and names of foreign files, as messages show them."""
 
 import reprlib
 from typing import Any
-
-
-class CheckpointError(ValueError):
-    """A foreign checkpoint cannot be read, or is not what its configuration says.
-
-    The message is one sentence that names the file, the tensor or the setting.
-    """
-
 
 _LONGEST = 200
 _SHORT = reprlib.Repr()
