@@ -22,7 +22,7 @@ from benchmarks.command import run
 from dynmoe_jax import config
 from dynmoe_jax.console import console
 from dynmoe_jax.interop import load_hf
-from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.mapping import parameter_slices
 from dynmoe_jax.interop.architectures.registry import architecture_for
 from dynmoe_jax.interop.export_model import export_model
 from dynmoe_jax.interop.files.tensor_files import write_json
@@ -60,8 +60,8 @@ def write_checkpoint(model: config.Model, folder: Path) -> int:
     """Writes random tensors of a model's shapes in Hugging Face's format; returns their bytes."""
     architecture = architecture_for(model)
     shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
-    found = places(architecture.rules, model, shapes)
-    foreign = {n: place.layout.foreign_shape(place.shape(shapes)) for n, place in found.items()}
+    found = parameter_slices(architecture.rules, model, shapes)
+    foreign = {n: ours.layout.foreign_shape(ours.shape(shapes)) for n, ours in found.items()}
     folder.mkdir()
     writer = TensorWriter(folder, foreign, "float32", FILE_BYTES)
     random = np.random.default_rng(0)

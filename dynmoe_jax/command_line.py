@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dynmoe_jax import config
-from dynmoe_jax.cluster.place import Place, place_from
+from dynmoe_jax.cluster.rank import Rank, rank_from
 from dynmoe_jax.console import console
 from dynmoe_jax.hardware.absent_accelerators import leave_out_absent_accelerators
 
@@ -33,11 +33,11 @@ CLUSTER_FLAGS = {
     "process_id": (int, "which of them this is, from 0"),
     "connect_timeout": (
         int,
-        f"seconds to wait for the others at the start, {Place.connect_timeout}",
+        f"seconds to wait for the others at the start, {Rank.connect_timeout}",
     ),
     "heartbeat_timeout": (
         int,
-        f"seconds of silence after which one counts as dead, {Place.heartbeat_timeout}",
+        f"seconds of silence after which one counts as dead, {Rank.heartbeat_timeout}",
     ),
 }
 """Flags of a cluster: type and help by name.  Where JAX finds the cluster by itself (TPU, SLURM,
@@ -62,12 +62,12 @@ def run(
         if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in sys.argv[1:]):
             _print_help(about)
             return 0
-        place, argv = parse_place(sys.argv)
+        rank, argv = parse_rank(sys.argv)
         cfg, workdir = parse(argv)
         # Not before: loading JAX takes a second, in which mistakes are found.
         from dynmoe_jax.cluster.joining import joined
 
-        with joined(place, exits):
+        with joined(rank, exits):
             return main(cfg, workdir)
 
     exits: list[Callable[[int], None]] = []
@@ -109,7 +109,7 @@ def _write_whatever_comes() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def parse_place(argv: Sequence[str]) -> tuple[Place, list[str]]:
+def parse_rank(argv: Sequence[str]) -> tuple[Rank, list[str]]:
     """This process among others, as flags and Open MPI say, and the other arguments.
 
     Raises:
@@ -128,7 +128,7 @@ def parse_place(argv: Sequence[str]) -> tuple[Place, list[str]]:
             found[name] = kind(value)
         except ValueError:
             raise config.ConfigError(f"--{name}={value} must be a whole number: {about}.") from None
-    return place_from(found, os.environ), rest
+    return rank_from(found, os.environ), rest
 
 
 def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:
@@ -200,9 +200,9 @@ def _failed_file(path: Path, error: Exception) -> config.ConfigError:
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename).name == path.name:
             line = frame.lineno
-    place = f"{path}:{line}" if line else str(path)
+    where = f"{path}:{line}" if line else str(path)
     message = " ".join(str(error).split())
-    return config.ConfigError(f"--config={place} fails: {type(error).__name__}: {message}.")
+    return config.ConfigError(f"--config={where} fails: {type(error).__name__}: {message}.")
 
 
 def _unknown_flag(name: str) -> config.ConfigError:

@@ -71,7 +71,7 @@ def test_commands_for_clusters_fit_the_devices_that_they_are_for(monkeypatch):
         told = {"SIZE": devices, "RANK": 0, "LOCAL_RANK": 0} if launcher else {}
         for name, number in told.items():
             monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(number))
-        place, rest = command_line.parse_place(["train.py", *shlex.split(command)])
+        place, rest = command_line.parse_rank(["train.py", *shlex.split(command)])
         cfg, workdir = command_line.parse(rest)
         sizes = mesh_shape(cfg.mesh, devices)
         check_divides(cfg.model, sizes)

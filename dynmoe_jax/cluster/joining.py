@@ -9,7 +9,7 @@ import jax
 
 from dynmoe_jax.cluster import watch
 from dynmoe_jax.cluster.agreement import has_peers, is_first
-from dynmoe_jax.cluster.place import Place
+from dynmoe_jax.cluster.rank import Rank
 from dynmoe_jax.cluster.simulated import provide_threads
 from dynmoe_jax.compat import process_group
 from dynmoe_jax.console import console
@@ -22,14 +22,14 @@ _TOO_LATE_TO_JOIN = "jax.distributed.initialize() must be called before"
 
 
 @contextlib.contextmanager
-def joined(place: Place, exits: list[Callable[[int], None]]) -> Iterator[None]:
+def joined(rank: Rank, exits: list[Callable[[int], None]]) -> Iterator[None]:
     """Inside, JAX knows the devices of all processes; only process 0 prints.
 
     An error in one process ends all of them, each with a sentence.  Outside of any cluster nothing
     happens.
 
     Args:
-      place: of this process.
+      rank: of this process.
       exits: after an error, gets what ends the process with an exit code; the ordinary end of a
         program would wait for the others, which wait for this one.
 
@@ -37,7 +37,7 @@ def joined(place: Place, exits: list[Callable[[int], None]]) -> Iterator[None]:
       ConfigError: there seems to be a cluster, but what JAX finds of it is not enough.
     """
     provide_threads()
-    looking = _join(place)
+    looking = _join(rank)
     if looking is None:
         yield
         return
@@ -55,24 +55,24 @@ def joined(place: Place, exits: list[Callable[[int], None]]) -> Iterator[None]:
         looking.end()
 
 
-def _join(place: Place) -> watch.Watch | None:
+def _join(rank: Rank) -> watch.Watch | None:
     """Initialises ``jax.distributed``; None where there are no others."""
-    if place.is_alone:
+    if rank.is_alone:
         return None
-    explicit = place.coordinator is not None
-    looking = watch.Watch(lambda: _too_late(place), place.connect_timeout)
+    explicit = rank.coordinator is not None
+    looking = watch.Watch(lambda: _too_late(rank), rank.connect_timeout)
     try:
         with warnings.catch_warnings():
             # In a container, JAX asks for a package that only a Kubernetes job would need.
             warnings.filterwarnings("ignore", message="Kubernetes environment detected")
             jax.distributed.initialize(
-                place.coordinator,
-                place.num_processes,
-                place.process_id,
-                place.local_id,
+                rank.coordinator,
+                rank.num_processes,
+                rank.process_id,
+                rank.local_id,
                 cluster_detection_method="deactivate" if explicit else None,
-                initialization_timeout=place.connect_timeout + _LATER_S,
-                heartbeat_timeout_seconds=place.heartbeat_timeout,
+                initialization_timeout=rank.connect_timeout + _LATER_S,
+                heartbeat_timeout_seconds=rank.heartbeat_timeout,
             )
         if has_peers():
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -94,14 +94,14 @@ def _join(place: Place) -> watch.Watch | None:
     return looking
 
 
-def _too_late(place: Place) -> str:
-    within = f"within --connect_timeout={place.connect_timeout} seconds"
-    if place.process_id == 0:
+def _too_late(rank: Rank) -> str:
+    within = f"within --connect_timeout={rank.connect_timeout} seconds"
+    if rank.process_id == 0:
         return (
-            f"Not all of the {place.num_processes} processes have come {within}; check that each "
-            f"was started with --coordinator={place.coordinator} and a --process_id of its own."
+            f"Not all of the {rank.num_processes} processes have come {within}; check that each "
+            f"was started with --coordinator={rank.coordinator} and a --process_id of its own."
         )
-    if place.coordinator is None:
+    if rank.coordinator is None:
         found = process_group().coordinator_address
         return (
             f"The other processes of the cluster around this one were not reached at {found} "
@@ -110,7 +110,7 @@ def _too_late(place: Place) -> str:
             "--num_processes=1 for a process by itself."
         )
     return (
-        f"Process 0 and the others were not reached at --coordinator={place.coordinator} {within}; "
+        f"Process 0 and the others were not reached at --coordinator={rank.coordinator} {within}; "
         "check that all were started, that the address is that of process 0, that its port is open "
         "between the machines, and that no two have the same number."
     )

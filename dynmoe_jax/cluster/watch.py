@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from dynmoe_jax.cluster.place import EXIT_PEER_LOST
+from dynmoe_jax.cluster.rank import EXIT_PEER_LOST
 from dynmoe_jax.compat import process_group
 
 _FAILED = "dynmoe_jax/failed"

@@ -164,7 +164,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for position in positions:
         for number, shard in position["shards"].items():
             if merged.setdefault(number, shard) != shard:
-                raise ValueError(f"The states hold shard {number} at different places.")
+                raise ValueError(f"The states hold shard {number} at different positions.")
     if sorted(map(int, merged)) != list(range(count)):
         raise ValueError(f"The states hold the shards {sorted(merged)}, not all of {count}.")
     identities = [{k: v for k, v in state.items() if k != "position"} for state in states]

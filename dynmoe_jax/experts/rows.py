@@ -47,9 +47,9 @@ class Slots:
         if count >= self.expert_TK.shape[-1]:
             weight_TK = jnp.where(mine_TK, self.weight_TK, 0)
             return Slots(jnp.where(mine_TK, here_TK, count), weight_TK, count)
-        place_TK = jnp.cumsum(mine_TK, axis=-1) - 1
+        slot_TK = jnp.cumsum(mine_TK, axis=-1) - 1
         # Sums over one-hot slots, not a sort: K is small, and backward needs no scatter.
-        to_TKk = mine_TK[..., None] & (place_TK[..., None] == jnp.arange(count))
+        to_TKk = mine_TK[..., None] & (slot_TK[..., None] == jnp.arange(count))
         expert_Tk = jnp.sum(jnp.where(to_TKk, here_TK[..., None] - count, 0), axis=-2) + count
         weight_Tk = jnp.sum(jnp.where(to_TKk, self.weight_TK[..., None], 0), axis=-2)
         return Slots(expert_Tk, weight_Tk, count)
@@ -143,7 +143,7 @@ def within_budget(routing: Routing, bound: int) -> tuple[Slots, Int[Array, ""]]:
 def rows_from_slots(slots: Slots, bound: int) -> Rows:
     """Lays out the used slots of T tokens, of which there are at most ``bound``, by expert."""
     tokens, width = slots.expert_TK.shape
-    row_TK, group_size_E = _places(slots.expert_TK, slots.num_experts, bound)
+    row_TK, group_size_E = _row_positions(slots.expert_TK, slots.num_experts, bound)
     # The slot of each row; one past the last for padding.
     slot_R = jnp.full(bound, tokens * width, jnp.int32)
     slot_R = slot_R.at[row_TK.reshape(-1)].set(
@@ -158,12 +158,12 @@ def rows_from_slots(slots: Slots, bound: int) -> Rows:
     )
 
 
-def _places(
+def _row_positions(
     expert_TK: Int[Array, "T K"], num_experts: int, bound: int
 ) -> tuple[Int[Array, "T K"], Int[Array, "E"]]:
     """(row of each slot, rows of each expert); R for a slot without an expert.
 
-    Counted, not sorted: no token has an expert twice, so the place of a token among those of an
+    Counted, not sorted: no token has an expert twice, so the position of a token among those of an
     expert is the number of earlier tokens that chose it.
     """
     chosen_TE = jnp.any(expert_TK[..., None] == jnp.arange(num_experts), axis=1)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackedView:
-    """Place of a layer's experts in the arrays of all layers.
+    """Position of a layer's experts in the arrays of all layers.
 
     XLA copies a layer out of the stack for whoever reads it.  A kernel that reads the stack itself
     spares that, and the memory of the copy.

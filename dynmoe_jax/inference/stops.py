@@ -49,9 +49,9 @@ class Stops:
     def read(self, ids: Sequence[int] | Int[np.ndarray, "_"]) -> str:
         """The marked text of tokens."""
         text = self._tokenizer.decode(ids)
-        marks = [(place, self.mark(int(token))) for place, token in enumerate(ids)]
-        for place, mark in reversed([(place, mark) for place, mark in marks if mark]):
-            before = len(self._tokenizer.decode(ids[:place]))
+        marks = [(position, self.mark(int(token))) for position, token in enumerate(ids)]
+        for position, mark in reversed([(position, mark) for position, mark in marks if mark]):
+            before = len(self._tokenizer.decode(ids[:position]))
             text = text[:before] + mark + text[before:]
         return text
 

@@ -9,7 +9,7 @@ from typing import Any
 from dynmoe_jax import config
 from dynmoe_jax.interop.architectures.api import Architecture
 from dynmoe_jax.interop.architectures.layouts import Shape
-from dynmoe_jax.interop.architectures.mapping import Path, Place, places
+from dynmoe_jax.interop.architectures.mapping import ParameterSlice, Path, parameter_slices
 from dynmoe_jax.interop.architectures.registry import architecture_of
 from dynmoe_jax.interop.files.source import Source
 from dynmoe_jax.interop.quoted import named, shown
@@ -30,14 +30,14 @@ class Described:
       architecture: the foreign one.
       config: settings of a run of the model, by default but for the model's own.
       shapes: shapes of our parameters, by path.
-      found: the place of each foreign tensor that is read.
+      found: the slice of each foreign tensor that is read.
     """
 
     source: Source
     architecture: Architecture
     config: config.Config
     shapes: dict[Path, Shape]
-    found: dict[str, Place]
+    found: dict[str, ParameterSlice]
 
 
 def describe(source: Source, overrides: Mapping[str, Any] | None = None) -> Described:
@@ -55,7 +55,7 @@ def describe(source: Source, overrides: Mapping[str, Any] | None = None) -> Desc
     given = source.shapes()
     architecture, cfg = configured(source.settings, len(given), overrides)
     shapes = _parameter_shapes(cfg.model)
-    found = places(architecture.rules, cfg.model, shapes)
+    found = parameter_slices(architecture.rules, cfg.model, shapes)
     if cfg.model.tie_embeddings:
         source = untied(source)
         given = source.shapes()
@@ -119,7 +119,7 @@ def _parameter_shapes(model: config.Model) -> dict[Path, Shape]:
 
 
 def _check_tensors(
-    found: Mapping[str, Place],
+    found: Mapping[str, ParameterSlice],
     shapes: Mapping[Path, Shape],
     given: Mapping[str, Shape],
     architecture: Architecture,
@@ -128,7 +128,7 @@ def _check_tensors(
     """Compares the tensors that are there with those that the model asks for.
 
     Args:
-      found: the places of the model's tensors.
+      found: the slices of the model's tensors.
       shapes: shapes of our parameters, by path.
       given: shapes of the foreign tensors, by name.
       architecture: of the foreign model.
@@ -137,9 +137,7 @@ def _check_tensors(
     Raises:
       CheckpointError: a tensor is unknown, missing or of another shape.
     """
-    wanted = {
-        name: place.layout.foreign_shape(place.shape(shapes)) for name, place in found.items()
-    }
+    wanted = {name: ours.layout.foreign_shape(ours.shape(shapes)) for name, ours in found.items()}
     idle = architecture.idle_tensors(model)
     for name in sorted(given.keys() - wanted.keys() - idle.keys()):
         if not any(re.fullmatch(pattern, name) for pattern in architecture.ignored):

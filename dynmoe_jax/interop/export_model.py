@@ -11,7 +11,7 @@ from dynmoe_jax import config
 from dynmoe_jax.console import stage
 from dynmoe_jax.data import Tokenizer, find_tokenizer
 from dynmoe_jax.interop.architectures.api import Architecture
-from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.mapping import parameter_slices
 from dynmoe_jax.interop.architectures.registry import architecture_for
 from dynmoe_jax.interop.files.tensor_files import write_json
 from dynmoe_jax.interop.files.tensor_writer import TensorWriter
@@ -81,15 +81,13 @@ def _write_tensors(
 ) -> None:
     model = run.config.model
     shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
-    found = places(architecture.rules, model, shapes)
-    foreign = {
-        name: place.layout.foreign_shape(place.shape(shapes)) for name, place in found.items()
-    }
+    found = parameter_slices(architecture.rules, model, shapes)
+    foreign = {name: ours.layout.foreign_shape(ours.shape(shapes)) for name, ours in found.items()}
     idle = architecture.idle_tensors(model)
     writer = TensorWriter(folder, foreign | idle, dtype, shard_bytes)
     names = defaultdict(list)
-    for name, place in found.items():
-        names[place.path].append(name)
+    for name, ours in found.items():
+        names[ours.path].append(name)
     for name, shape in idle.items():
         writer.write(name, np.zeros(shape, np.float32))
     megabytes = sum(4 * math.prod(shape) for shape in shapes.values()) / 1e6
@@ -97,11 +95,11 @@ def _write_tensors(
         for path in shapes:
             for index, values in run.slices(path):
                 for name in names[path]:
-                    place = found[name]
-                    if index is not None and place.index[0] != index:
+                    ours = found[name]
+                    if index is not None and ours.index[0] != index:
                         continue
-                    inside = place.index if index is None else place.index[1:]
-                    writer.write(name, place.layout.to_foreign(values[inside]))
+                    inside = ours.index if index is None else ours.index[1:]
+                    writer.write(name, ours.layout.to_foreign(values[inside]))
                 shown.advance(values.nbytes / 1e6)
     writer.check_complete()
 

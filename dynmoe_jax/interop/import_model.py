@@ -16,8 +16,8 @@ from dynmoe_jax.console import Stage, stage, warn
 from dynmoe_jax.data import Tokenizer, remove_tokenizer
 from dynmoe_jax.data.tokenizers.vocabulary import token_text
 from dynmoe_jax.interop.architectures.layouts import Shape
+from dynmoe_jax.interop.architectures.mapping import ParameterSlice, fill, is_stacked
 from dynmoe_jax.interop.architectures.mapping import Path as ParameterPath
-from dynmoe_jax.interop.architectures.mapping import Place, fill, is_stacked
 from dynmoe_jax.interop.described import describe
 from dynmoe_jax.interop.files.source import Source, open_source
 from dynmoe_jax.model import parameter_shapes
@@ -58,7 +58,7 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
         warn(f"{source} holds no tokenizer; put one into {workdir} before the model meets text.")
     else:
         remove_tokenizer(workdir)
-        tokenizer.save(workdir / tokenizer.place)
+        tokenizer.save(workdir / tokenizer.name_in_run)
         _compare(tokenizer, cfg.model.vocab_size)
         if tokenizer.ends_with_eos:
             warn(
@@ -97,31 +97,35 @@ class _Slices:
 
     Args:
       source: the foreign model.
-      found: the place of each of its tensors.
+      found: the slice of each of its tensors.
       shapes: shapes of our parameters, by path.
       shown: where progress is shown, in megabytes.
     """
 
     def __init__(
-        self, source: Source, found: Mapping[str, Place], shapes: Mapping[Path, Shape], shown: Stage
+        self,
+        source: Source,
+        found: Mapping[str, ParameterSlice],
+        shapes: Mapping[Path, Shape],
+        shown: Stage,
     ):
         self._source, self._shapes, self._shown = source, shapes, shown
-        self._places: dict[ParameterPath, dict[str, Place]] = defaultdict(dict)
-        for name, place in found.items():
-            self._places[place.path][name] = place
+        self._slices: dict[ParameterPath, dict[str, ParameterSlice]] = defaultdict(dict)
+        for name, ours in found.items():
+            self._slices[ours.path][name] = ours
 
     def array(self, path: ParameterPath) -> StreamedArray:
         """The parameter at a path, to be read when it is written."""
         return StreamedArray(self._shapes[path], partial(self._read, path), is_stacked(path))
 
     def _read(self, path: ParameterPath, index: int | None) -> np.ndarray:
-        inside, shape = self._places[path], self._shapes[path]
+        inside, shape = self._slices[path], self._shapes[path]
         if index is not None:
             shape = shape[1:]
             inside = {
-                name: dataclasses.replace(place, index=place.index[1:])
-                for name, place in inside.items()
-                if place.index[0] == index
+                name: dataclasses.replace(ours, index=ours.index[1:])
+                for name, ours in inside.items()
+                if ours.index[0] == index
             }
         values = np.empty(shape, np.float32)
         fill(inside, self._source.tensors(inside), {path: values})

@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
     def _scan(self, stack: LayerGroup, x_BLD, positions: TokenPositions):
         """(x_BLD behind all groups of a stack, what their MoE layers recorded)."""
         structure, params = nnx.split(stack)
-        whole = self._experts_in_place(stack)
+        whole = self._stacked_experts(stack)
 
         def apply_group(x_BLD, inputs):
             params, i = inputs
@@ -153,7 +153,7 @@ class Decoder(nnx.Module):
         unroll = groups_at_a_time(self.config, groups)
         return jax.lax.scan(apply_group, x_BLD, (params, jnp.arange(groups)), unroll=unroll)
 
-    def _experts_in_place(self, stack: LayerGroup) -> tuple[Array, Array] | None:
+    def _stacked_experts(self, stack: LayerGroup) -> tuple[Array, Array] | None:
         """The matrices of all experts of a stack, for kernels that read them where they are."""
         moe = [layer.feed_forward for layer in stack.layers if layer.is_moe]
         model = self.config

@@ -310,7 +310,7 @@ def _save_args(leaf: Any) -> ocp.SaveArgs:
 
 
 def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
-    """Options for reading a tree: shapes, types and places as in ``like``."""
+    """Options for reading a tree: shapes, types and shardings as in ``like``."""
     placed = ocp.checkpoint_utils.construct_restore_args(like)
     return ocp.args.PyTreeRestore(item=like, restore_args=placed, **options)
 

@@ -28,10 +28,10 @@ def not_writable(workdir: Path, error: OSError) -> config.ConfigError:
 
 def check_folder_name(setting: str, name: str) -> None:
     """Raises ConfigError if a setting names a folder that there cannot be."""
-    place = os.path.expanduser(name)
-    why = "no such home" if place.startswith("~") else None
+    path = os.path.expanduser(name)
+    why = "no such home" if path.startswith("~") else None
     try:
-        os.stat(place)
+        os.stat(path)
     except FileNotFoundError:
         pass
     except OSError as error:

@@ -82,8 +82,8 @@ class OpenedRun:
     def params(self, shapes: nnx.State) -> nnx.State:
         """All parameters, on the first device; ``shapes`` as :func:`parameter_shapes` gives."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
-        return self.checkpoints.params(self.step, jax.tree.map(place, shapes))
+        shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+        return self.checkpoints.params(self.step, jax.tree.map(shaped, shapes))
 
 
 @contextlib.contextmanager

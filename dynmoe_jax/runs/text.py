@@ -24,7 +24,7 @@ from dynmoe_jax.data import (
 from dynmoe_jax.data.tokenizers.vocabulary import token_text
 from dynmoe_jax.runs.disk import is_seen
 
-TRAINED = SentencePieceTokenizer.place
+TRAINED = SentencePieceTokenizer.name_in_run
 """The file of a tokenizer that was trained here."""
 
 
@@ -102,7 +102,7 @@ def _make_text(
         tokenizer = open_tokenizer(cfg.data.tokenizer)
         _check_vocabulary(tokenizer, cfg)
         remove_tokenizer(workdir)
-        tokenizer.save(workdir / tokenizer.place)
+        tokenizer.save(workdir / tokenizer.name_in_run)
     else:
         remove_tokenizer(workdir)
         with stage("Training a tokenizer", unit="tokens") as shown:

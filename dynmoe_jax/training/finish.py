@@ -97,7 +97,7 @@ def finish_run(
     metrics = read_metrics(workdir)
     paths = {
         "checkpoints": CHECKPOINTS,
-        "tokenizer": tokenizer.place,
+        "tokenizer": tokenizer.name_in_run,
         "metrics": METRICS,
         "summary": SUMMARY,
         "report": "report.html",

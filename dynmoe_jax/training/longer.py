@@ -133,8 +133,8 @@ def _undecayed(
         damage = find_damage(checkpoints.folder(step), ITEMS) if cfg.checkpoint.verify else None
         if damage is None:
             return step, moved
-        place, moved = move_damaged(checkpoints, step), True
-        warn(f"the checkpoint of step {step:,} is damaged ({damage}); moved to {place}.")
+        folder, moved = move_damaged(checkpoints, step), True
+        warn(f"the checkpoint of step {step:,} is damaged ({damage}); moved to {folder}.")
     return None, moved
 
 

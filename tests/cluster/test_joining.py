@@ -13,18 +13,18 @@ import pytest
 from dynmoe_jax import command_line
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.cluster.joining import joined
-from dynmoe_jax.cluster.place import EXIT_PEER_LOST, Place
+from dynmoe_jax.cluster.rank import EXIT_PEER_LOST, Rank
 from dynmoe_jax.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
 
 def parse(*arguments):
-    return command_line.parse_place(["train.py", *arguments])
+    return command_line.parse_rank(["train.py", *arguments])
 
 
 def test_place_and_the_other_arguments():
-    place, rest = parse(
+    rank, rest = parse(
         "--coordinator=10.0.0.1:1234",
         "--config.train.steps=5",
         "--num_processes=4",
@@ -33,14 +33,14 @@ def test_place_and_the_other_arguments():
         "--process_id",
         "3",
     )
-    assert place == Place("10.0.0.1:1234", 4, 3)
+    assert rank == Rank("10.0.0.1:1234", 4, 3)
     assert rest == ["train.py", "--config.train.steps=5", "--workdir", "runs/a"]
 
 
 def test_without_flags_jax_looks_for_the_cluster():
-    place, _ = parse("--workdir=a")
-    assert place == Place()
-    assert not place.is_alone
+    rank, _ = parse("--workdir=a")
+    assert rank == Rank()
+    assert not rank.is_alone
     assert parse("--num_processes=1")[0].is_alone
 
 
@@ -75,7 +75,7 @@ def test_misspelt_flag_is_refused_with_the_nearest():
 
 
 def test_process_by_itself_joins_nothing():
-    with joined(Place(), exits := []):
+    with joined(Rank(), exits := []):
         assert not jax.distributed.is_initialized()
         assert agreement.is_first()
         assert not agreement.has_peers()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dynmoe_jax import command_line
-from dynmoe_jax.cluster.place import EXIT_PEER_LOST, Place, place_from
+from dynmoe_jax.cluster.rank import EXIT_PEER_LOST, Rank, rank_from
 from dynmoe_jax.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +28,8 @@ from dynmoe_jax import command_line
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.cluster.joining import joined
 
-place, _ = command_line.parse_place(sys.argv)
-with joined(place, []):
+rank, _ = command_line.parse_rank(sys.argv)
+with joined(rank, []):
     seen = jax.process_index(), jax.device_count(), CUDA_VISIBLE_DEVICES.value
     print(agreement.gather(seen))
 """
@@ -129,29 +129,29 @@ def test_open_mpi_5_without_the_address_is_refused_in_one_sentence(monkeypatch):
         monkeypatch.setenv(name, text)
     monkeypatch.delenv("OMPI_MCA_orte_hnp_uri", raising=False)
     with pytest.raises(ConfigError, match=r"OMPI_COMM_WORLD_SIZE=2 .*--coordinator=HOST:PORT") as e:
-        command_line.parse_place(["train.py", "--connect_timeout=9", "--workdir=a"])
+        command_line.parse_rank(["train.py", "--connect_timeout=9", "--workdir=a"])
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
-    ("flags", "environment", "place"),
+    ("flags", "environment", "rank"),
     [
-        ({}, open_mpi_5(0) | {"OMPI_COMM_WORLD_SIZE": "1"}, Place()),
-        ({}, open_mpi_4(1, FIRST_PORT), Place()),
-        ({"num_processes": 1}, open_mpi_5(1), Place(num_processes=1)),
-        ({"coordinator": "a:1"}, open_mpi_5(1), Place("a:1", 2, 1, local_id=1)),
-        ({"coordinator": "a:1"}, open_mpi_4(1, FIRST_PORT), Place("a:1", 2, 1, local_id=1)),
+        ({}, open_mpi_5(0) | {"OMPI_COMM_WORLD_SIZE": "1"}, Rank()),
+        ({}, open_mpi_4(1, FIRST_PORT), Rank()),
+        ({"num_processes": 1}, open_mpi_5(1), Rank(num_processes=1)),
+        ({"coordinator": "a:1"}, open_mpi_5(1), Rank("a:1", 2, 1, local_id=1)),
+        ({"coordinator": "a:1"}, open_mpi_4(1, FIRST_PORT), Rank("a:1", 2, 1, local_id=1)),
         (
             {"coordinator": "a:1", "num_processes": 4, "process_id": 3},
             open_mpi_5(1),
-            Place("a:1", 4, 3),
+            Rank("a:1", 4, 3),
         ),
     ],
 )
-def test_place_from_flags_and_open_mpi(flags, environment, place):
-    assert place_from(flags, environment) == place
+def test_place_from_flags_and_open_mpi(flags, environment, rank):
+    assert rank_from(flags, environment) == rank
 
 
 def test_coordinator_alone_is_refused_outside_of_open_mpi():
     with pytest.raises(ConfigError, match=r"--num_processes and --process_id is missing"):
-        place_from({"coordinator": "a:1"}, {})
+        rank_from({"coordinator": "a:1"}, {})

@@ -9,9 +9,9 @@ import pytest
 PROGRAM = """
 import pathlib
 from dynmoe_jax.cluster.joining import joined
-from dynmoe_jax.cluster.place import Place
+from dynmoe_jax.cluster.rank import Rank
 import jax
-with joined(Place(), []):
+with joined(Rank(), []):
     jax.devices()
 names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
 print(names.count("tf_XLAEigen"))

@@ -68,7 +68,7 @@ def tokenizer(tmp_path_factory):
 def workdir(state, tokenizer, tmp_path_factory):
     """A run's folder with one checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    tokenizer.save(folder / tokenizer.place)
+    tokenizer.save(folder / tokenizer.name_in_run)
     checkpoints = checkpoint.Checkpoints(folder, config.Checkpoint())
     checkpoints.save(1, state, {"row": 1, "tokenizer": tokenizer.fingerprint}, SETTINGS)
     checkpoints.close()

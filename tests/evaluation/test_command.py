@@ -53,7 +53,7 @@ def test_perplexity_of_files_by_domain(run, workdir, tmp_path):
 def imported(state, settings, tokenizer, tmp_path_factory):
     """As an import leaves it: ``data.seq_len`` is its default, which means nothing."""
     folder = tmp_path_factory.mktemp("imported")
-    tokenizer.save(folder / tokenizer.place)
+    tokenizer.save(folder / tokenizer.name_in_run)
     cfg = dataclasses.replace(settings, data=config.Data())
     checkpoints = checkpoint.Checkpoints(folder, config.Checkpoint())
     position = {"tokenizer": tokenizer.fingerprint, checkpoint.IMPORTED: "theirs"}

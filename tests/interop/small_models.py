@@ -6,7 +6,7 @@ import json
 import numpy as np
 from safetensors.numpy import save_file
 
-from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.mapping import parameter_slices
 from dynmoe_jax.interop.architectures.registry import ARCHITECTURES
 from dynmoe_jax.model import parameter_shapes
 
@@ -51,8 +51,8 @@ def settings_of(name, **changes):
 def _shapes(name, changes):
     model = ARCHITECTURES[name].model_from_hf(settings_of(name, **json.loads(changes)))
     shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
-    found = places(ARCHITECTURES[name].rules, model, shapes)
-    return {n: place.layout.foreign_shape(place.shape(shapes)) for n, place in found.items()}
+    found = parameter_slices(ARCHITECTURES[name].rules, model, shapes)
+    return {n: ours.layout.foreign_shape(ours.shape(shapes)) for n, ours in found.items()}
 
 
 def tensors_of(name, seed=1, **changes):

@@ -15,7 +15,7 @@ from flax import nnx
 
 from dynmoe_jax.interop import load_hf
 from dynmoe_jax.interop.architectures.dynamic_moe import DYNAMIC_MOE
-from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.mapping import parameter_slices
 from tests.interop.foreign_tensors import to_tensors
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "dynamic_moe_tiny"
@@ -77,7 +77,7 @@ def test_gradients(computed):
     decoder, _, _, gradients = computed
     ours = {path: leaf[...] for path, leaf in gradients.flat_state()}
     shapes = {path: leaf.shape for path, leaf in ours.items()}
-    theirs = to_tensors(places(DYNAMIC_MOE.rules, decoder.config, shapes), ours)
+    theirs = to_tensors(parameter_slices(DYNAMIC_MOE.rules, decoder.config, shapes), ours)
     assert len(GRADIENTS) == 23
     for name in GRADIENTS:
         wanted, actual = EXPECTED[name], theirs[name.removeprefix("grad:")]

@@ -93,8 +93,10 @@ def test_an_imported_run_keeps_them_and_so_does_what_begins_with_it(folder, tmp_
     import_model(folder, tmp_path / "run")
     tokenizer = load_run(tmp_path / "run")[2]
     assert sorted(tokenizer.end_ids) == [1, 2, 3]
-    open_tokenizer(tmp_path / "run" / tokenizer.place).save(tmp_path / "tuned" / tokenizer.place)
-    assert sorted(open_tokenizer(tmp_path / "tuned" / tokenizer.place).end_ids) == [1, 2, 3]
+    open_tokenizer(tmp_path / "run" / tokenizer.name_in_run).save(
+        tmp_path / "tuned" / tokenizer.name_in_run
+    )
+    assert sorted(open_tokenizer(tmp_path / "tuned" / tokenizer.name_in_run).end_ids) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +163,8 @@ def test_ends_of_a_gguf_file_are_those_of_llama_cpp(tmp_path, last, changes, wan
     path = write_gguf(tmp_path / "m.gguf", **changes)
     tokenizer = open_source(path).tokenizer()
     assert set(tokenizer.end_ids) == wanted
-    tokenizer.save(tmp_path / "run" / tokenizer.place)
-    assert set(open_tokenizer(tmp_path / "run" / tokenizer.place).end_ids) == wanted
+    tokenizer.save(tmp_path / "run" / tokenizer.name_in_run)
+    assert set(open_tokenizer(tmp_path / "run" / tokenizer.name_in_run).end_ids) == wanted
 
 
 def test_end_of_harmony_is_no_end(tmp_path):

@@ -39,7 +39,7 @@ def test_added_tokens_beside_a_sentencepiece_model(tmp_path):
     assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.begins_with_bos) == (300, 302, True)
     assert tokenizer.encode("<|im_start|>")[0] == 301
     assert tokenizer.decode([300, *tokenizer.encode("the cat"), 300]) == "the cat"
-    tokenizer.save(tmp_path / "run" / tokenizer.place)
+    tokenizer.save(tmp_path / "run" / tokenizer.name_in_run)
     assert kept_tokenizer(tmp_path / "run").eos_id == 300
 
 

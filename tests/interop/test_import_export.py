@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from dynmoe_jax import config
 from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.__main__ import main, parse
-from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.mapping import parameter_slices
 from dynmoe_jax.interop.architectures.registry import ARCHITECTURES, architecture_for
 from dynmoe_jax.interop.export_model import export_model
 from dynmoe_jax.interop.files.tensor_writer import TensorWriter
@@ -56,8 +56,8 @@ def write_hf(folder, name):
     architecture = ARCHITECTURES[name]
     model = architecture.model_from_hf(settings)
     shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
-    found = places(architecture.rules, model, shapes)
-    foreign = {n: place.layout.foreign_shape(place.shape(shapes)) for n, place in found.items()}
+    found = parameter_slices(architecture.rules, model, shapes)
+    foreign = {n: ours.layout.foreign_shape(ours.shape(shapes)) for n, ours in found.items()}
     writer = TensorWriter(folder, foreign, "float32", 4000)
     random = np.random.default_rng(1)
     for tensor, shape in foreign.items():
@@ -119,7 +119,7 @@ def test_transformers_would_not_take_another_class(tmp_path):
     (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     import_model(source, tmp_path / "run")
     export_model(tmp_path / "run", tmp_path / "back")
-    # OLMoE's own class would put parts of its own in the place of those of tokenizer.json.
+    # OLMoE's own class would put parts of its own in the ours of those of tokenizer.json.
     settings = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
     assert settings == {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
 

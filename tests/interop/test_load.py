@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from dynmoe_jax import config
 from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.architectures.dynamic_moe import DYNAMIC_MOE, model_from_hf
-from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.mapping import parameter_slices
 from dynmoe_jax.model import parameter_shapes
 from tests.interop.foreign_tensors import to_tensors
 
@@ -43,7 +43,7 @@ def ours():
 def tensors(ours):
     """The same in the released format."""
     shapes = {path: values.shape for path, values in ours.items()}
-    return to_tensors(places(DYNAMIC_MOE.rules, model_from_hf(SETTINGS), shapes), ours)
+    return to_tensors(parameter_slices(DYNAMIC_MOE.rules, model_from_hf(SETTINGS), shapes), ours)
 
 
 def parameters(decoder):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.kill_campaign import newest_checkpoint
-from dynmoe_jax.cluster.place import EXIT_PEER_LOST
+from dynmoe_jax.cluster.rank import EXIT_PEER_LOST
 from dynmoe_jax.command_line import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.metrics_file import read_metrics

@@ -1,4 +1,4 @@
-"""Documents as sources yield them, and places where one is broken."""
+"""Documents as sources yield them, and the records that are broken."""
 
 from typing import NamedTuple
 

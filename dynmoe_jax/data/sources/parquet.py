@@ -20,7 +20,7 @@ _TEXTS = (
 
 
 class _Column(NamedTuple):
-    """Place and type of the values of a field."""
+    """Column and type of the values of a field."""
 
     name: str
     inside: tuple[str, ...]

@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
     """Text to token ids and back.
 
     Attributes:
-      place: where it lies in a run's folder.
+      name_in_run: its file or folder in a run's folder.
       vocab_size: the largest token id + 1; ids may have gaps.
       bos_id: token that begins a document.
       eos_id: token that ends a document.
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
       fingerprint: hex SHA-256 of what it was made of.
     """
 
-    place: ClassVar[str]
+    name_in_run: ClassVar[str]
     vocab_size: int
     bos_id: int
     eos_id: int
@@ -82,8 +82,8 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 def find_tokenizer(workdir: Path) -> Path | None:
     """Path of the tokenizer in a run's folder; None if it has none."""
-    places = (workdir / kind.place for kind in KINDS)
-    return next((place for place in places if place.exists()), None)
+    paths = (workdir / kind.name_in_run for kind in KINDS)
+    return next((path for path in paths if path.exists()), None)
 
 
 def kept_tokenizer(workdir: Path) -> Tokenizer:

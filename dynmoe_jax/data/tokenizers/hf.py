@@ -45,7 +45,7 @@ class HfTokenizer:
       files: contents of its files, by name.
     """
 
-    place: ClassVar[str] = "tokenizer"
+    name_in_run: ClassVar[str] = "tokenizer"
 
     def __init__(self, files: dict[str, bytes]):
         """Makes one of the contents of its files, by name.

@@ -40,7 +40,7 @@ class SentencePieceTokenizer:
       DataError: the latter cannot be read.
     """
 
-    place: ClassVar[str] = "tokenizer.model"
+    name_in_run: ClassVar[str] = "tokenizer.model"
 
     def __init__(self, model: bytes, generation: bytes | None = None):
         self._model, self.generation = model, generation

@@ -46,8 +46,8 @@ def ask(
     """
     keys = [answers.key("score", r.tokens, r.scored, r.counted) for r in requests]
 
-    def compute(places: list[int]) -> Iterator[list[tuple[int, dict]]]:
-        for batch in scorer.answer([requests[i] for i in places]):
+    def compute(indices: list[int]) -> Iterator[list[tuple[int, dict]]]:
+        for batch in scorer.answer([requests[i] for i in indices]):
             yield [(i, _record(answer, log_prob=answer.log_prob, greedy=answer.greedy))
                    for i, answer in batch]  # fmt: skip
 
@@ -74,10 +74,10 @@ def ask_texts(
     ends = ends_of(tokenizer)
     keys = [answers.key("write up to", p.tokens, p.limit, p.stops, ends) for p in prompts]
 
-    def compute(places: list[int]) -> Iterator[list[tuple[int, dict]]]:
+    def compute(indices: list[int]) -> Iterator[list[tuple[int, dict]]]:
         asked = [
             Prompt(p.tokens, p.limit, _ends_at(tokenizer, p.stops))
-            for p in (prompts[i] for i in places)
+            for p in (prompts[i] for i in indices)
         ]
         for batch in writer.write(asked):
             yield [(i, _record(written, ids=written.ids)) for i, written in batch]
@@ -114,11 +114,11 @@ def _found(
         else:
             on_answer(i)
     names = list(waiting)
-    for batch in compute([places[0] for places in waiting.values()]) if names else ():
+    for batch in compute([indices[0] for indices in waiting.values()]) if names else ():
         answers.put((names[i], record) for i, record in batch)
         for i, _ in batch:
-            for place in waiting[names[i]]:
-                on_answer(place)
+            for index in waiting[names[i]]:
+                on_answer(index)
     return [answers.get(key) for key in keys]
 
 

@@ -28,7 +28,7 @@ FILE_NAME = "tasks.html"
 _LINES = ("-", "--", ":")
 _MOST_TASKS = len(CYCLE) * len(_LINES)
 _SHOWN_TOKENS = 12
-# Of fewer, the mean says more about the place than about the token.
+# Of fewer, the mean says more about the position than about the token.
 _OFTEN = 20
 _EXAMPLE_TOKENS = 400
 
@@ -97,15 +97,15 @@ def _accuracy(results: Mapping[str, TaskResult]) -> str:
 def _by_task(results: Mapping[str, TaskResult], canvas: Canvas) -> Picture:
     names = [paper.TASKS[task].name if task in paper.TASKS else task for task in results]
     figure, (axis,) = canvas.figure(height=1.4 + 0.34 * len(results))
-    places = np.arange(len(results))[::-1]
+    positions = np.arange(len(results))[::-1]
     means = [result.experts.mean for result in results.values()]
-    axis.barh(places, means, height=0.62, color=light("sky"), label="this model")
-    known = [(y, paper.TASKS[task].experts) for y, task in zip(places, results, strict=True)
+    axis.barh(positions, means, height=0.62, color=light("sky"), label="this model")
+    known = [(y, paper.TASKS[task].experts) for y, task in zip(positions, results, strict=True)
              if task in paper.TASKS]  # fmt: skip
     if known:
         ys, theirs = zip(*known, strict=True)
         axis.plot(theirs, ys, "D", color=light("orange"), markersize=4, label="the paper's model")
-    axis.set_yticks(places, names, parse_math=False)
+    axis.set_yticks(positions, names, parse_math=False)
     axis.grid(axis="y", visible=False)
     axis.set(xlabel="experts per token, mean over tokens and MoE layers")
     legend(figure)

@@ -46,7 +46,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Placed:
+class _PackedTree:
     """A tree of some requests, and where it begins in its row."""
 
     tree: Tree
@@ -54,7 +54,7 @@ class _Placed:
     start: int
 
 
-def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[list[_Placed]]]:
+def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[list[_PackedTree]]]:
     """Packs requests into batches of rows, longest rows first.
 
     Args:
@@ -70,7 +70,7 @@ def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[li
     for group in group_texts(texts, contexts, most=batch_tokens):
         trees.append((build_tree([texts[i] for i in group]), group))
     trees.sort(key=lambda pair: -len(pair[0].tokens))
-    rows: list[list[_Placed]] = []
+    rows: list[list[_PackedTree]] = []
     lengths: list[int] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for tree, group in trees:
@@ -82,7 +82,7 @@ def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[li
             row, left = len(rows), row_length(size)
             rows.append([])
             lengths.append(left)
-        rows[row].append(_Placed(tree, group, lengths[row] - left))
+        rows[row].append(_PackedTree(tree, group, lengths[row] - left))
         bisect.insort(room, (left - size, row))
     batches = []
     for length in sorted(set(lengths), reverse=True):
@@ -107,7 +107,7 @@ def row_count(rows: int) -> int:
 
 
 def lay_out(
-    rows: list[list[_Placed]], requests: Sequence[Request], batch_tokens: int
+    rows: list[list[_PackedTree]], requests: Sequence[Request], batch_tokens: int
 ) -> Iterator[Batch]:
     """The arrays of one batch; where rows are missing, their number is :func:`row_count`.
 

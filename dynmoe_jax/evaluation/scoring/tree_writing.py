@@ -120,7 +120,7 @@ class TreeWriter:
                 yield self._write_batch(batch, owners, prompts, so_far, room)
 
     def _write_batch(self, batch: Batch, owners, prompts, so_far, room: int):
-        places, leaves_BQ, active_BQ = _sequences(batch)
+        slots, leaves_BQ, active_BQ = _sequences(batch)
         self.tokens_asked += sum(len(path) for _, path, _ in batch.requests)
         self.tokens_read += int(batch.segment_ids.sum())
         layout = (batch.tokens, batch.segment_ids, batch.positions, batch.ends)
@@ -130,9 +130,9 @@ class TreeWriter:
         until = 1
         while True:
             tokens_BQM = np.asarray(state.tokens_SM).reshape(*active_BQ.shape, room)
-            for n, (owner, place) in enumerate(zip(owners, places, strict=True)):
+            for n, (owner, slot) in enumerate(zip(owners, slots, strict=True)):
                 if n not in ended:
-                    ids = so_far[owner] + tokens_BQM[place][:until].tolist()
+                    ids = so_far[owner] + tokens_BQM[slot][:until].tolist()
                     end = self._end(ids, prompts[owner], len(so_far[owner]))
                     if end is not None:
                         ended[n] = end
@@ -141,28 +141,28 @@ class TreeWriter:
             until = min(room, until + CHUNK)
             active_BQ = active_BQ.copy()
             for n in ended:
-                active_BQ[places[n]] = False
+                active_BQ[slots[n]] = False
             state = dataclasses.replace(state, active_S=active_BQ.reshape(-1))
             state = decode(self._structure, self._params, None, state, self._draw, until)
         # Behind what predicted the first token, which is in the prompt, come the decoded ones.
         experts_BQMN = np.asarray(state.experts_SMN).reshape(*tokens_BQM.shape, -1)[:, :, 1:]
         experts = np.asarray(experts_NT), experts_BQMN
-        return self._texts(batch, owners, places, so_far, ended, tokens_BQM[:, :, :until], experts)
+        return self._texts(batch, owners, slots, so_far, ended, tokens_BQM[:, :, :until], experts)
 
-    def _texts(self, batch, owners, places, so_far, ended, tokens_BQM, experts):
+    def _texts(self, batch, owners, slots, so_far, ended, tokens_BQM, experts):
         """(texts that have ended, tokens of those that have not)."""
         experts_NT, experts_BQMN = experts
         finished, unfinished = [], {}
         for n, (_, path, _) in enumerate(batch.requests):
             owner, before = owners[n], so_far[owners[n]]
-            ids = before + tokens_BQM[places[n]].tolist()
+            ids = before + tokens_BQM[slots[n]].tolist()
             if n not in ended:
                 unfinished[owner] = ids
                 continue
             ids = ids[: ended[n]]
             read = max(0, len(ids) - len(before) - 1)
             experts_LN = np.concatenate(
-                [experts_NT[:, path].T, experts_BQMN[places[n]][:read]]
+                [experts_NT[:, path].T, experts_BQMN[slots[n]][:read]]
             ).astype(np.int32)
             written = Written(ids, experts_LN.sum(axis=0), experts_LN.sum(axis=1))
             finished.append((owner, written))
@@ -184,15 +184,15 @@ def _sequences(batch: Batch):
     """(row and number of each request, their last tokens [B, Q], which of these there are)."""
     rows, length = batch.tokens.shape
     counts = [0] * rows
-    places, ends = [], []
+    slots, ends = [], []
     for _, path, _ in batch.requests:
         row, leaf = divmod(int(path[-1]), length)
-        places.append((row, counts[row]))
+        slots.append((row, counts[row]))
         ends.append(leaf)
         counts[row] += 1
     # A power of two, so that few programs are compiled.
     shape = rows, 1 << (max(counts) - 1).bit_length()
     leaves_BQ, active_BQ = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for place, leaf in zip(places, ends, strict=True):
-        leaves_BQ[place], active_BQ[place] = leaf, True
-    return places, leaves_BQ, active_BQ
+    for slot, leaf in zip(slots, ends, strict=True):
+        leaves_BQ[slot], active_BQ[slot] = leaf, True
+    return slots, leaves_BQ, active_BQ

@@ -103,7 +103,7 @@ def choose_products(
     dtype = jnp.dtype(dtype)
 
     def obstacle(name: str) -> str:
-        return _place_obstacle(name, target, available) or _number_obstacle(
+        return _platform_obstacle(name, target, available) or _number_obstacle(
             name, dtype, width, hidden_width
         )
 
@@ -123,10 +123,10 @@ def _candidates(target: Target, dtype: jnp.dtype, width: int, hidden_width: int)
 
 def check_request(requested: str, target: Target, available: frozenset[str]) -> None:
     """Raises ConfigError, in one sentence, unless ``requested`` can run on ``target``."""
-    check(SETTING, requested, _place_obstacle(requested, target, available))
+    check(SETTING, requested, _platform_obstacle(requested, target, available))
 
 
-def _place_obstacle(name: str, target: Target, available: frozenset[str]) -> str:
+def _platform_obstacle(name: str, target: Target, available: frozenset[str]) -> str:
     """Obstacle on this machine, whatever is computed."""
     if found := platform_obstacle(PLATFORMS.get(name, ()), target):
         return found

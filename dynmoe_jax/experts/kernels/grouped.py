@@ -89,7 +89,7 @@ class _Kernels:
     ) -> Float[Array, "T D"]:
         """Sums the rows of each token, in float32, rounded to the type of the rows."""
         kernel = self.products.sum_of_rows if part.row_TK is not None else None
-        y_TD = kernel(y_nD, *part.places) if kernel else None
+        y_TD = kernel(y_nD, *part.row_positions) if kernel else None
         return part.sum_by_token(y_nD, tokens).astype(y_nD.dtype) if y_TD is None else y_TD
 
 
@@ -179,7 +179,7 @@ class _Part:
         return add_up(y_nD, self.token_n, self.used_n1, self.start, self.row_TK, tokens)
 
     @property
-    def places(self) -> tuple[Int[Array, "n"], Int[Array, "E"], Int[Array, "T K"]]:
+    def row_positions(self) -> tuple[Int[Array, "n"], Int[Array, "E"], Int[Array, "T K"]]:
         """Token of each row, rows of each expert, rows of each token; the part's first is row 0."""
         return self.token_n, self.group_size_E, self.row_TK - self.start
 

@@ -31,19 +31,19 @@ what the sender had there, beyond those that came."""
 
 
 def all_to_all(x_nCX, sent_n, received_n):
-    """Everything travels, places that are not used as well: (n - 1) C X values."""
+    """Everything travels, unused slots as well: (n - 1) C X values."""
     del sent_n, received_n
     return jax.lax.all_to_all(x_nCX, EXPERT, split_axis=0, concat_axis=0, tiled=True)
 
 
 @jax.custom_vjp
 def ragged_all_to_all(x_nCX, sent_n, received_n):
-    """Only the places that are used travel.  TPU and GPU have it, CPU has not."""
-    devices, places = x_nCX.shape[:2]
-    flat_SX = x_nCX.reshape(devices * places, -1)
-    starts_n = jnp.arange(devices, dtype=jnp.int32) * places
-    # The same place on every receiver: the chunk of this device.
-    mine_n = jnp.full(devices, jax.lax.axis_index(EXPERT) * places, jnp.int32)
+    """Only the used slots travel.  TPU and GPU have it, CPU has not."""
+    devices, capacity = x_nCX.shape[:2]
+    flat_SX = x_nCX.reshape(devices * capacity, -1)
+    starts_n = jnp.arange(devices, dtype=jnp.int32) * capacity
+    # The same slots on every receiver: the chunk of this device.
+    mine_n = jnp.full(devices, jax.lax.axis_index(EXPERT) * capacity, jnp.int32)
     came_SX = jax.lax.ragged_all_to_all(
         flat_SX, jnp.zeros_like(flat_SX), starts_n, sent_n, mine_n, received_n, axis_name=EXPERT
     )
@@ -82,28 +82,28 @@ class Exchanged:
         count = slots.num_experts // devices
         there = jax.vmap(lambda n: slots.among(n * count, count))(jnp.arange(devices))
         going_nT = jnp.any(there.used_TK, axis=-1)
-        queue = partial(_queue, bound=places_per_pair(tokens, self.tokens_per_pair))
-        token_nC, place_nT, sent_n = jax.vmap(queue)(going_nT)
-        lost_nT1 = (going_nT & (place_nT == token_nC.shape[1]))[..., None]
+        queue = partial(_queue, bound=capacity_per_pair(tokens, self.tokens_per_pair))
+        token_nC, slot_nT, sent_n = jax.vmap(queue)(going_nT)
+        lost_nT1 = (going_nT & (slot_nT == token_nC.shape[1]))[..., None]
         dropped = jnp.sum(lost_nT1 & there.used_TK, dtype=jnp.int32)
         received_n = jax.lax.all_to_all(sent_n, EXPERT, split_axis=0, concat_axis=0, tiled=True)
 
         def send(x_nTX, x_axis=0):
-            taken_nCX = jax.vmap(take, (x_axis, 0, 0))(x_nTX, token_nC, place_nT)
+            taken_nCX = jax.vmap(take, (x_axis, 0, 0))(x_nTX, token_nC, slot_nT)
             came_nCX = checkpoint_name(self.exchange(taken_nCX, sent_n, received_n), ARRIVED)
             return came_nCX.reshape(-1, came_nCX.shape[-1])
 
-        # One up, so that a place that nothing came to says "no expert".
+        # One up, so that a slot that nothing came to says "no expert".
         expert_Sk = send(jnp.where(there.used_TK, there.expert_TK + 1, 0)) - 1
         expert_Sk = jnp.where(expert_Sk < 0, count, expert_Sk)
         arrived = Slots(expert_Sk, send(there.weight_TK), count)
         y_SD, more = compute(send(x_TD, None), arrived)
         y_nCD = self.exchange(y_SD.reshape(devices, -1, y_SD.shape[-1]), received_n, sent_n)
-        y_TD = jnp.sum(jax.vmap(take)(y_nCD, place_nT, token_nC), axis=0)
+        y_TD = jnp.sum(jax.vmap(take)(y_nCD, slot_nT, token_nC), axis=0)
         return y_TD, dropped + more
 
 
-def places_per_pair(tokens: int, tokens_per_pair: float) -> int:
+def capacity_per_pair(tokens: int, tokens_per_pair: float) -> int:
     """C: as many as there are tokens, or a share of them (0 = no bound)."""
     return min(tokens, math.ceil(tokens * tokens_per_pair)) if tokens_per_pair else tokens
 
@@ -111,13 +111,13 @@ def places_per_pair(tokens: int, tokens_per_pair: float) -> int:
 def _queue(
     going_T: Bool[Array, "T"], bound: int
 ) -> tuple[Int[Array, "C"], Int[Array, "T"], Int[Array, ""]]:
-    """Places for the tokens that go: (token of each place, place of each token, how many).
+    """Slots for the tokens that go: (token of each slot, slot of each token, how many).
 
-    T for a place without a token, C for a token without a place.
+    T for a slot without a token, C for a token without a slot.
     """
     tokens = going_T.shape[0]
-    place_T = jnp.cumsum(going_T, dtype=jnp.int32) - 1
-    place_T = jnp.where(going_T & (place_T < bound), place_T, bound)
+    slot_T = jnp.cumsum(going_T, dtype=jnp.int32) - 1
+    slot_T = jnp.where(going_T & (slot_T < bound), slot_T, bound)
     token_C = jnp.full(bound, tokens, jnp.int32)
-    token_C = token_C.at[place_T].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
-    return token_C, place_T, jnp.minimum(jnp.sum(going_T, dtype=jnp.int32), bound)
+    token_C = token_C.at[slot_T].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
+    return token_C, slot_T, jnp.minimum(jnp.sum(going_T, dtype=jnp.int32), bound)

@@ -1,4 +1,4 @@
-"""From a table of rules to the place of every foreign tensor in our parameters, and back.
+"""Mapping of foreign tensors to slices of our parameters, by a table of rules, and back.
 
 Our layers are stacked and our experts are one array, so most foreign tensors are slices: layer i
 lives at index ``i // n`` of the stack of member ``i % n`` of the scanned group of n layers.  Dense
@@ -39,8 +39,8 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Place of one foreign tensor: the slice ``index`` of the parameter at ``path``."""
+class ParameterSlice:
+    """One foreign tensor among our parameters: the slice ``index`` of the parameter at ``path``."""
 
     path: Path
     index: tuple[Any, ...]
@@ -54,10 +54,10 @@ class Place:
         return (*shape[:-1], halves[0].stop - halves[0].start) if halves else shape
 
 
-def places(
+def parameter_slices(
     rules: Iterable[Rule], model: config.Model, shapes: Mapping[Path, Shape]
-) -> dict[str, Place]:
-    """The place of every foreign tensor of a model, by foreign name.
+) -> dict[str, ParameterSlice]:
+    """The slice of every foreign tensor of a model, by foreign name.
 
     Args:
       rules: the architecture's table.
@@ -77,10 +77,10 @@ def places(
             experts = range(shapes[path][len(index)]) if "{expert}" in rule.name else [None]
             for expert in experts:
                 name = rule.name.format(layer=layer, expert=expert)
-                found[name] = Place(
+                found[name] = ParameterSlice(
                     path, _index(index, expert, rule.half, shapes[path]), rule.layout
                 )
-    for path in shapes.keys() - {place.path for place in found.values()}:
+    for path in shapes.keys() - {ours.path for ours in found.values()}:
         raise CheckpointError(f"{'.'.join(map(str, path))} has no place in this architecture.")
     return found
 
@@ -113,12 +113,12 @@ def _index(
 
 
 def fill(
-    found: Mapping[str, Place],
+    found: Mapping[str, ParameterSlice],
     tensors: Iterable[tuple[str, np.ndarray]],
     parameters: Mapping[Path, np.ndarray],
 ) -> None:
-    """Writes foreign tensors to their places in ``parameters``, one at a time."""
+    """Writes foreign tensors to their slices of ``parameters``, one at a time."""
     for name, tensor in tensors:
-        place = found[name]
-        target = parameters[place.path]
-        target[place.index] = place.layout.to_ours(tensor, target[place.index].shape)
+        ours = found[name]
+        target = parameters[ours.path]
+        target[ours.index] = ours.layout.to_ours(tensor, target[ours.index].shape)

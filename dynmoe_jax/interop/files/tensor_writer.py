@@ -1,8 +1,8 @@
 """Writing safetensors files tensor by tensor, in any order.
 
 ``safetensors`` itself writes a file from tensors that are all in memory.  The format is small: the
-length of a header (8 bytes, little-endian), the header (JSON: type, shape and place of every
-tensor), the bytes.  So the places are known beforehand, and each tensor is written to its own.
+length of a header (8 bytes, little-endian), the header (JSON: type, shape and offsets of every
+tensor), the bytes.  So the offsets are known beforehand, and each tensor is written to its own.
 """
 
 import json

@@ -43,7 +43,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             (folder / name).write_bytes(content)
         return
     # With the generation_config.json, if it has one.
-    path = folder / SentencePieceTokenizer.place
+    path = folder / SentencePieceTokenizer.name_in_run
     tokenizer.save(path)
     files = hf_files(path)
     converted = HfTokenizer(files)

@@ -109,13 +109,13 @@ def _kernel_flops(sides, result, text) -> float:
 
 
 def _convolution_flops(sides, result, text) -> float:
-    """2 * results * inputs that each has: features, and the window's places inside the input."""
+    """2 * results * inputs that each has: features, and the window's positions inside the input."""
     left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text).groups()
     window = _window(text)
     pairs = 1
     for d in range(len(out) - 2):
         size, kernel = sides[0][left.index(str(d))], sides[1][right.index(str(d))]
-        pairs *= _places(size, kernel, result[out.index(str(d))], window, d)
+        pairs *= _meeting_pairs(size, kernel, result[out.index(str(d))], window, d)
     # The kernel's input features are those of one feature group already.
     features = sides[1][right.index("i")]
     return 2.0 * result[out.index("b")] * result[out.index("f")] * pairs * features
@@ -127,8 +127,8 @@ def _window(text: str) -> dict[str, list[str]]:
     return {name: value.split("x") for name, value in fields.items()}
 
 
-def _places(size: int, kernel: int, out: int, window: dict[str, list[str]], d: int) -> int:
-    """Pairs (place in the result, place in the kernel) that meet an input along one dimension."""
+def _meeting_pairs(size: int, kernel: int, out: int, window: dict[str, list[str]], d: int) -> int:
+    """Pairs (position in the result, position in the kernel) that meet an input along one dimension."""
 
     def field(name, default):
         return window[name][d] if name in window else default

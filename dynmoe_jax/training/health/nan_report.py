@@ -29,8 +29,8 @@ Tally = tuple[Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """One array.
+class Checked:
+    """One array, looked through for numbers that are not finite.
 
     Attributes:
       name: what it is, e.g. ``"layer 3: router logits"``.
@@ -43,26 +43,26 @@ class Place:
     largest: float
 
 
-def state_places(state: TrainState) -> list[Place]:
+def check_state(state: TrainState) -> list[Checked]:
     """Parameters and the optimizer's moments, by layer."""
-    return [*_places(state.params, "parameter"), *_places(state.optimizer, "optimizer")]
+    return [*_check_leaves(state.params, "parameter"), *_check_leaves(state.optimizer, "optimizer")]
 
 
-def loss_places(parts: dict[str, Float[Array, ""]]) -> list[Place]:
+def check_loss(parts: dict[str, Float[Array, ""]]) -> list[Checked]:
     """The parts of a loss."""
-    return [Place(name, *_plain(_tally(value))) for name, value in parts.items()]
+    return [Checked(name, *_plain(_tally(value))) for name, value in parts.items()]
 
 
-def backward_places(gradients: nnx.State) -> list[Place]:
+def check_backward(gradients: nnx.State) -> list[Checked]:
     """Gradients by parameter and layer, in the order in which backward computes them."""
     # The feed-forward of a layer before its attention: by name, from the end of the alphabet.
-    named = sorted(_places(gradients, ""), key=lambda place: place.name, reverse=True)
-    return sorted(named, key=lambda place: _distance(place.name))
+    named = sorted(_check_leaves(gradients, ""), key=lambda checked: checked.name, reverse=True)
+    return sorted(named, key=lambda checked: _distance(checked.name))
 
 
-def forward_places(
+def check_forward(
     decoder: Decoder, batch: Batch, loss: config.Loss
-) -> tuple[list[Place], Float[Array, "B L"]]:
+) -> tuple[list[Checked], Float[Array, "B L"]]:
     """(what a forward pass computes, negative log-likelihood of every position).
 
     Padding is left out: it may hold anything.
@@ -79,20 +79,20 @@ def forward_places(
         ), output.x_BLD
 
     x_BLD = decoder.embed(batch["tokens"])
-    places = [Place("embedding", *_plain(_tally(x_BLD, valid_BL)))]
+    checked = [Checked("embedding", *_plain(_tally(x_BLD, valid_BL)))]
     for number, (tallies_of_layer, last_BLD) in walk(decoder, batch, tallies):
         x_BLD = last_BLD
         named = zip(names, tallies_of_layer, strict=True)
-        places += [
-            Place(f"layer {number}: {name}", *_plain(tally)) for name, tally in named if tally
+        checked += [
+            Checked(f"layer {number}: {name}", *_plain(tally)) for name, tally in named if tally
         ]
     x_BLD = decoder.norm(x_BLD)
-    places.append(Place("last norm", *_plain(_tally(x_BLD, valid_BL))))
+    checked.append(Checked("last norm", *_plain(_tally(x_BLD, valid_BL))))
     _, nll_BL = cross_entropy_sums(
         x_BLD, decoder.output_DV, batch["targets"], valid_BL, chunk_tokens=loss.chunk_tokens
     )
-    places.append(Place("loss of each token", *_plain(_tally(nll_BL, valid_BL))))
-    return places, nll_BL
+    checked.append(Checked("loss of each token", *_plain(_tally(nll_BL, valid_BL))))
+    return checked, nll_BL
 
 
 def _tally(array: Array, mask: Bool[Array, "..."] | None = None, axes: Any = None) -> Tally:
@@ -109,38 +109,38 @@ def _plain(tally: Tally) -> tuple[int, float]:
     return int(bad), float(largest)
 
 
-def _places(tree: Any, kind: str) -> list[Place]:
+def _check_leaves(tree: Any, kind: str) -> list[Checked]:
     """The floating-point leaves of a tree; those stacked over layers layer by layer."""
     leaves = [
         (path, array)
         for path, array in jax.tree.leaves_with_path(tree)
         if jnp.issubdtype(array.dtype, jnp.floating)
     ]
-    in_group = [_place_in_group(path) for path, _ in leaves]
-    stride = 1 + max((place for place in in_group if place is not None), default=0)
+    in_group = [_layer_of_group(path) for path, _ in leaves]
+    stride = 1 + max((layer for layer in in_group if layer is not None), default=0)
     before = max((len(array) for path, array in leaves if _is_first(path)), default=0)
 
     @jax.jit
     def tally(arrays: list[Array]) -> list[Tally]:
         return [
-            _tally(array, axes=None if place is None else tuple(range(1, array.ndim)))
-            for array, place in zip(arrays, in_group, strict=True)
+            _tally(array, axes=None if layer is None else tuple(range(1, array.ndim)))
+            for array, layer in zip(arrays, in_group, strict=True)
         ]
 
     tallies = jax.device_get(tally([array for _, array in leaves]))
-    places = []
-    for (path, _), place, (bad, largest) in zip(leaves, in_group, tallies, strict=True):
+    checked = []
+    for (path, _), layer_in_group, (bad, largest) in zip(leaves, in_group, tallies, strict=True):
         name = f"{kind} {_name(path)}".strip()
-        if place is None:
-            places.append(Place(name, int(bad), float(largest)))
+        if layer_in_group is None:
+            checked.append(Checked(name, int(bad), float(largest)))
             continue
         for group, values in enumerate(zip(bad, largest, strict=True)):
-            layer = group if _is_first(path) else before + group * stride + place
-            places.append(Place(f"layer {layer}: {name}", int(values[0]), float(values[1])))
-    return places
+            layer = group if _is_first(path) else before + group * stride + layer_in_group
+            checked.append(Checked(f"layer {layer}: {name}", int(values[0]), float(values[1])))
+    return checked
 
 
-def _place_in_group(path: Any) -> int | None:
+def _layer_of_group(path: Any) -> int | None:
     """Index of the layer of its group that a leaf belongs to; None for what is not in a layer."""
     found = re.search(r"'layers'\]\[(\d+)\]", jax.tree_util.keystr(path))
     return int(found[1]) if found else None

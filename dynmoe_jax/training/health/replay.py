@@ -25,11 +25,11 @@ from dynmoe_jax.data import DataError, kept_tokenizer
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.runs.formatting import printable
 from dynmoe_jax.training.health.nan_report import (
-    Place,
-    backward_places,
-    forward_places,
-    loss_places,
-    state_places,
+    Checked,
+    check_backward,
+    check_forward,
+    check_loss,
+    check_state,
 )
 from dynmoe_jax.training.health.rescue import ARRAYS, FOLDER, SETTINGS
 from dynmoe_jax.training.objective import Batch, batch_sums, loss_of
@@ -40,7 +40,7 @@ _LISTED = 8
 _EXCERPT = 80
 
 
-def replay(workdir: Path, step: int | None = None) -> list[Place]:
+def replay(workdir: Path, step: int | None = None) -> list[Checked]:
     """Prints what is finite in the kept step and what is not, in the order of its computation.
 
     Args:
@@ -48,7 +48,7 @@ def replay(workdir: Path, step: int | None = None) -> list[Place]:
       step: one of those kept; None for the newest.
 
     Returns:
-      the places that are not finite, the first one first.
+      the arrays that are not finite, the first one first.
 
     Raises:
       ConfigError: no such step is kept there, or what is kept cannot be read.
@@ -57,13 +57,13 @@ def replay(workdir: Path, step: int | None = None) -> list[Place]:
     cfg, state, batch = _load(folder)
     decoder = nnx.merge(decoder_structure(cfg.model), state.params)
     console.print(f"Step {folder.name} of {workdir}", markup=False, soft_wrap=True)
-    bad_state = _show("State before the step", state_places(state))
-    forward, nll_BL = forward_places(decoder, batch, cfg.loss)
+    bad_state = _show("State before the step", check_state(state))
+    forward, nll_BL = check_forward(decoder, batch, cfg.loss)
     bad_forward = _show("Forward", forward)
     _print_sequences(workdir, batch, np.asarray(nll_BL))
     gradients, parts = _gradients(decoder, batch, cfg)
-    bad_loss = _show("Loss", loss_places(parts))
-    bad_backward = _show("Gradients, from the last layer back", backward_places(gradients))
+    bad_loss = _show("Loss", check_loss(parts))
+    bad_backward = _show("Gradients, from the last layer back", check_backward(gradients))
     found = [*bad_state, *bad_forward, *bad_loss, *bad_backward]
     console.print(_verdict(bad_state, bad_forward, bad_loss, bad_backward), soft_wrap=True)
     return found
@@ -95,9 +95,9 @@ def _load(folder: Path) -> tuple[config.Config, TrainState, Batch]:
         array_BL = jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len), jnp.int32)
         names = ("tokens", "targets", "segment_ids", "positions")
         like = {"state": state, "batch": dict.fromkeys(names, array_BL)}
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+        shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
         with ocp.StandardCheckpointer() as reader:
-            arrays = reader.restore((folder / ARRAYS).absolute(), jax.tree.map(place, like))
+            arrays = reader.restore((folder / ARRAYS).absolute(), jax.tree.map(shaped, like))
     except (OSError, ValueError, KeyError) as error:  # json's errors and ours are ValueErrors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise config.ConfigError(
@@ -116,17 +116,17 @@ def _gradients(decoder, batch: Batch, cfg: config.Config):
     return jax.jit(jax.grad(objective, has_aux=True))(params)
 
 
-def _show(title: str, places: list[Place]) -> list[Place]:
-    """Prints a table of the places around the first bad one; returns the bad ones."""
-    bad = [place for place in places if place.bad]
-    first = places.index(bad[0]) if bad else len(places)
-    shown = places[max(0, first - _LISTED // 2) :][:_LISTED] if bad else places[-_LISTED:]
+def _show(title: str, checked: list[Checked]) -> list[Checked]:
+    """Prints a table of the arrays around the first bad one; returns the bad ones."""
+    bad = [array for array in checked if array.bad]
+    first = checked.index(bad[0]) if bad else len(checked)
+    shown = checked[max(0, first - _LISTED // 2) :][:_LISTED] if bad else checked[-_LISTED:]
     table = Table(title, "largest finite", "not finite", box=None, pad_edge=False)
-    for place in shown:
-        style = "bold red" if place.bad else "none"
-        table.add_row(place.name, f"{place.largest:.3g}", f"{place.bad:,}", style=style)
+    for array in shown:
+        style = "bold red" if array.bad else "none"
+        table.add_row(array.name, f"{array.largest:.3g}", f"{array.bad:,}", style=style)
     console.print(table)
-    left = len(places) - len(shown)
+    left = len(checked) - len(shown)
     console.print(f"… and {left} more, {len(bad)} of all not finite\n" if left else "")
     return bad
 
@@ -142,11 +142,13 @@ def _print_sequences(workdir: Path, batch: Batch, nll_BL: np.ndarray) -> None:
     console.print(f"The loss is not finite in the sequences {rows} of 0 to {len(nll_BL) - 1}.")
     with contextlib.suppress(DataError):  # without its tokenizer the text is all that is missing
         tokenizer = kept_tokenizer(workdir)
-        place = int(np.flatnonzero(~np.isfinite(nll_BL[bad[0]]))[0])
-        tokens = np.asarray(batch["tokens"][bad[0]])[: place + 1]
+        position = int(np.flatnonzero(~np.isfinite(nll_BL[bad[0]]))[0])
+        tokens = np.asarray(batch["tokens"][bad[0]])[: position + 1]
         text = printable(tokenizer.decode(tokens))[-_EXCERPT:]
         console.print(
-            f"The first of them at position {place}, after {text!r}", markup=False, soft_wrap=True
+            f"The first of them at position {position}, after {text!r}",
+            markup=False,
+            soft_wrap=True,
         )
     console.print()
 

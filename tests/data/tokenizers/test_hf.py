@@ -52,7 +52,7 @@ def test_ends_of_documents(tmp_path):
 
 def test_what_is_written_is_what_was_read(tmp_path):
     tokenizer = open_tokenizer(write(tmp_path / "a"))
-    tokenizer.save(tmp_path / "run" / tokenizer.place)
+    tokenizer.save(tmp_path / "run" / tokenizer.name_in_run)
     found = find_tokenizer(tmp_path / "run")
     assert open_tokenizer(found).fingerprint == tokenizer.fingerprint
     assert (found / "chat_template.jinja").read_text() == "{{ messages }}"

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from dynmoe_jax import config
 from dynmoe_jax.experts import ExpertWeights, apply_experts
 from dynmoe_jax.experts.parallel.choice import choose_transport, device_visits
-from dynmoe_jax.experts.parallel.exchange import Exchanged, all_to_all, places_per_pair
+from dynmoe_jax.experts.parallel.exchange import Exchanged, all_to_all, capacity_per_pair
 from dynmoe_jax.experts.parallel.transport import ring
 from dynmoe_jax.experts.permute import take
 from dynmoe_jax.experts.reference import reference_experts
@@ -137,10 +137,10 @@ def test_take_and_its_gradient_by_hand():
     np.testing.assert_array_equal(dx_TD, [[20.0], [0.0], [10.0]])
 
 
-def test_places_per_pair_by_hand():
-    assert places_per_pair(100, 0.0) == 100
-    assert places_per_pair(100, 0.301) == 31
-    assert places_per_pair(100, 1.0) == 100
+def test_capacity_per_pair_by_hand():
+    assert capacity_per_pair(100, 0.0) == 100
+    assert capacity_per_pair(100, 0.301) == 31
+    assert capacity_per_pair(100, 1.0) == 100
 
 
 def test_visits_by_hand():

@@ -7,7 +7,7 @@ from flax import nnx
 
 from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.architectures.llama import LLAMA
-from dynmoe_jax.interop.architectures.mapping import places
+from dynmoe_jax.interop.architectures.mapping import parameter_slices
 from dynmoe_jax.interop.files.source import open_source
 from tests.interop.foreign_tensors import to_tensors
 
@@ -62,7 +62,7 @@ def back(decoder):
     """The decoder's parameters under Hugging Face's names."""
     ours = {path: np.asarray(leaf[...]) for path, leaf in nnx.state(decoder).flat_state()}
     shapes = {path: values.shape for path, values in ours.items()}
-    return to_tensors(places(LLAMA.rules, decoder.config, shapes), ours)
+    return to_tensors(parameter_slices(LLAMA.rules, decoder.config, shapes), ours)
 
 
 def test_settings(tmp_path, tensors):

@@ -76,8 +76,8 @@ def _outputs(x_TD, weights, schedule: Schedule, saved: int):
         gate_up_b2F = times_expert(gather(x_TD, token_b), gate_up_ED2F, e)
         if saved:
             # Blocks not to be kept go behind the last one that is.  A cond would copy S rows.
-            place = (jnp.where(start < saved, start, saved + spare), 0)
-            gate_up_S2F = jax.lax.dynamic_update_slice(gate_up_S2F, gate_up_b2F, place)
+            offset = (jnp.where(start < saved, start, saved + spare), 0)
+            gate_up_S2F = jax.lax.dynamic_update_slice(gate_up_S2F, gate_up_b2F, offset)
         y_bD = times_expert(swiglu(gate_up_b2F), weights.down_EFD, e)
         y_bD = y_bD.astype(jnp.float32) * weight_b[:, None]
         return scatter_add(y_TD, token_b, y_bD), gate_up_S2F

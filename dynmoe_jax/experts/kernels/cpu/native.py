@@ -50,47 +50,52 @@ def native_experts(
     """
     library.load()
     saved = rows.kept(x_TD.shape[0], saved_rows_per_token)
-    place = weights.stacked
+    stacked = weights.stacked
     weights = dataclasses.replace(weights, stacked=None)
     y_TD = _native_experts(
-        saved, x_TD, rows.weight_R, weights, place, rows.token_R, rows.group_size_E
+        saved, x_TD, rows.weight_R, weights, stacked, rows.token_R, rows.group_size_E
     )
     return y_TD, jnp.zeros((), jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _native_experts(saved, x_TD, weight_R, weights, place, token_R, group_size_E):
-    return _outputs(x_TD, weight_R, _in_place(weights, place), token_R, group_size_E, 0)[0]
+def _native_experts(saved, x_TD, weight_R, weights, stacked, token_R, group_size_E):
+    return _outputs(x_TD, weight_R, _stacked_view(weights, stacked), token_R, group_size_E, 0)[0]
 
 
-def _native_experts_forward(saved, x_TD, weight_R, weights, place, token_R, group_size_E):
+def _native_experts_forward(saved, x_TD, weight_R, weights, stacked, token_R, group_size_E):
     # In a stack, the layer's own arrays are not kept: nobody reads them, so nobody copies them.
-    operands = (x_TD, weight_R, _in_place(weights, place), token_R, group_size_E)
+    operands = (x_TD, weight_R, _stacked_view(weights, stacked), token_R, group_size_E)
     y_TD, kept_S2F = _outputs(*operands, saved)
     return y_TD, (*operands, kept_S2F)
 
 
-def _outputs(x_TD, weight_R, place: StackedView, token_R, group_size_E, saved: int):
+def _outputs(x_TD, weight_R, stacked: StackedView, token_R, group_size_E, saved: int):
     """y_TD, and the gate and up activations of the first rows."""
-    hidden_width, width = place.down_NEFD.shape[2:]
+    hidden_width, width = stacked.down_NEFD.shape[2:]
     results = (
         _floats(x_TD.shape),
         _floats((saved, 2 * hidden_width)),
         _scratch(token_R, width + 3 * hidden_width),
     )
     call = jax.ffi.ffi_call("dynmoe_experts", results)
-    y_TD, kept_S2F, _ = call(x_TD, token_R, weight_R, group_size_E, *_arrays(place))
+    y_TD, kept_S2F, _ = call(x_TD, token_R, weight_R, group_size_E, *_arrays(stacked))
     return y_TD, kept_S2F
 
 
 def _native_experts_backward(saved, residuals, dy_TD):
-    x_TD, weight_R, place, token_R, group_size_E, kept_S2F = residuals
-    hidden_width, width = place.down_NEFD.shape[2:]
+    x_TD, weight_R, stacked, token_R, group_size_E, kept_S2F = residuals
+    hidden_width, width = stacked.down_NEFD.shape[2:]
     columns = 3 * width + 5 * hidden_width + math.ceil(hidden_width / BLOCK)
-    shapes = x_TD.shape, weight_R.shape, place.gate_up_NED2F.shape[1:], place.down_NEFD.shape[1:]
+    shapes = (
+        x_TD.shape,
+        weight_R.shape,
+        stacked.gate_up_NED2F.shape[1:],
+        stacked.down_NEFD.shape[1:],
+    )
     results = (*map(_floats, shapes), _scratch(token_R, columns))
     call = jax.ffi.ffi_call("dynmoe_experts_gradient", results)
-    operands = (x_TD, token_R, weight_R, group_size_E, *_arrays(place), kept_S2F, dy_TD)
+    operands = (x_TD, token_R, weight_R, group_size_E, *_arrays(stacked), kept_S2F, dy_TD)
     dx_TD, dweight_R, dgate_up_ED2F, ddown_EFD, _ = call(*operands)
     return dx_TD, dweight_R, ExpertWeights(dgate_up_ED2F, ddown_EFD), None, None, None
 
@@ -98,15 +103,15 @@ def _native_experts_backward(saved, residuals, dy_TD):
 _native_experts.defvjp(_native_experts_forward, _native_experts_backward)
 
 
-def _in_place(weights: ExpertWeights, place: StackedView | None) -> StackedView:
+def _stacked_view(weights: ExpertWeights, stacked: StackedView | None) -> StackedView:
     """Returns the stack that the weights lie in, or one of their own."""
-    if place:
-        return place
+    if stacked:
+        return stacked
     return StackedView(weights.gate_up_ED2F[None], weights.down_EFD[None], jnp.zeros((), jnp.int32))
 
 
-def _arrays(place: StackedView) -> tuple[Array, Array, Array]:
-    return place.gate_up_NED2F, place.down_NEFD, place.layer
+def _arrays(stacked: StackedView) -> tuple[Array, Array, Array]:
+    return stacked.gate_up_NED2F, stacked.down_NEFD, stacked.layer
 
 
 def _floats(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

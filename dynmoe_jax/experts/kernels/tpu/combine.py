@@ -142,10 +142,10 @@ def _runs(token_n, group_size_E, tokens: int, block: int) -> Int[Array, "runs"]:
     end_E = jnp.cumsum(group_size_E)
     expert_n = jnp.sum(jnp.arange(rows)[:, None] >= end_E, axis=-1)
     # Ascending, padding last.
-    place_n = jnp.where(expert_n < experts, expert_n * tokens + token_n, experts * tokens)
+    key_n = jnp.where(expert_n < experts, expert_n * tokens + token_n, experts * tokens)
     starts = jnp.arange(0, tokens + 1, block)
     wanted = starts[:, None] + jnp.arange(experts) * tokens
-    first = jnp.searchsorted(place_n, wanted.reshape(-1), method="scan_unrolled")
+    first = jnp.searchsorted(key_n, wanted.reshape(-1), method="scan_unrolled")
     # Of the last block's end "expert's first token + T" is the next expert's first.
     return jnp.minimum(first, end_E[-1]).astype(jnp.int32)
 
@@ -237,11 +237,11 @@ def _add_tile(row_bK, tile_ref, sums, piece_smem, tile, used):
     rows = PIECES * PIECE
 
     def numbers(shape, axis):
-        """Number of the row that each place of the tile holds; -1 for none."""
-        place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        piece, found = jax.lax.div(place, PIECE), jnp.full(shape, -1, jnp.int32)
+        """Number of the row that each position of the tile holds; -1 for none."""
+        position = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        piece, found = jax.lax.div(position, PIECE), jnp.full(shape, -1, jnp.int32)
         for i, start in enumerate(starts):
-            number = start + place - i * PIECE
+            number = start + position - i * PIECE
             found = jnp.where((piece == i) & (start >= 0) & (number < used), number, found)
         return found
 

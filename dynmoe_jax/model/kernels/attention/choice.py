@@ -106,7 +106,7 @@ def make_attention(requested: str, target: Target) -> Attend:
       ConfigError: what is asked for does not run on ``target`` (at once), or not at the length or
         heads that it is called with (when it is traced, before anything is compiled).
     """
-    check(SETTING, requested, _place_obstacle(requested, target))
+    check(SETTING, requested, _platform_obstacle(requested, target))
     return Attend(requested, target)
 
 
@@ -153,12 +153,12 @@ def choose_attention(
     dtype, shape = jnp.dtype(dtype), (length, width, heads, kv_heads)
 
     def obstacle(name: str) -> str:
-        return _place_obstacle(name, target) or _shape_obstacle(name, target, dtype, *shape)
+        return _platform_obstacle(name, target) or _shape_obstacle(name, target, dtype, *shape)
 
     return choose(SETTING, requested, CANDIDATES.get(target.platform, ("xla",)), obstacle)
 
 
-def _place_obstacle(name: str, target: Target) -> str:
+def _platform_obstacle(name: str, target: Target) -> str:
     """Obstacle on this machine, whatever is computed."""
     if found := platform_obstacle(PLATFORMS.get(name, ()), target):
         return found

@@ -167,10 +167,10 @@ def _blocks(heads: Heads) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
 
 
 def _call(
-    heads, body, inputs, places, *, in_specs, out_specs, out_shape, scratch, products, interpret
+    heads, body, inputs, shared, *, in_specs, out_specs, out_shape, scratch, products, interpret
 ):
-    """Runs one of the bodies of :mod:`.flat_kernels`; ``places`` are what all of them read."""
-    segment_ids_BL, rotary_BLP = places
+    """Runs one of the bodies of :mod:`.flat_kernels`; ``shared`` is what all of them read."""
+    segment_ids_BL, rotary_BLP = shared
     (B, L), (query, key) = segment_ids_BL.shape, inputs[:2]
     shared_inputs = [segment_bounds(segment_ids_BL, heads), segment_ids_BL[:, None]]
     shared_specs = [

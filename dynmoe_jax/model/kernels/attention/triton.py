@@ -168,12 +168,12 @@ def _forward_kernel(
     first_BI, segment_BL, query_BLHW, key_BLGW, value_BLGW, mixed_BLHW, log_sum_BHL, *, tile, shape
 ):
     i, (b, h) = pl.program_id(0), _batch_and_head(shape.heads)
-    g, q = h // shape.sharing, _places(i, tile.queries)
+    g, q = h // shape.sharing, _positions(i, tile.queries)
     query_qW, segment_q = _rows(query_BLHW, b, q, h), plgpu.load(segment_BL.at[b, q])
 
     def visit(j, carry):
         most_q, sum_q, mixed_qW = carry
-        k = _places(j, tile.keys)
+        k = _positions(j, tile.keys)
         score_qk = dot(query_qW, _rows(key_BLGW, b, k, g), trans_b=True) * shape.scale
         attends_qk = _attends(q, segment_q, k, plgpu.load(segment_BL.at[b, k]))
         score_qk = jnp.where(attends_qk, score_qk, _NOWHERE)
@@ -200,7 +200,7 @@ def _to_keys_kernel(
     dkey_BLGW, dvalue_BLGW, *, tile, shape
 ):  # fmt: skip
     j, (b, g) = pl.program_id(0), _batch_and_head(shape.kv_heads)
-    k = _places(j, tile.keys)
+    k = _positions(j, tile.keys)
     key_kW, value_kW = _rows(key_BLGW, b, k, g), _rows(value_BLGW, b, k, g)
     segment_k = plgpu.load(segment_BL.at[b, k])
     first = j * tile.keys // tile.queries
@@ -209,7 +209,7 @@ def _to_keys_kernel(
     def visit(n, carry):
         # Tiles of queries of one head after the other.
         dkey_kW, dvalue_kW = carry
-        h, q = g * shape.sharing + n // count, _places(first + n % count, tile.queries)
+        h, q = g * shape.sharing + n // count, _positions(first + n % count, tile.queries)
         query_qW, dmixed_qW = _rows(query_BLHW, b, q, h), _rows(dmixed_BLHW, b, q, h)
         score_kq = dot(key_kW, query_qW, trans_b=True) * shape.scale
         attends_qk = _attends(q, plgpu.load(segment_BL.at[b, q]), k, segment_k)
@@ -232,13 +232,13 @@ def _to_queries_kernel(
     dquery_BLHW, *, tile, shape
 ):  # fmt: skip
     i, (b, h) = pl.program_id(0), _batch_and_head(shape.heads)
-    g, q = h // shape.sharing, _places(i, tile.queries)
+    g, q = h // shape.sharing, _positions(i, tile.queries)
     query_qW, dmixed_qW = _rows(query_BLHW, b, q, h), _rows(dmixed_BLHW, b, q, h)
     segment_q = plgpu.load(segment_BL.at[b, q])
     log_sum_q, delta_q = (plgpu.load(x.at[b, h, q]) for x in (log_sum_BHL, delta_BHL))
 
     def visit(j, dquery_qW):
-        k = _places(j, tile.keys)
+        k = _positions(j, tile.keys)
         key_kW, value_kW = _rows(key_BLGW, b, k, g), _rows(value_BLGW, b, k, g)
         score_qk = dot(query_qW, key_kW, trans_b=True) * shape.scale
         attends_qk = _attends(q, segment_q, k, plgpu.load(segment_BL.at[b, k]))
@@ -258,7 +258,7 @@ def _batch_and_head(heads: int) -> tuple[Array, Array]:
     return program // heads, program % heads
 
 
-def _places(tile: Array, size: int) -> Int[Array, "size"]:
+def _positions(tile: Array, size: int) -> Int[Array, "size"]:
     """Positions of a tile."""
     return tile * size + jnp.arange(size)
 
@@ -269,14 +269,14 @@ def _attends(
     return (q[:, None] >= k[None, :]) & (segment_q[:, None] == segment_k[None, :])
 
 
-def _rows(x_BLHW: Any, b: Array, places: Int[Array, "q"], h: Array) -> Float[Array, "q W"]:
+def _rows(x_BLHW: Any, b: Array, positions: Int[Array, "q"], h: Array) -> Float[Array, "q W"]:
     """Loads some positions of a head."""
-    return plgpu.load(_at(x_BLHW, b, places, h))
+    return plgpu.load(_at(x_BLHW, b, positions, h))
 
 
-def _store(x_BLHW: Any, b: Array, places: Int[Array, "q"], h: Array, x_qW: Array) -> None:
-    plgpu.store(_at(x_BLHW, b, places, h), x_qW.astype(x_BLHW.dtype))
+def _store(x_BLHW: Any, b: Array, positions: Int[Array, "q"], h: Array, x_qW: Array) -> None:
+    plgpu.store(_at(x_BLHW, b, positions, h), x_qW.astype(x_BLHW.dtype))
 
 
-def _at(x_BLHW, b, places, h):
-    return x_BLHW.at[b, places[:, None], h, jnp.arange(x_BLHW.shape[3])[None, :]]
+def _at(x_BLHW, b, positions, h):
+    return x_BLHW.at[b, positions[:, None], h, jnp.arange(x_BLHW.shape[3])[None, :]]

@@ -25,7 +25,7 @@ tells it no more, and JAX takes each of its processes for one by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Rank:
     """This process among the others; without the first three, JAX looks for a cluster.
 
     Attributes:
@@ -85,25 +85,25 @@ class Place:
         return self.num_processes == 1 and self.coordinator is None and self.process_id is None
 
 
-def place_from(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Place:
-    """The place that flags name; to a process that Open MPI has started, --coordinator is enough.
+def rank_from(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Rank:
+    """The rank that flags name; to a process that Open MPI has started, --coordinator is enough.
 
     Args:
-      flags: those that were given, by the names of :class:`Place`.
+      flags: those that were given, by the names of :class:`Rank`.
       environment: of this process.
 
     Raises:
       ConfigError: flags contradict each other, or one is missing.
     """
     count = int(environment.get(_COUNT, 1))
-    place = flags.keys() & {"coordinator", "num_processes", "process_id"}
-    if count > 1 and not place and _ADDRESS not in environment:
+    rank = flags.keys() & {"coordinator", "num_processes", "process_id"}
+    if count > 1 and not rank and _ADDRESS not in environment:
         raise ConfigError(
             f"Open MPI has started {_COUNT}={count} processes, but does not say where they meet; "
             "give all of them --coordinator=HOST:PORT, with the host of process 0 and a free port "
             "there, or --num_processes=1 if each is to train by itself."
         )
-    if count > 1 and place == {"coordinator"}:
+    if count > 1 and rank == {"coordinator"}:
         told = {name: int(environment[variable]) for name, variable in _BY_OPEN_MPI.items()}
-        return Place(**flags, **told)
-    return Place(**flags)
+        return Rank(**flags, **told)
+    return Rank(**flags)
