@@ -156,7 +156,7 @@ def test_states_that_do_not_make_a_whole_are_refused(make):
         merge_states([left.get_state(), other.get_state()])
     later = make(batch_size=8, shard_ids=[1, 2, 3])
     next(later)
-    with pytest.raises(ValueError, match="shard 1 at different places"):
+    with pytest.raises(ValueError, match="shard 1 at different positions"):
         merge_states([left.get_state(), later.get_state()])
 
 

@@ -128,7 +128,7 @@ def _window(text: str) -> dict[str, list[str]]:
 
 
 def _meeting_pairs(size: int, kernel: int, out: int, window: dict[str, list[str]], d: int) -> int:
-    """Pairs (position in the result, position in the kernel) that meet an input along one dimension."""
+    """Pairs (position in the result, one in the kernel) that meet an input along one dimension."""
 
     def field(name, default):
         return window[name][d] if name in window else default
