@@ -23,8 +23,8 @@ from dynmoe_jax.data.pipeline import (
     merge_states,
     shards_of_rows,
 )
-from dynmoe_jax.data.prepare.preparation import Prepared, prepare
-from dynmoe_jax.data.prepare.unchanged import check_unchanged
+from dynmoe_jax.data.preparation.prepare import Prepared, prepare
+from dynmoe_jax.data.preparation.unchanged import check_unchanged
 from dynmoe_jax.data.sources.registry import check_sources
 from dynmoe_jax.data.tokenizers.api import (
     Tokenizer,

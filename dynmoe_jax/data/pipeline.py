@@ -12,8 +12,8 @@ import numpy as np
 
 from dynmoe_jax import config
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.prepare.preparation import Prepared
-from dynmoe_jax.data.rows import check_weights, pack, shard_rows
+from dynmoe_jax.data.packing import check_weights, pack, shard_rows
+from dynmoe_jax.data.preparation.prepare import Prepared
 from dynmoe_jax.data.shards import RowsInTurn
 from dynmoe_jax.data.sources.registry import parse_weights
 from dynmoe_jax.data.tokenizers.api import Tokenizer

@@ -12,7 +12,7 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, TrainStream, check_unchanged, prepare
-from dynmoe_jax.data.prepare.preparation import Prepared
+from dynmoe_jax.data.preparation.prepare import Prepared
 from tests.data.made_text import write_jsonl
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynmoe_jax.data import DataError
-from dynmoe_jax.data.rows import check_weights, pack, shard_rows
+from dynmoe_jax.data.packing import check_weights, pack, shard_rows
 
 BOS, EOS = 1, 2
 # Every character is one token: its code point.

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, prepare
-from dynmoe_jax.data.prepare import preparation
-from dynmoe_jax.data.prepare.builder import slugs
-from dynmoe_jax.data.prepare.preparation import Prepared
-from dynmoe_jax.data.prepare.split import hold_out, keep_within
-from dynmoe_jax.data.prepare.spool import Entry
+from dynmoe_jax.data.preparation import prepare as preparation
+from dynmoe_jax.data.preparation.builder import slugs
+from dynmoe_jax.data.preparation.prepare import Prepared
+from dynmoe_jax.data.preparation.split import hold_out, keep_within
+from dynmoe_jax.data.preparation.spool import Entry
 from tests.data.made_text import write_jsonl
 
 QUICK = hypothesis_settings(max_examples=50, deadline=None)

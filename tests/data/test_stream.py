@@ -258,7 +258,7 @@ def test_a_script_that_forgets_to_close_exits_at_once_and_in_silence(prepared, t
 from pathlib import Path
 from dynmoe_jax import config
 from dynmoe_jax.data import open_tokenizer, TrainStream
-from dynmoe_jax.data.prepare.preparation import Prepared
+from dynmoe_jax.data.preparation.prepare import Prepared
 tokenizer = open_tokenizer({str(tmp_path / "t.model")!r})
 prepared = Prepared(Path({str(prepared.directory)!r}))
 stream = TrainStream(prepared, tokenizer, config.Data(seq_len=16), 4, 0)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from dynmoe_jax.data.rows import shard_rows
+from dynmoe_jax.data.packing import shard_rows
 from dynmoe_jax.data.shards import RowsInTurn
 
 WINDOW = 16

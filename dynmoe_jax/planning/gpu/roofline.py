@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from dynmoe_jax.hardware.chips import Chip
 from dynmoe_jax.planning.hlo.instruction import Instruction, Shape
+from dynmoe_jax.planning.hlo.matmuls import Product, product_of
 from dynmoe_jax.planning.hlo.module import Module
-from dynmoe_jax.planning.hlo.products import Product, product_of
 from dynmoe_jax.planning.hlo.schedule import Operation
 
 _FREE = (

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 
 from dynmoe_jax.planning.hlo.instruction import Instruction, Shape, parse_instruction
-from dynmoe_jax.planning.hlo.products import Product, product_of
+from dynmoe_jax.planning.hlo.matmuls import Product, product_of
 from dynmoe_jax.planning.hlo.sources import Sources
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")

@@ -16,7 +16,7 @@ from dynmoe_jax.experts.kernels.tpu.weight_gradient_tiling import block_rows
 from dynmoe_jax.hardware.chips import Chip
 from dynmoe_jax.model.kernels.attention.flat_kernels import SUM_ROWS
 from dynmoe_jax.planning.hlo.instruction import Instruction, Shape
-from dynmoe_jax.planning.hlo.products import fused_products, product_kind, product_of
+from dynmoe_jax.planning.hlo.matmuls import fused_products, product_kind, product_of
 
 _BLOCK = r'\\"{name}\\": (\d+)'
 _FLAT_PRODUCTS = {

@@ -15,9 +15,15 @@ from typing import Any
 from dynmoe_jax import config
 from dynmoe_jax.console import console, stage
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.prepare.builder import damaged, open_split, slugs, split_names, write_dataset
-from dynmoe_jax.data.prepare.split import Sides, hold_out, keep_within
-from dynmoe_jax.data.prepare.spool import Entry, Spool
+from dynmoe_jax.data.preparation.builder import (
+    damaged,
+    open_split,
+    slugs,
+    split_names,
+    write_dataset,
+)
+from dynmoe_jax.data.preparation.split import Sides, hold_out, keep_within
+from dynmoe_jax.data.preparation.spool import Entry, Spool
 from dynmoe_jax.data.sources.document import Broken
 from dynmoe_jax.data.sources.registry import parse_sources, read_documents, source_identity
 

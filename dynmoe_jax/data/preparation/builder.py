@@ -11,7 +11,7 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.prepare.spool import Entry, Spool
+from dynmoe_jax.data.preparation.spool import Entry, Spool
 from dynmoe_jax.data.sources.document import Document
 
 _LONGEST_SLUG = 60

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dynmoe_jax.data.prepare.spool import Entry
+from dynmoe_jax.data.preparation.spool import Entry
 
 
 class Sides(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.data.errors import DataError
-from dynmoe_jax.data.prepare.preparation import read_summary, settings_of, source_fingerprint
+from dynmoe_jax.data.preparation.prepare import read_summary, settings_of, source_fingerprint
 
 
 def check_unchanged(data: config.Data, directory: Path, fingerprint: str) -> None:
