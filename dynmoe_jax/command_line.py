@@ -1,4 +1,4 @@
-"""From the command line to a checked config; every mistake is one sentence and exit code 2."""
+"""Command line of the main job: flags to a checked config; a mistake is one sentence and exit 2."""
 
 import difflib
 import io
@@ -84,7 +84,7 @@ def run(
 
 
 def exit_code(program: Callable[[], int], bad_input: tuple[type[Exception], ...] = ()) -> int:
-    """Runs a program; what a user can mend is one sentence, not a traceback.
+    """Runs a program; what a user can repair is one sentence, not a traceback.
 
     Args:
       program: returns its exit code.

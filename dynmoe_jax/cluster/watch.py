@@ -54,7 +54,7 @@ class Watch:
         self._thread.start()
 
     def connected(self) -> None:
-        """From now on the other processes are there."""
+        """Begins to watch: the other processes are there."""
         self._connected.set()
         # Of its own, and never waited for: JAX's client hangs once it has lost the coordinator.
         threading.Thread(target=self._listen, name="cluster ear", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The one error that the data package raises for what a user can mend."""
+"""The one error that the data package raises for what a user can repair."""
 
 
 class DataError(ValueError):

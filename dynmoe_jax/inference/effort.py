@@ -21,7 +21,7 @@ SHADES = ("black on #d7e9f7", "black on #9fcbec", "black on #f7e7b5", "black on 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """From the fewest experts to the most."""
+    """Range of the experts used, from the fewest to the most."""
 
     low: float
     high: float

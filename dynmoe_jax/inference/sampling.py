@@ -69,7 +69,7 @@ class Draw:
 
     @classmethod
     def of(cls, sampling: Sampling, vocab_size: int, stop_ids: Sequence[int]) -> "Draw":
-        """From settings."""
+        """Makes the parameters from settings."""
         stops = np.full(-(-max(1, len(stop_ids)) // _STOPS_PADDED_TO) * _STOPS_PADDED_TO, NO_TOKEN)
         stops[: len(stop_ids)] = stop_ids
         return cls(

@@ -23,7 +23,7 @@ from dynmoe_jax.mesh.axes import EXPERT, MODEL, mesh_sizes
 from dynmoe_jax.mesh.sharding import by_token, split_columns, whole_parameter
 from dynmoe_jax.model.components import added, compute_dtype, matrix
 from dynmoe_jax.model.kernels.norm.norm import forked
-from dynmoe_jax.model.kernels.norm.router_logits import routed
+from dynmoe_jax.model.kernels.norm.router_logits import norm_and_logits
 from dynmoe_jax.model.linear import times
 from dynmoe_jax.routing import Routing, make_router
 
@@ -99,7 +99,7 @@ class MoEFeedForward(nnx.Module):
           x_BLD: the stream.
         """
         router_DE = whole_parameter("router_DE", self.router_DE[...], jnp.float32)
-        x_BLD, normed_BLD, logits_BLE = routed(norm, x_BLD, router_DE)
+        x_BLD, normed_BLD, logits_BLE = norm_and_logits(norm, x_BLD, router_DE)
         flat = (a.reshape(-1, a.shape[-1]) for a in (normed_BLD, logits_BLE))
         return x_BLD, *flat
 

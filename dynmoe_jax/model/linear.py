@@ -88,10 +88,10 @@ def contracted(
     if not _by_kernels(rows, left, right):
         dimensions = ((left_axes, right_axes), ((), ()))
         return jax.lax.dot_general(left, right, dimensions, preferred_element_type=dtype)
-    left_turned, right_turned = 0 in left_axes, 0 not in right_axes
-    left = left.reshape((-1, rows) if left_turned else (rows, -1))
-    right = right.reshape((columns, -1) if right_turned else (-1, columns))
-    product = _product(left, right, left_turned, right_turned)
+    left_transposed, right_transposed = 0 in left_axes, 0 not in right_axes
+    left = left.reshape((-1, rows) if left_transposed else (rows, -1))
+    right = right.reshape((columns, -1) if right_transposed else (-1, columns))
+    product = _product(left, right, left_transposed, right_transposed)
     return product.reshape(sizes[0] + sizes[1]).astype(dtype)
 
 
@@ -119,8 +119,8 @@ def _backward(residuals, dy_XY):
 _times.defvjp(_forward, _backward)
 
 
-def _product(left, right, left_turned: bool = False, right_turned: bool = False):
+def _product(left, right, left_transposed: bool = False, right_transposed: bool = False):
     """The product of two matrices, of which each may be stored turned."""
-    shape = left.shape[left_turned], right.shape[not right_turned]
+    shape = left.shape[left_transposed], right.shape[not right_transposed]
     call = jax.ffi.ffi_call("dynmoe_product", jax.ShapeDtypeStruct(shape, jnp.float32))
-    return call(left, right, a_turned=left_turned, b_turned=right_turned)
+    return call(left, right, a_turned=left_transposed, b_turned=right_transposed)

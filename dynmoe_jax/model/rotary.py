@@ -1,6 +1,6 @@
 """Rotary positions (arXiv 2104.09864), halves rotated as in Llama.
 
-Component i of a head is paired with component i + W/2 and turned by ``position * theta^(-2i/W)``.
+Component i of a head is paired with component i + W/2 and rotated by ``position * theta^(-2i/W)``.
 All layers turn by the same angles, so they are worked out once for a batch.
 
 Axis legend: B batch, L positions, H heads, W head width, R lanes of the table.
@@ -59,9 +59,9 @@ def rotary_table(
 def rotate(
     x_BLHW: Float[Array, "B L H W"], rotary_BLR: Float[Array, "B L R"]
 ) -> Float[Array, "B L H W"]:
-    """Queries or keys, turned."""
+    """Queries or keys, rotated."""
     half = x_BLHW.shape[-1] // 2
     cos, sin = (table[:, :, None, :half] for table in jnp.split(rotary_BLR, 2, axis=-1))
     first, second = jnp.split(x_BLHW.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BLHW.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLHW.dtype)

@@ -1,4 +1,4 @@
-"""From a request to a plan: which hardware, which mesh, which way of planning."""
+"""Plan of a request: which hardware, which mesh, which way of planning."""
 
 import dataclasses
 from collections.abc import Callable

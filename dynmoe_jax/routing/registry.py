@@ -1,4 +1,4 @@
-"""From settings to a router."""
+"""Registry of routers: the one that settings name."""
 
 from collections.abc import Callable
 

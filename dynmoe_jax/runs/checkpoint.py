@@ -270,7 +270,7 @@ class Checkpoints:
             kept = f"the one of step {last:,} is whole" if last else "there is none before it"
             raise CheckpointError(
                 f"The checkpoint of step {self._saving:,} in {self._workdir / FOLDER} could not be "
-                f"written ({_shortly(error)}); {kept}; make room or mend the disk, and start the "
+                f"written ({_shortly(error)}); {kept}; make room or repair the disk, and start the "
                 "same command again."
             ) from error
 

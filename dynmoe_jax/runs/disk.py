@@ -69,7 +69,7 @@ def disk_errors(workdir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL + _UNUSABLE:
             raise
-        remedy = "make room" if error.errno in _FULL else "mend the disk or the permissions"
+        remedy = "make room" if error.errno in _FULL else "repair the disk or the permissions"
         where = error.filename or workdir
         raise DiskError(
             f"{where} could not be written ({error.strerror}); {remedy}, and start the same "

@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on: the newest one that is whole."""
+"""Choice of the checkpoint that a run goes on from: the newest one that is whole."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on that is asked for other steps, once its rate has decayed.
+"""Choice of the checkpoint that a longer run goes on from, once its learning rate has decayed.
 
 Weights that were trained with a falling learning rate are not heated up again: with
 ``warmup_stable_decay`` a longer run goes on from the checkpoint of the step after which the rate

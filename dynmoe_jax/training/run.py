@@ -1,4 +1,4 @@
-"""A run while a process works on it: what its parts share."""
+"""A run while a process works on it."""
 
 import dataclasses
 from pathlib import Path
@@ -14,7 +14,7 @@ from dynmoe_jax.training.log.seconds import Seconds
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same for as long as a process works on a run, rollbacks included.
+    """Parts of a run that stay the same while a process works on it, rollbacks included.
 
     Attributes:
       cfg: all settings.

@@ -1,4 +1,4 @@
-"""From sources to a prepared dataset: read, cap, hold out, write, and reuse what is there."""
+"""Preparation of a dataset from sources: read, cap, hold out, write, and reuse what is there."""
 
 import dataclasses
 import functools
@@ -253,7 +253,7 @@ def _read_into(spool: Spool, data: config.Data) -> BrokenReport:
         raise DataError(
             f"{lost:,} of {lost + len(spool):,} records are broken ({share:.2%}, the first is "
             f"{examples[0]}), more than config.data.max_broken_fraction="
-            f"{data.max_broken_fraction:g}; mend the files or raise that setting."
+            f"{data.max_broken_fraction:g}; repair the files or raise that setting."
         )
     return BrokenReport(lost, share, tuple(examples))
 

@@ -110,7 +110,7 @@ def source_files(source: Source) -> list[Path]:
     if not files:
         raise DataError(
             f"config.data.sources holds {str(source)!r}, which matches no file; "
-            f"mend the glob (the working folder is {str(Path.cwd())!r})."
+            f"repair the glob (the working folder is {str(Path.cwd())!r})."
         )
     return files
 

@@ -99,7 +99,7 @@ class GgufFile:
         return tokenizer and tokenizer.with_ends(ends_in_gguf(self.metadata))
 
     def shapes(self) -> dict[str, Shape]:
-        """From the file's header alone."""
+        """Shapes by name, from the file's header alone."""
         # GGUF counts axes from the innermost.
         return {
             name: tuple(int(length) for length in reversed(tensor.shape))

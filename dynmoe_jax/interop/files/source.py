@@ -70,7 +70,7 @@ class HfFolder:
         return tokenizer.with_ends(ends)
 
     def shapes(self) -> dict[str, Shape]:
-        """From the files' headers alone."""
+        """Shapes by name, from the files' headers alone."""
         return tensor_shapes(self._file_of)
 
     def tensors(self, wanted: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:

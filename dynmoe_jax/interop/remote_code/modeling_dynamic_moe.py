@@ -97,8 +97,8 @@ class TopPMixture(nn.Module):
 def rotate(x, cos, sin):
     """Turns component i together with component i + W/2."""
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)
 
 
 class Attention(nn.Module):

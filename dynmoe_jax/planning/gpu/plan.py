@@ -31,7 +31,7 @@ from dynmoe_jax.training.step import TrainState, init_state
 
 _BYTES = 2
 """Bytes of a number in the compute type."""
-_DEAREST = 10
+_LISTED = 10
 _ARITHMETIC = (
     "Arithmetic, nothing is compiled: every part of the model takes its products at the peak rate "
     "or its bytes through main memory, so a real step takes longer."
@@ -72,7 +72,7 @@ def plan_on_gpu(
     hidden = sum(n * t.seconds for n, t, _ in transfers if t.axes in ("data", "slice"))
     waited = sum(n * t.seconds for n, t, _ in transfers if t.axes not in ("data", "slice"))
     exposed = waited + max(0.0, hidden - compute)
-    dear = [*operations, *(operation for _, _, operation in transfers)]
+    costly = [*operations, *(operation for _, _, operation in transfers)]
     analytic = analytic_flops(cfg, experts, topology.devices)
     again = analytic / 3 if cfg.model.remat == "layer" else 0.0
     flops = compiled.flops if compiled else FlopsPlan(analytic, None, again)
@@ -85,7 +85,7 @@ def plan_on_gpu(
         flops=flops,
         time=TimePlan(compute, hidden + waited, exposed, kernels),
         traffic=traffic_of(transfers),
-        operations=tuple(sorted(dear, key=lambda o: -o.total)[:_DEAREST]),
+        operations=tuple(sorted(costly, key=lambda o: -o.total)[:_LISTED]),
         compile_seconds=compiled.seconds if compiled else 0.0,
         assumptions=(_COMPILED if compiled else _ARITHMETIC, *_ASSUMPTIONS),
     )
@@ -159,7 +159,9 @@ class _Step:
         parts = [
             self._part("model.attention: Attention", "projections", model.num_layers, self._heads),
             self._part("model.attention: Attention", "scores", model.num_layers, scores / tensor),
-            self._part("model.kernels.norm.router_logits: routed", "router", sparse, router),
+            self._part(
+                "model.kernels.norm.router_logits: norm_and_logits", "router", sparse, router
+            ),
             self._feed_forward(
                 "model.feed_forward: DenseFeedForward",
                 "feed-forward",

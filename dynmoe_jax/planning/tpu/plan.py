@@ -20,7 +20,7 @@ from dynmoe_jax.planning.tpu.kernels import attention_part, is_projection, kerne
 from dynmoe_jax.planning.tpu.topology import Topology
 
 BATCH_AXES = ("slice", "data", "expert")
-_DEAREST = 10
+_LISTED = 10
 _ASSUMPTIONS = (
     "Compute by the compiler's own cycles; Pallas kernels, of which it says nothing, by the "
     "roofline of their shapes at the rows used.",
@@ -50,7 +50,7 @@ def plan_on_tpu(cfg: config.Config, topology: Topology, mesh: Mesh, experts: flo
     tokens = cfg.train.batch_size * cfg.data.seq_len / cfg.train.microbatches
     rows = experts * tokens / batch_devices
     schedule = Schedule(step.module, chip, Network(mesh, chip), rows)
-    dear = [*schedule.operations, *(operation for _, _, operation in schedule.transfers)]
+    costly = [*schedule.operations, *(operation for _, _, operation in schedule.transfers)]
     return new_plan(
         cfg,
         topology,
@@ -60,7 +60,7 @@ def plan_on_tpu(cfg: config.Config, topology: Topology, mesh: Mesh, experts: flo
         flops=_flops(cfg, step.module, chip, rows, experts, sizes),
         time=_time(schedule),
         traffic=traffic_of(schedule.transfers),
-        operations=tuple(sorted(dear, key=lambda operation: -operation.total)[:_DEAREST]),
+        operations=tuple(sorted(costly, key=lambda operation: -operation.total)[:_LISTED]),
         unknown=tuple(schedule.unknown),
         compile_seconds=step.seconds,
         assumptions=_ASSUMPTIONS,

@@ -29,7 +29,7 @@ from dynmoe_jax.model.kernels.norm.token_tiles import on_tokens, over_tiles, run
 Forked = tuple[Float[Array, "B L D"], Float[Array, "B L D"], Float[Array, "B L E"]]
 
 
-def routed(
+def norm_and_logits(
     norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"], router_DE: Float[Array, "D E"]
 ) -> Forked:
     """(the stream, its norm, the router's logits, float32).
@@ -46,7 +46,7 @@ def routed(
         x_BLD, normed_BLD = forked(norm, x_BLD)
         return x_BLD, normed_BLD, _logits(normed_BLD, router_DE)
     scale_D = norm.scale[...].astype(norm.dtype)
-    x_BLD, normed_BLD, logits_BLE = routed_by_kernels(x_BLD, scale_D, router_DE, norm.epsilon)
+    x_BLD, normed_BLD, logits_BLE = logits_by_kernels(x_BLD, scale_D, router_DE, norm.epsilon)
     # Named, so that logits are kept, though the norm is not.
     return x_BLD, normed_BLD, checkpoint_name(logits_BLE, "logits")
 
@@ -58,29 +58,29 @@ def _logits(normed_BLD, router_DE):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def routed_by_kernels(
+def logits_by_kernels(
     x_BLD: Float[Array, "B L D"],
     scale_D: Float[Array, "D"],
     router_DE: Float[Array, "D E"],
     epsilon: float,
     interpret: bool = False,
 ) -> Forked:
-    """:func:`routed`, with the kernels; ``interpret`` runs them on a CPU, for tests."""
+    """:func:`norm_and_logits`, with the kernels; ``interpret`` runs them on a CPU, for tests."""
     normed_BLD = on_tokens(partial(norm_of_tokens, epsilon, interpret), 1)(x_BLD, scale_D)
     normed_BLD = checkpoint_name(normed_BLD, COMPUTED_AGAIN)
     return x_BLD, normed_BLD, _logits(normed_BLD, router_DE)
 
 
-def _routed_forward(x_BLD, scale_D, router_DE, epsilon, interpret):
-    results = routed_by_kernels(x_BLD, scale_D, router_DE, epsilon, interpret)
+def _forward(x_BLD, scale_D, router_DE, epsilon, interpret):
+    results = logits_by_kernels(x_BLD, scale_D, router_DE, epsilon, interpret)
     return results, (x_BLD, scale_D, router_DE, results[1])
 
 
-def _routed_backward(epsilon, interpret, residuals, gradients):
+def _backward(epsilon, interpret, residuals, gradients):
     x_BLD, scale_D, router_DE, normed_BLD = residuals
     dstream_BLD, dnormed_BLD, dlogits_BLE = gradients
     dlogits_BLS, router_DS = summands(dlogits_BLE, router_DE, x_BLD.dtype)
-    run = on_tokens(partial(_routed_backward_of_tokens, epsilon, interpret), 4, 2)
+    run = on_tokens(partial(_backward_of_tokens, epsilon, interpret), 4, 2)
     dx_BLD, dscale_ND = run(x_BLD, dstream_BLD, dnormed_BLD, dlogits_BLS, scale_D, router_DS)
     drouter_DE = jnp.einsum(
         "bld,ble->de",
@@ -91,7 +91,7 @@ def _routed_backward(epsilon, interpret, residuals, gradients):
     return dx_BLD, jnp.sum(dscale_ND, axis=0).astype(scale_D.dtype), drouter_DE
 
 
-routed_by_kernels.defvjp(_routed_forward, _routed_backward)
+logits_by_kernels.defvjp(_forward, _backward)
 
 
 def summands(
@@ -130,7 +130,7 @@ def _three(x, dtype):
     return parts
 
 
-def _routed_backward_of_tokens(
+def _backward_of_tokens(
     epsilon, interpret, x_BLD, dstream_BLD, dnormed_BLD, dlogits_BLS, scale_D, router_DS
 ):
     """(gradient of the stream, gradient of the scale of each tile)."""

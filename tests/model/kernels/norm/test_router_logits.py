@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from dynmoe_jax.hardware.target import Target, compile_for
 from dynmoe_jax.mesh.axes import MESH_AXES
 from dynmoe_jax.model.components import added
-from dynmoe_jax.model.kernels.norm.router_logits import routed, routed_by_kernels, summands
+from dynmoe_jax.model.kernels.norm.router_logits import logits_by_kernels, norm_and_logits, summands
 from dynmoe_jax.model.kernels.norm.token_tiles import over_tiles
 from dynmoe_jax.model.remat import remat_policy
 from tests.close import assert_close
@@ -37,7 +37,7 @@ def by_formula(x_BLD, scale_D, router_DE):
 
 
 def by_kernel(*inputs):
-    return routed_by_kernels(*inputs, EPSILON, interpret=True)
+    return logits_by_kernels(*inputs, EPSILON, interpret=True)
 
 
 def value_and_gradients(fork):
@@ -85,16 +85,16 @@ def test_kernels_on_tpu_alone_and_logits_are_kept(monkeypatch, capsys):
     norm.scale[...] = scale
 
     def loss(x, router):
-        x, normed, logits = routed(norm, x, router)
+        x, normed, logits = norm_and_logits(norm, x, router)
         return jnp.sum(jnp.sin(normed)) + jnp.sum(jnp.sin(logits))
 
     plain = jax.value_and_grad(loss, argnums=(0, 1))(x, router)
 
     def interpreted(*inputs):
-        return routed_by_kernels(*inputs[:4], True)
+        return logits_by_kernels(*inputs[:4], True)
 
     monkeypatch.setattr(
-        "dynmoe_jax.model.kernels.norm.router_logits.routed_by_kernels", interpreted
+        "dynmoe_jax.model.kernels.norm.router_logits.logits_by_kernels", interpreted
     )
     kept = jax.checkpoint(loss, policy=remat_policy("elementwise"))
     with compile_for(Target("tpu", "TPU v5")):
