@@ -7,6 +7,7 @@ waits for it.
 """
 
 import asyncio
+import collections
 import contextlib
 import os
 import threading
@@ -55,6 +56,11 @@ class Pace:
         """Whether there are any."""
         return self._usual > 0
 
+    @property
+    def hurries(self) -> bool:
+        """Whether somebody waits for the checkpoint."""
+        return self._hurry.is_set()
+
     def begin(self, num_bytes: int) -> None:
         """Sets the speed for a checkpoint of this size."""
         self._rate = max(self._usual, num_bytes / _LONGEST_S)
@@ -79,19 +85,33 @@ class Pace:
 
 
 class _Turns:
-    """Lets one array after the other be written, with pauses; Orbax's ``ByteLimiter``."""
+    """Lets one array after the other be written, with pauses; Orbax's ``ByteLimiter``.
+
+    Once somebody waits for the checkpoint, all that are left are written at once: one by one, each
+    of them costs milliseconds in which nothing is computed (docs/measurements.md: save-one-by-one).
+    """
 
     def __init__(self, pace: Pace):
-        self._pace, self._turn = pace, asyncio.Lock()
+        self._pace = pace
+        self._busy = False
+        self._waiting: collections.deque[asyncio.Future] = collections.deque()
 
     async def wait_for_bytes(self, requested_bytes: int) -> None:
         """Returns when it is the turn of an array of so many bytes."""
-        await self._turn.acquire()
+        if self._busy and not self._pace.hurries:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+        self._busy = True
 
     async def release_bytes(self, requested_bytes: int) -> None:
-        """Lets the next one have its turn, after a pause."""
+        """Lets the next one have its turn, after a pause; or all, without one."""
         await asyncio.to_thread(self._pace.after_writing, requested_bytes)
-        self._turn.release()
+        self._busy = bool(self._waiting)
+        while self._waiting:
+            self._waiting.popleft().set_result(None)
+            if not self._pace.hurries:
+                return
 
 
 class _PacedArrays(ocp.type_handlers.ArrayHandler):

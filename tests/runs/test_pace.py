@@ -1,5 +1,7 @@
 """Checkpoints that are written slowly beside the steps, and fast once somebody waits."""
 
+import asyncio
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,3 +108,36 @@ def test_next_checkpoint_does_not_wait_for_the_pauses_of_the_one_before(slow, tm
         restored, _ = again.restore(step, draw(0))
         jax.tree.map(np.testing.assert_array_equal, restored, draw(step))
     again.close()
+
+
+def test_arrays_are_written_at_once_when_somebody_waits(monkeypatch):
+    """One by one, hundreds of small pieces take seconds in which nothing is computed."""
+    pace = Pace(1000.0)
+    monkeypatch.setattr(pace, "after_writing", lambda num_bytes: None)
+
+    async def begun_after(releases_first):
+        turns, begun = pace_module._Turns(pace), []
+
+        async def write(number):
+            await turns.wait_for_bytes(1)
+            begun.append(number)
+
+        tasks = [asyncio.create_task(write(number)) for number in range(4)]
+        await asyncio.sleep(0)
+        assert begun == [0]
+        await releases_first(turns)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        return begun
+
+    async def in_peace(turns):
+        await turns.release_bytes(1)
+
+    async def in_a_hurry(turns):
+        with pace.waited_for():
+            await turns.release_bytes(1)
+
+    assert asyncio.run(begun_after(in_peace)) == [0, 1]
+    assert asyncio.run(begun_after(in_a_hurry)) == [0, 1, 2, 3]
