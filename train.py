@@ -12,7 +12,8 @@ from dynmoe_jax.hardware.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    # What is imported stays: to look through it for garbage takes a quarter of the time.
+    # What is imported stays: to look through it for garbage takes a good part of the time
+    # (docs/measurements.md: start-garbage).
     gc.disable()
     # Not before: what a restart imports again takes seconds.
     from dynmoe_jax import command_line

@@ -99,7 +99,7 @@ def first_step(cfg: config.Config) -> Traced:
 
 
 def compiled(traced: Traced) -> Compiled:
-    """The program, without what LLVM would spend four fifths of the time on."""
+    """The program, without what takes LLVM most of the time (docs/measurements.md: cpu-llvm)."""
     return traced.lower().compile(compiler_options={"xla_backend_optimization_level": 0})
 
 

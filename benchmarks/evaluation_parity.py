@@ -5,9 +5,9 @@
 
 The same weights in float32, tasks, items and tokens in both, as in `benchmarks.evaluation`, but
 each task once and nothing is timed.  ``--softmax=float64`` has ``hf`` compute log-probabilities of
-its float32 logits in float64 (its own option ``softmax_dtype``): torch's float32 log_softmax is too
-high by some 7e-6 a token with a vocabulary of 49,152, which long continuations add up.  Needs the
-extras ``bench`` and ``eval``.
+its float32 logits in float64 (its own option ``softmax_dtype``): torch's float32 log_softmax is a
+little too high (docs/measurements.md: torch-log-softmax), which long continuations add up.  Needs
+the extras ``bench`` and ``eval``.
 """
 
 import argparse

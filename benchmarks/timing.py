@@ -35,8 +35,8 @@ def interleave(
         the same work runs in the first ``SLOW_ROUNDS`` alone; the rest of its rounds are NaN.
       on_round: told the number of rounds done.
       in_a_row: how often a case runs at its turn; the last one counts.  The first has to get its
-        memory back from the machine, which a step that follows another one need not: it made a
-        training step of 4.9 s one of 5.9 s.
+        memory back from the machine, which a step that follows another one need not
+        (docs/measurements.md: cpu-first-step).
     """
     warmup = {name: run() for name, run in cases.items()}
     fastest = {}

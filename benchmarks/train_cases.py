@@ -57,10 +57,9 @@ PRESETS = {
         batch_size=4,
         seq_len=32,
     ),
-    # The paper's model of 3.5B parameters.  Compiled for an H100: 42 GB of state, 23 GB for
-    # gradients and what backward needs of 14 sequences, if it computes element-wise arithmetic,
-    # gate and up again.  Of more, XLA makes room by computing arrays several times, and sums over
-    # microbatches would take 14 GB.
+    # The paper's model of 3.5B parameters.  14 sequences fit into an H100 if backward computes
+    # element-wise arithmetic, gate and up again (docs/measurements.md: h100-step-memory).  Of more,
+    # XLA makes room by computing arrays several times, and sums over microbatches take room too.
     "paper": Preset(
         config.Model(remat="elementwise", unroll=24, moe=config.MoE(saved_rows_per_token=0.0)),
         batch_size=14,

@@ -64,7 +64,8 @@ def run(
             return 0
         rank, argv = parse_rank(sys.argv)
         cfg, workdir = parse(argv)
-        # Not before: loading JAX takes a second, in which mistakes are found.
+        # Not before: JAX is slow to load (docs/measurements.md: start-jax), and mistakes are found
+        # without it.
         from dynmoe_jax.cluster.joining import joined
 
         with joined(rank, exits):

@@ -18,8 +18,8 @@ def provide_threads() -> None:
 
     A collective holds a thread while it waits for the other devices, and a device runs collectives
     that do not depend on each other at once.  With a thread for each device some hold two, the last
-    one gets none, and all wait until XLA ends the process after 40 seconds: each run of
-    ``configs/quickstart.py`` on eight devices did, by JAX 0.12.
+    one gets none, and all wait until XLA ends the process (docs/measurements.md:
+    simulated-devices-stall).
 
     To be called before JAX looks for devices.  ``PJRT_NPROC`` that is set already stays.
     """

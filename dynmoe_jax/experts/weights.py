@@ -37,7 +37,8 @@ class ExpertWeights:
     Attributes:
       gate_up_ED2F: gate projections (the first F columns) and up projections in one array, so that
         they are one matrix product.  (As [E, D, 2, F] a TPU lays it out in tiles of two rows, which
-        no product takes: compiled for v5p, copies to another layout were 30% of a training step.)
+        no product takes, so that much of a step is copying; docs/measurements.md:
+        v5p-expert-layout)
       down_EFD: output projection.
       stacked: the same numbers in place, for kernels that read them there; gradients go to the
         other two arrays.

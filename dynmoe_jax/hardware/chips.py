@@ -68,15 +68,12 @@ the number of links and 2.
 
 A TPU's clock is on no data sheet: it is the peak rate over the FLOPs of a cycle, 2 width^2 per
 matrix unit, of which there are 8 (v4, v5p), 4 (v5e, v6e) and 4 per device (TPU7x).  v6e's page
-speaks of two; the compiler of libtpu 0.0.42 estimates 2.98e6 cycles for a product of 8192^3, where
-two would need 4.19e6.  VMEM is as JAX's Pallas has it (``tpu_info.py``).
+speaks of two, which the compiler's estimates contradict (docs/measurements.md: v6e-matrix-units).
+VMEM is as JAX's Pallas has it (``tpu_info.py``).
 
-Nor are the rows that hide latching.  They are read from what that compiler schedules for a loop of
-products [M, 512] x [512, 512]: one more product of 64 rows takes 254 cycles on v5p and v5e, where
-its FLOPs take 256, and 145 on v6e, where they take 64; 145 is what 144 rows would take.  The more
-rows, the less: 182 for 128, 274 for 256.  On TPU7x 64 rows take half as long as 256, and 256 no
-longer than their FLOPs; v4's VMEM is too small for attention that streams 64 rows.  Both
-count as if rows were filled up to the unit."""
+Nor are the rows that hide latching.  They are read from what libtpu's compiler schedules for a loop
+of products (docs/measurements.md: tpu-latching).  TPU7x needs fewer, and v4's VMEM is too small for
+attention that streams 64 rows: both count as if rows were filled up to the unit."""
 
 
 def chip_of(device_kind: str) -> Chip | None:

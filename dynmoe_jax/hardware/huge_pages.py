@@ -1,14 +1,13 @@
 """Memory in pages of 2 MB for large arrays, where a program computes on the CPU.
 
 A step of training takes gigabytes for a moment and gives them back.  In pages of 4 kB the kernel
-is asked for each of them, every time, which is a tenth of a step on a CPU (benchmarks/RESULTS.md).
-The C library of Linux can ask for larger pages, but only learns so from its environment when a
-program starts.
+is asked for each of them, every time (docs/measurements.md: cpu-huge-pages).  The C library of
+Linux can ask for larger pages, but only learns so from its environment when a program starts.
 
 So it learns there, too, to keep few heaps ("arenas").  It would give 8 for each core to whatever
-threads come along, and saving starts new ones each time: over the first forty saves of a run, each
+threads come along, and saving starts new ones each time: over the first saves of a run, each
 heap grew until it had once held what a save needs.  With two, memory stays as it is after the first
-saves (docs/reliability.md), and a step takes as long as before (2.99 and 3.01 s).
+saves (docs/reliability.md), and a step takes no longer (docs/measurements.md: cpu-two-heaps).
 """
 
 import os

@@ -22,15 +22,15 @@ ALLOWED_SHARE = 0.9
 
 MEGABLOX_BUDGET = 14 * _MIB
 """Bytes that tiles of Megablox may take of the default limit, which those kernels cannot raise.
-What is counted came out up to 0.7 MiB below what the compiler for v5p counted: it refused, with
-17.1 and 16.8 MiB, tiles that count 16.5 MiB."""
+What is counted lies a little below what the compiler counts (docs/measurements.md:
+v5p-vmem-count)."""
 
 COMBINE_BUDGET = 12 * _MIB
 """Bytes that one program of the combine kernel may take of the default limit."""
 
 FLAT_ATTENTION_BUDGET = 56 * _MIB
-"""Bytes that a program of flat attention, which holds whole sequences, may take; v5p and TPU7x have
-64 MiB for a core, v5e and v6e 128."""
+"""Bytes that a program of flat attention, which holds whole sequences, may take; the table of chips
+has the VMEM of a core."""
 
 TOKEN_TILE_ELEMENTS = 2**18
 """Numbers of one array in a tile of tokens: 256 tokens of D = 1024; four arrays, twice, are 4 MiB

@@ -134,9 +134,9 @@ def draw_tokens(
 def pick(probs_BV: Float[Array, "B V"], uniform_B: Float[Array, "B"]) -> Int[Array, "B"]:
     """The token at which the cumulative probability passes a number from [0, 1).
 
-    One random number a sequence: noise for every logit (the Gumbel trick) took 5 ms a token at a
-    vocabulary of 49152, a fifth of the whole step.  In two steps, blocks and then tokens, so that
-    the sums that are accumulated are short.
+    One random number a sequence: noise for every logit (the Gumbel trick) is a good part of a step
+    of decoding (docs/measurements.md: cpu-gumbel-noise).  In two steps, blocks and then tokens, so
+    that the sums that are accumulated are short.
     """
     batch, vocab = probs_BV.shape
     width = math.isqrt(vocab - 1) + 1

@@ -69,9 +69,9 @@ def gathered(part: Array, spec: P) -> Array:
 def gathered_experts(part: Array, spec: P) -> Array:
     """Experts' [E, F, D], put together from pieces along F.
 
-    A TPU keeps bfloat16 in tiles of 16 rows, and takes a copy to join pieces that cut a tile: of
-    the paper's experts on 64 devices, pieces of 44 rows, 20 of 358 ms of a step compiled for
-    v6e:8x8.  So where it can, it joins rows of one expert (:func:`gathered_by_expert`).
+    A TPU keeps bfloat16 in tiles of 16 rows, and takes a copy to join pieces that cut a tile
+    (docs/measurements.md: v6e-joined-pieces).  So where it can, it joins rows of one expert
+    (:func:`gathered_by_expert`).
 
     Args:
       part: what this device keeps.

@@ -81,7 +81,7 @@ def _put_together_forward(shapes, specs, values):
 def _put_together_backward(shapes, specs, _, dvalues):
     if shapes[0] != shapes[1]:
         # Or XLA writes the product that makes it in the parameter's shape, which ends in heads of
-        # 64, and turns both sides for it: 992,000 cycles on v5p instead of 290,000.
+        # 64, and turns both sides for it (docs/measurements.md: v5p-turned-gradient).
         dvalues = jax.lax.optimization_barrier(dvalues).reshape(shapes[0])
     if specs:
         # A custom rule: the transpose of a constraint would ask for the whole sum everywhere.

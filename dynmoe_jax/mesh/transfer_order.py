@@ -42,10 +42,10 @@ def gradients_together(values: Any) -> Any:
     """The values; backward goes on with the gradient of any of them when it has them all.
 
     Nobody waits for the gradient of a parameter before the end of its layer's backward pass, so a
-    compiler may send it at the end, when nothing is left to compute: of the paper's experts, 34 of
-    388 ms of a step compiled for v6e:8x8.  Together with the gradient of an activation it is sent
-    in time.  On one device nothing travels, and a scan over layers would keep a copy of each
-    parameter: 0.55 of 4.5 GB of a step of `benchmarks.train_step`.
+    compiler may send it at the end, when nothing is left to compute (docs/measurements.md:
+    v6e-late-gradients).  Together with the gradient of an activation it is sent in time.  On one
+    device nothing travels, and a scan over layers would keep a copy of each parameter
+    (docs/measurements.md: cpu-parameter-copies).
     """
     return values if on_one_device() else _together(values)
 
@@ -71,8 +71,8 @@ def behind(value: Array, others: Any) -> Array:
     """The value, for those who read it once the others are computed.
 
     A compiler puts off what backward computes again until somebody reads it.  But while the experts
-    of a layer travel, there is little else to compute: of the paper's model compiled for v6e:8x8,
-    10 of 339 ms of a step were waits that queries, keys and values now fill.
+    of a layer travel, there is little else to compute, and queries, keys and values fill the wait
+    (docs/measurements.md: v6e-filled-waits).
     """
     return value if on_one_device() else _behind(value, others)
 

@@ -47,8 +47,8 @@ class Attention(nnx.Module):
         """(the stream, (queries, keys, values)), heads side by side: [B, L, X], [B, L, Y] twice.
 
         Queries and keys are not yet turned by their positions.  On TPU lanes are full like this: a
-        product that ends in [heads, 64] fills half of them, 554,000 cycles on v5p by the compiler's
-        count instead of 291,000, for 32,768 positions and D = 1024.
+        product that ends in [heads, 64] fills half of them (docs/measurements.md:
+        v5p-narrow-heads).
 
         Args:
           norm: of what is projected.

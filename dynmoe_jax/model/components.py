@@ -47,7 +47,7 @@ def added(x_TD: Float[Array, "T D"], y_TD: Float[Array, "T D"]) -> Float[Array, 
     """x + y, computed in float32 and rounded once.
 
     By a kernel where one can run: of a sum of bfloat16 that it fuses with nothing, XLA makes a poor
-    plan, 900 thousand cycles on v6e at 32768 tokens of D = 1024, where memory takes 215.
+    plan (docs/measurements.md: v6e-bare-sum).
     """
     if not runs_on_tiles(x_TD):
         return (x_TD.astype(jnp.float32) + y_TD.astype(jnp.float32)).astype(x_TD.dtype)

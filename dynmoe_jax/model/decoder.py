@@ -35,11 +35,9 @@ def groups_at_a_time(model: config.Model, groups: int) -> int:
 
     ``config.model.unroll``, if it is set.  Otherwise all of up to 12 on one CPU with kernels of our
     own or on one GPU, and one anywhere else.  There a loop copies what each layer saves for
-    backward into a stack that starts as zeros, and out of it again.  On CPU a step of four layers
-    took 5.5 s, unrolled 4.9 (`benchmarks.train_step`, top-2) with 8% less memory; one of a small
-    model 11 ms, unrolled 7.  Unrolled, 4, 12 and 24 layers compiled in 5.5, 6.9 and 10.8 s, as a
-    loop in 6.1 to 6.5.  Compiled for an H100, all 24 layers of the paper's model need 176 instead
-    of 208 ms by their roofline, 63.0 instead of 65.6 GB, and 67 instead of 22 s to compile.
+    backward into a stack that starts as zeros, and out of it again.  Unrolled, a step is faster and
+    needs less memory, but the more layers, the longer it takes to compile (docs/measurements.md:
+    cpu-unrolled, cpu-unrolled-compile, h100-unrolled, h100-unrolled-compile).
     """
     if model.unroll:
         return model.unroll

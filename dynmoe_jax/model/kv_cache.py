@@ -8,8 +8,8 @@ are filled up at their left, so that the next position stands in the same slot f
 :func:`decode_step` takes the layers in one of two forms.  Stacked, in a scan: its program does not
 grow with depth, but XLA copies the parameters of a layer out of the stack in every pass.  Or one by
 one, from parameters that :func:`unstacked` has copied once.  Reading parameters is what decoding
-costs: one sequence of SmolLM2-135M's shape on two cores takes 25 ms a token one by one, 31 stacked;
-eight take 44 and 51.  The program of its 30 layers compiles in 2.4 s instead of 0.5.
+costs, so the latter is faster; its program takes longer to compile (docs/measurements.md:
+cpu-decode-loop).
 
 Axis legend: B sequences, P positions of a context, C positions behind it, S slots, D model width,
 H query heads, G key/value heads, R = H/G query heads of one key/value head, W head width, N MoE

@@ -21,9 +21,8 @@ from dynmoe_jax.mesh.collectives import each_device, gathered
 from dynmoe_jax.mesh.sharding import whole_parameter
 
 ROWS = 512
-"""Least number of rows of the left side for the kernels.  Each side is copied first: a product of
-128 rows is as fast by XLA, of 512 to 4,096 rows it takes from as long to 1.5 times that, by what
-else runs on the cores (Emerald Rapids, two cores, 512 to 8,192 columns)."""
+"""Least number of rows of the left side for the kernels.  Each side is copied first, so that fewer
+rows are as fast by XLA (docs/measurements.md: cpu-dense-product)."""
 
 
 def times(x_XD: Float[Array, "*X D"], matrix_DY: Float[Array, "D Y"]) -> Float[Array, "*X Y"]:

@@ -252,8 +252,8 @@ class Checkpoints:
         write_checksums(next(found, self.folder(self._saving)), self._pace.after_summing)
 
     def _state_handler(self) -> ocp.PyTreeCheckpointHandler:
-        # Normal float32 compresses by 7%, at the cost of the steps that run meanwhile: see
-        # docs/reliability.md.
+        # Compression hardly makes normal float32 smaller (docs/measurements.md: save-compression),
+        # and takes from the steps that run meanwhile.
         options = {"type_handler_registry": paced_types(self._pace)} if self._pace.pauses else {}
         return ocp.PyTreeCheckpointHandler(use_compression=False, **options)
 

@@ -44,12 +44,12 @@ TPU_OPTIONS = {
 all-gather of a mesh axis that winds through a 3D torus an all-reduce over zeros, and so the
 reduce-scatter of gradients: twice the bytes, and the whole sum on every device (compiled for
 v5p:4x4x4, ``data=64``).  Fused with products, of which XLA has few here, an all-gather would wait
-on v6e: 98 of 550 ms of a step of the paper's model, instead of 31 of 484.  Up to four transfers
-queue while others travel; one at a time leaves 26 instead of 18 ms of waiting in 362."""
+longer on v6e.  Up to four transfers queue while others travel, which leaves less waiting than one
+at a time (docs/measurements.md: v6e-fused-all-gather, v6e-transfer-queue)."""
 
 CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
-"""Without it, a step first copies AdamW's moments, each of which is updated in place: 1.2 of 2.2 GB
-of copies, and 0.4 of 2.5 GB of work space (`benchmarks.train_step`, top-2)."""
+"""Without it, a step first copies AdamW's moments, each of which is updated in place
+(docs/measurements.md: cpu-moment-copies)."""
 
 
 def options_of(target: Target) -> dict[str, str | bool]:

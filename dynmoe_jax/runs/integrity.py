@@ -1,10 +1,10 @@
 """Whether a checkpoint on disk is what was written: a list of its files with sizes and checksums.
 
-Orbax finds damage in its own indices, but not in the arrays: of 6 single bits that were flipped in
-an array's data file, 6 were restored as other numbers without a word (Orbax 0.12.8, TensorStore
-0.1.86; its Zarr format has no checksum for data).  CRC-32 because the danger is accidents, not
-forgery: it finds every single flipped bit, and at 4 GB/s (SHA-256: 1.6 GB/s, on one core)
-it takes the least from the training that goes on meanwhile.
+Orbax finds damage in its own indices, but not in the arrays: bits that were flipped in an array's
+data file were restored as other numbers without a word (docs/measurements.md: orbax-bit-flips); its
+Zarr format has no checksum for data.  CRC-32 because the danger is accidents, not forgery: it
+finds every single flipped bit, and takes less than SHA-256 from the training that goes on meanwhile
+(docs/measurements.md: checksum-speed).
 """
 
 import json
@@ -18,8 +18,8 @@ FILE_NAME = "checksums.json"
 # Orbax writes these after the list; nothing of the state is in them.
 _NOT_LISTED = (FILE_NAME, "_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK_BYTES = 1 << 18
-"""Small enough that the C library keeps little of it in each thread that saves.  With 4 MB, most
-of the first eight checkpoints of a run left 4 MB behind (`benchmarks.hygiene --only memory`)."""
+"""Small enough that the C library keeps little of it in each thread that saves
+(docs/measurements.md: save-chunk-memory)."""
 
 
 def write_checksums(folder: Path, after: Callable[[int], None] = lambda num_bytes: None) -> None:

@@ -1,9 +1,8 @@
 """The speed at which a checkpoint is written where training needs the same cores.
 
 On an accelerator a step leaves the host alone.  On a CPU, whatever is written takes from the
-steps: a byte costs about a nanosecond of one core to be written, and a third of one to be summed
-up.  So it is spread over as many steps as it takes for none of them to suffer; until somebody
-waits for it.
+steps, to be written and to be summed up (docs/measurements.md: save-write, save-checksum).  So it
+is spread over as many steps as it takes for none of them to suffer; until somebody waits for it.
 """
 
 import asyncio
@@ -22,7 +21,7 @@ from dynmoe_jax.compat import array_metadata_store
 from dynmoe_jax.runs.streamed import StreamedArray
 
 _BYTES_PER_SECOND_AND_CORE = 25e6
-"""A fortieth of what the core could do."""
+"""A small part of what the core could do (docs/measurements.md: save-write)."""
 
 _LONGEST_S = 300.0
 """Longest time that writing may take, in seconds: what is not yet saved can be lost, so a large

@@ -11,8 +11,8 @@ class Snapshot:
     """Copies a state into memory that is kept from one time to the next.
 
     Without a copy, Orbax holds the arrays of a CPU as they are, the next step cannot reuse their
-    memory, and to take other memory costs it 0.8 to 1.1 s for a state of 1.2 GB.  The copy costs
-    0.08 s if it has its memory already, and 0.3 s if it has to take it (two cores).
+    memory, and to take other memory costs it more time than the copy, which costs least if it has
+    its memory already (docs/measurements.md: save-held-arrays, save-copy).
     """
 
     def __init__(self):

@@ -83,7 +83,8 @@ def read_slices(state: Path, path: tuple) -> Iterator[tuple[int | None, np.ndarr
       state: the folder of the checkpoint's state.
       path: of the parameter.
     """
-    # One parameter restored by Orbax takes twice its size (0.12): 1.9 of a checkpoint of 1 GB.
+    # One parameter restored by Orbax (0.12) takes about twice its size
+    # (docs/measurements.md: orbax-restore).
     name = ".".join(map(str, ("params", *path, "value")))
     store = {"driver": "ocdbt", "base": f"file://{state.absolute()}/", "path": f"{name}/"}
     array = ts.open({"driver": "zarr", "kvstore": store}, read=True).result()

@@ -89,7 +89,7 @@ class Prepared:
         broken = summary["broken"]
         self.broken = BrokenReport(broken["records"], broken["share"], tuple(broken["examples"]))
         self._dataset = directory / summary["dataset"]
-        # TFDS keeps every builder that it has made, and 8 kB with it, for ever.
+        # TFDS keeps every builder that it has made, for ever (docs/measurements.md: tfds-builder).
         self._open_split = functools.cache(functools.partial(open_split, self._dataset))
 
     def open_train(self, domain: str) -> Sequence[dict]:

@@ -26,8 +26,8 @@ MAX_DOCUMENT_BYTES = 100_000
 # Larger files, and files with longer lines on average, are tables written by a program.
 _MAX_FILE_BYTES = 1_000_000
 _MAX_MEAN_LINE = 120
-# Of the source files, the share (in sixteenths) that gives prose.  Prose is about a tenth of a
-# source file, so it needs the larger part to keep up.
+# Of the source files, the share (in sixteenths) that gives prose.  Prose is a small part of a
+# source file (docs/measurements.md: prose-share), so it needs the larger part to keep up.
 _PROSE_SIXTEENTHS = 12
 
 # Folders of other interpreters' caches, of nested roots, and of the project itself, whose text

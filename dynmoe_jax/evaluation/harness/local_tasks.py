@@ -30,8 +30,8 @@ _TRIMMED = {
     "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
 }
 """Filter of an alias: answers count without the spaces around them.  By the harness's own
-definition of ``bbh_fewshot``, every answer of a model whose tokens begin with their space is wrong:
-SmolLM2 gets 0%."""
+definition of ``bbh_fewshot``, every answer of a model whose tokens begin with their space is wrong
+(docs/measurements.md: eval-untrimmed)."""
 
 
 def load_tasks(names: list[str], data_dir: Path | None) -> dict[str, list[Task | Group]]:

@@ -25,7 +25,7 @@ from dynmoe_jax.evaluation.scoring.tree_attention import attend_in_trees
 from dynmoe_jax.model import Decoder
 
 CHUNK = 256
-"""Scored tokens whose logits exist at one time: 50 MB for a vocabulary of 49,152."""
+"""Scored tokens whose logits exist at one time (docs/measurements.md: eval-logits)."""
 
 
 class Scorer:

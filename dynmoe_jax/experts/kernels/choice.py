@@ -68,21 +68,21 @@ def choose_products(
 
     1. CPU: ``native``, kernels of our own (:mod:`.cpu.native`), where a C++ compiler is installed
        and the rows are float32.  Otherwise ``blocks``, a loop over the blocks of rows used.
-       ``lax.ragged_dot`` is dense over the experts there: 23 times slower at 16 experts
-       (:mod:`.cpu.blocks`).
+       ``lax.ragged_dot`` is dense over the experts there, and many times slower
+       (docs/measurements.md: cpu-ragged-dot).
     2. TPU: ``megablox``.  Its three kernels visit used rows alone.  XLA's forward and input
-       gradient do so too, but its weight gradient is dense with the compiler of jax 0.10 (compiled
-       for v5p: 16 times the FLOPs at 16 experts; not by that of jax 0.12), and its tile for the
-       input gradient at D = 1024, 2F = 5632 is 128 columns wide, so that each row is read eight
-       times.  tokamax has the same kernels, but shapes outside its table of tuned tiles, the
-       paper's among them, get tiles of 128 x 128 x 128.  Not measured: there was no TPU.  With it
-       go kernels of our own that fuse gate, up and SwiGLU, where D and F are multiples of 128 and a
-       tile of whole rows fits into VMEM (:mod:`.tpu.swiglu_tiling`).
+       gradient do so too, but its weight gradient is dense with the compiler of jax 0.10, not with
+       that of jax 0.12, and its tile for the input gradient is so narrow that each row is read
+       several times (docs/measurements.md: v5p-weight-gradient, v5p-input-gradient-tile).
+       tokamax has the same kernels, but shapes outside its table of tuned tiles, the paper's among
+       them, get tiles of 128 x 128 x 128.  Not measured: there was no TPU.  With it go kernels of
+       our own that fuse gate, up and SwiGLU, where D and F are multiples of 128 and a tile of whole
+       rows fits into VMEM (:mod:`.tpu.swiglu_tiling`).
        Types other than bfloat16 and float32, which Megablox does not know: ``xla``.
     3. NVIDIA GPU from Ampere on, numbers of 16 bits, widths that are multiples of 128:
        ``triton``, kernels of our own (:mod:`.gpu.gmm`), also fused with SwiGLU.  XLA's
-       lowering is dense: in jaxlib 0.10.1 and 0.10.2 forward as well (22 TFLOP/s, where 1470 were
-       possible, on a B200: marin-community/marin#7012), and the weight gradient by design
+       lowering is dense: in jaxlib 0.10.1 and 0.10.2 forward as well (docs/measurements.md:
+       b200-ragged-dot), and the weight gradient by design
        (openxla/xla#40189; by jax 0.12 still, compiled for H100).  JAX's own Triton lowering is in
        no wheel from 0.10.0 to 0.11.2 (jax-ml/jax#40888).  tokamax's kernels leave gate and up to
        passes of their own and transpose weights.  Not measured: there was no GPU.

@@ -18,9 +18,9 @@ def add_up(
     """Segment sum of rows into tokens, for the rows in ``y_nD``, float32.
 
     Where it is known which rows a token has, they are gathered, slot by slot: a scatter with equal
-    indices sorts them on TPU first (compiled for v5p at T = 8192, K = 7, D = 1024: 0.5 s instead
-    of 7.7 s to compile, and estimates of 223 thousand cycles instead of 461, before what either
-    spends on moving rows, which is not estimated), and adds in no fixed order on GPU.
+    indices sorts them on TPU first, which takes longer and much longer to compile
+    (docs/measurements.md: v5p-scatter-cycles, v5p-scatter-compile), and adds in no fixed order on
+    GPU.
 
     Args:
       y_nD: rows, padding may hold anything.

@@ -39,7 +39,7 @@ class GroupedProducts:
         What stands in rows beyond the groups must be finite.
       row_multiple: R must be a multiple of it.
       zeroes_empty: the weight gradient of an expert without rows is zero, and needs no mask: a pass
-        over all weights, 4% of a training step compiled for v5p.
+        over all weights (docs/measurements.md: v5p-empty-experts).
       ignores_padding: rows beyond the groups may hold anything in all three products.
       swiglu: (rows, type, weights) -> kernels that fuse the first half of the experts, or None
         where there are none for such shapes; see :mod:`.swiglu`.
@@ -89,8 +89,8 @@ def products_of(name: str, ragged_dot_general: Callable, row_multiple: int = 1) 
 
 XLA = products_of("xla", jax.lax.ragged_dot_general)
 """XLA's own grouped matmul.  Forward and input gradient are kernels on TPU and dense over the
-experts elsewhere; so is the weight gradient, on TPU as well with the compiler of jax 0.10 (16 times
-the FLOPs at 16 experts: compiled for v5p with libtpu 0.0.42; grouped with 0.0.50, of jax 0.12)."""
+experts elsewhere; so is the weight gradient, on TPU as well with the compiler of jax 0.10, not with
+that of jax 0.12 (docs/measurements.md: v5p-weight-gradient)."""
 
 
 def _member_RE(rows: int, group_size_E: Int[Array, "E"]) -> Float[Array, "R E"]:

@@ -31,7 +31,8 @@ from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights
 
 USUAL_ROWS_PER_TOKEN = 2.0
-"""Rows per token that memory is laid out for with top-p; the paper reports a mean of 1.76."""
+"""Rows per token that memory is laid out for with top-p, somewhat more than the paper's mean
+(docs/measurements.md: paper-experts-per-token)."""
 
 
 def ragged_experts(
@@ -203,7 +204,8 @@ def _grouped_forward(kernels, bounds, x_TD, weight_R, weights, layout):
         return kernels.sum_by_token(part, y_nD, x_TD.shape[0]), kept
 
     # In the type of the tokens, though sums in float32 would round once less where chunks are
-    # used: XLA writes what a loop carries, and its cast is a pass of its own (7 of 722 ms, v5p).
+    # used: XLA writes what a loop carries, and its cast is a pass of its own
+    # (docs/measurements.md: v5p-loop-cast).
     y_TD, kept = outputs(0, bounds.first)
     if bounds.chunks:
 

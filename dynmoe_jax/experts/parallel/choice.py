@@ -32,9 +32,9 @@ def choose_transport(moe: config.MoE, target: Target, devices: int) -> str:
     1. ``all_to_all`` if ``tokens_per_pair`` bounds what it sends: no other transport does.
     2. CPU: ``ring``; there is no other collective that sends less.
     3. TPU and GPU: what sends less.  With the ring a token travels to n - 1 devices, with a ragged
-       exchange to (n - 1)(1 - (1 - 1/n)^m) of them for m experts per token: at 1.76 experts to
-       0.7 of 1, 1.2 of 3, 1.5 of 7, 1.6 of 15.  ``ragged_all_to_all`` if that is less than half
-       (from n = 4 on), otherwise ``ring``.
+       exchange to (n - 1)(1 - (1 - 1/n)^m) of them for m experts per token (docs/measurements.md:
+       transport-visits).  ``ragged_all_to_all`` if that is less than half (from n = 4 on),
+       otherwise ``ring``.
 
     Args:
       moe: the settings.

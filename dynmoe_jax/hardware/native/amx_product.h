@@ -129,8 +129,7 @@ inline constexpr AmxRegisters kAmxRegisters;
 //
 // No more than these three of the unit's eight registers hold anything.  On a busy core, as if its
 // other thread used the unit too, only what is left empty seems free to load one operand behind the
-// products of another: 24 products and their loads take 1,620 cycles with all eight in use and 792
-// with three, where 430 is what the unit takes (benchmarks/RESULTS.md, "The matrix unit").
+// products of another (docs/measurements.md: cpu-matrix-unit).
 inline void amx_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,
                      bool add) {
   asm volatile("" ::: "memory");  // the sides have been written: the compiler doesn't see loads

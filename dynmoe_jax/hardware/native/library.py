@@ -1,8 +1,8 @@
 """Compiles the kernels for this machine, once, and tells XLA of them.
 
-The C++ compiler that is installed (``CXX``, otherwise ``c++``) does it the first time, in about ten
-seconds; the library then lies in the user's cache folder, under a name that follows from all that
-it is made from.
+The C++ compiler that is installed (``CXX``, otherwise ``c++``) does it the first time, in seconds
+(docs/measurements.md: cpu-kernels-compile); the library then lies in the user's cache folder, under
+a name that follows from all that it is made from.
 """
 
 import concurrent.futures

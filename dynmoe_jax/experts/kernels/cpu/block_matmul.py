@@ -23,10 +23,8 @@ def times_expert(
     """``x_bI @ weight_EIO[e]``.
 
     A few rows cost no more than reading the weights, so there the copy that XLA makes of
-    ``weight_EIO[e]`` counts: taken in parts that stay in the cache, the product is 2.8 times
-    faster.  8 tokens, 11 experts of 1024 x 2816, two cores: 18.0 ms in parts of 3 or 6 MB, 18.6
-    in parts of 1.5, 26.1 in parts of 12 MB, 52.5 whole; in huge pages 16.7 in parts of 3, 17.1 in
-    parts of 6 MB.
+    ``weight_EIO[e]`` counts: taken in parts that stay in the cache, the product is several times
+    faster (docs/measurements.md: cpu-weight-parts).
     """
     rows, inner = x_bI.shape
     part = _part(inner, weight_EIO.shape[2] * weight_EIO.dtype.itemsize)
@@ -59,8 +57,8 @@ def add_to_expert(
     """``array_EIO`` with ``value_IO`` added to one expert, in place inside a loop.
 
     As rows of a matrix that are scattered: XLA's CPU backend does that on all cores and without a
-    copy of what it adds to, where it updates a slice on one core and copies it first.  Forward and
-    backward of 16 experts of 512 x 1408, top-2, 4096 tokens: 647 ms, by slices 661.
+    copy of what it adds to, where it updates a slice on one core and copies it first
+    (docs/measurements.md: cpu-scatter-add).
     """
     experts, inner, outer = array_EIO.shape
     row_I = e * inner + jnp.arange(inner)

@@ -17,22 +17,19 @@ from jaxtyping import Array, Float, Int
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 """Rows of a block: powers of two, and sizes halfway between where that can save more rows than a
-block costs.  Loads around 512 rows (log-normal, sigma 0.6) then cost 9% more than one block of
-their very size each, by the count below, with powers of two alone 13%.  A size takes 0.3 s to
-compile, backward too."""
+block costs; each size takes time to compile (docs/measurements.md: cpu-block-sizes,
+cpu-block-compile)."""
 
 OVERHEAD_ROWS = 48
-"""Cost of a block beyond its rows, in rows.  Forward and backward of 16 experts of n rows each
-(D = 512, F = 1408, two quiet cores) took 60 ms + 16 (3.3 ms + 0.0715 ms n) for n from 32 to 512:
-the constant, mostly for reading weights and adding to their gradients, is that of 46 rows."""
+"""Cost of a block beyond its rows, in rows: mostly for reading weights and adding to their
+gradients (docs/measurements.md: cpu-block-overhead)."""
 
 SMALLEST_SHARE = 128
 """Smallest block as a fraction of T: smaller ones would save less than they cost to compile."""
 
 DECODE_TOKENS = 32
 """Most tokens for which blocks of 1, 2 and 4 rows are used: an expert that one sequence of a few
-uses has one or two rows.  8 tokens on 11 of 16 experts of 1024 x 2816 took 18 ms with them, 27 with
-blocks of 8."""
+uses has one or two rows (docs/measurements.md: cpu-small-blocks)."""
 
 
 def block_sizes(tokens: int) -> tuple[int, ...]:

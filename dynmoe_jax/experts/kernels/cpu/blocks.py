@@ -1,8 +1,8 @@
 """Dropless experts on CPU: a loop over the blocks of rows that are really used.
 
-Off TPU, ``lax.ragged_dot`` lowers to a dense product over all experts (23 times slower at E = 16:
-design measurement, 5.2 s against 0.22 s).  A loop whose trip count is data costs what was chosen:
-rows beyond ``sum(group_size_E)`` are never touched, neither are experts without rows.
+Off TPU, ``lax.ragged_dot`` lowers to a dense product over all experts, many times slower
+(docs/measurements.md: cpu-ragged-dot).  A loop whose trip count is data costs what was chosen: rows
+beyond ``sum(group_size_E)`` are never touched, neither are experts without rows.
 
 The tokens of a block are gathered, sent through their expert and added to the output.  Forward
 keeps the gate and up activations of the first S rows for backward: a bound of its own, so that
@@ -108,7 +108,7 @@ def _block_experts_backward(saved, residuals, dy_TD):
             return times_expert(x_bD, gate_up_ED2F, e)
 
         # A cond although all rows may be saved: XLA fuses a bare slice into the element-wise
-        # arithmetic, which then is not vectorised (8 ms for 512 x 1408, instead of 1.6 ms).
+        # arithmetic, which then is not vectorised (docs/measurements.md: cpu-fused-slice).
         return recompute() if saved == 0 else jax.lax.cond(start < saved, recall, recompute)
 
     def add_block(carry, e, start, token_b, weight_b):

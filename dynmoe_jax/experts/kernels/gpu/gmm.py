@@ -3,9 +3,9 @@
 A program computes a tile of rows that belong to one expert, which it reads from
 :func:`~.tiling.visits_of`.  Rows beyond the groups are neither read nor written, matrices
 are read as they lie, transposed or not, and the weight gradient of an expert without rows is zero.
-(tokamax starts a program for every row tile and expert, 15 of 16 of them for nothing at 16
-experts, and transposes all weights for the gradient of the rows: compiled for an H100, XLA did so
-for the float32 stack of all layers, 12 GB of a step of the paper's model.)
+(tokamax starts a program for every row tile and expert, most of them for nothing, and transposes
+all weights for the gradient of the rows, XLA even the float32 stack of all layers;
+docs/measurements.md: gpu-tokamax-grid, h100-transposed-weights)
 
 Programs that run together share what they read: the tiles of a panel of an expert's matrix come
 one after the other, for every row tile.

@@ -1,9 +1,9 @@
 """SwiGLU fused with the products before it and behind it, for NVIDIA GPUs.
 
 Forward multiplies a row tile by a tile of gate and the same tile of up, and writes what is hidden
-beside both, which backward is given: on an H100 to read them again is a third of the time of
-computing them again (8 bytes against 4 D FLOPs of each hidden number, D = 1024).  Backward makes
-the gradient of what is hidden, which never reaches memory, and from it all others.
+beside both, which backward is given: to read them again takes less time than to compute them again
+(docs/measurements.md: h100-gate-up-read).  Backward makes the gradient of what is hidden, which
+never reaches memory, and from it all others.
 
 Axis legend: n rows of one part, E experts, V visits, D model width, F hidden width of an expert, J
 tiles of F, and the tile sizes m along rows, c along F and k along what is summed over.

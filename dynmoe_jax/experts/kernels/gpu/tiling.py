@@ -62,8 +62,9 @@ def tiles_for(rows: int, experts: int, shared_bytes: int) -> Tiles:
     """Chooses tiles for R rows of E experts.
 
     128 x 256 sums fill half of the registers of an SM, so there is one program on each.  Pieces of
-    64 of both sides, three times over, take 147 kB of shared memory; where that does not fit,
-    pieces of 32.  Row tiles are smaller where experts have few rows.
+    64 of both sides lie three times over in shared memory (docs/measurements.md:
+    gpu-shared-memory); where that does not fit, pieces of 32.  Row tiles are smaller where experts
+    have few rows.
 
     Args:
       rows: R.

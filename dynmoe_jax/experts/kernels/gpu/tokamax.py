@@ -11,9 +11,8 @@ from dynmoe_jax.experts.kernels.contract import GroupedProducts, products_of
 
 IMPLEMENTATIONS = {"gpu": ("triton", "mosaic"), "tpu": ("mosaic",)}
 """Implementations to try, in order.  Not tokamax's own order, which ends in ``xla`` and so, on a
-GPU, in dense products.  Triton comes first because it is this kernel that was measured on an H100
-(78% of peak forward, XLA's dense lowering 15%: marin-community/marin#4297), and because Blackwell
-has no Mosaic weight gradient."""
+GPU, in dense products.  Triton comes first because it is this kernel that others measured
+(docs/measurements.md: h100-tokamax), and because Blackwell has no Mosaic weight gradient."""
 
 
 def load_tokamax():

@@ -18,7 +18,7 @@ from dynmoe_jax.hardware.triton import dot
 
 PANEL_BYTES = 16 * 2**20
 """Bytes of an expert's matrix that are worked on while the rows go by: they have to stay in the L2
-cache (50 MB on an H100, 40 MB on an A100), beside the rows."""
+cache (docs/measurements.md: gpu-l2-cache), beside the rows."""
 
 Ref = Any
 """A reference of Pallas; the suffix of its name gives its axes."""

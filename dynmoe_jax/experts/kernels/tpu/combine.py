@@ -1,11 +1,10 @@
 """Combine (unpermute) on TPU: reads the rows that are used, and no others.
 
-Gathers read K rows for every token, though few tokens have K experts: forward and backward they
-were 37 of 514 ms of a step of the paper's model compiled for v5p.  But rows stand by expert, and
-within an expert by token: those of a block of tokens are one run for each expert.  A program
-fetches these runs, in pieces that memory is tiled by, and adds them up as a product with a matrix
-of zeros and ones, which is exact.  (A row that is not finite reaches the other tokens of its block;
-a step that has one is not applied anyway.)
+Gathers read K rows for every token, though few tokens have K experts (docs/measurements.md:
+v5p-combine-gathers).  But rows stand by expert, and within an expert by token: those of a block of
+tokens are one run for each expert.  A program fetches these runs, in pieces that memory is tiled
+by, and adds them up as a product with a matrix of zeros and ones, which is exact.  (A row that is
+not finite reaches the other tokens of its block; a step that has one is not applied anyway.)
 
 Axis legend: T tokens, K slots per token, E experts, n rows, D model width, b tokens of a block,
 r rows of a tile.

@@ -31,7 +31,8 @@ def megablox_products(
     Raises:
       ImportError: this version of JAX does not ship the kernels.
     """
-    # Not at the top: a CPU has no use for the TPU half of Pallas, which takes a second to import.
+    # Not at the top: a CPU has no use for the TPU half of Pallas, which is slow to import
+    # (docs/measurements.md: start-pallas-tpu).
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
     def tiles(rows_RI, experts, inner, outer, of=product_tiling, **options):

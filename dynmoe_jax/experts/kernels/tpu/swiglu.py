@@ -2,8 +2,8 @@
 
 Gate and up never reach main memory: forward writes hidden activations alone; backward computes gate
 and up again, and the gradient of the hidden activations, in the same visit of a tile of rows.  On
-a chip whose products outrun its memory that is cheaper than to write, stack and read them again:
-in a step of the paper's model compiled for v5p, passes over [n, 2F] were 167 of 874 ms.
+a chip whose products outrun its memory that is cheaper than to write, stack and read them again
+(docs/measurements.md: v5p-gate-up-passes).
 
 For every tile of F, the grid visits the (row tile, expert) pairs that exist.  A row tile that two
 experts share is visited by both, one after the other; the later puts back the rows of before.

@@ -58,8 +58,8 @@ def product_tiling(
       itemsize: bytes of one number.
       flops_per_byte: the chip's peak rate over its memory's.
       transposed: the matrices are stored as [E, O, I]; if they are cut along I, the kernel
-        transposes a copy of a tile (v5p counts 16.08 MiB for the tiles 512 x 2816 x 512, 13.0
-        without a copy).
+        transposes a copy of a tile, which takes VMEM too (docs/measurements.md:
+        v5p-transposed-copy).
     """
 
     def traffic(m, k, n):

@@ -5,9 +5,9 @@ gets zeros.  A tile that one expert has to itself is one product, and nothing is
 that experts share, or that is not full, the blocks that hold rows of the visit's expert are
 computed, with all other rows zero on both sides: these may hold anything, NaN included.
 
-By the bundles that the compiler schedules for v6e, products take 85 to 91% of a visit of
-a whole tile.  What that takes is wide tiles and many rows: each visit reads and writes all sums, in
-float32, and each step of a grid takes some 170 bundles besides.
+Products take most of a visit of a whole tile if tiles are wide and rows are many: each visit reads
+and writes all sums, in float32, and each step of a grid costs something besides
+(docs/measurements.md: v6e-weight-gradient).
 
 Axis legend: R rows, E experts, I and O the inner and outer width of a matrix, and the tile sizes m
 along rows, k along I and n along O; b rows of a block.

@@ -123,19 +123,17 @@ def choose_attention(
 
     1. TPU: ``flat``, where heads fill blocks of 128 lanes and sequences fit into VMEM
        (:func:`~.flat.flat_obstacle`): no head is cut out of the projections, which costs
-       more than attention itself.  By the planner's count a step of the paper's model on 64 v5p
-       takes 690 ms, against 874 with ``splash`` and projections to [H, W].
+       more than attention itself (docs/measurements.md: v5p-flat-attention).
        Otherwise ``splash``, if one of its tiles divides L.  It skips the blocks above the diagonal
-       and never holds scores of all pairs; with it a step of MaxText took 4.45 s where the older
-       flash attention took 5.95 (AI-Hypercomputer/torchprime#145).
+       and never holds scores of all pairs; it is faster than the older flash attention
+       (docs/measurements.md: maxtext-splash).
     2. NVIDIA GPU: ``triton``, kernels of our own, where they know type, width and length
        (:func:`_triton_obstacle`); otherwise ``cudnn``, where it does (:func:`_cudnn_obstacle`),
        whose segments are a mask of all pairs.  Not measured: there was no GPU.
     3. CPU: ``native``, kernels of our own, where a C++ compiler is installed and the type is
-       float32; otherwise ``tiled``.  Both compute little more than the pairs that attend.  Forward
-       and backward of 8 sequences of 512 positions, 8 heads of 64, on two cores: with ``tiled``
-       173 ms, against 394 ms; on other ones with ``native`` 90 ms, against 232 with ``tiled``, and
-       0.1 s to compile instead of 3.9.
+       float32; otherwise ``tiled``.  Both compute little more than the pairs that attend:
+       ``tiled`` takes less than half the time of ``xla``, and ``native`` less than half of that
+       (docs/measurements.md: cpu-attention-tiled, cpu-attention-native).
     4. Anything else: ``xla``, which takes any shape.
 
     Args:

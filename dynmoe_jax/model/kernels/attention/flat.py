@@ -24,7 +24,8 @@ from dynmoe_jax.model.kernels.attention.flat_heads import Heads
 from dynmoe_jax.model.kernels.attention.flat_kernels import SUM_ROWS, backward, forward
 
 TILES = (512, 256, 128)
-"""Positions of a tile, the largest that divides L; scores of 512 x 512 are 1 MB in float32."""
+"""Positions of a tile, the largest that divides L; its scores are float32 (docs/measurements.md:
+tpu-score-tile)."""
 
 
 def flat_obstacle(length: int, width: int, heads: int, kv_heads: int, dtype: jnp.dtype) -> str:

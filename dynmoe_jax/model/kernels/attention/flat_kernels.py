@@ -13,11 +13,10 @@ which saves the vector units a comparison and a selection for every pair.
 
 A matrix unit holds one operand, a tile of 128 x 128 (256 x 256 on v6e), and streams the rows of the
 other through it.  A head of 64 that is contracted or held leaves half of it idle, on v6e three
-quarters; one that is streamed costs its 64 rows, or what it takes to latch the other operand: on
-v6e 145 cycles for 512 x 512, where 64 rows take 64 and 256 take 256.  So only scores and dprobs,
-which contract over W, are filled up.  All else streams transposed heads, [W, .], past tiles of
-scores: the compiler schedules a backward tile of one head in 945 cycles on v6e and 1690 on v5p,
-1340 and 2220 with dkey and dvalue the other way round and masks by comparison.
+quarters; one that is streamed costs its 64 rows, or what it takes to latch the other operand, which
+on v6e is more (docs/measurements.md: tpu-latching).  So only scores and dprobs, which contract over
+W, are filled up.  All else streams transposed heads, [W, .], past tiles of scores
+(docs/measurements.md: tpu-attention-backward).
 
 Arrays in scratch memory are transposed where rows are what a product or a rotary position needs:
 the partner of a row is another row, not a lane that must be shuffled into place.

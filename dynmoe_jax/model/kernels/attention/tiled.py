@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 TILES = 8
-"""Tiles of one sequence.  n tiles compute (n + 1) / 2n of all pairs, 56% at eight.  Forward and
-backward of 8 sequences of 512 positions, 8 heads of 64, on two cores: 254, 230, 188, 173 ms for 1,
-2, 4, 8 tiles; they compile in 0.5, 0.8, 1.0, 1.7 s."""
+"""Tiles of one sequence.  n tiles compute (n + 1) / 2n of all pairs; more of them are faster, and
+take longer to compile (docs/measurements.md: cpu-attention-tiles)."""
 
 SMALLEST_TILE = 64
 

@@ -2,10 +2,10 @@
 
 FlashAttention-2 (arXiv 2307.08691) with segments.  cuDNN is told of segments by an additive mask
 [B, 1, L, L] alone, whose gradient JAX asks of it besides (jax 0.10.2; packed sequences are in
-private functions): compiled for an H100, backward of the paper's model writes one of 134 MB for 16
-sequences in every layer.  Here tiles that share no segment are not visited, and nothing of size
-L^2 exists.  Backward visits the pairs twice, once for queries and once for keys and values, so
-that nothing is added up in an order that changes from run to run.
+private functions), in every layer (docs/measurements.md: h100-mask-gradient).  Here tiles that
+share no segment are not visited, and nothing of size L^2 exists.  Backward visits the pairs twice,
+once for queries and once for keys and values, so that nothing is added up in an order that changes
+from run to run.
 
 Axis legend: B batch, L positions, H query heads, G key/value heads, W head width, I tiles of
 queries, J tiles of keys, q queries and k keys of a tile.
@@ -42,8 +42,8 @@ class AttentionTile:
 FORWARD = AttentionTile(128, 64, 8, 3)
 TO_KEYS = AttentionTile(64, 64, 4, 3)
 TO_QUERIES = AttentionTile(128, 64, 8, 3)
-"""Each step of a program waits for the one before it, so two programs have to share an SM: compiled
-for an H100 at W = 64 they take 124, 198 and 128 registers of a thread, and none is spilled."""
+"""Each step of a program waits for the one before it, so two programs have to share an SM and its
+registers (docs/measurements.md: h100-attention-registers)."""
 
 
 def triton_attention(

@@ -7,9 +7,9 @@ gradient of the output projection in VMEM, and writes the gradients of a chunk's
 the compute type, for the product with the output projection, which XLA computes.
 
 A tile is worked on in pieces, so that the matrix units make the logits of the next piece while the
-vector units have those of this one.  By the bundles that the compiler schedules for v6e, the matrix
-units are busy for four fifths of the time.  Maxima and sums are kept for each lane by itself, and
-the lanes are put together once, when the vocabulary is done.
+vector units have those of this one: the matrix units seldom wait (docs/measurements.md:
+v6e-cross-entropy).  Maxima and sums are kept for each lane by itself, and the lanes are put
+together once, when the vocabulary is done.
 
 Axis legend: T tokens, C tokens of one chunk, D model width, V vocabulary (of this device), t tokens
 and v columns of a tile, r rows of a piece, P the 128 lanes of a register.

@@ -2,8 +2,7 @@
 
 On TPU two kernels compute them in one pass each: rows of the stream, and both gradients, are in
 VMEM once.  XLA takes two passes for backward, one for the sums over D and one that uses
-them.  With the stream between the halves kept, and the kernels, a step of the paper's model on 64
-v5p takes 497 ms instead of 514 by the planner's count (remat ``elementwise``).
+them (docs/measurements.md: v5p-norm-kernels).
 
 Axis legend: B batch, L positions, T = B L tokens, D model width, N tiles of tokens.
 """

@@ -127,9 +127,8 @@ def projected_by_kernels(
       interpret: runs the kernels on a CPU, for tests.
     """
     products = _projection_forward(x_BLD, scale_D, matrices, tile, epsilon, interpret)
-    # From the stream, which is kept, they are made again in less time than it takes to keep them:
-    # 5 ms for the 24 layers of the paper's model on v6e, where they are written in 7 and read in
-    # 15, by the planner's count.
+    # From the stream, which is kept, they are made again in less time than it takes to keep them
+    # (docs/measurements.md: v6e-projections-again).
     return x_BLD, checkpoint_name(products, COMPUTED_AGAIN)
 
 

@@ -2,7 +2,7 @@
 
 On TPU the norm is a kernel each way (:mod:`.norm`), and the one of backward adds what the logits
 tell the normed stream: a product with the router, of E columns.  By XLA that sum is a pass of its
-own over [T, D], 4 of 324 ms of a step of the paper's model compiled for v6e:8x8.
+own over [T, D] (docs/measurements.md: v6e-router-gradient).
 
 Axis legend: B batch, L positions, T = B L tokens, D model width, E experts, S summands of a
 product that stands for one of float32, t tokens of a tile.
