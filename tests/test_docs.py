@@ -16,6 +16,16 @@ from dynmoe_jax.training.log.metric_logger import COUNTS, SCALARS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MEASUREMENTS = ROOT / "docs" / "measurements.md"
+SOURCES = [
+    ROOT / "train.py",
+    *(
+        path
+        for folder in ("dynmoe_jax", "benchmarks")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".h", ".cc")
+    ),
+]
 
 
 def test_readme_has_the_two_commands():
@@ -78,3 +88,46 @@ def test_commands_for_clusters_fit_the_devices_that_they_are_for(monkeypatch):
         if place.coordinator is None:  # the others train the quickstart, of whatever size
             assert cfg.train.batch_size // cfg.train.microbatches % batch_devices(sizes) == 0
         assert str(workdir) != "runs/quickstart"
+
+
+def figures() -> list[str]:
+    """The ids of the figures, each of which has its row, with its kind first in the last column."""
+    lines = MEASUREMENTS.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| id |")]
+    row = (
+        r"\| `([a-z0-9]+(?:-[a-z0-9]+)+)` \| [^|]+ \| \*(?:measured|estimated|reported)\*,[^|]+ \|"
+    )
+    wrong = [line for line in rows if not re.fullmatch(row, line)]
+    assert not wrong, f"not an id, a figure and a kind: {wrong}"
+    return [re.fullmatch(row, line)[1] for line in rows]
+
+
+def cited_figures(path: Path) -> list[str]:
+    """The ids that a file cites, as in `(docs/measurements.md: ID, ID)`, over lines of comments."""
+    lists = re.findall(r"measurements\.md\)?:([^)]*)\)", path.read_text(encoding="utf-8"))
+    return [re.sub(r"[\s#/]+", "", cited) for ids in lists for cited in ids.split(",")]
+
+
+def test_figures_have_an_id_of_their_own_and_a_kind():
+    ids = figures()
+    assert sorted(set(ids)) == sorted(ids)
+
+
+def test_figures_that_are_cited_are_those_that_are_written_down():
+    cited = {
+        path.relative_to(ROOT).as_posix(): cited_figures(path)
+        for path in [*SOURCES, *PAGES]
+        if path != MEASUREMENTS
+    }
+    ids = set(figures())
+    unknown = {file: set(names) - ids for file, names in cited.items() if set(names) - ids}
+    assert not unknown
+    assert not ids.difference(*cited.values())
+
+
+def test_sources_that_name_the_page_of_figures_say_which_figure():
+    texts = {path.name: path.read_text(encoding="utf-8") for path in SOURCES}
+    page, citation = "docs/measurements.md", r"docs/measurements\.md:\s[^)]+\)"
+    assert not [
+        name for name, text in texts.items() if text.count(page) != len(re.findall(citation, text))
+    ]
