@@ -46,6 +46,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", action="store_true", help="try many more cases in tests that fuzz")
+    parser.addoption("--long", action="store_true", help="run tests marked long, too")
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +61,11 @@ def pytest_configure(config):
     settings.load_profile("default" if config.getoption("--fuzz") else "fixed")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     # The longest files first: begun last, one of them would keep a single worker busy at the end.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

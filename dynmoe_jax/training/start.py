@@ -35,6 +35,7 @@ def start(run: Run, done: int) -> tuple[Callable, TrainState]:
     init = partial(init_state, run.cfg.model, optimizer)
     shapes = _placed_shapes(run, init)
     train_step = _compile(run, make_train_step(run.cfg, optimizer, schedule), shapes)
+    run.memory.check_step(train_step)
     return train_step, _first_state(run, done, init, optimizer, shapes)
 
 
@@ -49,19 +50,14 @@ def _placed_shapes(run: Run, init: Callable) -> TrainState:
 
 
 def _compile(run: Run, step: Callable, shapes: TrainState) -> Callable:
-    compiled = (
-        jax.jit(
-            step,
-            donate_argnums=0,
-            # What the host reads must be whole in every process.
-            out_shardings=(_shardings(shapes), replicated(run.mesh)),
-            compiler_options=compiler_options(current_target()),
-        )
-        .lower(shapes, _batch_shapes(run.cfg, batch_sharding(run.mesh)))
-        .compile()
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        # What the host reads must be whole in every process.
+        out_shardings=(_shardings(shapes), replicated(run.mesh)),
+        compiler_options=compiler_options(current_target()),
     )
-    run.memory.check_step(compiled)
-    return compiled
+    return jitted.lower(shapes, _batch_shapes(run.cfg, batch_sharding(run.mesh))).compile()
 
 
 def _first_state(

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import kill_campaign
 from dynmoe_jax.runs.metrics_file import FILE_NAME, read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_killed_runs_end_like_the_one_that_was_not(tmp_path, monkeypatch):

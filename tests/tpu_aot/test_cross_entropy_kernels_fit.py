@@ -17,11 +17,11 @@ B, L, CHUNK = 3, 2048, 768
 @pytest.mark.parametrize(
     ("chip", "width", "vocabulary"),
     [
-        ("v5e", 1024, 32000),
+        pytest.param("v5e", 1024, 32000, marks=pytest.mark.long),
         ("v5p", 1024, 50257),
-        ("v5p", 4096, 8000),
+        pytest.param("v5p", 4096, 8000, marks=pytest.mark.long),
         ("v6e", 1024, 32000),
-        ("v6e", 4096, 8000),
+        pytest.param("v6e", 4096, 8000, marks=pytest.mark.long),
     ],
 )
 def test_kernels_fit(mesh_of, chip, width, vocabulary):

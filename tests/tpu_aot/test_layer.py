@@ -91,8 +91,10 @@ def test_layer_and_gradient(mesh_of, chip, count, D, F):
 @pytest.mark.parametrize(
     ("chip", "shape"),
     [
-        *(("v4", (4096, 14336, 8)), ("v4", (2048, 1024, 64))),
-        *(("v5e", (4096, 14336, 8)), ("v6e", (1024, 2816, 16))),
+        ("v4", (4096, 14336, 8)),
+        pytest.param("v4", (2048, 1024, 64), marks=pytest.mark.long),
+        pytest.param("v5e", (4096, 14336, 8), marks=pytest.mark.long),
+        pytest.param("v6e", (1024, 2816, 16), marks=pytest.mark.long),
     ],
 )
 def test_kernels_fit_into_fast_memory(mesh_of, chip, shape):

@@ -20,12 +20,12 @@ HEADS = {"query_DHW": 0, "key_DGW": 1, "value_DGW": 1}
 @pytest.mark.parametrize(
     ("chip", "width", "columns", "dtype"),
     [
-        ("v5e", 1024, (1024, 1024), jnp.bfloat16),
+        pytest.param("v5e", 1024, (1024, 1024), jnp.bfloat16, marks=pytest.mark.long),
         ("v5p", 1024, (1024, 1024), jnp.bfloat16),
-        ("v5p", 1024, (1024, 256), jnp.float32),
-        ("v5p", 2048, (1024, 256), jnp.bfloat16),
+        pytest.param("v5p", 1024, (1024, 256), jnp.float32, marks=pytest.mark.long),
+        pytest.param("v5p", 2048, (1024, 256), jnp.bfloat16, marks=pytest.mark.long),
         ("v6e", 2048, (2048, 2048), jnp.bfloat16),
-        ("v6e", 4096, (2048, 256), jnp.bfloat16),
+        pytest.param("v6e", 4096, (2048, 256), jnp.bfloat16, marks=pytest.mark.long),
     ],
 )
 def test_kernels_fit(mesh_of, chip, width, columns, dtype):

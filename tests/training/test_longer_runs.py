@@ -41,7 +41,6 @@ def test_longer_run_is_the_run_that_was_asked_for_so_many_steps_from_the_start(
     # What comes after the last step takes most of the time of so small a run.
     monkeypatch.setattr(trainer, "evaluate_heldout", lambda *_: HeldOut(1.0, 1.0, 1.0, {}))
     monkeypatch.setattr(finish, "sample", lambda *_: Sample("a", "b"))
-    monkeypatch.setattr(finish, "write_report", lambda folder, *_: (folder / REPORT).touch())
     short = change(
         settings,
         model__num_layers=1,

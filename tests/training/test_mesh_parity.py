@@ -128,21 +128,15 @@ def check_pieces(params, sizes):
         assert values.addressable_shards[0].data.size * pieces == values.size
 
 
-# Two classes, so that two processes can share the work.
-class TestEightDevices:
-    @pytest.mark.parametrize("sizes", meshes(8), ids=str)
-    def test_top_p(self, sizes, wanted):
-        check_pieces(check("top_p", sizes, wanted), sizes)
+@pytest.mark.parametrize("sizes", meshes(8), ids=str)
+def test_top_p(sizes, wanted):
+    """Axes of two devices, and pairs of them, are among these."""
+    check_pieces(check("top_p", sizes, wanted), sizes)
 
 
-class TestTwoDevices:  # those of four are among those of eight, beside an axis of two
-    @pytest.mark.parametrize("sizes", meshes(2), ids=str)
-    def test_top_p(self, sizes, wanted):
-        check_pieces(check("top_p", sizes, wanted), sizes)
-
-
-@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
-@pytest.mark.parametrize("case", ["top_k", "exchange"])
+@pytest.mark.parametrize(
+    ("case", "sizes"), [("top_k", (1, 2, 2, 2)), ("exchange", (2, 1, 4, 1))], ids=str
+)
 def test_other_routers_and_transports(case, sizes, wanted):
     check(case, sizes, wanted)
 

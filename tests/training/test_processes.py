@@ -196,6 +196,7 @@ def one(corpus, tmp_path_factory):
     return folder / "run", batches_in(folder / "batches")
 
 
+@pytest.mark.long
 def test_run_moves_between_two_processes_and_one(one, corpus, tmp_path):
     """2, then 1, then 2; each time stopped by Ctrl-C, which one process alone gets."""
     workdir, batches = tmp_path / "run", tmp_path / "batches"

@@ -86,7 +86,7 @@ def wanted_of(**shape):
     return gradients(reference_experts, *wide)
 
 
-@pytest.mark.parametrize("saved", [0.0, 0.8, 1.0, 2.0, 9.0])
+@pytest.mark.parametrize("saved", [0.0, 0.8, 9.0])
 def test_garbage_of_kernels_reaches_nothing(saved):
     case = draw()
     backend = partial(ragged_experts, products=POISONED, saved_rows_per_token=saved)

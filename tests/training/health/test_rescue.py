@@ -15,7 +15,7 @@ from dynmoe_jax import command_line, config
 from dynmoe_jax.data import TrainStream
 from dynmoe_jax.runs.checkpoint import FOLDER
 from dynmoe_jax.runs.metrics_file import read_metrics
-from dynmoe_jax.training import feed, step, trainer
+from dynmoe_jax.training import feed, start, step, trainer
 from dynmoe_jax.training.health import anomalies, rescue
 from dynmoe_jax.training.health import replay as replay_command
 from dynmoe_jax.training.health.replay import replay
@@ -46,7 +46,7 @@ def poison(monkeypatch, token):
         embedding[...] = embedding[...].at[token].set(jnp.nan)
         return state
 
-    monkeypatch.setattr(trainer, "init_state", init_state)
+    monkeypatch.setattr(start, "init_state", init_state)
 
 
 def losses(workdir):
@@ -124,7 +124,7 @@ def test_stopped_run_is_not_stuck(cfg, change, tmp_path, monkeypatch):
         return dataclasses.replace(state, guard=guard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "init_state", init_state)
+        patch.setattr(start, "init_state", init_state)
         patch.setattr(trainer, "rescue", lambda *_: None)
         assert train(change(cfg, train__steps=4), tmp_path) == 0
     assert [line["skipped_in_a_row"] for line in read_metrics(tmp_path)] == [6, 7, 8, 9]
