@@ -15,7 +15,7 @@ def test_it_is_that_of_transformers_and_stays_it_in_a_run(name, tmp_path):
     folder = write(tmp_path / "folder", TABLE[name])
     ours, theirs = open_tokenizer(folder), read_by_transformers(folder)
     assert not differences(ours, theirs)
-    kept = tmp_path / "run" / ours.place
+    kept = tmp_path / "run" / ours.name_in_run
     ours.save(kept)
     assert kept_tokenizer(tmp_path / "run").fingerprint == ours.fingerprint
     # As a run is fine-tuned, and as it is exported.
