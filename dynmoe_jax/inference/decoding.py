@@ -176,7 +176,7 @@ def _one_token(decoder: Decoder, stacks, state: DecodeState, draw: Draw) -> Deco
     active_BC = state.active_S.reshape(shape)
     x_BCD, cache, experts_NBC = decode_step(decoder, stacks, tokens_BC, active_BC, state.cache)
     x_SD = x_BCD.reshape(-1, x_BCD.shape[-1])
-    experts_SN = experts_NBC.reshape(len(experts_NBC), -1).T
+    experts_SN = experts_NBC.reshape(len(experts_NBC), active_BC.size).T
     return _drawn(decoder, dataclasses.replace(state, cache=cache), x_SD, experts_SN, draw)
 
 

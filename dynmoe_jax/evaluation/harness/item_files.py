@@ -155,9 +155,9 @@ def _alike(items: list[Item], path: Path) -> list[Item]:
     """The items with the fields of all of them, and text where some have text."""
     kinds: dict[_Path, dict[bool, int]] = defaultdict(dict)
     for number, item in enumerate(items, 1):
-        for path, is_text in _scalars(item, ()):
-            kinds[path].setdefault(is_text, number)
-    mixed = {path: first for path, first in kinds.items() if len(first) == 2}
+        for keys, is_text in _scalars(item, ()):
+            kinds[keys].setdefault(is_text, number)
+    mixed = {keys: first for keys, first in kinds.items() if len(first) == 2}
     if mixed:
         found = [f"{'.'.join(p)!r} (item {f[True]}, item {f[False]})" for p, f in mixed.items()]
         warn(
@@ -182,23 +182,23 @@ def _some(found: list[str]) -> str:
     return ", ".join(found[:_NAMED]) + more
 
 
-def _scalars(value: Any, path: _Path):
+def _scalars(value: Any, keys: _Path):
     """(where it stands, whether it is text) of every string, number and truth value."""
     if isinstance(value, dict):
         for name, part in value.items():
-            yield from _scalars(part, (*path, name))
+            yield from _scalars(part, (*keys, name))
     elif isinstance(value, list):
         for part in value:
-            yield from _scalars(part, (*path, _ANY))
+            yield from _scalars(part, (*keys, _ANY))
     elif value is not None:
-        yield path, isinstance(value, str)
+        yield keys, isinstance(value, str)
 
 
-def _as_text(value: Any, path: _Path, mixed) -> Any:
+def _as_text(value: Any, keys: _Path, mixed) -> Any:
     if isinstance(value, dict):
-        return {name: _as_text(part, (*path, name), mixed) for name, part in value.items()}
+        return {name: _as_text(part, (*keys, name), mixed) for name, part in value.items()}
     if isinstance(value, list):
-        return [_as_text(part, (*path, _ANY), mixed) for part in value]
-    if value is None or isinstance(value, str) or path not in mixed:
+        return [_as_text(part, (*keys, _ANY), mixed) for part in value]
+    if value is None or isinstance(value, str) or keys not in mixed:
         return value
     return json.dumps(value)

@@ -9,7 +9,7 @@ import pytest
 from dynmoe_jax import command_line, config
 from dynmoe_jax.command_line import EXIT_OUT_OF_MEMORY
 from dynmoe_jax.model.parameters import count_parameters
-from dynmoe_jax.training import trainer
+from dynmoe_jax.training import start, trainer
 from dynmoe_jax.training.health import memory
 from dynmoe_jax.training.health.memory import Memory, Need, OutOfMemory, advice
 from dynmoe_jax.training.trainer import train
@@ -174,7 +174,7 @@ def test_compiler_that_runs_out_of_memory_ends_the_run_with_advice(
     def fail(*_):
         raise jax.errors.JaxRuntimeError(message)
 
-    monkeypatch.setattr(trainer, "compiler_options", fail)  # asked for as the step is compiled
+    monkeypatch.setattr(start, "_compile", fail)
     code = command_line.exit_code(lambda: train(cfg, tmp_path), trainer.BAD_INPUT)
     assert code == EXIT_OUT_OF_MEMORY
     printed = " ".join(capsys.readouterr().out.split())
