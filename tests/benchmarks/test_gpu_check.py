@@ -6,6 +6,7 @@ import pytest
 from benchmarks import gpu_check
 
 
+@pytest.mark.long
 def test_kernels_agree_with_their_twins():
     cases = [*gpu_check.expert_cases(256, True), *gpu_check.attention_cases(256, True)]
     assert len(cases) == 11

@@ -9,6 +9,7 @@ from dynmoe_jax.experts.kernels.gpu.tiling import Tile
 TINY = Preset(tokens=32, width=128, hidden_width=128, num_experts=2)
 
 
+@pytest.mark.long
 def test_every_kernel_is_timed_and_the_chosen_tile_is_marked(monkeypatch):
     monkeypatch.setattr(gpu_tiles, "CALLS", 1)
     monkeypatch.setattr(gpu_tiles, "CANDIDATES", (Tile(64, 128, 64, 4, 3),))

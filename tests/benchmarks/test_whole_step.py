@@ -11,6 +11,7 @@ from benchmarks import train_cases, train_step
 TINY = train_cases.PRESETS["tiny"]
 
 
+@pytest.mark.long
 def test_models_train_and_fill_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "pin_threads", lambda threads: None)
     path = tmp_path / "found.json"

@@ -97,7 +97,15 @@ def ends(processes):
     return [(process.returncode, *texts) for process, texts in zip(processes, printed, strict=True)]
 
 
-@pytest.mark.parametrize("launcher", [slurm, open_mpi_4, open_mpi_5, open_mpi_5_in_slurm])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        slurm,
+        pytest.param(open_mpi_4, marks=pytest.mark.long),
+        open_mpi_5,
+        pytest.param(open_mpi_5_in_slurm, marks=pytest.mark.long),
+    ],
+)
 def test_processes_of_a_launcher_join_one_cluster(launcher):
     port = free_port()
     flags = [f"--coordinator=localhost:{port}"] if "open_mpi_5" in launcher.__name__ else []
@@ -107,7 +115,9 @@ def test_processes_of_a_launcher_join_one_cluster(launcher):
     assert ended[1][1].splitlines()[-1] == "None"
 
 
-@pytest.mark.parametrize("launcher", [slurm, open_mpi_4, open_mpi_5])
+@pytest.mark.parametrize(
+    "launcher", [slurm, pytest.param(open_mpi_4, marks=pytest.mark.long), open_mpi_5]
+)
 def test_process_by_itself_inside_a_launcher(launcher):
     """It would wait for one that never comes, or be refused."""
     ((code, printed, errors),) = ends([start(launcher(1, FIRST_PORT), "--num_processes=1")])

@@ -19,7 +19,7 @@ from dynmoe_jax.data import (
 )
 
 MIXED = "alpha=1,beta=2,gamma=1.5"
-QUICK = hypothesis_settings(max_examples=15, deadline=None)
+QUICK = hypothesis_settings(max_examples=6, deadline=None)
 
 
 def rows_of(stream, batches):

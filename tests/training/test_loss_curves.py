@@ -71,7 +71,9 @@ def one_device():
     return losses
 
 
-@pytest.mark.parametrize(("experts", "devices"), [(2, 4), (8, 8)])
+@pytest.mark.parametrize(
+    ("experts", "devices"), [pytest.param(2, 4, marks=pytest.mark.long), (8, 8)]
+)
 @pytest.mark.parametrize("transport", ["ring", "all_to_all"])
 def test_is_that_of_one_device(transport, experts, devices, one_device):
     curve = loss_curve(transport, experts, devices)

@@ -128,7 +128,11 @@ def check_pieces(params, sizes):
         assert values.addressable_shards[0].data.size * pieces == values.size
 
 
-@pytest.mark.parametrize("sizes", meshes(8), ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [s if s[1] == s[3] else pytest.param(s, marks=pytest.mark.long) for s in meshes(8)],
+    ids=str,
+)
 def test_top_p(sizes, wanted):
     """Axes of two devices, and pairs of them, are among these."""
     check_pieces(check("top_p", sizes, wanted), sizes)

@@ -245,6 +245,20 @@ def killed(processes, victim):
     return saved
 
 
+def test_run_of_two_processes_goes_on_in_one_when_the_other_was_killed(one, corpus, tmp_path):
+    """Each process has half of the experts, and tokens travel between them."""
+    workdir, batches = tmp_path / "run", tmp_path / "batches"
+    with running(2, corpus, workdir, batches, *travelling("all_to_all"), hold=11) as processes:
+        saved = killed(processes, victim=1)
+    with running(1, corpus, workdir, batches) as process:
+        assert process.end() == [0], process.printed
+    assert f"after step {saved}, on" in process.printed[0]
+    assert_same_run(workdir, one[0])
+    for step, batch in batches_in(batches).items():
+        np.testing.assert_array_equal(batch, one[1][step], err_msg=f"step {step}")
+
+
+@pytest.mark.long
 def test_killed_process_stops_the_other_and_both_resume(one, corpus, tmp_path):
     """Process 0 holds the coordinator, so its end shows in another way than that of process 1.
 

@@ -167,7 +167,7 @@ def test_zero_rows_give_zeros():
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves((y_TD, actual)))
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.9])
+@pytest.mark.parametrize("budget", [pytest.param(0.0, marks=pytest.mark.long), 0.9])
 def test_rows_without_slots_are_scattered(budget):
     case = draw()
     backend = partial(ragged_experts, products=POISONED, saved_rows_per_token=0.7)
@@ -207,6 +207,7 @@ def test_gradients_agree_with_finite_differences():
     check_grads(jax.jit(loss), arguments, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.long
 def test_megablox_kernels():
     case = draw(200)
     backend = partial(
@@ -217,7 +218,7 @@ def test_megablox_kernels():
     assert_close(gradients(backend, *case), wanted_of(tokens=200))
 
 
-@pytest.mark.parametrize("saved", [1.0, 9.0])
+@pytest.mark.parametrize("saved", [pytest.param(1.0, marks=pytest.mark.long), 9.0])
 def test_layer_of_fused_kernels(saved):
     """Gate, up and SwiGLU in one kernel, and rows added up by another; one part, and chunks."""
     case = draw(256, D=128, F=256)
@@ -251,7 +252,7 @@ def test_megablox_writes_zeros_for_experts_without_rows():
     np.testing.assert_array_equal(nothing, 0)
 
 
-@pytest.mark.parametrize("name", ["reference", "megablox"])
+@pytest.mark.parametrize("name", [pytest.param("reference", marks=pytest.mark.long), "megablox"])
 def test_bfloat16(name):
     products = {
         "reference": REFERENCE,

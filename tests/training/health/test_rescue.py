@@ -211,7 +211,9 @@ def test_run_after_a_rollback_is_reproduced_by_a_resume(rolled_back, tmp_path, m
     assert losses(copy) == losses(workdir)
 
 
-@pytest.mark.parametrize("moment", ["as the spike is seen", "while going back"])
+@pytest.mark.parametrize(
+    "moment", ["as the spike is seen", pytest.param("while going back", marks=pytest.mark.long)]
+)
 def test_signal_and_rollback_are_both_obeyed(rolled_back, tmp_path, monkeypatch, capsys, moment):
     cfg, workdir, _ = rolled_back
     copy = shutil.copytree(workdir, tmp_path / "copy")

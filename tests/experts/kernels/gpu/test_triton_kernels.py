@@ -29,6 +29,10 @@ GROUPS = {
     "one_row": [0, 0, 0, 1, 0],
     "no_rows": [0, 0, 0, 0, 0],
 }
+OF_EACH_KIND = [
+    name if name in ("uneven", "no_rows") else pytest.param(name, marks=pytest.mark.long)
+    for name in GROUPS
+]
 TILE = Tile(64, 128, 64, 4, 3)
 # Tiles that do not divide a width are made smaller; sums over one and over two pieces.
 TILES = Tiles(TILE, Tile(256, 128, 64, 4, 3), dataclasses.replace(TILE, c=256), TILE)
@@ -47,7 +51,7 @@ def close(actual, wanted, share=2e-4):
     )
 
 
-@pytest.mark.parametrize("groups", list(GROUPS))
+@pytest.mark.parametrize("groups", OF_EACH_KIND)
 def test_products_equal_the_reference(groups):
     group_size_E, used = jnp.array(GROUPS[groups], jnp.int32), sum(GROUPS[groups])
     x_RD, dy_RD, _, weights = draw()
@@ -66,7 +70,7 @@ def test_products_equal_the_reference(groups):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed_again"])
-@pytest.mark.parametrize("groups", list(GROUPS))
+@pytest.mark.parametrize("groups", OF_EACH_KIND)
 def test_swiglu_equals_the_passes_it_replaces(groups, kept):
     group_size_E, used = jnp.array(GROUPS[groups], jnp.int32), sum(GROUPS[groups])
     x_RD, dy_RD, weight_R1, weights = draw()
@@ -96,7 +100,10 @@ def test_bfloat16_is_rounded_at_the_end_alone():
     assert np.all(error <= 2**-8 * np.abs(wanted) + 1e-3)
 
 
-@pytest.mark.parametrize("saved", [1.0, 9.0], ids=["chunks", "one_part"])
+@pytest.mark.parametrize(
+    "saved",
+    [pytest.param(1.0, id="chunks"), pytest.param(9.0, id="one_part", marks=pytest.mark.long)],
+)
 def test_layer_equals_the_reference(saved):
     x_RD, _, _, weights = draw()
     x_TD = x_RD[:96]

@@ -30,7 +30,13 @@ def gathered(rows, y_nD):
 
 
 @pytest.mark.parametrize(
-    ("experts", "slots", "chosen"), [(4, 3, 0.5), (20, 7, 0.25), (4, 4, 1.0), (4, 2, 0.01)]
+    ("experts", "slots", "chosen"),
+    [
+        (4, 3, 0.5),
+        pytest.param(20, 7, 0.25, marks=pytest.mark.long),
+        pytest.param(4, 4, 1.0, marks=pytest.mark.long),
+        (4, 2, 0.01),
+    ],
 )
 def test_sums_equal_gathers(experts, slots, chosen):
     rows, y_nD = draw(experts, slots, chosen)

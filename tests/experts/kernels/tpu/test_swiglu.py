@@ -40,7 +40,14 @@ def both(swiglu, group_size_E, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("groups", list(GROUPS))
-@pytest.mark.parametrize("tiling", [TILING, OTHER, TALL], ids=["narrow", "wide", "tall"])
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        pytest.param(TILING, id="narrow", marks=pytest.mark.long),
+        pytest.param(OTHER, id="wide", marks=pytest.mark.long),
+        pytest.param(TALL, id="tall"),
+    ],
+)
 def test_fused_equals_plain(tiling, groups):
     actual, raw = both(fused_swiglu(tiling, interpret=True), GROUPS[groups])
     wanted, _ = both(plain_swiglu(REFERENCE), GROUPS[groups])

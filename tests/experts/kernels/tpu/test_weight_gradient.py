@@ -51,7 +51,13 @@ def plain(x_RI, dy_RO, group_size_E):
 
 
 @pytest.mark.parametrize("groups", list(GROUPS))
-@pytest.mark.parametrize("tiling", list(TILINGS))
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        name if name == "one_block" else pytest.param(name, marks=pytest.mark.long)
+        for name in TILINGS
+    ],
+)
 def test_the_kernel_equals_the_formula(tiling, groups):
     sides = draw(sum(GROUPS[groups]))
     group_size_E = jnp.array(GROUPS[groups], jnp.int32)

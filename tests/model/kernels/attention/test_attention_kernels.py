@@ -52,7 +52,14 @@ def value_and_gradients(attend, query, key, value, mix, segments=SEGMENTS_BL):
     return mixed, gradients
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"),
+    [
+        pytest.param(2, 2, marks=pytest.mark.long),
+        (4, 2),
+        pytest.param(2, 1, marks=pytest.mark.long),
+    ],
+)
 def test_splash_equals_xla(heads, kv_heads):
     inputs = draw(heads, kv_heads)
     assert_close(
@@ -60,6 +67,7 @@ def test_splash_equals_xla(heads, kv_heads):
     )
 
 
+@pytest.mark.long
 def test_splash_in_bfloat16():
     wide = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in draw(2, 2)]
     narrow = [x.astype(jnp.bfloat16) for x in wide]

@@ -79,7 +79,7 @@ def value_and_gradients(mix, inputs, dmixed, *rest):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "theta"),
     [
-        (2, 2, 64, THETA),
+        pytest.param(2, 2, 64, THETA, marks=pytest.mark.long),
         (6, 2, 64, THETA),
         (4, 2, 64, None),
         (2, 1, 128, THETA),
@@ -93,6 +93,7 @@ def test_equals_heads_apart(heads, kv_heads, width, theta):
     assert_close(actual, value_and_gradients(by_heads_apart, inputs, dmixed, *rest), 1e-5)
 
 
+@pytest.mark.long
 def test_in_bfloat16():
     narrow = draw(4, 2, 64, jnp.bfloat16)
     *wide, wide_dmixed = (x.astype(jnp.float32) for x in narrow)
@@ -115,7 +116,9 @@ def test_tiles_without_a_common_segment_are_not_computed():
 
 
 # Tiles of 512 and of 256, of which half of the keys of the first half of the queries are left out.
-@pytest.mark.parametrize(("length", "width"), [(512, 64), (768, 64), (512, 128)])
+@pytest.mark.parametrize(
+    ("length", "width"), [pytest.param(512, 64, marks=pytest.mark.long), (768, 64), (512, 128)]
+)
 def test_halves_of_tiles_on_the_diagonal(length, width):
     *inputs, dmixed = draw(2, 1 if width == 128 else 2, width, batch=1, length=length)
     places = np.repeat([[1, 2]], [300, length - 300], axis=1), np.arange(length)[None]
@@ -163,7 +166,11 @@ def test_each_device_has_its_sequences_and_heads():
     assert_close(actual, wanted, 1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.long), {"attention_bias": True, "qk_norm": True}],
+    ids=str,
+)
 def test_a_layer_on_tpu_is_the_layer_on_cpu(monkeypatch, changes):
     model = config.Model(width=64, num_heads=4, num_kv_heads=2, head_width=64, **changes)
     norm, layer = rms_norm(model, nnx.Rngs(0)), attention.Attention(model, rngs=nnx.Rngs(0))

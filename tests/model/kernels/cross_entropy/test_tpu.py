@@ -111,7 +111,15 @@ def test_positions_that_do_not_count_may_hold_nan(interpreted):
 
 
 # The batch over two devices; the vocabulary over two as well, 350 columns in two tiles each.
-@pytest.mark.parametrize("sizes", [(1, 2, 1, 1), (1, 1, 1, 2), (1, 2, 1, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((1, 2, 1, 1), marks=pytest.mark.long),
+        pytest.param((1, 1, 1, 2), marks=pytest.mark.long),
+        (1, 2, 1, 2),
+    ],
+    ids=str,
+)
 def test_each_device_has_its_tokens_and_its_columns(interpreted, sizes):
     arguments = draw(batch=4)
     wanted = value_and_gradients(plain, arguments)
