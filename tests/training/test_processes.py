@@ -247,15 +247,17 @@ def killed(processes, victim):
 
 def test_run_of_two_processes_goes_on_in_one_when_the_other_was_killed(one, corpus, tmp_path):
     """Each process has half of the experts, and tokens travel between them."""
-    workdir, batches = tmp_path / "run", tmp_path / "batches"
-    with running(2, corpus, workdir, batches, *travelling("all_to_all"), hold=11) as processes:
+    workdir, before, after = (tmp_path / name for name in ("run", "before", "after"))
+    with running(2, corpus, workdir, before, *travelling("all_to_all"), hold=11) as processes:
         saved = killed(processes, victim=1)
-    with running(1, corpus, workdir, batches) as process:
+    with running(1, corpus, workdir, after) as process:
         assert process.end() == [0], process.printed
     assert f"after step {saved}, on" in process.printed[0]
     assert_same_run(workdir, one[0])
-    for step, batch in batches_in(batches).items():
-        np.testing.assert_array_equal(batch, one[1][step], err_msg=f"step {step}")
+    assert batches_in(after).keys() == set(range(saved + 1, STEPS + 1))
+    for folder in (before, after):
+        for step, batch in batches_in(folder).items():
+            np.testing.assert_array_equal(batch, one[1][step], err_msg=f"step {step}")
 
 
 @pytest.mark.long
