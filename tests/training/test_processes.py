@@ -255,9 +255,10 @@ def test_run_of_two_processes_goes_on_in_one_when_the_other_was_killed(one, corp
     assert f"after step {saved}, on" in process.printed[0]
     assert_same_run(workdir, one[0])
     assert batches_in(after).keys() == set(range(saved + 1, STEPS + 1))
-    for folder in (before, after):
-        for step, batch in batches_in(folder).items():
-            np.testing.assert_array_equal(batch, one[1][step], err_msg=f"step {step}")
+    # Of the step in which it was killed, the process has not written its part.
+    seen = batches_in(before) | batches_in(after)
+    for step, batch in seen.items():
+        np.testing.assert_array_equal(batch, one[1][step], err_msg=f"step {step}")
 
 
 @pytest.mark.long
