@@ -10,16 +10,14 @@ to the old ones, beside the differences that are allowed, and exits with 1 if on
 """
 
 import argparse
-import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from rich.table import Table
 
+from benchmarks.checkout import Checkout
 from benchmarks.command import run
 from dynmoe_jax.console import console
 
@@ -44,53 +42,30 @@ print(*sorted(hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in leave
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkout:
-    """A working copy of the project; whatever it runs imports its own package."""
+def parameters(checkout: Checkout) -> list[str]:
+    """Digests of the arrays that seed 0 draws for the quickstart's model."""
+    return checkout.run("-c", _DIGEST).split()
 
-    root: Path
 
-    def run(self, *arguments: str, devices: int = 1) -> str:
-        """Runs Python from the root; returns its output, or ends with it if it failed."""
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(self.root),
-            "XLA_FLAGS": flags,
-        }
-        ran = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if ran.returncode:
-            sys.exit(f"{self.root}: {' '.join(arguments)} failed:\n{ran.stdout}{ran.stderr}")
-        return ran.stdout
-
-    def parameters(self) -> list[str]:
-        """Digests of the arrays that seed 0 draws for the quickstart's model."""
-        return self.run("-c", _DIGEST).split()
-
-    def losses(self, workdir: Path, steps: int, devices: int, *settings: str) -> list[dict]:
-        """The lines of metrics.jsonl of a run, one for each step."""
-        self.run(
-            "train.py",
-            "--config=configs/quickstart.py",
-            f"--workdir={workdir}",
-            f"--config.train.steps={steps}",
-            "--config.train.log_every_steps=1",
-            "--config.evaluation.max_batches=1",
-            "--config.evaluation.sample_tokens=1",
-            # The schedule of the whole run, whatever part of it is trained.
-            "--config.optimizer.schedule=constant",
-            *settings,
-            devices=devices,
-        )
-        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-        return [line for line in lines if all(name in line for name in METRICS)]
+def losses(
+    checkout: Checkout, workdir: Path, steps: int, devices: int, *settings: str
+) -> list[dict]:
+    """The lines of metrics.jsonl of a run, one for each step."""
+    checkout.run(
+        "train.py",
+        "--config=configs/quickstart.py",
+        f"--workdir={workdir}",
+        f"--config.train.steps={steps}",
+        "--config.train.log_every_steps=1",
+        "--config.evaluation.max_batches=1",
+        "--config.evaluation.sample_tokens=1",
+        # The schedule of the whole run, whatever part of it is trained.
+        "--config.optimizer.schedule=constant",
+        *settings,
+        devices=devices,
+    )
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if all(name in line for name in METRICS)]
 
 
 def largest_difference(old: list[dict], new: list[dict], step: int) -> float:
@@ -109,14 +84,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=max(LIMITS), help="of each run")
     asked = parser.parse_args()
     old, new = Checkout(asked.old.resolve()), Checkout(asked.new.resolve())
-    good = old.parameters() == new.parameters()
+    good = parameters(old) == parameters(new)
     console.print(f"parameters of seed 0: {'the same' if good else 'DIFFERENT'}")
     table = Table("devices", "up to step", "largest difference", "allowed", "", box=None)
     with tempfile.TemporaryDirectory() as scratch:
         for devices in DEVICES:
             before, after = Path(scratch) / f"old{devices}", Path(scratch) / f"new{devices}"
-            losses = old.losses(before, asked.steps, devices)
-            again = new.losses(
+            one = losses(old, before, asked.steps, devices)
+            other = losses(
+                new,
                 after,
                 asked.steps,
                 devices,
@@ -125,7 +101,7 @@ def main() -> None:
             )
             for step, allowed in LIMITS.items():
                 if step <= asked.steps:
-                    found = largest_difference(losses, again, step)
+                    found = largest_difference(one, other, step)
                     met = found <= allowed
                     good &= met
                     row = (str(devices), str(step), f"{found:.2g}", f"{allowed:g}")

@@ -93,8 +93,8 @@ class TrainCase:
             decoder = nnx.merge(structure, _scaled(params, scale))
 
             def of_part(part):
-                places = part["segment_ids"], part["positions"]
-                return jnp.mean(decoder.hidden(part["tokens"], *places)[1].experts_per_token)
+                layout = part["segment_ids"], part["positions"]
+                return jnp.mean(decoder.hidden(part["tokens"], *layout)[1].experts_per_token)
 
             return jnp.mean(jax.lax.map(of_part, batch))
 
