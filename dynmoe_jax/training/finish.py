@@ -1,6 +1,5 @@
-"""End of a run: held-out evaluation, a sample, the table, the report."""
+"""End of a run: a sample, the table, the report."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,8 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
-from dynmoe_jax.console import console, stage
-from dynmoe_jax.data import Batch, Prepared, Tokenizer, heldout_batches
-from dynmoe_jax.evaluation.heldout import evaluate
+from dynmoe_jax.console import console
+from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.evaluation.report.page import write_report
 from dynmoe_jax.inference.sampling import Sampling
 from dynmoe_jax.inference.writer import Writer
@@ -23,39 +21,6 @@ from dynmoe_jax.runs.summary import FILE_NAME as SUMMARY
 from dynmoe_jax.runs.summary import HeldOut, Sample, Summary, write_summary
 from dynmoe_jax.training.log.seconds import Seconds
 from dynmoe_jax.training.log.summary_tables import print_summary
-
-
-def evaluate_heldout(
-    cfg: config.Config,
-    eval_step: Callable,
-    params: nnx.State,
-    prepared: Prepared,
-    tokenizer: Tokenizer,
-    place: Callable[[Batch], Batch],
-) -> HeldOut:
-    """Evaluates on at most ``evaluation.max_batches`` batches of every domain.
-
-    Args:
-      cfg: all settings.
-      eval_step: from :func:`dynmoe_jax.evaluation.heldout.make_eval_step`.
-      params: of the model.
-      prepared: the data.
-      tokenizer: its tokenizer.
-      place: puts a batch on the devices; what it raises ends the evaluation.
-    """
-    batch_size = cfg.train.batch_size // cfg.train.microbatches
-
-    def batches(domain, shown):
-        for batch in heldout_batches(
-            prepared, tokenizer, cfg.data, domain, batch_size, cfg.evaluation.max_batches
-        ):
-            yield batch
-            shown.advance()
-
-    with stage("Evaluating on held-out text", unit="batches") as shown:
-        domains = [name for name in prepared.domains if len(prepared.open_heldout(name))]
-        by_domain = {domain: batches(domain, shown) for domain in domains}
-        return evaluate(eval_step, params, by_domain, tokenizer.token_bytes_V, place)
 
 
 def sample(cfg: config.Config, params: nnx.State, tokenizer: Tokenizer) -> Sample:

@@ -1,6 +1,7 @@
 """Training of one run, told from top to bottom: settings, data, state, step, loop, results."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,12 +14,10 @@ from dynmoe_jax.cluster import agreement
 from dynmoe_jax.cluster.same_settings import check_same_settings
 from dynmoe_jax.cluster.watch import losses_told
 from dynmoe_jax.console import console, stage, warn
-from dynmoe_jax.data import Batch, DataError, check_sources
-from dynmoe_jax.evaluation.heldout import make_eval_step
+from dynmoe_jax.data import DataError, check_sources
 from dynmoe_jax.experts import make_backend, make_transport
 from dynmoe_jax.hardware.target import current_target
-from dynmoe_jax.mesh.make_mesh import batch_sharding, check_divides, make_mesh, replicated
-from dynmoe_jax.model import decoder_structure
+from dynmoe_jax.mesh.make_mesh import batch_sharding, check_divides, make_mesh
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.kernels.attention.choice import choose_attention
 from dynmoe_jax.runs.checkpoint import (
@@ -34,13 +33,14 @@ from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.lock import locked
 from dynmoe_jax.runs.metrics_file import check_packages
 from dynmoe_jax.runs.recovery import recover
-from dynmoe_jax.runs.summary import HeldOut, read_summary
+from dynmoe_jax.runs.summary import read_summary
 from dynmoe_jax.runs.text import load_text
-from dynmoe_jax.training.feed import Feed, place_whole
-from dynmoe_jax.training.finish import evaluate_heldout, finish_run
+from dynmoe_jax.training.feed import Feed
+from dynmoe_jax.training.finish import finish_run
 from dynmoe_jax.training.health.memory import Memory, OutOfMemory
 from dynmoe_jax.training.health.rescue import BadNumbers, RolledBack, rescue
 from dynmoe_jax.training.health.skips import SkippingStream, skips_of
+from dynmoe_jax.training.heldout import HeldOutEvaluation
 from dynmoe_jax.training.initial_model import with_initial_model
 from dynmoe_jax.training.interrupt import Stopped, StopRequest, stop_on_signal
 from dynmoe_jax.training.log.metric_logger import MetricLogger, PendingStep
@@ -163,8 +163,7 @@ def _train(run: Run) -> int:
     with seconds.of("data preparation"):
         position = checkpoints.position(done) if done else None
         prepared, tokenizer = load_text(cfg, run.workdir, position)
-        on_devices = batch_sharding(run.mesh)
-        feed = Feed(cfg, prepared, tokenizer, on_devices)
+        feed = Feed(cfg, prepared, tokenizer, batch_sharding(run.mesh))
         if position is not None:
             feed.stream.set_state(position)
         batches = SkippingStream(feed.stream, skips_of(run.workdir, done), done)
@@ -173,8 +172,7 @@ def _train(run: Run) -> int:
         # ── State and step ───────────────────────────────────────────────────────────────────────
         with seconds.of("compile"), stage("Compiling the training step"):
             train_step, state = start(run, done)
-            eval_step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
-            eval_step = jax.jit(eval_step, out_shardings=replicated(run.mesh))
+        evaluate = HeldOutEvaluation(run, prepared, tokenizer)
 
         # ── Loop: step s is dispatched before the metrics of step s-1 are read ───────────────────
         step, pending, heldout = done, None, None
@@ -187,14 +185,6 @@ def _train(run: Run) -> int:
             if log.anomaly:
                 rescue(log.anomaly, run, state)
 
-        def place(batch: Batch) -> Batch:
-            stop.check()
-            return place_whole(batch, on_devices)
-
-        def evaluate() -> HeldOut:
-            with seconds.of("evaluation"):
-                return evaluate_heldout(cfg, eval_step, state.params, prepared, tokenizer, place)
-
         def save() -> None:
             with seconds.of("saving"):
                 log.flush(pending)
@@ -203,7 +193,7 @@ def _train(run: Run) -> int:
 
         with contextlib.suppress(Stopped):
             if _evaluates(done, cfg) and log.owes_heldout(done):
-                heldout = log.complete(done, evaluate)
+                heldout = log.complete(done, partial(evaluate, state.params))
             for step in range(done + 1, cfg.train.steps + 1):
                 with seconds.of("data waiting"):
                     batch = feed.place(next(batches))
@@ -216,10 +206,10 @@ def _train(run: Run) -> int:
                 heldout = None
                 with checkpoints.saving(step, step == cfg.train.steps, save):
                     if _evaluates(step, cfg):
-                        heldout = log.read_with_heldout(pending, evaluate)
+                        heldout = log.read_with_heldout(pending, partial(evaluate, state.params))
                 checkpoints.check()
                 stop.check()
-            heldout = heldout or evaluate()
+            heldout = heldout or evaluate(state.params)
         read(pending)
         if stop.requested:
             save()

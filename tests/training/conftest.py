@@ -4,8 +4,8 @@ import functools
 
 import pytest
 
-from dynmoe_jax.evaluation import heldout
-from dynmoe_jax.training import finish, start, trainer
+from dynmoe_jax.evaluation.heldout import make_eval_step
+from dynmoe_jax.training import finish, heldout, start
 from tests.small_run import (
     change_fixture,
     corpus,
@@ -29,7 +29,7 @@ __all__ = [
 
 @functools.cache
 def _eval_step(structure, loss):
-    return heldout.make_eval_step(structure, loss)
+    return make_eval_step(structure, loss)
 
 
 _STEPS = {}
@@ -53,7 +53,7 @@ def traced_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(start, "_compile", compiled)
-        patch.setattr(trainer, "make_eval_step", _eval_step)
+        patch.setattr(heldout, "make_eval_step", _eval_step)
         yield
 
 

@@ -39,7 +39,9 @@ def test_longer_run_is_the_run_that_was_asked_for_so_many_steps_from_the_start(
     mesh = jax.make_mesh((1, 1, 1, 1), MESH_AXES, types, devices=one)
     monkeypatch.setattr(trainer, "make_mesh", lambda *_: mesh)
     # What comes after the last step takes most of the time of so small a run.
-    monkeypatch.setattr(trainer, "evaluate_heldout", lambda *_: HeldOut(1.0, 1.0, 1.0, {}))
+    monkeypatch.setattr(
+        trainer.HeldOutEvaluation, "__call__", lambda *_: HeldOut(1.0, 1.0, 1.0, {})
+    )
     monkeypatch.setattr(finish, "sample", lambda *_: Sample("a", "b"))
     short = change(
         settings,

@@ -311,7 +311,7 @@ def test_dense_model_trains_the_same_in_microbatches(settings, change, tmp_path,
 def test_evaluation_that_fails_does_not_cost_the_last_step(settings, change, tmp_path, monkeypatch):
     cfg = change(settings, train__steps=2)
     with monkeypatch.context() as broken:
-        broken.setattr(trainer, "evaluate_heldout", _out_of_memory)
+        broken.setattr(trainer.HeldOutEvaluation, "__call__", _out_of_memory)
         with pytest.raises(MemoryError):
             train(cfg, tmp_path)
     assert (tmp_path / "checkpoints" / "2").is_dir()
