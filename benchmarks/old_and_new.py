@@ -89,16 +89,16 @@ class Server:
 
 
 def seconds_to_first_step(checkout: Checkout, prepared: Path) -> float:
-    """From the start of a new run to the line of its first step."""
+    """Seconds from the start of a new run to the line of its first step."""
     with tempfile.TemporaryDirectory() as workdir:
         begin = time.perf_counter()
         process = checkout.start("train.py", *quickstart(Path(workdir), prepared))
-        for line in process.stdout:
-            if line.startswith("step 1/"):
-                break
+        found = any(line.startswith("step ") for line in process.stdout)
         seconds = time.perf_counter() - begin
         process.kill()
         process.communicate()
+    if not found:
+        sys.exit(f"{checkout.root}: train.py has ended before its first step.")
     return seconds
 
 

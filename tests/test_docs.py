@@ -81,11 +81,11 @@ def test_commands_for_clusters_fit_the_devices_that_they_are_for(monkeypatch):
         told = {"SIZE": devices, "RANK": 0, "LOCAL_RANK": 0} if launcher else {}
         for name, number in told.items():
             monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(number))
-        place, rest = command_line.parse_rank(["train.py", *shlex.split(command)])
+        rank, rest = command_line.parse_rank(["train.py", *shlex.split(command)])
         cfg, workdir = command_line.parse(rest)
         sizes = mesh_shape(cfg.mesh, devices)
         check_divides(cfg.model, sizes)
-        if place.coordinator is None:  # the others train the quickstart, of whatever size
+        if rank.coordinator is None:  # the others train the quickstart, of whatever size
             assert cfg.train.batch_size // cfg.train.microbatches % batch_devices(sizes) == 0
         assert str(workdir) != "runs/quickstart"
 

@@ -96,14 +96,14 @@ def rank_from(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Rank:
       ConfigError: flags contradict each other, or one is missing.
     """
     count = int(environment.get(_COUNT, 1))
-    rank = flags.keys() & {"coordinator", "num_processes", "process_id"}
-    if count > 1 and not rank and _ADDRESS not in environment:
+    named = flags.keys() & {"coordinator", "num_processes", "process_id"}
+    if count > 1 and not named and _ADDRESS not in environment:
         raise ConfigError(
             f"Open MPI has started {_COUNT}={count} processes, but does not say where they meet; "
             "give all of them --coordinator=HOST:PORT, with the host of process 0 and a free port "
             "there, or --num_processes=1 if each is to train by itself."
         )
-    if count > 1 and rank == {"coordinator"}:
+    if count > 1 and named == {"coordinator"}:
         told = {name: int(environment[variable]) for name, variable in _BY_OPEN_MPI.items()}
         return Rank(**flags, **told)
     return Rank(**flags)

@@ -1,4 +1,4 @@
-"""Way of text to batches.
+"""Pipeline from text to batches.
 
 1. *Sources* (``config.data.sources``) yield documents: a text, its domain, and where it came from.
    What cannot be read is counted and reported by file and line.

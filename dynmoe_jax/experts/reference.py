@@ -16,7 +16,7 @@ def reference_experts(
     """y_t = sum over the rows of token t of weight * expert(x_t).
 
     Returns:
-      y_TD, and the number of rows that found no place (always 0 here).
+      y_TD, and the number of rows dropped (always 0 here).
     """
     tokens = x_TD.shape[0]
     # Padding rows go to a row and a column that are cut off again.

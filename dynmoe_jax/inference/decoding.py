@@ -1,7 +1,8 @@
 """Compiled programs of generation: prefill, and decode steps until all sequences have ended.
 
-Axis legend: B prompts, P slots of the prompts, S sequences, M tokens to draw at most, D model
-width, N MoE layers; a step computes S = B C tokens, one of each sequence.
+Axis legend: B prompts (in a step: rows of the cache), P slots of the prompts, S sequences, C
+sequences of a row, so that S = B C in a step, M tokens to draw at most, D model width, N MoE
+layers.
 """
 
 import dataclasses

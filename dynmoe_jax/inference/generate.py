@@ -1,7 +1,7 @@
 """Token ids in, token ids out.
 
-Axis legend: B sequences, P slots of the prompts, M tokens to write at most, n tokens written, N MoE
-layers.
+Axis legend: B prompts, P slots of the prompts, S sequences, M tokens to write at most, n tokens
+written, N MoE layers.
 """
 
 import dataclasses
@@ -183,7 +183,7 @@ class Generator:
 class _Watched:
     """The sequences as the host sees them."""
 
-    def __init__(self, limits: Int[np.ndarray, "B"], stop_ids: Sequence[int], watch: Watch | None):
+    def __init__(self, limits: Int[np.ndarray, "S"], stop_ids: Sequence[int], watch: Watch | None):
         self.limits, self.stop_ids, self.watch = limits, np.asarray(stop_ids), watch
         self.ends: dict[int, int] = {}
         """Tokens of the sequences that ended before their limits."""

@@ -153,9 +153,9 @@ def _passed(mass_Bn: Float[Array, "B n"], target_B: Float[Array, "B"]):
     until_Bn = jnp.cumsum(mass_Bn, axis=1)
     # Rounding may have put the target on the very end, behind the last mass that is not zero.
     target_B = jnp.minimum(target_B, jnp.nextafter(until_Bn[:, -1], 0.0))
-    place_B1 = jnp.sum(until_Bn <= target_B[:, None], axis=1, keepdims=True)
-    before_B1 = jnp.take_along_axis(until_Bn - mass_Bn, place_B1, axis=1)
-    return place_B1[:, 0], jnp.maximum(target_B - before_B1[:, 0], 0.0)
+    index_B1 = jnp.sum(until_Bn <= target_B[:, None], axis=1, keepdims=True)
+    before_B1 = jnp.take_along_axis(until_Bn - mass_Bn, index_B1, axis=1)
+    return index_B1[:, 0], jnp.maximum(target_B - before_B1[:, 0], 0.0)
 
 
 def _if(wanted: Bool[Array, ""], x_BV: Array, change: Callable[[Array], Array]) -> Array:

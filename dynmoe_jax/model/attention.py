@@ -46,7 +46,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], tuple[Array, Array, Array]]:
         """(the stream, (queries, keys, values)), heads side by side: [B, L, X], [B, L, Y] twice.
 
-        Queries and keys are not yet turned by their positions.  On TPU lanes are full like this: a
+        Queries and keys are not yet rotated by their positions.  On TPU lanes are full like this: a
         product that ends in [heads, 64] fills half of them (docs/measurements.md:
         v5p-narrow-heads).
 
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
     def heads_apart(
         self, heads: tuple[Array, Array, Array], rotary_BLR: Float[Array, "B L R"]
     ) -> tuple[Float[Array, "B L H W"], Float[Array, "B L G W"], Float[Array, "B L G W"]]:
-        """Queries and keys, turned by their positions, and values."""
+        """Queries and keys, rotated by their positions, and values."""
         query_BLHW, key_BLGW, value_BLGW = (
             x_BLX.reshape(*x_BLX.shape[:2], -1, self.width) for x_BLX in heads
         )

@@ -11,9 +11,9 @@ one, from parameters that :func:`unstacked` has copied once.  Reading parameters
 costs, so the latter is faster; its program takes longer to compile (docs/measurements.md:
 cpu-decode-loop).
 
-Axis legend: B sequences, P positions of a context, C positions behind it, S slots, D model width,
-H query heads, G key/value heads, R = H/G query heads of one key/value head, W head width, N MoE
-layers.
+Axis legend: B sequences, P positions of a context, C tokens of a row that a step computes, S slots,
+D model width, H query heads, G key/value heads, R = H/G query heads of one key/value head, W head
+width, N MoE layers.
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ def decode_step(
     valid_BC: Bool[Array, "B C"],
     cache: Cache,
 ) -> tuple[Float[Array, "B C D"], Cache, Int[Array, "N B C"]]:
-    """Computes C positions behind a cache that has room for them, and keeps theirs in it.
+    """Computes the next C tokens of each row of a cache, and keeps their keys and values in it.
 
     The cache that is passed stays valid for other continuations; where it is not used again (in a
     loop, or donated), XLA writes in place.
@@ -142,7 +142,8 @@ def decode_step(
       decoder: embedding, norms and the structure of the layers.
       stacks: the layers' parameters, from :func:`stacked` or :func:`unstacked`; the cache is
         nested alike (:func:`unstacked_cache`).
-      tokens_BC: one continuation of each sequence, filled up at the right.
+      tokens_BC: next tokens of each row: of a :class:`KVCache` C successive ones, filled up at the
+        right; of a cache whose ``step_shape`` says so, one of each of C sequences.
       valid_BC: False where filled up, or where nobody asks: such positions use no experts.
       cache: with room for C tokens.
 

@@ -119,7 +119,7 @@ _times.defvjp(_forward, _backward)
 
 
 def _product(left, right, left_transposed: bool = False, right_transposed: bool = False):
-    """The product of two matrices, of which each may be stored turned."""
+    """The product of two matrices, of which each may be stored transposed."""
     shape = left.shape[left_transposed], right.shape[not right_transposed]
     call = jax.ffi.ffi_call("dynmoe_product", jax.ShapeDtypeStruct(shape, jnp.float32))
     return call(left, right, a_turned=left_transposed, b_turned=right_transposed)

@@ -1,7 +1,7 @@
 """Rotary positions (arXiv 2104.09864), halves rotated as in Llama.
 
 Component i of a head is paired with component i + W/2 and rotated by ``position * theta^(-2i/W)``.
-All layers turn by the same angles, so they are worked out once for a batch.
+All layers rotate by the same angles, so they are worked out once for a batch.
 
 Axis legend: B batch, L positions, H heads, W head width, R lanes of the table.
 """

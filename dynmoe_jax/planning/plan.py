@@ -107,7 +107,7 @@ class Plan:
       flops: of one device; None where nothing could be compiled.
       time: of one step; None where nothing could be compiled.
       traffic: between devices.
-      operations: of compute and of collectives, dearest first.
+      operations: of compute and of collectives, costliest first.
       unknown: operations whose time nobody knows, which is not counted.
       compile_seconds: that compiling took; 0 where nothing was compiled.
       assumptions: sentences to read the figures by.

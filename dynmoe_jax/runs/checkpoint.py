@@ -297,7 +297,7 @@ def _array_names(tree: Any) -> set[str]:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """For reading without the other processes of the run."""
+    """Options for reading without the other processes of the run."""
     if not agreement.has_peers():
         return ocp.options.MultiprocessingOptions()
     own = jax.process_index()

@@ -106,9 +106,13 @@ class _Turns:
     async def release_bytes(self, requested_bytes: int) -> None:
         """Lets the next one have its turn, after a pause; or all, without one."""
         await asyncio.to_thread(self._pace.after_writing, requested_bytes)
-        self._busy = bool(self._waiting)
+        self._busy = False
         while self._waiting:
-            self._waiting.popleft().set_result(None)
+            turn = self._waiting.popleft()
+            if turn.done():  # cancelled with its save
+                continue
+            self._busy = True
+            turn.set_result(None)
             if not self._pace.hurries:
                 return
 

@@ -7,6 +7,7 @@ over several processes, they need the same rows, and each of them reads them.
 Axis legend: B batch, L positions.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,16 +28,24 @@ class Feed:
       prepared: the data.
       tokenizer: its tokenizer.
       sharding: of the [B, L] arrays of a batch.
+      position: that the feed goes on from, see :meth:`position`; None for the beginning.
     """
 
     def __init__(
-        self, cfg: config.Config, prepared: Prepared, tokenizer: Tokenizer, sharding: NamedSharding
+        self,
+        cfg: config.Config,
+        prepared: Prepared,
+        tokenizer: Tokenizer,
+        sharding: NamedSharding,
+        position: Mapping[str, Any] | None = None,
     ):
         size, count = cfg.train.batch_size, cfg.data.virtual_shards
         self._sharding, self._shape = sharding, (size, cfg.data.seq_len)
         shards = shards_of_rows(rows_here(sharding, self._shape), size, count)
         self._rows = np.arange(size) if len(shards) == count else _rows_of(shards, size // count)
         self.stream = TrainStream(prepared, tokenizer, cfg.data, size, cfg.seed, shards)
+        if position is not None:
+            self.stream.set_state(position)
         read = agreement.gather(len(self._rows))
         if read is not None and sum(read) > size and _could_be_parted(sharding, self._shape):
             warn(

@@ -28,7 +28,7 @@ class HeldOutEvaluation:
         self._step = jax.jit(step, out_shardings=replicated(run.mesh))
 
     def __call__(self, params: nnx.State) -> HeldOut:
-        """The held-out loss by domain.
+        """Evaluates; returns loss and bits per byte, of all and by domain.
 
         Raises:
           Stopped: the run was asked to stop.

@@ -27,7 +27,7 @@ class RoutingSums:
 
     Attributes:
       load_NE: tokens that chose each expert.
-      dropped_N: rows that found no place.
+      dropped_N: rows dropped.
     """
 
     load_NE: Int[Array, "N E"]

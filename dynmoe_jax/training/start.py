@@ -20,11 +20,14 @@ from dynmoe_jax.training.step import TrainState, init_state, make_train_step
 
 
 def start(run: Run, done: int) -> tuple[Callable, TrainState]:
-    """(compiled training step, the state after step ``done``), within the run's mesh.
+    """Compiles the training step, and makes the state after step ``done``, within the run's mesh.
 
     Args:
       run: the run.
       done: a step with a checkpoint; 0 for a new state.
+
+    Returns:
+      the compiled step; the state.
 
     Raises:
       OutOfMemory: the compiled step does not fit into the devices.

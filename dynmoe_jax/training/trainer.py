@@ -163,9 +163,7 @@ def _train(run: Run) -> int:
     with seconds.of("data preparation"):
         position = checkpoints.position(done) if done else None
         prepared, tokenizer = load_text(cfg, run.workdir, position)
-        feed = Feed(cfg, prepared, tokenizer, batch_sharding(run.mesh))
-        if position is not None:
-            feed.stream.set_state(position)
+        feed = Feed(cfg, prepared, tokenizer, batch_sharding(run.mesh), position)
         batches = SkippingStream(feed.stream, skips_of(run.workdir, done), done)
 
     with jax.set_mesh(run.mesh), contextlib.ExitStack() as at_end:
@@ -180,8 +178,7 @@ def _train(run: Run) -> int:
         log = at_end.enter_context(MetricLogger(cfg, run.workdir, done))
         at_end.callback(lambda: log.read(pending))  # whatever ends the loop, the step has its line
 
-        def read(dispatched: PendingStep | None) -> None:
-            log.read(dispatched)
+        def act() -> None:
             if log.anomaly:
                 rescue(log.anomaly, run, state)
 
@@ -199,8 +196,10 @@ def _train(run: Run) -> int:
                     batch = feed.place(next(batches))
                 with seconds.of("step"):
                     state, metrics = train_step(state, batch)
-                    previous, pending = pending, PendingStep(step, metrics, batch)
-                    read(previous)
+                    dispatched = PendingStep(step, metrics, batch)
+                    log.read(pending)
+                    pending = dispatched
+                act()
                 if checkpoints.reached_preemption(step):
                     stop.preempt()
                 heldout = None
@@ -210,7 +209,8 @@ def _train(run: Run) -> int:
                 checkpoints.check()
                 stop.check()
             heldout = heldout or evaluate(state.params)
-        read(pending)
+        log.read(pending)
+        act()
         if stop.requested:
             save()
         # Who finds a summary looks for nothing else: the last checkpoint has to be there before.

@@ -158,7 +158,7 @@ def test_open_mpi_5_without_the_address_is_refused_in_one_sentence(monkeypatch):
         ),
     ],
 )
-def test_place_from_flags_and_open_mpi(flags, environment, rank):
+def test_rank_from_flags_and_open_mpi(flags, environment, rank):
     assert rank_from(flags, environment) == rank
 
 

@@ -139,5 +139,10 @@ def test_arrays_are_written_at_once_when_somebody_waits(monkeypatch):
         with pace.waited_for():
             await turns.release_bytes(1)
 
+    async def after_one_was_cancelled(turns):
+        turns._waiting[0].cancel()
+        await turns.release_bytes(1)
+
     assert asyncio.run(begun_after(in_peace)) == [0, 1]
+    assert asyncio.run(begun_after(after_one_was_cancelled)) == [0, 2]
     assert asyncio.run(begun_after(in_a_hurry)) == [0, 1, 2, 3]

@@ -135,7 +135,7 @@ class SentencePieceTokenizer:
     def _ids_of_space_literal(self) -> list[int] | None:
         """Byte tokens for the one character that SentencePiece would turn into a space.
 
-        None where that cannot be mended: no byte tokens, or a space put before every text.
+        None where that cannot be repaired: no byte tokens, or a space put before every text.
         """
         sp = self._processor
         ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]

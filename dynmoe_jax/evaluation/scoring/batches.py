@@ -62,7 +62,7 @@ def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[li
       batch_tokens: tokens of a batch; a text that is longer has a batch of its own.
 
     Returns:
-      batches, of rows, of placed trees; :func:`lay_out` makes arrays of one.
+      batches, of rows, of packed trees; :func:`lay_out` makes arrays of one.
     """
     texts = [request.read for request in requests]
     contexts = [len(request.tokens) - request.scored for request in requests]
@@ -122,13 +122,13 @@ def lay_out(
     ends, segment_ids = np.tile(own_1L + 1, (shape[0], 1)), np.zeros(shape, np.int32)
     found: list[tuple[int, np.ndarray]] = []
     for b, row in enumerate(rows):
-        for placed in row:
-            tree = placed.tree
-            here = b, slice(placed.start, placed.start + len(tree.tokens))
+        for packed in row:
+            tree = packed.tree
+            here = b, slice(packed.start, packed.start + len(tree.tokens))
             tokens[here], positions[here] = tree.tokens, tree.depths
-            ends[here], segment_ids[here] = tree.ends + placed.start, 1
-            paths = (path + b * length + placed.start for path in tree.paths)
-            found += zip(placed.requests, paths, strict=True)
+            ends[here], segment_ids[here] = tree.ends + packed.start, 1
+            paths = (path + b * length + packed.start for path in tree.paths)
+            found += zip(packed.requests, paths, strict=True)
     arrays = {
         "tokens": tokens,
         "positions": positions,

@@ -55,7 +55,7 @@ def ragged_experts(
       usual_rows_per_token: S / T if none do.
 
     Returns:
-      y_TD, and the number of rows that found no place (always 0 here).
+      y_TD, and the number of rows dropped (always 0 here).
     """
     tokens = math.ceil(x_TD.shape[0] * rows.share)
     cut = saved_rows_per_token or usual_rows_per_token

@@ -15,7 +15,7 @@ EXPECTED_EXPERTS_PER_TOKEN = 1.76
 
 WORTH_IT = 0.5
 """Share of the ring's bytes from which on an exchange is not used: its small messages, and
-places that are computed from the routing, cost what a ring does not.  Not measured."""
+slots that are computed from the routing, cost what a ring does not.  Not measured."""
 
 
 def device_visits(experts_per_token: float, devices: int) -> float:

@@ -185,7 +185,7 @@ def _number(parameter: Instruction) -> int:
 def _computes_again(instruction: Instruction, product: Product) -> bool:
     """Whether it is gate and up for backward.
 
-    There all other products of rows are fused, or with turned matrices.
+    There all other products of rows are fused, or with transposed matrices.
     """
     forward = product.operands[1][-2:] == (product.operands[0][1], product.result[-1])
     names = "transpose(" in instruction.op_name and "grouped_product" in instruction.op_name

@@ -63,7 +63,9 @@ def check_backward(gradients: nnx.State) -> list[Checked]:
 def check_forward(
     decoder: Decoder, batch: Batch, loss: config.Loss
 ) -> tuple[list[Checked], Float[Array, "B L"]]:
-    """(what a forward pass computes, negative log-likelihood of every position).
+    """Checks the arrays of a forward pass, layer by layer.
+
+    Returns them, and the negative log-likelihood of every position.
 
     Padding is left out: it may hold anything.
     """

@@ -27,7 +27,7 @@ TPU = Target("tpu", "TPU v5")
 
 
 def ragged_by_hand(x_nCX, sent_n, received_n):
-    """What ``ragged_all_to_all`` does, on a CPU: only places that are used arrive."""
+    """What ``ragged_all_to_all`` does, on a CPU: only slots that are used arrive."""
     came_nCX = all_to_all(x_nCX, sent_n, received_n)
     used_nC = jnp.arange(x_nCX.shape[1]) < received_n[:, None]
     return jnp.where(used_nC[..., None], came_nCX, 0)
@@ -84,7 +84,7 @@ def test_transports_equal_one_device(name, devices, case, wanted):
 
 
 def test_a_bound_drops_the_last_tokens_and_counts_their_rows():
-    # Two devices with two tokens each, one place from each to the other.  All four tokens choose
+    # Two devices with two tokens each, one slot from each to the other.  All four tokens choose
     # experts 0 and 1, which both lie on the first device: the second token of each loses both.
     x_TD = jnp.ones((4, D)) * jnp.arange(1, 5)[:, None]
     routing = TopP(4, 0.6)(jnp.tile(jnp.array([2.0, 2.0, -9.0, -9.0]), (4, 1)), jnp.ones(4, bool))
@@ -128,10 +128,10 @@ def test_slots_among_some_experts_by_hand():
 
 
 def test_take_and_its_gradient_by_hand():
-    # Places 0 and 1 hold tokens 2 and 0, place 2 none; token 1 has no place.
+    # Slots 0 and 1 hold tokens 2 and 0, slot 2 none; token 1 has no slot.
     x_TD = jnp.array([[1.0], [2.0], [3.0]])
-    token_C, place_T = jnp.array([2, 0, 3]), jnp.array([1, 3, 0])
-    y_CD, pull_back = jax.vjp(lambda x: take(x, token_C, place_T), x_TD)
+    token_C, slot_T = jnp.array([2, 0, 3]), jnp.array([1, 3, 0])
+    y_CD, pull_back = jax.vjp(lambda x: take(x, token_C, slot_T), x_TD)
     np.testing.assert_array_equal(y_CD, [[3.0], [1.0], [0.0]])
     (dx_TD,) = pull_back(jnp.array([[10.0], [20.0], [30.0]]))
     np.testing.assert_array_equal(dx_TD, [[20.0], [0.0], [10.0]])

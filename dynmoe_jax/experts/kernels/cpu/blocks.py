@@ -47,7 +47,7 @@ def block_experts(
       saved_rows_per_token: S / T, how many rows keep their gate and up activations for backward.
 
     Returns:
-      y_TD, and the number of rows that found no place (always 0 here).
+      y_TD, and the number of rows dropped (always 0 here).
     """
     saved = rows.kept(x_TD.shape[0], saved_rows_per_token)
     y_TD = _block_experts(saved, x_TD, rows.weight_R, weights, rows.token_R, rows.group_size_E)

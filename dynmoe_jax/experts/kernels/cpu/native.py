@@ -43,7 +43,7 @@ def native_experts(
       saved_rows_per_token: S / T, how many rows keep their gate and up activations for backward.
 
     Returns:
-      y_TD, and the number of rows that found no place (always 0 here).
+      y_TD, and the number of rows dropped (always 0 here).
 
     Raises:
       NotAvailableError: the kernels cannot be compiled here.
