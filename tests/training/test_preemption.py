@@ -58,7 +58,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("distributed", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_sigterm_saves_the_step_it_came_in_and_exits_with_its_own_code(
     corpus, tmp_path, distributed
 ):

@@ -294,7 +294,10 @@ def test_one_device_and_eight_see_the_same_losses(whole, settings, tmp_path, mon
     assert read_summary(tmp_path).heldout.domains.keys() == {"text"}
 
 
-def test_dense_model_trains_the_same_in_microbatches(settings, change, tmp_path, capsys):
+def test_dense_model_trains_the_same_in_microbatches(
+    settings, change, tmp_path, capsys, monkeypatch
+):
+    only(1, monkeypatch)
     cfg = change(settings, model__moe__every_n_layers=0, train__batch_size=16, train__steps=2)
     assert train(cfg, tmp_path / "one") == 0
     assert "Experts per token" not in capsys.readouterr().out
