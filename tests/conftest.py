@@ -29,6 +29,8 @@ os.environ["XLA_FLAGS"] = (
     # Programs are small, and so are their parts, each of which costs as much as a whole one.
     + " --xla_cpu_parallel_codegen_split_count=1"
 )
+# Where an operation was written need not be in its program: it is a twentieth of lowering it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # As programs do for themselves (dynmoe_jax/cluster/simulated.py).
 os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -6,6 +6,9 @@ from jax.sharding import AxisType, Mesh
 
 from dynmoe_jax.mesh.axes import MESH_AXES
 from dynmoe_jax.planning.gpu.devices import GPUS, describe, why_not
+from tests.sources_kept import sources_kept
+
+__all__ = ["mesh_of", "sources_kept"]
 
 
 @pytest.fixture(scope="session")
