@@ -197,7 +197,7 @@ def main(argv: list[str]) -> dict:
         flags.model, flags.data_dir, tuple(names), flags.limit, flags.threads, flags.max_new_tokens
     )
     request = {**dataclasses.asdict(asked), "batch_sizes": batch_sizes}
-    worker = Worker("benchmarks.evaluation_torch", json.dumps(request))
+    worker = Worker.of_module("benchmarks.evaluation_torch", json.dumps(request))
     cases, tokens = our_cases(asked, flags.batch_tokens)
     counted = {name: Counted(case, tokens) for name, case in cases.items()}
     theirs = [name for name in worker.names if name.startswith("hf_")]

@@ -87,7 +87,7 @@ def main(argv: list[str]) -> list[dict]:
         softmax=flags.softmax,
     )
     request = {**dataclasses.asdict(asked), "batch_sizes": [flags.batch_size]}
-    worker = Worker("benchmarks.evaluation_torch", json.dumps(request))
+    worker = Worker.of_module("benchmarks.evaluation_torch", json.dumps(request))
     cases, _ = our_cases(asked, flags.batch_tokens)
     records = []
     for name in asked.tasks:

@@ -215,7 +215,7 @@ def main(argv: list[str]) -> dict:
     worker = None
     if not flags.alone:
         asked = {"shape": dataclasses.asdict(shape), "batches": batches, "threads": flags.threads}
-        worker = Worker("benchmarks.generation_torch", json.dumps(asked))
+        worker = Worker.of_module("benchmarks.generation_torch", json.dumps(asked))
         theirs = [name for name in worker.names if name.startswith("theirs/")]
         cases |= {name: lambda name=name: worker.seconds(name) for name in theirs}
     seconds = interleave(cases, flags.rounds, show_progress(flags.rounds))

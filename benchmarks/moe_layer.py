@@ -95,7 +95,7 @@ def torch_worker(preset: Preset, chosen, methods, directions, threads: int, tuna
         "directions": directions,
         "threads": threads,
     }
-    return Worker("benchmarks.layer_torch", json.dumps(request), tunables=tunables)
+    return Worker.of_module("benchmarks.layer_torch", json.dumps(request), tunables=tunables)
 
 
 def main(argv: list[str]) -> dict:

@@ -10,7 +10,6 @@ prepared data and no program compiled before.  Exits with 1 if a ratio is above 
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from benchmarks.checkout import Checkout
 from benchmarks.command import run
 from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, interleave, ratio, show_progress
+from benchmarks.worker import Worker
 from dynmoe_jax.hardware.huge_pages import environment_for_huge_pages
 
 LIMIT = 1.03
@@ -56,36 +56,12 @@ cases, _ = our_cases(*decoder, shape, [1, 8])
 SERVE = "from benchmarks.worker import serve\n{}\nserve(cases)\n"
 
 
-class Server:
-    """Cases of a part that a checkout serves.
-
-    Attributes:
-      names: the cases.
-    """
-
-    def __init__(self, checkout: Checkout, part: str):
-        environment = checkout.environment()
-        environment = environment_for_huge_pages(environment) or environment
-        code = SERVE.format(CASES[part])
-        self._process = checkout.start("-c", code, stdin=subprocess.PIPE, env=environment)
-        self.names: list[str] = self._read()
-
-    def seconds(self, name: str) -> float:
-        """Runs a case once."""
-        self._process.stdin.write(name + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self):
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"The process of {self._process.args} has ended; what it said stands above.")
-        return json.loads(line)
+def server(checkout: Checkout, part: str) -> Worker:
+    """The process in which a checkout serves the cases of a part."""
+    environment = checkout.environment()
+    environment = environment_for_huge_pages(environment) or environment
+    code = SERVE.format(CASES[part])
+    return Worker(checkout.start("-c", code, stdin=subprocess.PIPE, env=environment))
 
 
 def seconds_to_first_step(checkout: Checkout, prepared: Path) -> float:
@@ -132,15 +108,15 @@ def measure(old: Checkout, new: Checkout, part: str, rounds: int) -> dict:
                 for age, checkout in checkouts.items()
             }
             return interleave(runs, rounds, show_progress(rounds))
-    servers = {age: Server(checkout, part) for age, checkout in checkouts.items()}
+    servers = {age: server(checkout, part) for age, checkout in checkouts.items()}
     runs = {
-        f"{age}/{name}": lambda s=server, n=name: s.seconds(n)
+        f"{age}/{name}": lambda w=worker, n=name: w.seconds(n)
         for name in servers["new"].names
-        for age, server in servers.items()
+        for age, worker in servers.items()
     }
     found = interleave(runs, rounds, show_progress(rounds), IN_A_ROW.get(part, 2))
-    for server in servers.values():
-        server.close()
+    for worker in servers.values():
+        worker.close()
     return found
 
 

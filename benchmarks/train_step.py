@@ -64,7 +64,7 @@ def torch_worker(preset, method: str, threads: int, tunables: str):
         "top_k": TORCH_TOP_K,
         "threads": threads,
     }
-    return Worker("benchmarks.train_torch", json.dumps(request), tunables=tunables)
+    return Worker.of_module("benchmarks.train_torch", json.dumps(request), tunables=tunables)
 
 
 def records(seconds, jax_cases, peaks, peak_flops: float) -> list[dict]:

@@ -19,26 +19,37 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """Runs ``python -m MODULE ARGUMENTS`` and times its cases from here.
+    """A process whose cases are timed from here.
 
     Args:
-      module: serves the cases, by :func:`serve`.
-      arguments: of its command line.
-      tunables: of its C library.  Ours asks for huge pages by itself; others do as they do.
+      process: serves the cases, by :func:`serve`; its pipes are of text.
 
     Attributes:
       names: the cases that it offers.
     """
 
-    def __init__(self, module: str, *arguments: str, tunables: str = ""):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env=dict(os.environ) | {TUNABLES: tunables},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
         self.names: list[str] = self._read()
+
+    @classmethod
+    def of_module(cls, module: str, *arguments: str, tunables: str = "") -> "Worker":
+        """Runs ``python -m MODULE ARGUMENTS``.
+
+        Args:
+          module: serves the cases.
+          arguments: of its command line.
+          tunables: of its C library.  Ours asks for huge pages by itself; others do as they do.
+        """
+        return cls(
+            subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                env=dict(os.environ) | {TUNABLES: tunables},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
 
     def seconds(self, name: str) -> float:
         """Runs one case once."""
@@ -55,8 +66,8 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise WorkerError(
-                f"`python -m {self.process.args[2]}` ended with exit code {self.process.wait()}; "
-                "what it said stands above."
+                f"`python {' '.join(self.process.args[1:3])}` ended with exit code "
+                f"{self.process.wait()}; what it said stands above."
             )
         return json.loads(line)
 

@@ -44,7 +44,7 @@ def check_folder_name(setting: str, name: str) -> None:
 
 
 def is_seen(look: Callable[[], bool]) -> bool:
-    """Whether what another process has written shows here, too.
+    """Waits for what another process has written to show here, too; returns whether it does.
 
     A network file system may take its time, up to a minute, to show it.
 

@@ -165,7 +165,7 @@ def test_process_that_ends_early_is_one_sentence(capfd):
     from benchmarks.worker import Worker
 
     with pytest.raises(SystemExit) as stop:
-        command.run(lambda: Worker("benchmarks.no_such_worker"))
+        command.run(lambda: Worker.of_module("benchmarks.no_such_worker"))
     assert stop.value.code == 1
     printed = capfd.readouterr()
     assert "error: `python -m benchmarks.no_such_worker` ended with exit code 1" in printed.out
