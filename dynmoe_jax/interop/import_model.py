@@ -22,7 +22,7 @@ from dynmoe_jax.interop.described import describe
 from dynmoe_jax.interop.files.source import Source, open_source
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints, make_folder
-from dynmoe_jax.runs.streamed import StreamedArray
+from dynmoe_jax.runs.saving.streamed import StreamedArray
 
 _NAMED = 5
 STEP = 0

@@ -21,9 +21,9 @@ from dynmoe_jax.cluster import agreement
 from dynmoe_jax.runs.disk import not_writable
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.integrity import find_damage, write_checksums
-from dynmoe_jax.runs.pace import Pace, paced_types
 from dynmoe_jax.runs.retention import METRIC, BeforeDecay, heldout_loss, keep_policy, save_policy
-from dynmoe_jax.runs.snapshot import Snapshot
+from dynmoe_jax.runs.saving.pace import Pace, paced_types
+from dynmoe_jax.runs.saving.snapshot import Snapshot
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
@@ -138,7 +138,7 @@ class Checkpoints:
 
         Args:
           step: steps done.
-          state: a tree of arrays, or of :class:`.streamed.StreamedArray`.
+          state: a tree of arrays, or of :class:`.saving.streamed.StreamedArray`.
           data: position in the data, JSON-able.
           cfg: all settings.
           loss: held-out loss of this state, if it was evaluated.

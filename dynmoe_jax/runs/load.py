@@ -17,7 +17,7 @@ from dynmoe_jax.data.sources.files import shown
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
 from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints
 from dynmoe_jax.runs.recovery import damaged_sentence, newest_whole
-from dynmoe_jax.runs.streamed import read_slices
+from dynmoe_jax.runs.saving.streamed import read_slices
 from dynmoe_jax.runs.text import load_tokenizer
 
 
@@ -76,7 +76,7 @@ class OpenedRun:
         return load_tokenizer(self.workdir, self.checkpoints.position(self.step))
 
     def slices(self, path: tuple) -> Iterator[tuple[int | None, np.ndarray]]:
-        """A parameter in parts, see :func:`.streamed.read_slices`."""
+        """A parameter in parts, see :func:`.saving.streamed.read_slices`."""
         return read_slices(self.checkpoints.folder(self.step) / "state", path)
 
     def params(self, shapes: nnx.State) -> nnx.State:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
-from dynmoe_jax.runs import pace as pace_module
 from dynmoe_jax.runs.checkpoint import FOLDER, Checkpoints
-from dynmoe_jax.runs.pace import Pace
 from dynmoe_jax.runs.recovery import recover
+from dynmoe_jax.runs.saving import pace as pace_module
+from dynmoe_jax.runs.saving.pace import Pace
 
 NEVER = 1e-3
 """Bytes per second at which a checkpoint does not come to its end within a test."""

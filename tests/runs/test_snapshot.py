@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dynmoe_jax import config
 from dynmoe_jax.mesh.make_mesh import make_mesh
-from dynmoe_jax.runs.snapshot import Snapshot
+from dynmoe_jax.runs.saving.snapshot import Snapshot
 
 
 def addresses(tree):

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dynmoe_jax.compat import array_metadata_store
-from dynmoe_jax.runs.streamed import StreamedArray
+from dynmoe_jax.runs.saving.streamed import StreamedArray
 
 _BYTES_PER_SECOND_AND_CORE = 25e6
 """A small part of what the core could do (docs/measurements.md: save-write)."""
