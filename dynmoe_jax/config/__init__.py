@@ -1,5 +1,6 @@
 """Settings of a run: the tree with all defaults, and the checks between settings."""
 
+from dynmoe_jax.config.model import Model, MoE
 from dynmoe_jax.config.settings import (
     Checkpoint,
     Config,
@@ -8,8 +9,6 @@ from dynmoe_jax.config.settings import (
     Logging,
     Loss,
     Mesh,
-    Model,
-    MoE,
     Optimizer,
     Train,
     differences,

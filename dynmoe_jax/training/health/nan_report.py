@@ -29,7 +29,7 @@ Tally = tuple[Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Checked:
+class ArrayCheck:
     """One array, looked through for numbers that are not finite.
 
     Attributes:
@@ -43,17 +43,17 @@ class Checked:
     largest: float
 
 
-def check_state(state: TrainState) -> list[Checked]:
+def check_state(state: TrainState) -> list[ArrayCheck]:
     """Parameters and the optimizer's moments, by layer."""
     return [*_check_leaves(state.params, "parameter"), *_check_leaves(state.optimizer, "optimizer")]
 
 
-def check_loss(parts: dict[str, Float[Array, ""]]) -> list[Checked]:
+def check_loss(parts: dict[str, Float[Array, ""]]) -> list[ArrayCheck]:
     """The parts of a loss."""
-    return [Checked(name, *_plain(_tally(value))) for name, value in parts.items()]
+    return [ArrayCheck(name, *_plain(_tally(value))) for name, value in parts.items()]
 
 
-def check_backward(gradients: nnx.State) -> list[Checked]:
+def check_backward(gradients: nnx.State) -> list[ArrayCheck]:
     """Gradients by parameter and layer, in the order in which backward computes them."""
     # The feed-forward of a layer before its attention: by name, from the end of the alphabet.
     named = sorted(_check_leaves(gradients, ""), key=lambda checked: checked.name, reverse=True)
@@ -62,7 +62,7 @@ def check_backward(gradients: nnx.State) -> list[Checked]:
 
 def check_forward(
     decoder: Decoder, batch: Batch, loss: config.Loss
-) -> tuple[list[Checked], Float[Array, "B L"]]:
+) -> tuple[list[ArrayCheck], Float[Array, "B L"]]:
     """Checks the arrays of a forward pass, layer by layer.
 
     Returns them, and the negative log-likelihood of every position.
@@ -81,19 +81,19 @@ def check_forward(
         ), output.x_BLD
 
     x_BLD = decoder.embed(batch["tokens"])
-    checked = [Checked("embedding", *_plain(_tally(x_BLD, valid_BL)))]
+    checked = [ArrayCheck("embedding", *_plain(_tally(x_BLD, valid_BL)))]
     for number, (tallies_of_layer, last_BLD) in walk(decoder, batch, tallies):
         x_BLD = last_BLD
         named = zip(names, tallies_of_layer, strict=True)
         checked += [
-            Checked(f"layer {number}: {name}", *_plain(tally)) for name, tally in named if tally
+            ArrayCheck(f"layer {number}: {name}", *_plain(tally)) for name, tally in named if tally
         ]
     x_BLD = decoder.norm(x_BLD)
-    checked.append(Checked("last norm", *_plain(_tally(x_BLD, valid_BL))))
+    checked.append(ArrayCheck("last norm", *_plain(_tally(x_BLD, valid_BL))))
     _, nll_BL = cross_entropy_sums(
         x_BLD, decoder.output_DV, batch["targets"], valid_BL, chunk_tokens=loss.chunk_tokens
     )
-    checked.append(Checked("loss of each token", *_plain(_tally(nll_BL, valid_BL))))
+    checked.append(ArrayCheck("loss of each token", *_plain(_tally(nll_BL, valid_BL))))
     return checked, nll_BL
 
 
@@ -111,7 +111,7 @@ def _plain(tally: Tally) -> tuple[int, float]:
     return int(bad), float(largest)
 
 
-def _check_leaves(tree: Any, kind: str) -> list[Checked]:
+def _check_leaves(tree: Any, kind: str) -> list[ArrayCheck]:
     """The floating-point leaves of a tree; those stacked over layers layer by layer."""
     leaves = [
         (path, array)
@@ -134,11 +134,11 @@ def _check_leaves(tree: Any, kind: str) -> list[Checked]:
     for (path, _), layer_in_group, (bad, largest) in zip(leaves, in_group, tallies, strict=True):
         name = f"{kind} {_name(path)}".strip()
         if layer_in_group is None:
-            checked.append(Checked(name, int(bad), float(largest)))
+            checked.append(ArrayCheck(name, int(bad), float(largest)))
             continue
         for group, values in enumerate(zip(bad, largest, strict=True)):
             layer = group if _is_first(path) else before + group * stride + layer_in_group
-            checked.append(Checked(f"layer {layer}: {name}", int(values[0]), float(values[1])))
+            checked.append(ArrayCheck(f"layer {layer}: {name}", int(values[0]), float(values[1])))
     return checked
 
 

@@ -25,7 +25,7 @@ from dynmoe_jax.data import DataError, kept_tokenizer
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.runs.formatting import printable
 from dynmoe_jax.training.health.nan_report import (
-    Checked,
+    ArrayCheck,
     check_backward,
     check_forward,
     check_loss,
@@ -40,7 +40,7 @@ _LISTED = 8
 _EXCERPT = 80
 
 
-def replay(workdir: Path, step: int | None = None) -> list[Checked]:
+def replay(workdir: Path, step: int | None = None) -> list[ArrayCheck]:
     """Prints what is finite in the kept step and what is not, in the order of its computation.
 
     Args:
@@ -116,7 +116,7 @@ def _gradients(decoder, batch: Batch, cfg: config.Config):
     return jax.jit(jax.grad(objective, has_aux=True))(params)
 
 
-def _show(title: str, checked: list[Checked]) -> list[Checked]:
+def _show(title: str, checked: list[ArrayCheck]) -> list[ArrayCheck]:
     """Prints a table of the arrays around the first bad one; returns the bad ones."""
     bad = [array for array in checked if array.bad]
     first = checked.index(bad[0]) if bad else len(checked)

@@ -1,0 +1,150 @@
+"""Settings of the model: the decoder, and its Mixture-of-Experts layers."""
+
+import dataclasses
+
+from dynmoe_jax.fields import free_setting, model_setting, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class MoE:
+    """The Mixture-of-Experts feed-forward: who is chosen, and how the chosen are computed."""
+
+    router: str = model_setting(
+        "top_p", "how a token chooses its experts", choices=("top_p", "top_k")
+    )
+    num_experts: int = model_setting(16, "routed experts per MoE layer", low=1)
+    hidden_width: int = model_setting(2816, "hidden width of one expert", unit="units", low=1)
+    top_p: float = model_setting(
+        0.4, "a token adds experts until their probabilities pass this", above=0.0, high=1.0
+    )
+    top_k: int = model_setting(2, "experts per token of the top_k router", unit="experts", low=1)
+    renormalize: bool = model_setting(
+        False, "divide the combine weights by their sum (the paper does not)"
+    )
+    routed_scale: float = model_setting(
+        1.0, "the routed experts' output is multiplied by this (DeepSeek-V2)", above=0.0
+    )
+    shared_hidden_width: int = model_setting(
+        0, "hidden width of the expert that every token uses besides; 0 = none", unit="units", low=0
+    )
+    shared_gate: bool = model_setting(
+        False, "weigh the shared expert by a sigmoid of the token (Qwen2-MoE)"
+    )
+    backend: str = free_setting(
+        "auto", "expert compute", choices=("auto", "reference", "capacity", "grouped")
+    )
+    grouped_product: str = free_setting(
+        "auto",
+        "what the grouped backend multiplies with; auto = by platform, see docs/design.md",
+        choices=("auto", "native", "blocks", "xla", "megablox", "triton", "tokamax"),
+    )
+    capacity_factor: float = free_setting(
+        1.25,
+        "slots of the capacity backend, as a multiple of T K / E, K the bound on experts per token",
+        above=0.0,
+    )
+    rows_per_token: float = free_setting(
+        0.0,
+        "bound on the mean experts per token of a batch, whose least probable choices are then "
+        "dropped (so tokens affect each other); 0 = none, nothing is dropped",
+        unit="rows/token",
+        low=0.0,
+    )
+    saved_rows_per_token: float = free_setting(
+        -1.0,
+        "rows whose hidden activations are kept for backward, others are recomputed (TPU kernels "
+        "that fuse SwiGLU keep none); -1 = k of top_k, 2 of top_p",
+        unit="rows/token",
+        low=-1.0,
+    )
+    every_n_layers: int = model_setting(
+        1, "one of every n layers is MoE, the others dense; 0 = a dense model", low=0
+    )
+    layer_offset: int = model_setting(0, "which of every n layers is MoE, counted from 0", low=0)
+    dense_first_layers: int = model_setting(
+        0, "dense layers before all others (DeepSeekMoE has 1)", unit="layers", low=0
+    )
+    transport: str = free_setting(
+        "auto",
+        "how tokens reach experts on other devices (config.mesh.expert); auto = see docs/design.md",
+        choices=("auto", "ring", "all_to_all", "ragged_all_to_all"),
+    )
+    tokens_per_pair: float = free_setting(
+        0.0,
+        "bound on the tokens that one device sends to another by an exchange, as a share of its "
+        "own, beyond which their experts there are dropped; 0 = none, nothing is dropped",
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A Llama-style decoder.  The defaults are the paper's 24-layer model."""
+
+    num_layers: int = model_setting(24, "decoder layers", low=1)
+    width: int = model_setting(1024, "width of the residual stream", unit="units", low=1)
+    num_heads: int = model_setting(16, "query heads", low=1)
+    num_kv_heads: int = model_setting(16, "key/value heads; must divide num_heads", low=1)
+    head_width: int = model_setting(64, "width of one head; even, for RoPE", unit="units", low=2)
+    hidden_width: int = model_setting(
+        2816, "hidden width of a dense feed-forward", unit="units", low=1
+    )
+    vocab_size: int = model_setting(32000, "rows of the embedding", unit="tokens", low=2)
+    max_seq_len: int = setting(
+        2048,
+        "longest sequence the model is meant for",
+        defines_model=True,
+        fixed_in_run=False,
+        unit="tokens",
+        low=1,
+    )
+    tie_embeddings: bool = model_setting(
+        False, "the output projection is the embedding's transpose"
+    )
+    attention_bias: bool = model_setting(False, "biases of queries, keys and values (Qwen2)")
+    qk_norm: bool = model_setting(
+        False, "RMSNorm over all queries of a token, and over all its keys (OLMoE)"
+    )
+    rope_theta: float = model_setting(10000.0, "base of the rotary frequencies", above=0.0)
+    norm_epsilon: float = model_setting(1e-6, "added to the mean square in RMSNorm", above=0.0)
+    init_std: float = model_setting(0.006, "standard deviation of every initial matrix", above=0.0)
+    dtype: str = free_setting(
+        "auto",
+        "compute type; auto = bfloat16 on accelerators, float32 on CPU",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    remat: str = free_setting(
+        "none",
+        "what backward recomputes: nothing, element-wise arithmetic (and on TPU what kernels make "
+        "faster than it is read), all but matrix products, or whole layers",
+        choices=("none", "elementwise", "dots", "layer"),
+    )
+    attention: str = free_setting(
+        "auto",
+        "what computes attention; auto = by platform, see docs/design.md",
+        choices=("auto", "native", "xla", "tiled", "triton", "cudnn", "splash", "flat", "tokamax"),
+    )
+    unroll: int = free_setting(
+        0,
+        "layers (groups of them, where every n-th is MoE) that the loop over layers takes at a "
+        "time; 0 = by platform, see docs/design.md",
+        low=0,
+    )
+    moe: MoE = dataclasses.field(default_factory=MoE)
+
+    @property
+    def num_groups(self) -> int:
+        """Scanned groups of layers, each with one MoE layer unless the model is dense."""
+        return (self.num_layers - self.moe.dense_first_layers) // (self.moe.every_n_layers or 1)
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers with experts, counted from 0; the only place that says which."""
+        first, every = self.moe.dense_first_layers + self.moe.layer_offset, self.moe.every_n_layers
+        return range(first, self.num_layers, every) if every else range(0)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """N, layers with experts."""
+        return len(self.moe_layers)
