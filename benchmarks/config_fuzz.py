@@ -93,7 +93,7 @@ def first_step(cfg: config.Config) -> Traced:
     step = make_train_step(cfg, optimizer, schedule)
 
     def init_and_step(key, batch):
-        return step(init_state(cfg.model, optimizer, key), batch)
+        return step(init_state(cfg, optimizer, key), batch)
 
     return jax.jit(init_and_step).trace(jax.random.key(0), draw_batch(cfg))
 

@@ -58,7 +58,7 @@ class Trainer:
         self.cfg = cfg
         schedule = make_schedule(cfg.optimizer, cfg.train.steps)
         optimizer = make_optimizer(cfg.optimizer, schedule)
-        self.state: TrainState = jax.jit(lambda key: init_state(cfg.model, optimizer, key))(
+        self.state: TrainState = jax.jit(lambda key: init_state(cfg, optimizer, key))(
             jax.random.key(0)
         )
         shape = (cfg.train.batch_size, cfg.data.seq_len)

@@ -50,7 +50,7 @@ class TrainCase:
         cfg = settings(preset, case)
         schedule = make_schedule(cfg.optimizer, cfg.train.steps)
         optimizer = make_optimizer(cfg.optimizer, schedule)
-        init = jax.jit(lambda key: init_state(cfg.model, optimizer, key))
+        init = jax.jit(lambda key: init_state(cfg, optimizer, key))
         self._state = init(jax.random.key(0))
         self._batch = batch_of(draw_tokens(preset))
         if case.mean:

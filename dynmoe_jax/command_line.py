@@ -18,6 +18,7 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster.rank import Rank, rank_from
 from dynmoe_jax.console import console
 from dynmoe_jax.hardware.absent_accelerators import leave_out_absent_accelerators
+from dynmoe_jax.registry import load_plugin
 
 EXIT_BAD_INPUT = 2
 EXIT_BAD_NUMBERS = 3
@@ -94,6 +95,8 @@ def exit_code(program: Callable[[], int], bad_input: tuple[type[Exception], ...]
     leave_out_absent_accelerators()
     _write_whatever_comes()
     try:
+        # Before anything asks for settings: their tree has what the files register.
+        sys.argv[1:] = load_plugins(sys.argv[1:])
         return program()
     except (config.ConfigError, *bad_input) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
@@ -141,6 +144,7 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:
     path, rest = _config_file(argv[1:])
     for name, value in _overrides(rest):
         _check_override(name, value)
+    rest = [_without_auto(argument) for argument in rest]
     # The file first: its settings are there before any of them is overridden.
     argv = [argv[0], f"--config={path}", *rest]
     # Flags of this call's own: libraries that were imported may have defined theirs globally.
@@ -207,7 +211,7 @@ def _failed_file(path: Path, error: Exception) -> config.ConfigError:
 
 
 def _unknown_flag(name: str) -> config.ConfigError:
-    known = ("config", "workdir", "help", *CLUSTER_FLAGS)
+    known = ("config", "workdir", "plugin", "help", *CLUSTER_FLAGS)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     near = near[0] if near else f"config.{config.nearest_name(name)}"
     return config.ConfigError(f"--{name} is not a flag; did you mean --{near}?")
@@ -233,6 +237,8 @@ def _check_override(name: str, text: str | None) -> None:
     if name not in fields:
         raise config.unknown_setting(name)
     wanted = fields[name].type
+    if fields[name].metadata["auto"] and text == "auto":
+        return
     if wanted is bool and (text is None or text.lower() in ("true", "false", "1", "0")):
         return
     try:
@@ -246,8 +252,38 @@ def _check_override(name: str, text: str | None) -> None:
         ) from None
 
 
+def _without_auto(argument: str) -> str:
+    """``--config.NAME=auto`` with the number that stands for it."""
+    name, equals, text = argument.partition("=")
+    if equals and text == "auto":
+        fields = {path: field for path, field, _ in config.walk(config.Config())}
+        field = fields.get(name.lstrip("-").removeprefix("config."))
+        if field is not None and field.metadata["auto"]:
+            return f"{name}={config.AUTO}"
+    return argument
+
+
+def load_plugins(arguments: Sequence[str]) -> list[str]:
+    """Runs the files that ``--plugin=FILE`` names, and returns the other arguments.
+
+    Raises:
+      ConfigError: one is no Python file, or fails.
+    """
+    rest, unread = [], iter(arguments)
+    for argument in unread:
+        name, equals, path = argument.partition("=")
+        if name == "--plugin":
+            load_plugin(path if equals else next(unread, ""))
+        else:
+            rest.append(argument)
+    return rest
+
+
 def _print_help(about: str) -> None:
-    console.print(f"{about}\n\n  --config=FILE.py  --workdir=DIR  --config.NAME=VALUE …\n")
+    console.print(
+        f"{about}\n\n  --config=FILE.py  --workdir=DIR  --config.NAME=VALUE …\n"
+        "  --plugin=FILE.py registers routers, losses and other kinds of your own\n"
+    )
     table = Table(title="Several processes (docs/clusters.md)", title_justify="left", box=None)
     table.show_header = False
     for name, (_, about_it) in CLUSTER_FLAGS.items():
@@ -259,5 +295,6 @@ def _print_help(about: str) -> None:
     for path, field, value in config.walk(config.Config()):
         choices = field.metadata["choices"]
         about_it = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-        table.add_row(path, repr(value), field.metadata["unit"], escape(about_it))
+        default = repr(config.shown(field, value))
+        table.add_row(path, default, field.metadata["unit"], escape(about_it))
     console.print(table)

@@ -9,12 +9,15 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 # Of float32: the smallest normal number, and the largest.
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 _LARGEST_INT = 2**31 - 1
+AUTO = -1.0
+"""Value of a number that is left to somebody else, where its declaration says ``auto``; people
+write and read ``auto``."""
 
 
 class ConfigError(ValueError):
@@ -34,7 +37,10 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
+    auto: bool = False,
+    per_layer: bool = False,
+    formerly: tuple[str, ...] = (),
 ) -> Any:
     """Declares one setting of a config dataclass.
 
@@ -49,9 +55,13 @@ def setting(
       high: largest value allowed.
       above: the value must be strictly greater than this.
       choices: the strings allowed, if only some are.
+      auto: :data:`AUTO` is allowed besides.
+      per_layer: ``config.model.layers`` may give some layers a value of their own.
+      formerly: dotted paths that the setting had before, as in ``"loss.balance_weight"``.
     """
-    rules = {"low": low, "high": high, "above": above, "choices": choices}
+    rules = {"low": low, "high": high, "above": above, "choices": choices, "auto": auto}
     rules |= {"defines_model": defines_model, "fixed_in_run": fixed_in_run}
+    rules |= {"per_layer": per_layer, "formerly": formerly}
     return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **rules})
 
 
@@ -71,8 +81,18 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from walk(value, f"{prefix}{field.name}.")
-        else:
+        elif "help" in field.metadata:
             yield prefix + field.name, field, value
+
+
+def shown(field: dataclasses.Field, value: Any) -> Any:
+    """A value as people read it."""
+    return "auto" if field.metadata["auto"] and value == AUTO else value
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name among several that is most like another one."""
+    return difflib.get_close_matches(name, list(names), 1, 0.0)[0]
 
 
 def nearest_name(kind: type, name: str) -> str:
@@ -93,8 +113,16 @@ def nearest_name(kind: type, name: str) -> str:
     return leaves[by_leaf[0]] if by_leaf else difflib.get_close_matches(name, names, 1, 0.0)[0]
 
 
+def moved_to(kind: type, name: str) -> list[str]:
+    """The settings that ``name`` was before, if it ever was one."""
+    return [path for path, field, _ in walk(kind()) if name in field.metadata["formerly"]]
+
+
 def unknown_setting(kind: type, name: str) -> ConfigError:
-    """The error for a setting that does not exist."""
+    """The error for a setting that does not exist, or not any more."""
+    if now := moved_to(kind, name):
+        paths = " or ".join(f"config.{path}" for path in now)
+        return ConfigError(f"config.{name} is called {paths} now.")
     # As repr shows it: a name with a line break in it must not break the sentence.
     name = repr(name)[1:-1]
     near = nearest_name(kind, name)
@@ -114,13 +142,12 @@ def check_value(
     """
     rule, where = field.metadata, f"{prefix}{path}={value!r}"
     wanted = field.type
+    if rule["auto"] and value == AUTO:
+        return
     good = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
     if not good:
         raise ConfigError(f"{where} must be of type {wanted.__name__}: {rule['help']}.")
-    if rule["choices"] and value not in rule["choices"]:
-        near = difflib.get_close_matches(value, rule["choices"], n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ConfigError(f"{where} must be one of {', '.join(rule['choices'])}{hint}")
+    _check_choice(where, rule, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} must be a finite number: {rule['help']}.")
     unit = f" {rule['unit']}" if rule["unit"] else ""
@@ -131,6 +158,25 @@ def check_value(
     if rule["high"] is not None and value > rule["high"]:
         raise ConfigError(f"{where} must be at most {rule['high']:g}{unit}.")
     _check_storable(where, value)
+
+
+def _check_choice(where: str, rule: Mapping[str, Any], value: Any) -> None:
+    """Raises ConfigError for a name that is not among the choices, or where many are, for one."""
+    # A registry is empty until its room is imported.
+    if not rule["choices"] or (rule.get("optional") and not value):
+        return
+    many = rule.get("many", False)
+    given = [name.strip() for name in value.split(",") if name.strip()] if many else [value]
+    for name in given:
+        if name not in rule["choices"]:
+            near = difflib.get_close_matches(name, rule["choices"], n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            if "registry" in rule:
+                hint = f", or of a file that --plugin names{hint}"
+            what = "name some of" if many else "be one of"
+            raise ConfigError(f"{where} must {what} {', '.join(rule['choices'])}{hint}")
+    if len(set(given)) < len(given):
+        raise ConfigError(f"{where} must name each at most once.")
 
 
 def _check_storable(where: str, value: Any) -> None:
@@ -175,6 +221,8 @@ def _build(kind: type, settings: Mapping[str, Any], whole: type, prefix: str) ->
         wanted = fields[name].type
         if dataclasses.is_dataclass(wanted):
             if not isinstance(value, Mapping):
+                if moved_to(whole, f"{prefix}{name}"):
+                    raise unknown_setting(whole, f"{prefix}{name}")
                 raise ConfigError(f"config.{prefix}{name}={value!r} must be a group of settings.")
             value = _build(wanted, value, whole, f"{prefix}{name}.")
         elif wanted is float and isinstance(value, int) and not isinstance(value, bool):

@@ -18,4 +18,4 @@ from dynmoe_jax import config
 
 def get_config():
     """The settings of the run."""
-    return paper_run(config.Model(moe=config.MoE(router="top_p", top_p=0.4)))
+    return paper_run(config.Model(moe=config.MoE(router="top_p")))

@@ -16,8 +16,10 @@ from dynmoe_jax import config
 def get_config():
     """The settings of the run."""
     # Entropy is the dynamic model's loss; a fixed k has no use for it.
-    settings = paper_run(config.Model(moe=config.MoE(router="top_k", top_k=2, renormalize=True)))
-    settings.loss.entropy_weight = 0.0
+    settings = paper_run(
+        config.Model(moe=config.MoE(router="top_k", top_k={"k": 2, "renormalize": True}))
+    )
+    settings.loss.entropy.weight = 0.0
     # GShard (arXiv 2006.16668): the pair's weights sum to one, balance counts first choices.
-    settings.loss.balance_counts = "first_choice_only"
+    settings.loss.balance.counts = "first_choice_only"
     return settings

@@ -10,7 +10,7 @@ def check_same_settings(cfg: config.Config) -> None:
     Raises:
       ConfigError: a setting differs.
     """
-    of_first = config.from_config_dict(agreement.broadcast(config.to_dict(cfg)))
+    of_first = config.from_stored(agreement.broadcast(config.to_dict(cfg)))
     settings = zip(config.walk(cfg), config.walk(of_first), strict=True)
     for (path, _, value), (_, _, wanted) in settings:
         if value != wanted:

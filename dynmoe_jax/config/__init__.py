@@ -1,26 +1,28 @@
-"""Settings of a run: the tree with all defaults, and the checks between settings."""
+"""Settings of a run: the tree with all defaults, and the checks between settings.
 
-from dynmoe_jax.config.model import Model, MoE
-from dynmoe_jax.config.settings import (
-    Checkpoint,
-    Config,
-    Data,
-    Evaluation,
-    Logging,
-    Loss,
-    Mesh,
-    Optimizer,
-    Train,
+``Config``, ``Model``, ``MoE``, ``Loss`` and ``Train`` are made when they are asked for, with a
+group of settings for every kind that is registered by then.
+"""
+
+from typing import Any
+
+from dynmoe_jax.config.settings import Checkpoint, Data, Evaluation, Logging, Mesh, Optimizer
+from dynmoe_jax.config.tree import (
+    current,
     differences,
     from_config_dict,
+    from_stored,
     nearest_name,
     to_config_dict,
     to_dict,
     unknown_setting,
 )
-from dynmoe_jax.fields import ConfigError, walk
+from dynmoe_jax.fields import AUTO, ConfigError, shown, walk
+
+_MADE = ("Config", "Loss", "MoE", "Model", "Train")
 
 __all__ = [
+    "AUTO",
     "Checkpoint",
     "Config",
     "ConfigError",
@@ -35,9 +37,17 @@ __all__ = [
     "Train",
     "differences",
     "from_config_dict",
+    "from_stored",
     "nearest_name",
+    "shown",
     "to_config_dict",
     "to_dict",
     "unknown_setting",
     "walk",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MADE:
+        return current(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

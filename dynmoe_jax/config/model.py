@@ -2,25 +2,25 @@
 
 import dataclasses
 
-from dynmoe_jax.fields import free_setting, model_setting, setting
+from dynmoe_jax.fields import AUTO, free_setting, model_setting, setting
+from dynmoe_jax.registry import ROUTERS, TRANSFORMS, choice, chosen, complete
+from dynmoe_jax.routing import Router
 
 
 @dataclasses.dataclass(frozen=True)
 class MoE:
     """The Mixture-of-Experts feed-forward: who is chosen, and how the chosen are computed."""
 
-    router: str = model_setting(
-        "top_p", "how a token chooses its experts", choices=("top_p", "top_k")
+    router: str = choice(
+        ROUTERS,
+        "top_p",
+        "how a token chooses its experts",
+        defines_model=True,
+        fixed_in_run=True,
+        per_layer=True,
     )
     num_experts: int = model_setting(16, "routed experts per MoE layer", low=1)
     hidden_width: int = model_setting(2816, "hidden width of one expert", unit="units", low=1)
-    top_p: float = model_setting(
-        0.4, "a token adds experts until their probabilities pass this", above=0.0, high=1.0
-    )
-    top_k: int = model_setting(2, "experts per token of the top_k router", unit="experts", low=1)
-    renormalize: bool = model_setting(
-        False, "divide the combine weights by their sum (the paper does not)"
-    )
     routed_scale: float = model_setting(
         1.0, "the routed experts' output is multiplied by this (DeepSeek-V2)", above=0.0
     )
@@ -43,19 +43,25 @@ class MoE:
         "slots of the capacity backend, as a multiple of T K / E, K the bound on experts per token",
         above=0.0,
     )
-    rows_per_token: float = free_setting(
-        0.0,
-        "bound on the mean experts per token of a batch, whose least probable choices are then "
-        "dropped (so tokens affect each other); 0 = none, nothing is dropped",
-        unit="rows/token",
-        low=0.0,
+    transforms: str = choice(
+        TRANSFORMS,
+        "",
+        "changes of the routing before experts compute it, in order, with commas between them",
+        many=True,
+        defines_model=False,
+        fixed_in_run=False,
+    )
+    allow_non_causal: bool = model_setting(
+        False,
+        "accept a router that looks at later tokens: such a model cannot generate text",
     )
     saved_rows_per_token: float = free_setting(
-        -1.0,
+        AUTO,
         "rows whose hidden activations are kept for backward, others are recomputed (TPU kernels "
-        "that fuse SwiGLU keep none); -1 = k of top_k, 2 of top_p",
+        "that fuse SwiGLU keep none); auto = as many as the router usually chooses",
         unit="rows/token",
-        low=-1.0,
+        low=0.0,
+        auto=True,
     )
     every_n_layers: int = model_setting(
         1, "one of every n layers is MoE, the others dense; 0 = a dense model", low=0
@@ -76,6 +82,11 @@ class MoE:
         low=0.0,
         high=1.0,
     )
+
+    @property
+    def route(self) -> Router:
+        """The router, with its settings."""
+        return chosen(self, "router")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +142,7 @@ class Model:
         "time; 0 = by platform, see docs/design.md",
         low=0,
     )
-    moe: MoE = dataclasses.field(default_factory=MoE)
+    moe: MoE = dataclasses.field(default_factory=lambda: complete(MoE)())
 
     @property
     def num_groups(self) -> int:

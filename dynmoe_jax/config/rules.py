@@ -1,8 +1,11 @@
 """Checks between settings: those that need more than one."""
 
+import dataclasses
 from typing import Any
 
-from dynmoe_jax.fields import ConfigError
+from dynmoe_jax.fields import ConfigError, shown, walk
+from dynmoe_jax.registry import all_kinds, idle_kinds
+from dynmoe_jax.routing.losses import coefficients
 
 
 def check_together(config: Any) -> None:
@@ -20,6 +23,8 @@ def check_together(config: Any) -> None:
     if model.head_width % 2:
         raise ConfigError(f"config.model.head_width={model.head_width} must be even, for RoPE.")
     _check_moe(model)
+    _check_idle(config, "config.")
+    _check_losses(config)
     if config.data.seq_len > model.max_seq_len:
         raise ConfigError(
             f"config.data.seq_len={config.data.seq_len} must be at most "
@@ -68,20 +73,12 @@ def _check_moe(model: Any) -> None:
             f"config.model.moe.layer_offset={moe.layer_offset} must be less than "
             f"config.model.moe.every_n_layers={moe.every_n_layers}."
         )
-    if moe.router == "top_k" and moe.top_k > moe.num_experts:
-        raise ConfigError(
-            f"config.model.moe.top_k={moe.top_k} must be at most "
-            f"config.model.moe.num_experts={moe.num_experts}."
-        )
+    if moe.every_n_layers and (obstacle := moe.route.obstacle(moe.num_experts)):
+        raise ConfigError(f"config.model.moe.{moe.router}.{obstacle}.")
     if moe.shared_gate and not moe.shared_hidden_width:
         raise ConfigError(
             "config.model.moe.shared_gate=True has no shared expert to weigh; set "
             "config.model.moe.shared_hidden_width."
-        )
-    if -1 < moe.saved_rows_per_token < 0:
-        raise ConfigError(
-            f"config.model.moe.saved_rows_per_token={moe.saved_rows_per_token:g} must be 0 or more,"
-            " or -1 for as many as the router usually chooses."
         )
 
 
@@ -102,4 +99,40 @@ def _check_checkpoints(config: Any) -> None:
         raise ConfigError(
             f"config.checkpoint.keep_best={checkpoint.keep_best} needs held-out losses to compare; "
             "set config.evaluation.every_steps."
+        )
+
+
+def _check_idle(group: Any, prefix: str) -> None:
+    """Raises ConfigError for a setting of a kind that is not chosen."""
+    for choice, name, settings in idle_kinds(group):
+        for path, field, value in walk(settings, f"{prefix}{name}."):
+            if value != field.default:
+                chosen = getattr(group, choice)
+                raise ConfigError(
+                    f"{path}={shown(field, value)} has no effect while {prefix}{choice}={chosen!r}"
+                    f" does not name {name}; leave it at {shown(field, field.default)}."
+                )
+    for field in dataclasses.fields(group):
+        if dataclasses.is_dataclass(field.type):
+            _check_idle(getattr(group, field.name), f"{prefix}{field.name}.")
+
+
+def _check_losses(config: Any) -> None:
+    """Raises ConfigError for a loss that the router cannot serve, or that needs another batch."""
+    moe, losses = config.model.moe, all_kinds(config.loss)
+    if not moe.every_n_layers:
+        return
+    weights = coefficients(losses, moe.route.losses)
+    for name, weight in weights.items():
+        lacks = sorted(losses[name].needs - moe.route.gives)
+        if weight and lacks:
+            raise ConfigError(
+                f"config.loss.{name}.weight={weight:g} needs {' and '.join(lacks)}, which "
+                f"config.model.moe.router={moe.router!r} does not give; set it to 0."
+            )
+    whole = [name for name, w in weights.items() if w and not losses[name].additive]
+    if whole and weights.get("balance") and losses["balance"].over == "microbatch":
+        raise ConfigError(
+            f"config.loss.balance.over='microbatch' cannot be kept beside config.loss.{whole[0]}"
+            ", which needs the whole batch; set it to 'batch'."
         )

@@ -1,43 +1,24 @@
-"""Every setting of a run: its default, its unit, its check; with :mod:`.model`, the only defaults.
+"""Settings of a run; those of the model are in :mod:`.model`, those of kinds in their files.
 
-A config file (``configs/*.py``) starts from :class:`Config`, changes fields with
-:func:`dataclasses.replace`, and returns :func:`to_config_dict` of it, so that any setting can be
-overridden on the command line (``--config.model.num_layers=8``).  :func:`from_config_dict` turns
-the edited dictionary back into a checked :class:`Config`; everything else in the package reads the
-frozen dataclass.
+:mod:`.tree` adds the groups of the registered kinds to them.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-import ml_collections
+from typing import ClassVar
 
 from dynmoe_jax import fields
 from dynmoe_jax.config import rules
 from dynmoe_jax.config.model import Model
-from dynmoe_jax.fields import ConfigError, free_setting, run_setting, walk
+from dynmoe_jax.fields import free_setting, run_setting, walk
+from dynmoe_jax.registry import LOSSES, OBJECTIVES, Registry, choice
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """Coefficients of the training loss (paper, section 3: alpha = 1e-2, beta = 1e-4)."""
 
-    balance_weight: float = free_setting(1e-2, "of the load-balance loss (alpha)", low=0.0)
-    balance_counts: str = free_setting(
-        "sum",
-        "choices that the load-balance loss counts: all, all over their number, or first ones",
-        choices=("sum", "per_choice", "first_choice_only"),
-    )
-    entropy_weight: float = free_setting(1e-4, "of the router-entropy loss (beta)", low=0.0)
-    router_z_weight: float = free_setting(0.0, "of the router z-loss (ST-MoE uses 1e-3)", low=0.0)
+    kinds: ClassVar[Registry] = LOSSES
     z_weight: float = free_setting(0.0, "of the output z-loss (PaLM uses 1e-4)", low=0.0)
-    balance_over: str = free_setting(
-        "batch",
-        "what the load-balance loss asks to be balanced; with config.train.microbatches > 1 the "
-        "whole batch takes one more forward pass",
-        choices=("batch", "microbatch"),
-    )
     chunk_tokens: int = free_setting(
         2048,
         "tokens whose logits exist at one time on one device; of the kernels on TPU, which keep "
@@ -127,6 +108,17 @@ class Train:
         "warning waits for; 0 = no warning",
         unit="steps",
         low=0,
+    )
+    objective: str = choice(
+        OBJECTIVES,
+        "language_model",
+        "what training minimises",
+        defines_model=False,
+        fixed_in_run=True,
+    )
+    trainable: str = run_setting(
+        "",
+        "regular expression that finds the dotted names of parameters to train; empty = all",
     )
     init_from: str = run_setting(
         "",
@@ -227,7 +219,12 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run.
+
+    Attributes:
+      kept: (dotted path, JSON) of stored groups whose kinds are not imported; they stay as they
+        are.
+    """
 
     seed: int = run_setting(0, "of initialisation, data order and sampling", low=0, high=2**31 - 1)
     model: Model = dataclasses.field(default_factory=Model)
@@ -239,45 +236,9 @@ class Config:
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     logging: Logging = dataclasses.field(default_factory=Logging)
+    kept: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __post_init__(self):
         for path, field, value in walk(self):
             fields.check_value(path, field, value)
         rules.check_together(self)
-
-
-def nearest_name(name: str) -> str:
-    """The existing setting, or group of settings, whose dotted path is most like ``name``."""
-    return fields.nearest_name(Config, name)
-
-
-def unknown_setting(name: str) -> ConfigError:
-    """The error for a setting that does not exist."""
-    return fields.unknown_setting(Config, name)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The settings as nested plain dictionaries (JSON-able)."""
-    return dataclasses.asdict(config)
-
-
-def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """Returns what a config file returns: the settings, open to overrides from the command line."""
-    return ml_collections.ConfigDict(to_dict(config))
-
-
-def from_config_dict(settings: Mapping[str, Any]) -> Config:
-    """Builds the checked Config from nested dictionaries.
-
-    Raises:
-      ConfigError: a name does not exist, or a value has the wrong type or is out of range.
-    """
-    if isinstance(settings, ml_collections.ConfigDict):
-        settings = settings.to_dict()
-    return fields.build(Config, settings)
-
-
-def differences(config: Config) -> list[tuple[str, Any, Any]]:
-    """(dotted path, value, default) of every setting that differs from its default."""
-    defaults = {path: value for path, _, value in walk(Config())}
-    return [(p, v, defaults[p]) for p, _, v in walk(config) if v != defaults[p]]

@@ -17,6 +17,7 @@
 
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.pipeline import (
+    BATCH_ARRAYS,
     Batch,
     TrainStream,
     heldout_batches,
@@ -37,6 +38,7 @@ from dynmoe_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, tra
 from dynmoe_jax.data.tokenizers.vocabulary import check_ids, for_rows
 
 __all__ = [
+    "BATCH_ARRAYS",
     "Batch",
     "DataError",
     "Prepared",

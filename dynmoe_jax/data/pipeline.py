@@ -19,6 +19,9 @@ from dynmoe_jax.data.sources.registry import parse_weights
 from dynmoe_jax.data.tokenizers.api import Tokenizer
 
 # int32 arrays [B, L]: tokens, targets, segment_ids (0 = padding), positions.
+BATCH_ARRAYS = ("tokens", "targets", "segment_ids", "positions")
+"""Names of the arrays of a batch, each int32 [B, L]."""
+
 Batch = dict[str, np.ndarray]
 
 _BATCHES_AHEAD = 4

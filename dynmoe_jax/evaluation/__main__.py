@@ -116,7 +116,7 @@ def without_budget(decoder: Decoder) -> Decoder:
     """The decoder without what makes tokens of a batch affect each other, dropped choices."""
     model, moe = decoder.config, decoder.config.moe
     backend = "auto" if moe.backend == "capacity" else moe.backend
-    exact = dataclasses.replace(moe, rows_per_token=0.0, backend=backend)
+    exact = dataclasses.replace(moe, transforms="", backend=backend)
     if exact == moe:
         return decoder
     warn("The run drops choices of experts over its budget; here none are dropped.")

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
+from dynmoe_jax.model.layer import LayerOutput
+from dynmoe_jax.model.output import in_layer_order, padded
 from dynmoe_jax.routing import statistics
 from dynmoe_jax.runs.summary import DomainResult, HeldOut
 
@@ -37,6 +39,12 @@ class Sums:
     histogram_NK: Int[Array, "N K+1"]
 
 
+def _counts(valid_BL, output: LayerOutput) -> tuple[Int[Array, "E"], Int[Array, "K+1"]]:
+    """(load of each expert, tokens by number of experts) of one layer."""
+    routing = output.moe.routing
+    return routing.load_E, statistics.count_histogram(routing, valid_BL.reshape(-1))
+
+
 def make_eval_step(structure: nnx.GraphDef, loss: config.Loss) -> Callable[..., Sums]:
     """Builds the jitted (params, batch) -> Sums."""
 
@@ -44,7 +52,9 @@ def make_eval_step(structure: nnx.GraphDef, loss: config.Loss) -> Callable[..., 
     def eval_step(params, batch):
         decoder = nnx.merge(structure, params)
         valid_BL = batch["segment_ids"] > 0
-        x_BLD, routing = decoder.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
+        x_BLD, counts = decoder.tapped(
+            batch["tokens"], batch["segment_ids"], batch["positions"], partial(_counts, valid_BL)
+        )
         _, nll_BL = cross_entropy_sums(
             x_BLD,
             decoder.output_DV,
@@ -52,10 +62,12 @@ def make_eval_step(structure: nnx.GraphDef, loss: config.Loss) -> Callable[..., 
             valid_BL,
             chunk_tokens=loss.chunk_tokens,
         )
-        load_NE, histogram_NK = jnp.zeros((0, 1), jnp.int32), jnp.zeros((0, 1), jnp.int32)
-        if routing is not None:
-            load_NE = routing.by_layer.load_E
-            histogram_NK = statistics.count_histogram(routing.by_layer, routing.valid_T)
+        if counts:
+            loads, histograms = zip(*counts, strict=True)
+            load_NE = in_layer_order(padded(loads), decoder.moe_layers)
+            histogram_NK = in_layer_order(padded(histograms), decoder.moe_layers)
+        else:
+            load_NE = histogram_NK = jnp.zeros((0, 1), jnp.int32)
         return Sums(jnp.sum(nll_BL), jnp.sum(valid_BL), load_NE, histogram_NK)
 
     return eval_step

@@ -6,7 +6,7 @@ Every backend has the signature of :data:`Backend` and is tested against :mod:`.
 from dynmoe_jax.experts.backend import Backend, make_backend, reads_in_stack, saved_rows_per_token
 from dynmoe_jax.experts.parallel.choice import make_transport
 from dynmoe_jax.experts.parallel.shard import apply_experts
-from dynmoe_jax.experts.rows import Rows, row_bound, rows_from_routing
+from dynmoe_jax.experts.rows import Rows, rows_from_routing
 from dynmoe_jax.experts.weights import ExpertWeights, StackedView, swiglu
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "make_backend",
     "make_transport",
     "reads_in_stack",
-    "row_bound",
     "rows_from_routing",
     "saved_rows_per_token",
     "swiglu",

@@ -17,7 +17,7 @@ from dynmoe_jax.experts.kernels.choice import (
 )
 from dynmoe_jax.experts.kernels.cpu.blocks import block_experts
 from dynmoe_jax.experts.kernels.cpu.native import native_experts
-from dynmoe_jax.experts.kernels.grouped import USUAL_ROWS_PER_TOKEN, ragged_experts
+from dynmoe_jax.experts.kernels.grouped import ragged_experts
 from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights
@@ -62,8 +62,8 @@ def grouped_experts(moe: config.MoE, target: Target) -> Backend:
 
 
 def usual_rows_per_token(moe: config.MoE) -> float:
-    """Rows per token that memory is laid out for: k of top-k, of top-p a bit over its mean."""
-    return float(moe.top_k) if moe.router == "top_k" else USUAL_ROWS_PER_TOKEN
+    """Rows per token that memory is laid out for: those that the router usually chooses."""
+    return moe.route.bounds(moe.num_experts).usual_rows
 
 
 def saved_rows_per_token(moe: config.MoE) -> float:
@@ -72,7 +72,7 @@ def saved_rows_per_token(moe: config.MoE) -> float:
     Top-8 with two rows kept would compute gate and up of the other six twice.
     """
     asked = moe.saved_rows_per_token
-    return asked if asked >= 0 else usual_rows_per_token(moe)
+    return usual_rows_per_token(moe) if asked == config.AUTO else asked
 
 
 def reads_in_stack(moe: config.MoE, width: int, dtype: jnp.dtype) -> bool:

@@ -106,38 +106,14 @@ class Rows:
         return jnp.cumsum(self.group_size_E) - self.group_size_E
 
 
-def row_bound(tokens: int, slots: int, rows_per_token: float) -> int:
-    """R: how many rows to lay out for T tokens of at most K experts under a budget (0 = none)."""
-    everything = tokens * slots
-    return min(everything, math.ceil(tokens * rows_per_token)) if rows_per_token else everything
+def rows_from_routing(routing: Routing) -> Rows:
+    """Lays out the (token, expert) pairs of a routing of T tokens, sorted by expert; R = T K."""
+    return rows_from_slots(slots_of(routing), routing.expert_TK.size)
 
 
-def rows_from_routing(routing: Routing, rows_per_token: float = 0.0) -> Rows:
-    """Lays out the (token, expert) pairs of a routing, sorted by expert.
-
-    Args:
-      routing: the routing of T tokens.
-      rows_per_token: a budget, see :func:`within_budget`; it bounds R.  0 = no budget, R = T * K.
-    """
-    bound = row_bound(*routing.expert_TK.shape, rows_per_token)
-    slots, dropped = within_budget(routing, bound)
-    return dataclasses.replace(rows_from_slots(slots, bound), dropped=dropped)
-
-
-def within_budget(routing: Routing, bound: int) -> tuple[Slots, Int[Array, ""]]:
-    """The slots of a routing, the least probable ones left out if more are used than ``bound``.
-
-    Whether a slot is kept then depends on all T tokens, later ones included.
-
-    Returns:
-      the slots, and how many were left out.
-    """
-    expert_TK = routing.expert_TK
-    if bound < expert_TK.size:
-        expert_TK = jnp.where(_most_probable(routing, bound), expert_TK, routing.num_experts)
-    slots = Slots(expert_TK, routing.weight_TK, routing.num_experts)
-    dropped = jnp.sum(routing.used_TK, dtype=jnp.int32) - jnp.sum(slots.used_TK, dtype=jnp.int32)
-    return slots, dropped
+def slots_of(routing: Routing) -> Slots:
+    """The slots of a routing."""
+    return Slots(routing.expert_TK, routing.weight_TK, routing.num_experts)
 
 
 def rows_from_slots(slots: Slots, bound: int) -> Rows:
@@ -174,13 +150,3 @@ def _row_positions(
     safe_TK = jnp.minimum(expert_TK, num_experts - 1)
     row_TK = jnp.take_along_axis(row_TE, safe_TK, axis=1)
     return jnp.where(expert_TK < num_experts, row_TK, bound), group_size_E
-
-
-def _most_probable(routing: Routing, bound: int) -> Bool[Array, "T K"]:
-    """Whether a slot is among the ``bound`` most probable ones."""
-    safe_TK = jnp.minimum(routing.expert_TK, routing.num_experts - 1)
-    prob_TK = jnp.take_along_axis(routing.probs_TE, safe_TK, axis=-1)
-    score_S = jnp.where(routing.used_TK, prob_TK, -1.0).reshape(-1)
-    _, kept_R = jax.lax.top_k(jax.lax.stop_gradient(score_S), bound)
-    kept_S = jnp.zeros(score_S.shape, bool).at[kept_R].set(True, unique_indices=True)
-    return kept_S.reshape(prob_TK.shape)

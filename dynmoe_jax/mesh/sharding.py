@@ -20,6 +20,7 @@ from dynmoe_jax.mesh.axes import (
     BATCH,
     MODEL,
     axes_of,
+    batch_devices,
     mesh_axes_at,
     mesh_sizes,
     on_one_device,
@@ -119,14 +120,33 @@ def embedded(
     return look_up(table_VD.astype(dtype), tokens_BL)
 
 
-def by_token(function: Callable[..., Any], *arrays: Array) -> Any:
-    """A function of tokens, [T, ...] -> [T, ...], on the tokens of each device.
+def by_token(
+    function: Callable[..., Any], tokens: Any, shared: Any = (), whole: bool = False
+) -> Any:
+    """``function(tokens, shared)`` on the tokens of each device.
 
     The partitioner does not split a top-k on CPU: every device would route all tokens.
+
+    Args:
+      function: of arrays with leading tokens, [T, ...], and others; every axis that leads in a
+        result is put together over devices: of tokens, or of one sum of each device.
+      tokens: arrays [T, ...].
+      shared: arrays that all devices have.
+      whole: every device computes all tokens, and keeps its own; for what cannot be cut.
     """
     if on_one_device():
-        return function(*arrays)
-    return each_device(function, P(BATCH), P(BATCH))(*arrays)
+        return function(tokens, shared)
+    if whole:
+        together = jax.lax.with_sharding_constraint((tokens, shared), P())
+        return jax.tree.map(_cut, function(*together))
+    return each_device(function, (P(BATCH), P()), P(BATCH))(tokens, shared)
+
+
+def _cut(x_X: Array) -> Array:
+    """Splits the leading axis over the batch axes where it can be."""
+    if x_X.shape[0] % batch_devices(mesh_sizes()):
+        return x_X
+    return jax.lax.with_sharding_constraint(x_X, P(BATCH))
 
 
 def by_batch_and_head(

@@ -12,11 +12,12 @@ from dynmoe_jax import config
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.sharding import by_batch_and_head
 from dynmoe_jax.model.components import compute_dtype, matrix, normalize_heads
+from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.attention.choice import Attend, make_attention
 from dynmoe_jax.model.kernels.attention.flat import flat_attention
 from dynmoe_jax.model.kernels.norm.qkv_projection import projected
 from dynmoe_jax.model.linear import times_parameter
-from dynmoe_jax.model.rotary import TokenPositions, rotate
+from dynmoe_jax.model.rotary import rotate
 
 
 class Attention(nnx.Module):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from dynmoe_jax import config
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.model.kernels.norm.token_tiles import on_tokens, over_tiles, runs_on_tiles
+from dynmoe_jax.routing import Parameter
 
 
 def compute_dtype(model: config.Model) -> jnp.dtype:
@@ -24,6 +25,21 @@ def compute_dtype(model: config.Model) -> jnp.dtype:
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
     """A float32 parameter drawn from N(0, std^2)."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+class RouterState(nnx.Variable):
+    """A variable of a router that no gradient changes, such as a bias or a threshold."""
+
+
+def drawn(rngs: nnx.Rngs, parameter: Parameter, std: float) -> nnx.Param:
+    """A float32 parameter as its declaration says; ``std`` is that of the model's matrices."""
+    if parameter.init == "normal":
+        values = std * jax.random.normal(rngs.params(), parameter.shape, jnp.float32)
+    elif parameter.init in ("zeros", "ones"):
+        values = getattr(jnp, parameter.init)(parameter.shape, jnp.float32)
+    else:
+        values = parameter.init(rngs.params(), parameter.shape)
+    return nnx.Param(values) if parameter.decay else nnx.Param(values, decay=False)
 
 
 def rms_norm(model: config.Model, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -8,7 +8,8 @@ Axis legend: B batch, L positions, T = B L tokens, D model width, V vocabulary, 
 E experts, K slots per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,11 @@ from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.axes import on_one_device
 from dynmoe_jax.mesh.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.model.components import compute_dtype, matrix, rms_norm
-from dynmoe_jax.model.layer import Layer
-from dynmoe_jax.model.output import DecoderOutput, LayerRouting
+from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
+from dynmoe_jax.model.layer import Layer, LayerOutput
+from dynmoe_jax.model.output import DecoderOutput, LayerRouting, MoERecord, routing_of_layers
 from dynmoe_jax.model.remat import remat_policy
-from dynmoe_jax.model.rotary import TokenPositions, rotary_table
+from dynmoe_jax.model.rotary import rotary_table
 
 UNROLLED_GROUPS = 12
 
@@ -48,20 +50,41 @@ def groups_at_a_time(model: config.Model, groups: int) -> int:
     return groups if platform == "gpu" or (platform == "cpu" and kernels) else 1
 
 
+Taps = Callable[[LayerOutput], Any]
+"""Picks or reduces results of an MoE layer: a tree of arrays.  Under ``jit``, what it leaves out is
+not kept."""
+
+
+def keep_record(output: LayerOutput) -> MoERecord:
+    """Keeps all of the routing, which for many layers and experts is much memory
+    (docs/measurements.md: routing-records)."""
+    return output.moe
+
+
 class LayerGroup(nnx.Module):
-    """The scanned unit: one MoE layer and the dense layers around it, or dense layers alone."""
+    """The scanned unit: a period of layers, of which some are MoE."""
 
     def __init__(self, model: config.Model, is_moe: Sequence[bool], *, rngs: nnx.Rngs):
         self.layers = nnx.List(Layer(model, moe, rngs=rngs) for moe in is_moe)
 
-    def __call__(self, x_BLD, positions, stacked=None):
-        """Returns (x_BLD, (routing, rows dropped) of the group's MoE layer or None)."""
-        record = None
-        for layer in self.layers:
-            out = layer(x_BLD, positions, stacked=stacked)
-            x_BLD = out.x_BLD
-            record = record if out.routing is None else (out.routing, out.rows_dropped)
-        return x_BLD, record
+    def __call__(self, x_BLD, positions, taps: Taps, first: Int[Array, ""] | int, stacked=None):
+        """Returns (x_BLD, ``taps`` of every MoE layer).
+
+        Args:
+          x_BLD: the residual stream.
+          positions: of its tokens.
+          taps: see :data:`Taps`.
+          first: number of the group's first layer in the decoder.
+          stacked: for each MoE layer, where its experts lie among those of all groups; or None.
+        """
+        tapped = []
+        for i, layer in enumerate(self.layers):
+            place = stacked[len(tapped)] if stacked and layer.is_moe else None
+            output = layer(x_BLD, positions.at_layer(first + i), stacked=place)
+            x_BLD = output.x_BLD
+            if layer.is_moe:
+                tapped.append(taps(output))
+        return x_BLD, tapped
 
 
 class Decoder(nnx.Module):
@@ -73,6 +96,7 @@ class Decoder(nnx.Module):
         Raises:
           ConfigError: the router is not causal.
         """
+        _check_causal(model)
         self.config = model
         self.embedding_VD = matrix(rngs, (model.vocab_size, model.width), model.init_std)
         moe = model.moe
@@ -83,7 +107,6 @@ class Decoder(nnx.Module):
         self.norm = rms_norm(model, rngs)
         if not model.tie_embeddings:
             self.head_DV = matrix(rngs, (model.width, model.vocab_size), model.init_std)
-        _check_causal(self.groups, model)
 
     @property
     def output_DV(self) -> Float[Array, "D V"]:
@@ -126,39 +149,85 @@ class Decoder(nnx.Module):
             segment_ids_BL = jnp.ones_like(tokens_BL)
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-        positions = TokenPositions(segment_ids_BL, self.rotary(positions_BL))
-        x_BLD, record = self.embed(tokens_BL), None
-        for stack in self.stacks:
-            x_BLD, record = self._scan(stack, x_BLD, positions)
-        routing = record and LayerRouting(record[0], segment_ids_BL > 0, record[1])
-        return self.norm(x_BLD), routing
+        x_BLD, records = self.tapped(tokens_BL, segment_ids_BL, positions_BL, keep_record)
+        return x_BLD, routing_of_layers(records, self.moe_layers, segment_ids_BL > 0)
 
-    def _scan(self, stack: LayerGroup, x_BLD, positions: TokenPositions):
-        """(x_BLD behind all groups of a stack, what their MoE layers recorded)."""
+    def tapped(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        segment_ids_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        taps: Taps,
+        training: TrainingInput | None = None,
+    ) -> tuple[Float[Array, "B L D"], list[Any]]:
+        """All of the decoder but the output projection, and what is asked for of its MoE layers.
+
+        Args:
+          tokens_BL: token ids.
+          segment_ids_BL: as for :meth:`hidden`.
+          positions_BL: as for :meth:`hidden`.
+          taps: picks or reduces results of a layer.
+          training: inputs of layers in training.
+
+        Returns:
+          the normed residual stream; results of ``taps`` in the order of :attr:`moe_layers`, each
+          with a leading axis over the layers that are computed by one program.
+        """
+        positions = TokenPositions(segment_ids_BL, self.rotary(positions_BL), tokens_BL, training)
+        x_BLD, records, first = self.embed(tokens_BL), [], 0
+        for stack in self.stacks:
+            x_BLD, tapped = self._scan(stack, x_BLD, positions, taps, first)
+            records += tapped
+            first += stack_depth(stack) * len(stack.layers)
+        return self.norm(x_BLD), records
+
+    @property
+    def moe_layers(self) -> list[range]:
+        """Numbers of the MoE layers, those together that are computed by one program."""
+        found, first = [], 0
+        for stack in self.stacks:
+            period, last = len(stack.layers), first + stack_depth(stack) * len(stack.layers)
+            moe = [i for i, layer in enumerate(stack.layers) if layer.is_moe]
+            found += [range(first + i, last, period) for i in moe]
+            first = last
+        return found
+
+    def _scan(
+        self,
+        stack: LayerGroup,
+        x_BLD,
+        positions: TokenPositions,
+        taps: Taps,
+        first: int,
+    ):
+        """(x_BLD behind all groups of a stack, ``taps`` of its MoE layers, stacked)."""
         structure, params = nnx.split(stack)
         whole = self._stacked_experts(stack)
+        period = len(stack.layers)
 
         def apply_group(x_BLD, inputs):
             params, i = inputs
-            stacked = whole and StackedView(*whole, i)
-            x_BLD, record = nnx.merge(structure, params)(x_BLD, positions, stacked)
-            return split_by_batch(x_BLD), record
+            stacked = whole and [StackedView(*matrices, i) for matrices in whole]
+            group = nnx.merge(structure, params)
+            x_BLD, tapped = group(x_BLD, positions, taps, first + i * period, stacked)
+            return split_by_batch(x_BLD), tapped
 
         policy = remat_policy(self.config.remat)
         if policy:
             apply_group = jax.checkpoint(apply_group, policy=policy, prevent_cse=False)
-        groups = jax.tree.leaves(params)[0].shape[0]
+        groups = stack_depth(stack)
         unroll = groups_at_a_time(self.config, groups)
         return jax.lax.scan(apply_group, x_BLD, (params, jnp.arange(groups)), unroll=unroll)
 
-    def _stacked_experts(self, stack: LayerGroup) -> tuple[Array, Array] | None:
-        """The matrices of all experts of a stack, for kernels that read them where they are."""
+    def _stacked_experts(self, stack: LayerGroup) -> list[tuple[Array, Array]] | None:
+        """The matrices of all experts of each MoE layer of a period, for kernels that read them
+        where they are."""
         moe = [layer.feed_forward for layer in stack.layers if layer.is_moe]
         model = self.config
         if not moe or not reads_in_stack(model.moe, model.width, compute_dtype(model)):
             return None
         # Gradients reach the layers' own weights.
-        matrices = moe[0].gate_up_ED2F[...], moe[0].down_EFD[...]
+        matrices = [(layer.gate_up_ED2F[...], layer.down_EFD[...]) for layer in moe]
         return jax.tree.map(jax.lax.stop_gradient, matrices)
 
     def __call__(
@@ -190,19 +259,36 @@ def _stacked(
     return make(rngs)
 
 
-def _check_causal(groups: LayerGroup, model: config.Model) -> None:
-    if any(layer.is_moe and not layer.feed_forward.route.causal for layer in groups.layers):
+def stack_depth(stack: LayerGroup) -> int:
+    """Repetitions of the period of a stack."""
+    return jax.tree.leaves(nnx.state(stack))[0].shape[0]
+
+
+def _check_causal(model: config.Model) -> None:
+    moe = model.moe
+    if moe.every_n_layers and not moe.route.causal and not moe.allow_non_causal:
         raise config.ConfigError(
-            f"config.model.moe.router={model.moe.router!r} looks at later tokens, which a decoder "
-            "cannot; use a causal router such as top_p."
+            f"config.model.moe.router={moe.router!r} looks at later tokens, which a decoder cannot "
+            "when it generates; use a causal router such as top_p, or set "
+            "config.model.moe.allow_non_causal."
         )
 
 
 def decoder_structure(model: config.Model) -> nnx.GraphDef:
     """Structure from which :func:`nnx.merge` makes a decoder of parameters."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
+    return nnx.graphdef(decoder_shapes(model))
 
 
 def parameter_shapes(model: config.Model) -> nnx.State:
     """Shapes of all parameters, without allocating any."""
-    return nnx.state(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))), nnx.Param)
+    return nnx.state(decoder_shapes(model), nnx.Param)
+
+
+def variable_shapes(model: config.Model) -> nnx.State:
+    """Shapes of all parameters and router states, without allocating any."""
+    return nnx.state(decoder_shapes(model))
+
+
+def decoder_shapes(model: config.Model) -> Decoder:
+    """A decoder of shapes in place of arrays."""
+    return nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))

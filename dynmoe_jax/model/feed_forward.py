@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import (
@@ -21,11 +21,15 @@ from dynmoe_jax.experts import (
 from dynmoe_jax.experts.weights import gated, swiglu
 from dynmoe_jax.mesh.axes import EXPERT, MODEL, mesh_sizes
 from dynmoe_jax.mesh.sharding import by_token, split_columns, whole_parameter
-from dynmoe_jax.model.components import added, compute_dtype, matrix
+from dynmoe_jax.model.components import RouterState, added, compute_dtype, drawn, matrix
+from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.router_logits import norm_and_logits
 from dynmoe_jax.model.linear import times
-from dynmoe_jax.routing import Routing, make_router
+from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
+from dynmoe_jax.registry import chosen
+from dynmoe_jax.routing import RouterInput, Routing
+from dynmoe_jax.routing.transforms import chain, dropped
 
 
 class DenseFeedForward(nnx.Module):
@@ -44,13 +48,13 @@ class DenseFeedForward(nnx.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         norm: nnx.RMSNorm,
-        valid_BL: Bool[Array, "B L"],
+        positions: TokenPositions,
         weights: None,
-    ) -> tuple[Float[Array, "B L D"], None, None]:
-        """Returns (the stream plus the feed-forward of its norm, no routing, no dropped rows)."""
+    ) -> tuple[Float[Array, "B L D"], None]:
+        """Returns (the stream plus the feed-forward of its norm, no record of routing)."""
         x_BLD, normed_BLD = forked(norm, x_BLD)
         y_TD = self(normed_BLD.reshape(-1, x_BLD.shape[-1]))
-        return x_BLD + y_TD.reshape(x_BLD.shape), None, None
+        return x_BLD + y_TD.reshape(x_BLD.shape), None
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes down(silu(x gate) * (x up))."""
@@ -66,7 +70,16 @@ class MoEFeedForward(nnx.Module):
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
         D, E, F = model.width, model.moe.num_experts, model.moe.hidden_width
-        self.router_DE = matrix(rngs, (D, E), model.init_std)
+        self.moe, self.dtype = model.moe, compute_dtype(model)
+        self.router = model.moe.route
+        declared = self.router.parameters(D, E)
+        self.router_names = tuple(declared)
+        for name, parameter in declared.items():
+            setattr(self, name, drawn(rngs, parameter, model.init_std))
+        state = self.router.initial_state(E)
+        self.state_names = tuple(state)
+        for name, array in state.items():
+            setattr(self, name, RouterState(array))
         self.gate_up_ED2F = matrix(rngs, (E, D, 2 * F), model.init_std)
         self.down_EFD = matrix(rngs, (E, F, D), model.init_std)
         if model.moe.shared_hidden_width:
@@ -75,10 +88,8 @@ class MoEFeedForward(nnx.Module):
             self.shared_down_FD = matrix(rngs, (shared, D), model.init_std)
         if model.moe.shared_gate:
             self.shared_router_D1 = matrix(rngs, (D, 1), model.init_std)
-        self.moe = model.moe
-        self.dtype = compute_dtype(model)
-        self.route = make_router(model.moe)
         self.backend = make_backend(model.moe)
+        self.transforms = chosen(model.moe, "transforms")
 
     def weights(self, stacked: StackedView | None = None) -> ExpertWeights:
         """All experts, in the compute type.
@@ -89,6 +100,13 @@ class MoEFeedForward(nnx.Module):
         matrices = self.gate_up_ED2F[...], self.down_EFD[...]
         return ExpertWeights(*(array.astype(self.dtype) for array in matrices), stacked)
 
+    def router_parameters(self) -> dict[str, Array]:
+        """Parameters of the router by name, whole, float32."""
+        return {
+            name: whole_parameter(name, getattr(self, name)[...], jnp.float32)
+            for name in self.router_names
+        }
+
     def project(
         self, norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"]
     ) -> tuple[Float[Array, "B L D"], Float[Array, "T D"], Float[Array, "T E"]]:
@@ -98,61 +116,117 @@ class MoEFeedForward(nnx.Module):
           norm: of what the experts get.
           x_BLD: the stream.
         """
-        router_DE = whole_parameter("router_DE", self.router_DE[...], jnp.float32)
-        x_BLD, normed_BLD, logits_BLE = norm_and_logits(norm, x_BLD, router_DE)
-        flat = (a.reshape(-1, a.shape[-1]) for a in (normed_BLD, logits_BLE))
-        return x_BLD, *flat
+        params = self.router_parameters()
+        if self.router.logits is None:
+            x_BLD, normed_BLD, logits_BLE = norm_and_logits(norm, x_BLD, params["router_DE"])
+            flat = (a.reshape(-1, a.shape[-1]) for a in (normed_BLD, logits_BLE))
+            return x_BLD, *flat
+        x_BLD, normed_BLD = forked(norm, x_BLD)
+        normed_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
+        return x_BLD, normed_TD, self.router.logits(params, normed_TD)
 
     def added_to(
         self,
         x_BLD: Float[Array, "B L D"],
         norm: nnx.RMSNorm,
-        valid_BL: Bool[Array, "B L"],
+        positions: TokenPositions,
         weights: ExpertWeights | None,
-    ) -> tuple[Float[Array, "B L D"], Routing, Int[Array, ""]]:
-        """Returns (the stream plus what the experts of its norm add, routing, rows dropped).
+    ) -> tuple[Float[Array, "B L D"], MoERecord]:
+        """Returns (the stream plus what the experts of its norm add, the record).
 
         Args:
           x_BLD: the residual stream.
           norm: of what the router and the experts read.
-          valid_BL: a token that is not valid uses no expert.
+          positions: of the tokens; one that is not valid uses no expert.
           weights: what :meth:`weights` returned.
         """
         x_BLD, normed_TD, logits_TE = self.project(norm, x_BLD)
-        y_TD, routing, dropped = self(normed_TD, logits_TE, valid_BL.reshape(-1), weights)
+        y_TD, record = self(normed_TD, logits_TE, positions, weights)
         x_TD = added(x_BLD.reshape(y_TD.shape), y_TD)
-        return x_TD.reshape(x_BLD.shape), routing, dropped
+        return x_TD.reshape(x_BLD.shape), record
 
     def __call__(
         self,
         x_TD: Float[Array, "T D"],
         logits_TE: Float[Array, "T E"],
-        valid_T: Bool[Array, "T"],
+        positions: TokenPositions,
         weights: ExpertWeights | None = None,
-    ) -> tuple[Float[Array, "T D"], Routing, Int[Array, ""]]:
-        """Returns (y_TD, routing, rows dropped).
+    ) -> tuple[Float[Array, "T D"], MoERecord]:
+        """Returns (y_TD, the record of the routing).
 
         Args:
           x_TD: tokens.
           logits_TE: what :meth:`project` returned.
-          valid_T: a token that is not valid uses no expert.
+          positions: of the tokens; one that is not valid uses no expert.
           weights: what :meth:`weights` returned.
         """
-        routing = by_token(self.route, logits_TE, valid_T)
+        routing, kept, sums, dropped = self.route(x_TD, logits_TE, positions)
         if self.moe.routed_scale != 1.0:
-            scaled_TK = self.moe.routed_scale * routing.weight_TK
-            routing = dataclasses.replace(routing, weight_TK=scaled_TK)
-        y_TD, dropped = apply_experts(
+            scaled_TK = self.moe.routed_scale * kept.weight_TK
+            kept = dataclasses.replace(kept, weight_TK=scaled_TK)
+        y_TD, more = apply_experts(
             x_TD,
-            routing,
+            kept,
             weights or self.weights(),
             self.backend,
-            self.moe.rows_per_token,
+            self.row_bound,
             make_transport(self.moe, mesh_sizes()[EXPERT]),
         )
         if self.moe.shared_hidden_width:
             y_TD += self.shared(x_TD)
-        return y_TD, routing, dropped
+        return y_TD, MoERecord(routing, sums, dropped + more)
+
+    def row_bound(self, tokens: int, rows: int) -> int:
+        """Most rows of the tokens of a device that the transforms leave, of so many slots."""
+        for transform in self.transforms:
+            rows = transform.row_bound(tokens, rows, self.moe.num_experts)
+        return rows
+
+    def route(
+        self, x_TD: Float[Array, "T D"], logits_TE: Float[Array, "T E"], positions: TokenPositions
+    ) -> tuple[Routing, Routing, LayerSums, Int[Array, ""]]:
+        """(routing, the same behind the transforms, sums over tokens, pairs that those dropped).
+
+        The router sees the tokens of one device, or, where its ``group`` says so, those of all.
+        """
+        tokens = self._read(x_TD, logits_TE, positions)
+        state = {name: getattr(self, name)[...] for name in self.state_names}
+        shared = self.router_parameters(), state
+        length = positions.segment_ids_BL.shape[1]
+        training = positions.training
+
+        def given(tokens, state):
+            return RouterInput(**tokens, state=state, length=length, training=training is not None)
+
+        def choose(tokens, shared):
+            params, state = shared
+            seen = given(tokens, state)
+            routing = self.router(params, seen)
+            sums = layer_sums(self.router, params, seen, routing, training)
+            return routing, jax.tree.map(lambda x: x[None], sums)
+
+        def transform(arrays, state):
+            tokens, routing = arrays
+            kept = chain(self.transforms, routing, given(tokens, state))
+            return kept, dropped(routing, kept)[None]
+
+        whole = self.router.group == "batch"
+        routing, sums = by_token(choose, tokens, shared, whole)
+        if not self.transforms:
+            return routing, routing, sums, jnp.zeros((), jnp.int32)
+        kept, dropped_M = by_token(transform, (tokens, routing), state)
+        return routing, kept, sums, jnp.sum(dropped_M)
+
+    def _read(self, x_TD, logits_TE, positions) -> dict[str, Array]:
+        """The arrays of tokens that the router reads, by their names in :class:`RouterInput`."""
+        read = {"valid_T": positions.segment_ids_BL.reshape(-1) > 0, "logits_TE": logits_TE}
+        read["x_TD"] = x_TD
+        if "token_ids" in self.router.reads:
+            read["token_id_T"] = positions.token_ids_BL.reshape(-1)
+        training = positions.training
+        if "noise" in self.router.reads and training is not None and training.key is not None:
+            read["key_T"] = training.key_T(positions.segment_ids_BL.shape[1])
+        return read
 
     def shared(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes what the shared expert adds to every token."""

@@ -28,8 +28,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.decoder import Decoder
+from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.layer import Layer
-from dynmoe_jax.model.rotary import TokenPositions
+from dynmoe_jax.model.output import in_layer_order
 
 LayerKV = Any
 """(key_BSGW, value_BSGW) of every layer, nested as the parameters are: over stacks, over groups (a
@@ -220,7 +221,7 @@ def apply_layers(
       kv: what ``attend`` gets of each layer, nested like the parameters.
       attend: attention of a layer.
     """
-    positions = TokenPositions(segment_ids_BL, decoder.rotary(positions_BL))
+    positions = TokenPositions(segment_ids_BL, decoder.rotary(positions_BL), tokens_BL)
 
     def one_layer(layer: Layer, x_BLD, kv):
         def mix(attention, heads, positions):
@@ -235,29 +236,33 @@ def apply_layers(
 
     def one_group(structure, x_BLD, inputs):
         params, kv = inputs
-        new, experts_BL = [], None
+        new, experts_MBL = [], []
         for layer, kv_of_layer in zip(nnx.merge(structure, params).layers, kv, strict=True):
             x_BLD, kv_of_layer, used_BL = one_layer(layer, x_BLD, kv_of_layer)
             new.append(kv_of_layer)
-            experts_BL = experts_BL if used_BL is None else used_BL
-        return x_BLD, (new, experts_BL)
+            experts_MBL += [] if used_BL is None else [used_BL]
+        return x_BLD, (new, experts_MBL)
 
     x_BLD, all_kv, all_experts = decoder.embed(tokens_BL), [], []
     for stack, params, kv_of_stack in zip(decoder.stacks, stacks, kv, strict=True):
         step = partial(one_group, nnx.split(stack)[0])
         if not isinstance(params, tuple):
-            x_BLD, (new, experts_NBL) = jax.lax.scan(step, x_BLD, (params, kv_of_stack))
-            all_experts += [] if experts_NBL is None else [experts_NBL]
+            x_BLD, (new, experts_MNBL) = jax.lax.scan(step, x_BLD, (params, kv_of_stack))
+            all_experts += experts_MNBL
         else:
-            new = []
+            new, of_groups = [], []
             for inputs in zip(params, kv_of_stack, strict=True):
-                x_BLD, (new_of_group, experts_BL) = step(x_BLD, inputs)
+                x_BLD, (new_of_group, experts_MBL) = step(x_BLD, inputs)
                 new.append(new_of_group)
-                all_experts += [] if experts_BL is None else [experts_BL[None]]
+                of_groups.append(experts_MBL)
             new = tuple(new)
+            all_experts += [jnp.stack(used) for used in zip(*of_groups, strict=True)]
         all_kv.append(new)
-    none_0BL = jnp.zeros((0, *tokens_BL.shape), jnp.int32)
-    return decoder.norm(x_BLD), all_kv, jnp.concatenate([none_0BL, *all_experts])
+    if all_experts:
+        experts_NBL = in_layer_order(all_experts, decoder.moe_layers)
+    else:
+        experts_NBL = jnp.zeros((0, *tokens_BL.shape), jnp.int32)
+    return decoder.norm(x_BLD), all_kv, experts_NBL
 
 
 def _attend(

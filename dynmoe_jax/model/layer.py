@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import StackedView
@@ -21,7 +21,8 @@ from dynmoe_jax.mesh.transfer_order import in_transfer_order
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.components import rms_norm
 from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
-from dynmoe_jax.model.rotary import TokenPositions
+from dynmoe_jax.model.inputs import TokenPositions
+from dynmoe_jax.model.output import MoERecord
 from dynmoe_jax.routing import Routing
 
 Heads = tuple[Array, Array, Array]
@@ -40,15 +41,18 @@ class LayerOutput:
       x_BLD: the residual stream behind the layer.
       attended_BLD: the residual stream between attention and feed-forward.
       kv: whatever ``mix`` returned beside its sum, such as keys and values.
-      routing: the choices of an MoE layer's router; None in a dense layer.
-      rows_dropped: (token, expert) rows that a budget or a capacity left out.
+      moe: the record of an MoE layer; None in a dense layer.
     """
 
     x_BLD: Float[Array, "B L D"]
     attended_BLD: Float[Array, "B L D"]
     kv: Any
-    routing: Routing | None
-    rows_dropped: Int[Array, ""] | None
+    moe: MoERecord | None
+
+    @property
+    def routing(self) -> Routing | None:
+        """The choices of an MoE layer's router; None in a dense layer."""
+        return self.moe and self.moe.routing
 
 
 def mix_all_positions(attention: Attention, heads: Heads, positions: TokenPositions):
@@ -91,7 +95,7 @@ class Layer(nnx.Module):
         weights = self.feed_forward.weights(stacked)
         projected_BLD, heads = self.attention.project(self.attention_norm, x_BLD)
         attended_BLD, kv, weights = in_transfer_order(attend, heads, weights)
-        x_BLD, routing, rows_dropped = self.feed_forward.added_to(
-            attended_BLD, self.feed_forward_norm, positions.segment_ids_BL > 0, weights
+        x_BLD, record = self.feed_forward.added_to(
+            attended_BLD, self.feed_forward_norm, positions, weights
         )
-        return LayerOutput(x_BLD, attended_BLD, kv, routing, rows_dropped)
+        return LayerOutput(x_BLD, attended_BLD, kv, record)

@@ -5,11 +5,66 @@ per token.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dynmoe_jax.routing import Routing
+from dynmoe_jax.model.inputs import TrainingInput
+from dynmoe_jax.routing import Router, RouterInput, Routing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerSums:
+    """Sums over the tokens of one MoE layer, which leave it in training.
+
+    A leading axis M is of devices until it is added up, all layers at a time: one message instead
+    of one for each layer.
+
+    Attributes:
+      load_E: valid tokens that chose each expert.
+      losses: sums of each routing loss, by its name.
+      measured: what the router measured, see
+        :meth:`dynmoe_jax.routing.router.Router.measure`.
+    """
+
+    load_E: Int[Array, "*M E"]
+    losses: Mapping[str, Mapping[str, Array]]
+    measured: Any
+
+
+def layer_sums(
+    router: Router,
+    params: Mapping[str, Array],
+    given: RouterInput,
+    routing: Any,
+    training: TrainingInput | None,
+) -> LayerSums | None:
+    """The sums of the tokens of one device; None when nothing is trained."""
+    if training is None:
+        return None
+    losses = {name: loss.sums(routing, given, params) for name, loss in training.losses}
+    return LayerSums(routing.load_E, losses, router.measure(params, given, routing))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoERecord:
+    """The record of one MoE layer.
+
+    Attributes:
+      routing: what its router decided.
+      sums: over its tokens, by device; None outside of training.
+      dropped: (token, expert) pairs that a transform, a capacity or an exchange left out.
+    """
+
+    routing: Routing
+    sums: LayerSums | None
+    dropped: Int[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -20,12 +75,14 @@ class LayerRouting:
     Attributes:
       by_layer: a Routing whose arrays are stacked: [N, T, K] and [N, T, E].
       valid_BL: False for padding.
-      rows_dropped_N: rows that a budget or a capacity left out.
+      rows_dropped_N: rows that a transform, a capacity or an exchange left out.
+      exists_NE: False where a layer has fewer experts than the largest.
     """
 
     by_layer: Routing
     valid_BL: Bool[Array, "B L"]
     rows_dropped_N: Int[Array, "N"]
+    exists_NE: Bool[Array, "N E"]
 
     @property
     def valid_T(self) -> Bool[Array, "T"]:
@@ -55,3 +112,72 @@ class DecoderOutput:
 
     logits: Float[Array, "B L V"]
     routing: LayerRouting | None
+
+
+def routing_of_layers(
+    records: Sequence[MoERecord], layers: Sequence[Sequence[int]], valid_BL: Bool[Array, "B L"]
+) -> LayerRouting | None:
+    """The routing of all MoE layers in their order, padded to the most experts and slots of one.
+
+    Args:
+      records: each of layers that are computed by one program, with a leading axis over them.
+      layers: the numbers of those layers.
+      valid_BL: False for padding.
+    """
+    if not records:
+        return None
+    routings = [record.routing for record in records]
+    exists_NE = _exists([routing.num_experts for routing in routings], layers)
+    experts, scores = exists_NE.shape[1], max(r.probs_TE.shape[-1] for r in routings)
+    slots = max(routing.slots for routing in routings)
+    padded = [_padded(routing, experts, scores, slots) for routing in routings]
+    by_layer = in_layer_order(padded, layers)
+    dropped_N = in_layer_order([record.dropped for record in records], layers)
+    return LayerRouting(by_layer, valid_BL, dropped_N, jnp.asarray(exists_NE))
+
+
+def padded(arrays: Sequence[Array]) -> list[Array]:
+    """Arrays with zeros behind their last axes, up to the longest."""
+    width = max(array.shape[-1] for array in arrays)
+    return [
+        jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
+        for array in arrays
+    ]
+
+
+def in_layer_order(parts: Sequence[Any], layers: Sequence[Sequence[int]]) -> Any:
+    """Trees with leading axes over some layers each, as one over all, in the order of the layers.
+
+    Args:
+      parts: alike but for the leading axis.
+      layers: the numbers of the layers of each.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort(np.concatenate([np.asarray(numbers) for numbers in layers]))
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays)[order], *parts)
+
+
+def _exists(experts: Sequence[int], layers: Sequence[Sequence[int]]) -> Bool[np.ndarray, "N E"]:
+    """Whether the layers, in their order, have so many experts."""
+    pairs = zip(experts, layers, strict=True)
+    by_layer = {number: count for count, numbers in pairs for number in numbers}
+    counts = np.array([by_layer[number] for number in sorted(by_layer)])
+    return np.arange(max(experts)) < counts[:, None]
+
+
+def _padded(routing: Routing, experts: int, scores: int, slots: int) -> Routing:
+    """A routing with more columns: empty slots, and experts that do not exist."""
+
+    def wider(x_X, width, fill):
+        room = width - x_X.shape[-1]
+        return jnp.pad(x_X, [(0, 0)] * (x_X.ndim - 1) + [(0, room)], constant_values=fill)
+
+    expert_TK = jnp.where(routing.used_TK, routing.expert_TK, experts)
+    return Routing(
+        wider(expert_TK, slots, experts),
+        wider(routing.weight_TK, slots, 0),
+        wider(routing.probs_TE, scores, 0),
+        wider(routing.logits_TE, scores, 0),
+        experts,
+    )

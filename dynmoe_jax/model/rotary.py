@@ -6,28 +6,12 @@ All layers rotate by the same angles, so they are worked out once for a batch.
 Axis legend: B batch, L positions, H heads, W head width, R lanes of the table.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.hardware.target import TPU_LANES, current_target
 from dynmoe_jax.mesh.axes import on_one_device
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenPositions:
-    """Documents and positions of the tokens of a batch.
-
-    Attributes:
-      segment_ids_BL: which document a position belongs to; 0 is padding.
-      rotary_BLR: :func:`rotary_table` of the positions within the documents.
-    """
-
-    segment_ids_BL: Int[Array, "B L"]
-    rotary_BLR: Float[Array, "B L R"]
 
 
 def rotary_table(

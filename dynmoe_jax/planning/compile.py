@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from dynmoe_jax import config
+from dynmoe_jax.data import BATCH_ARRAYS
 from dynmoe_jax.hardware.target import Target, compile_for
 from dynmoe_jax.mesh.make_mesh import batch_sharding, replicated, state_shardings
 from dynmoe_jax.planning.hlo.module import Module
@@ -55,7 +56,7 @@ def state_shapes(cfg: config.Config, mesh: Mesh) -> TrainState:
     optimizer = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
     with compile_for(Target.of(mesh.devices.flat[0])), jax.set_mesh(mesh):
         # The key inside: nothing can run on devices that are not there.
-        shapes = jax.eval_shape(lambda: init_state(cfg.model, optimizer, jax.random.key(0)))
+        shapes = jax.eval_shape(lambda: init_state(cfg, optimizer, jax.random.key(0)))
         return with_shardings(shapes, state_shardings(shapes, mesh))
 
 
@@ -78,7 +79,7 @@ def compile_step(cfg: config.Config, mesh: Mesh) -> CompiledStep:
         rows = jax.ShapeDtypeStruct(
             (cfg.train.batch_size, cfg.data.seq_len), jnp.int32, sharding=batch_sharding(mesh)
         )
-        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), rows)
+        batch = dict.fromkeys(BATCH_ARRAYS, rows)
         # As in the trainer.
         step = jax.jit(
             make_train_step(cfg, optimizer, schedule),

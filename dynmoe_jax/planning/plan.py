@@ -14,9 +14,6 @@ from dynmoe_jax.planning.hlo.schedule import Operation
 from dynmoe_jax.planning.memory import MemoryPlan
 from dynmoe_jax.planning.tpu.topology import Topology
 
-TOP_P_EXPERTS = 1.76
-"""Mean experts of a token that the Top-P paper reports for its trained model (arXiv 2403.07652)."""
-
 MOST_FLOPS = 1.15
 """Compiled FLOPs, recomputation aside, over the analytic count: more means that something is
 computed that nobody needs."""
@@ -167,7 +164,7 @@ class Plan:
 
 
 def expected_experts(moe: config.MoE, asked: float | None) -> float:
-    """Mean experts of a token: what was asked for, else k of top-k, the paper's figure of top-p.
+    """Mean experts of a token: what was asked for, else the one to expect of the router.
 
     Raises:
       ConfigError: there cannot be so few or so many.
@@ -175,7 +172,7 @@ def expected_experts(moe: config.MoE, asked: float | None) -> float:
     if not moe.every_n_layers:
         return 0.0
     if asked is None:
-        return float(moe.top_k) if moe.router == "top_k" else min(TOP_P_EXPERTS, moe.num_experts)
+        return moe.route.bounds(moe.num_experts).expected
     if not 0 < asked <= moe.num_experts:
         raise config.ConfigError(
             f"--experts_per_token={asked:g} must be above 0 and at most "

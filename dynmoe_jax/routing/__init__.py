@@ -1,11 +1,27 @@
-"""Routing of tokens to experts: pure functions of router logits.
+"""Routing of tokens to experts: pure functions of tokens and router logits.
 
-Knows no transport, no mesh and no weights of experts.
+One file for each router; importing the room registers it.  Knows no transport, no mesh and no
+weights of experts.
 """
 
-from dynmoe_jax.routing.record import Router, Routing
-from dynmoe_jax.routing.registry import ROUTERS, make_router
+from dynmoe_jax.routing import controllers, losses, transforms
+from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
+from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
 from dynmoe_jax.routing.top_k import TopK
 from dynmoe_jax.routing.top_p import TopP, top_p_slots
 
-__all__ = ["ROUTERS", "Router", "Routing", "TopK", "TopP", "make_router", "top_p_slots"]
+__all__ = [
+    "Bounds",
+    "ExpertSlots",
+    "Parameter",
+    "Router",
+    "RouterInput",
+    "Routing",
+    "SoftSlots",
+    "TopK",
+    "TopP",
+    "controllers",
+    "losses",
+    "top_p_slots",
+    "transforms",
+]

@@ -1,10 +1,11 @@
-"""Record of what a router decides, and the interface of routers.
+"""Records of what a router decides: the one currency between routers, losses and experts.
 
-Axis legend (used in names everywhere): T tokens, E experts, K slots per token (a static bound).
+Axis legend (used in names everywhere): T tokens, E experts, K slots per token (a static bound), C
+slots of one expert.
 """
 
 import dataclasses
-from typing import ClassVar, Protocol
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,18 @@ from jaxtyping import Array, Bool, Float, Int
 class Routing:
     """Routing of T tokens: the experts that each uses, and the weights of their outputs.
 
+    No token has an expert twice, and used slots come first, in the order of choice.
+
     Attributes:
       expert_TK: expert of each slot; E means "no expert", a slot that costs nothing.
       weight_TK: combine weight of each slot, float32, 0 in an empty slot.
-      probs_TE: router scores, float32; the losses read these.
-      logits_TE: router logits, float32.
+      probs_TE: router scores, float32; the losses read these.  A router may score more than the
+        experts, and has then more columns.
+      logits_TE: router logits, float32, likewise.
+      num_experts: E.
+      free_T: weight of the token itself in the output, for experts that compute nothing (identity);
+        None: there are none.
+      extra: arrays of tokens, [T, ...], that the losses of a family need, by name.
 
     The leading axis may have more axes in front of it (a stack over layers, or [B, L] in place of
     T); everything here works on the trailing axes.
@@ -30,11 +38,9 @@ class Routing:
     weight_TK: Float[Array, "*T K"]
     probs_TE: Float[Array, "*T E"]
     logits_TE: Float[Array, "*T E"]
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.probs_TE.shape[-1]
+    num_experts: int = dataclasses.field(metadata={"static": True})
+    free_T: Float[Array, "*T"] | None = None
+    extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     @property
     def slots(self) -> int:
@@ -63,27 +69,82 @@ class Routing:
         return jnp.sum(self.chosen_TE, axis=-2, dtype=jnp.int32)
 
 
-class Router(Protocol):
-    """Turns router logits into a :class:`Routing`.  Knows no weights, no mesh, no transport."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertSlots:
+    """Routing in which experts choose: the tokens in the C slots of every expert.
 
-    causal: ClassVar[bool]
-    """Whether a token's routing is independent of later tokens; a decoder refuses others."""
+    Attributes:
+      token_EC: token of each slot; T means "no token".  No expert has a token twice.
+      weight_EC: combine weight of each slot, float32.
+      probs_TE: router scores, float32.
+      logits_TE: router logits, float32.
+    """
+
+    token_EC: Int[Array, "E C"]
+    weight_EC: Float[Array, "E C"]
+    probs_TE: Float[Array, "T E"]
+    logits_TE: Float[Array, "T E"]
 
     @property
-    def slots(self) -> int:
-        """K: the smallest provable bound on the experts of one token."""
+    def num_experts(self) -> int:
+        """E."""
+        return self.token_EC.shape[0]
 
-    def __call__(self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]) -> Routing:
-        """Routes T tokens; tokens that are not valid (padding) get no expert at all."""
+    @property
+    def chosen_TE(self) -> Bool[Array, "T E"]:
+        """Whether an expert has a token."""
+        tokens, experts = self.probs_TE.shape[0], self.num_experts
+        expert_E1 = jnp.arange(experts)[:, None]
+        chosen_TE = jnp.zeros((tokens, experts), bool)
+        return chosen_TE.at[self.token_EC, expert_E1].set(True, mode="drop")
+
+    @property
+    def experts_per_token_T(self) -> Int[Array, "T"]:
+        """Experts that have each token."""
+        return jnp.sum(self.chosen_TE, axis=-1, dtype=jnp.int32)
+
+    @property
+    def load_E(self) -> Int[Array, "E"]:
+        """Tokens that each expert has."""
+        return jnp.sum(self.chosen_TE, axis=0, dtype=jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftSlots:
+    """Soft routing: every slot of every expert holds a mean of all tokens (arXiv 2308.00951).
+
+    Attributes:
+      dispatch_TEC: share of each token in a slot, float32; sums to 1 over tokens.
+      combine_TEC: share of a slot's output in each token's, float32.
+      probs_TE: router scores, float32: the shares of the experts' slots together.
+      logits_TE: likewise of the logits.
+    """
+
+    dispatch_TEC: Float[Array, "T E C"]
+    combine_TEC: Float[Array, "T E C"]
+    probs_TE: Float[Array, "T E"]
+    logits_TE: Float[Array, "T E"]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.dispatch_TEC.shape[1]
 
 
 def softmax_scores(
     logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
     """(probs_TE, logits_TE), both float32; padding tokens get flat scores."""
-    # Padding may hold NaN: masked after the softmax, its gradient would be 0 * NaN.
-    logits_TE = jnp.where(valid_T[:, None], logits_TE.astype(jnp.float32), 0.0)
+    logits_TE = masked_logits(logits_TE, valid_T)
     return jax.nn.softmax(logits_TE, axis=-1), logits_TE
+
+
+def masked_logits(logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]) -> Float[Array, "T E"]:
+    """Logits in float32, zeros for padding tokens."""
+    # Padding may hold NaN: masked after the softmax, its gradient would be 0 * NaN.
+    return jnp.where(valid_T[:, None], logits_TE.astype(jnp.float32), 0.0)
 
 
 def fill_slots(
@@ -96,8 +157,8 @@ def fill_slots(
 ) -> Routing:
     """Builds a Routing from candidate experts and which of them are kept.
 
-    The combine weight is the router's probability, so it carries the gradient to the router; the
-    choice itself is discrete and carries none.
+    The combine weight is the router's score, so it carries the gradient to the router; the choice
+    itself is discrete and carries none.
 
     Args:
       probs_TE: router scores.
@@ -110,5 +171,17 @@ def fill_slots(
     if renormalize:
         total_T1 = jnp.sum(weight_TK, axis=-1, keepdims=True)
         weight_TK = weight_TK / jnp.where(total_T1 > 0, total_T1, 1.0)
-    expert_TK = jnp.where(keep_TK, expert_TK, probs_TE.shape[-1])
-    return Routing(expert_TK.astype(jnp.int32), weight_TK, probs_TE, logits_TE)
+    experts = probs_TE.shape[-1]
+    expert_TK = jnp.where(keep_TK, expert_TK, experts).astype(jnp.int32)
+    return Routing(expert_TK, weight_TK, probs_TE, logits_TE, experts)
+
+
+def used_first(routing: Routing) -> Routing:
+    """The same routing with empty slots behind the used ones."""
+    order_TK = jnp.argsort(~routing.used_TK, axis=-1, stable=True)
+    take = jnp.take_along_axis
+    return dataclasses.replace(
+        routing,
+        expert_TK=take(routing.expert_TK, order_TK, axis=-1),
+        weight_TK=take(routing.weight_TK, order_TK, axis=-1),
+    )

@@ -193,7 +193,7 @@ class Checkpoints:
     def config(self, step: int) -> config.Config:
         """The settings that a checkpoint was written with."""
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return config.from_config_dict(self._read(step, args)["config"])
+        return config.from_stored(self._read(step, args)["config"])
 
     def position(self, step: int) -> dict:
         """The position in the data that a checkpoint was written at."""
@@ -368,8 +368,9 @@ def check_compatible(saved: config.Config, current: config.Config, workdir: Path
     """Raises ConfigError if the run in ``workdir`` cannot go on with other settings."""
     old = {path: value for path, _, value in config.walk(saved)}
     for path, field, value in config.walk(current):
-        if value != old[path] and field.metadata["fixed_in_run"]:
+        before = old.get(path, field.default)
+        if value != before and field.metadata["fixed_in_run"]:
             raise config.ConfigError(
-                f"config.{path}={value!r} differs from {old[path]!r} of the checkpoint in "
+                f"config.{path}={value!r} differs from {before!r} of the checkpoint in "
                 f"{workdir}; set it back, or start a new run with another --workdir."
             )

@@ -14,7 +14,7 @@ from dynmoe_jax.console import warn
 from dynmoe_jax.data import Tokenizer, for_rows
 from dynmoe_jax.data.sources.document import unusable
 from dynmoe_jax.data.sources.files import shown
-from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
+from dynmoe_jax.model import Decoder, decoder_structure, variable_shapes
 from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints
 from dynmoe_jax.runs.recovery import damaged_sentence, newest_whole
 from dynmoe_jax.runs.saving.streamed import read_slices
@@ -68,7 +68,7 @@ class OpenedRun:
 
     def decoder(self) -> Decoder:
         """The model, on the first device."""
-        params = self.params(parameter_shapes(self.config.model))
+        params = self.params(variable_shapes(self.config.model))
         return nnx.merge(decoder_structure(self.config.model), params)
 
     def tokenizer(self) -> Tokenizer:
@@ -80,7 +80,7 @@ class OpenedRun:
         return read_slices(self.checkpoints.folder(self.step) / "state", path)
 
     def params(self, shapes: nnx.State) -> nnx.State:
-        """All parameters, on the first device; ``shapes`` as :func:`parameter_shapes` gives."""
+        """All variables, on the first device; ``shapes`` as :func:`variable_shapes` gives."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
         return self.checkpoints.params(self.step, jax.tree.map(shaped, shapes))

@@ -12,75 +12,69 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynmoe_jax import config
-from dynmoe_jax.model import decoder_structure
-from dynmoe_jax.training.objective import (
-    Batch,
-    BatchSums,
-    RoutingSums,
-    batch_sums,
-    loss_of,
-)
+from dynmoe_jax.training.objective import BatchSums, TrainingLoss
+from dynmoe_jax.training.objectives import Batch
+from dynmoe_jax.training.objectives.objective import valid
+from dynmoe_jax.training.trainable import split_trainable
 
-Gradients = tuple[nnx.State, tuple[dict[str, Float[Array, ""]], RoutingSums]]
-"""(gradients, (parts of the loss by name, counts))."""
+Aux = tuple[dict[str, Float[Array, ""]], BatchSums]
+"""(parts of the loss by name, sums of the batch)."""
 
 
-def make_gradients(cfg: config.Config) -> Callable[[nnx.State, Batch], Gradients]:
-    """Builds (params, batch) -> gradients of the loss of the whole batch.
+def make_gradients(
+    cfg: config.Config, structure: nnx.GraphDef, loss: TrainingLoss
+) -> Callable[..., tuple[nnx.State, Aux]]:
+    """Builds (params, batch, coefficients, key) -> gradients of the loss of the whole batch.
 
-    Over ``train.microbatches`` parts the language-model, entropy and z-losses are means over all
-    tokens, so gradients of the parts add up.  The load-balance loss multiplies two means, and how
-    much a part weighs an expert depends on all parts.  ``loss.balance_over`` chooses:
+    Over ``train.microbatches`` parts a loss that is a mean over all tokens has gradients that add
+    up.  The load-balance loss multiplies two means, and how much a part weighs an expert depends on
+    all parts; a loss says so by ``additive``.  If one does:
 
-    - ``"batch"``: one pass forward through all parts first, in which only sums are kept; then each
-      part is computed again, forward and backward.  The gradient is that of the batch in one
-      piece.
-    - ``"microbatch"``: balance is asked for within each part, weighted by its valid tokens.
+    - one pass forward through all parts comes first, in which only sums are kept; then each part is
+      computed again, forward and backward.  The gradient is that of the batch in one piece.
+    - With ``loss.balance.over="microbatch"`` balance is asked for within each part instead,
+      weighted by its valid tokens.
+
+    Args:
+      cfg: all settings.
+      structure: of the decoder.
+      loss: of the run.
     """
-    structure, parts = decoder_structure(cfg.model), cfg.train.microbatches
+    parts = cfg.train.microbatches
 
-    def sums(params: nnx.State, batch: Batch) -> BatchSums:
-        return batch_sums(nnx.merge(structure, params), batch, cfg.loss)
+    def gradients(params, batch, coefficients, key=None):
+        trained, rest = split_trainable(params, cfg.train.trainable)
 
-    def whole(params, batch):
-        def objective(params):
-            recorded = sums(params, batch)
-            total, losses = loss_of(recorded, cfg.loss)
-            return total, (losses, recorded.counts)
+        def sums(trained, part) -> BatchSums:
+            decoder = nnx.merge(structure, nnx.merge_state(trained, rest))
+            return loss.sums(decoder, part, key)
 
-        return jax.grad(objective, has_aux=True)(params)
+        def of_batch(sums_of_batch, share=1.0):
+            def objective(trained):
+                recorded = sums_of_batch(trained)
+                total, losses = loss.value(recorded, coefficients)
+                return share * total, (jax.tree.map(lambda x: share * x, losses), recorded)
 
-    def balanced_over_batch(params, batch):
-        def objective(params):
+            return jax.grad(objective, has_aux=True)(trained)
+
+        if parts == 1:
+            return of_batch(lambda trained: sums(trained, batch))
+        split = _split(batch | {"row": jnp.arange(batch["tokens"].shape[0])}, parts)
+        if not loss.additive:
             # Nothing is kept of a part: backward computes it again.
             part_sums = jax.checkpoint(
                 sums, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
             )
-            recorded = _add_up(lambda part: part_sums(params, part), _split(batch, parts))
-            total, losses = loss_of(recorded, cfg.loss)
-            return total, (losses, recorded.counts)
+            return of_batch(lambda trained: _add_up(lambda part: part_sums(trained, part), split))
+        tokens = jnp.maximum(jnp.sum(valid(batch)), 1).astype(jnp.float32)
 
-        return jax.grad(objective, has_aux=True)(params)
+        def of_part(part):
+            share = jnp.sum(valid(part), dtype=jnp.float32) / tokens
+            return of_batch(lambda trained: sums(trained, part), share)
 
-    def balanced_over_microbatch(params, batch):
-        tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
+        return _add_up(of_part, split)
 
-        def share_of(part):
-            def objective(params):
-                recorded = sums(params, part)
-                total, losses = loss_of(recorded, cfg.loss)
-                share = recorded.tokens / tokens
-                losses = jax.tree.map(lambda x: share * x, losses)
-                return share * total, (losses, recorded.counts)
-
-            return jax.grad(objective, has_aux=True)(params)
-
-        return _add_up(share_of, _split(batch, parts))
-
-    if parts == 1:
-        return whole
-    needs_batch = cfg.loss.balance_over == "batch" and cfg.loss.balance_weight
-    return balanced_over_batch if needs_batch else balanced_over_microbatch
+    return gradients
 
 
 def _split(batch: Batch, parts: int) -> Batch:

@@ -63,7 +63,7 @@ def initial_state(
         console.print(f"The model is that of {folder}, step {run.step:,}.", soft_wrap=True)
         params = run.checkpoints.params(run.step, shapes.params)
     placed = jax.tree.map(lambda x: x.sharding, shapes)
-    begin = jax.jit(partial(first_state, optimizer), out_shardings=placed, donate_argnums=0)
+    begin = jax.jit(partial(first_state, cfg, optimizer), out_shardings=placed, donate_argnums=0)
     return begin(params)
 
 
@@ -89,7 +89,7 @@ def _with_model(cfg: config.Config, model: config.Model) -> config.Config:
                 inner = inner[group]
             inner[name] = value
     settings["model"]["max_seq_len"] = max(model.max_seq_len, cfg.model.max_seq_len)
-    return config.from_config_dict(settings)
+    return config.from_stored(settings)
 
 
 def _tokenizer(cfg: config.Config, folder: Path) -> str:

@@ -1,37 +1,28 @@
-"""Objective that training minimises: sums over the tokens of a batch, and the loss made of them.
+"""Loss of a batch: the objective's value and the routing losses, made of sums over tokens.
 
 Sums add up over microbatches, so that the loss is that of the whole batch however it is cut.
 
-Axis legend: B batch, L positions, N MoE layers, E experts.
+Axis legend: B batch, L positions, N MoE layers, E experts, n layers computed by one program.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.model import Decoder, LayerRouting
-from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
-from dynmoe_jax.routing import losses
-
-Batch = dict[str, Int[Array, "B L"]]
-"""``tokens``, ``targets``, ``segment_ids`` (0 = padding) and ``positions``."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RoutingSums:
-    """Counts over tokens, for metrics.
-
-    Attributes:
-      load_NE: tokens that chose each expert.
-      dropped_N: rows dropped.
-    """
-
-    load_NE: Int[Array, "N E"]
-    dropped_N: Int[Array, "N"]
+from dynmoe_jax.model import Decoder
+from dynmoe_jax.model.inputs import TrainingInput
+from dynmoe_jax.model.layer import LayerOutput
+from dynmoe_jax.model.output import LayerSums
+from dynmoe_jax.registry import chosen
+from dynmoe_jax.routing.controllers import LayerCounts
+from dynmoe_jax.training.objectives import Batch, Objective
+from dynmoe_jax.training.objectives.objective import valid
+from dynmoe_jax.training.routing_losses import RoutingLosses, layer_counts, weighed
 
 
 @jax.tree_util.register_dataclass
@@ -40,73 +31,90 @@ class BatchSums:
     """All that the loss and the metrics of a batch are made of; microbatches add up.
 
     Attributes:
-      cross_entropy: over valid tokens, with the output z-loss in it.
-      nll: negative log-likelihood of the targets, nats; no gradient.
+      objective: sums of the objective.
       tokens: valid tokens, float32.
-      routing: what the routing losses are made of, by layer; None in a dense model.
-      counts: N = 0 in a dense model.
+      layers: sums of the MoE layers, those together that are computed by one program.
+      dropped: (token, expert) pairs left out, likewise.
     """
 
-    cross_entropy: Float[Array, ""]
-    nll: Float[Array, ""]
+    objective: Mapping[str, Array]
     tokens: Float[Array, ""]
-    routing: losses.LossSums | None
-    counts: RoutingSums
+    layers: list[LayerSums]
+    dropped: list[Int[Array, "n"]]
 
 
-def batch_sums(decoder: Decoder, batch: Batch, loss: config.Loss) -> BatchSums:
-    """The sums of one batch."""
-    valid_BL = batch["segment_ids"] > 0
-    x_BLD, routing = decoder.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
-    cross_entropy, nll_BL = cross_entropy_sums(
-        x_BLD,
-        decoder.output_DV,
-        batch["targets"],
-        valid_BL,
-        z_weight=loss.z_weight,
-        chunk_tokens=loss.chunk_tokens,
-    )
-    return BatchSums(
-        cross_entropy=cross_entropy,
-        nll=jnp.sum(nll_BL),
-        tokens=jnp.sum(valid_BL, dtype=jnp.float32),
-        routing=routing and losses.loss_sums(routing.by_layer, routing.valid_T),
-        counts=_counts(routing),
-    )
+def _sums_of_layer(output: LayerOutput) -> tuple[LayerSums, Int[Array, ""]]:
+    return output.moe.sums, output.moe.dropped
 
 
-def _counts(routing: LayerRouting | None) -> RoutingSums:
-    if routing is None:
-        return RoutingSums(jnp.zeros((0, 1), jnp.int32), jnp.zeros(0, jnp.int32))
-    return RoutingSums(routing.by_layer.load_E, routing.rows_dropped_N)
+@dataclasses.dataclass(frozen=True)
+class TrainingLoss:
+    """The loss of a run.
 
-
-def loss_of(
-    sums: BatchSums, loss: config.Loss
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """(the loss, its parts by name).
-
-    L = lm + balance_weight * balance + entropy_weight * entropy + router_z_weight * router_z, plus
-    the output z-loss (Top-P paper, section 3.2).  Every term is a mean over the valid tokens; those
-    of routing are averaged over layers.
+    Attributes:
+      objective: what is minimised over the text.
+      routing: the routing losses.
+      settings: of the loss.
     """
-    divisor = jnp.maximum(sums.tokens, 1)
-    parts = {"lm_loss": sums.nll / divisor} | _routing_losses(sums.routing, loss)
-    total = (
-        sums.cross_entropy / divisor
-        + loss.balance_weight * parts["balance_loss"]
-        + loss.entropy_weight * parts["entropy_loss"]
-        + loss.router_z_weight * parts["router_z_loss"]
-    )
-    return total, parts | {"loss": total}
 
+    objective: Objective
+    routing: RoutingLosses
+    settings: config.Loss
 
-def _routing_losses(sums: losses.LossSums | None, loss: config.Loss) -> dict[str, Float[Array, ""]]:
-    if sums is None:
-        return dict.fromkeys(("balance_loss", "entropy_loss", "router_z_loss"), jnp.float32(0))
-    by_layer = {
-        "balance_loss": losses.balance_loss(sums, loss.balance_counts),
-        "entropy_loss": losses.entropy_loss(sums),
-        "router_z_loss": losses.router_z_loss(sums),
-    }
-    return {name: jnp.mean(value_N) for name, value_N in by_layer.items()}
+    @classmethod
+    def of(cls, cfg: config.Config, decoder: Decoder) -> "TrainingLoss":
+        """The loss that the settings ask for."""
+        objective = chosen(cfg.train, "objective")
+        return cls(objective, RoutingLosses.of(cfg, decoder.moe_layers), cfg.loss)
+
+    @property
+    def additive(self) -> bool:
+        """Whether the loss of the batch is the mean of those of its microbatches."""
+        return self.objective.additive and self.routing.additive
+
+    def sums(self, decoder: Decoder, batch: Batch, key: Array | None = None) -> BatchSums:
+        """The sums of a batch.
+
+        Args:
+          decoder: the model.
+          batch: the batch; with ``row``, [B], where it is a part of one.
+          key: of the step's noise, see :func:`~dynmoe_jax.model.inputs.noise_key`.
+        """
+        rows_B = batch.get("row", jnp.arange(batch["tokens"].shape[0]))
+        x_BLD, tapped = decoder.tapped(
+            batch["tokens"],
+            batch["segment_ids"],
+            batch["positions"],
+            _sums_of_layer,
+            TrainingInput(self.routing.losses, key, rows_B),
+        )
+        return BatchSums(
+            objective=self.objective.sums(decoder, x_BLD, batch, self.settings),
+            tokens=jnp.sum(valid(batch), dtype=jnp.float32),
+            # Axes are layers, devices, and those of each sum.
+            layers=jax.tree.map(lambda x: jnp.sum(x, axis=1), [sums for sums, _ in tapped]),
+            dropped=[dropped for _, dropped in tapped],
+        )
+
+    def value(
+        self, sums: BatchSums, coefficients: Mapping[str, Any]
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """(the loss, its parts by name).
+
+        L = objective + sum over the routing losses of coefficient * loss (Top-P paper, section
+        3.2), each the mean over layers of a mean over tokens.
+
+        Args:
+          sums: of the batch.
+          coefficients: of the routing losses, by name.
+        """
+        tokens = jnp.maximum(sums.tokens, 1)
+        value, parts = self.objective.value(sums.objective)
+        by_layer = self.routing.values(sums.layers, tokens)
+        total = value + weighed(by_layer, coefficients)
+        means = {f"{name}_loss": jnp.mean(value_N) for name, value_N in by_layer.items()}
+        return total, parts | means | {"loss": total}
+
+    def counts(self, sums: BatchSums) -> LayerCounts:
+        """Counts of the MoE layers of a batch."""
+        return layer_counts(sums.layers, sums.dropped, sums.tokens, self.routing.layers)

@@ -2,6 +2,7 @@
 
 import jax
 import optax
+from flax import nnx
 
 from dynmoe_jax import config
 
@@ -60,13 +61,16 @@ def make_optimizer(
 
 
 def is_matrix(params):
-    """True for every parameter but the scales of norms and biases.
+    """True for every parameter but the scales of norms, biases, and those declared without decay.
 
     By name: they are stacked over layers, so their rank does not tell them from matrices.
     """
 
-    def of(path, _):
+    def of(path, leaf):
         name = jax.tree_util.keystr(path)
-        return "scale" not in name and "bias" not in name
+        declared = not isinstance(leaf, nnx.Variable) or leaf.get_metadata().get("decay", True)
+        decays = "scale" not in name and "bias" not in name and declared
+        return jax.tree.map(lambda _: decays, leaf)
 
-    return jax.tree.map_with_path(of, params)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return jax.tree.map_with_path(of, params, is_leaf=is_variable)

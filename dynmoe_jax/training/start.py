@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from dynmoe_jax import config
+from dynmoe_jax.data import BATCH_ARRAYS
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.make_mesh import batch_sharding, replicated, state_shardings
 from dynmoe_jax.runs.compilation import compiler_options
 from dynmoe_jax.training.health.rescue import without_old_streak
 from dynmoe_jax.training.initial_model import initial_state
-from dynmoe_jax.training.objective import Batch
+from dynmoe_jax.training.objectives import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.run import Run
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
@@ -35,7 +36,7 @@ def start(run: Run, done: int) -> tuple[Callable, TrainState]:
     """
     schedule = make_schedule(run.cfg.optimizer, run.cfg.train.steps)
     optimizer = make_optimizer(run.cfg.optimizer, schedule)
-    init = partial(init_state, run.cfg.model, optimizer)
+    init = partial(init_state, run.cfg, optimizer)
     shapes = _placed_shapes(run, init)
     train_step = _compile(run, make_train_step(run.cfg, optimizer, schedule), shapes)
     run.memory.check_step(train_step)
@@ -86,4 +87,4 @@ def _shardings(shapes: TrainState) -> TrainState:
 def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:
     shape = (cfg.train.batch_size, cfg.data.seq_len)
     array_BL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array_BL)
+    return dict.fromkeys(BATCH_ARRAYS, array_BL)

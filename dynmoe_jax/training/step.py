@@ -14,34 +14,73 @@ from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from dynmoe_jax import config
-from dynmoe_jax.model import Decoder
+from dynmoe_jax.model import Decoder, decoder_shapes
+from dynmoe_jax.model.inputs import noise_key
 from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.health.guard import Guard, new_guard, watch
-from dynmoe_jax.training.objective import Batch
+from dynmoe_jax.training.objective import TrainingLoss
+from dynmoe_jax.training.objectives import Batch
+from dynmoe_jax.training.router_states import moe_feed_forwards, with_next_states
+from dynmoe_jax.training.routing_losses import Controllers, RoutingLosses
+from dynmoe_jax.training.trainable import split_trainable
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes."""
+    """Everything that a step changes.
+
+    Attributes:
+      step: steps done.
+      params: variables of the decoder: parameters, and states of routers.
+      optimizer: of the trainable parameters.
+      guard: against losses and gradients that are not finite.
+      controllers: of the coefficients of routing losses.
+    """
 
     step: Int[Array, ""]
     params: nnx.State
     optimizer: optax.OptState
     guard: Guard = dataclasses.field(default_factory=new_guard)
+    controllers: Controllers = dataclasses.field(default_factory=dict)
 
 
 def init_state(
-    model: config.Model, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+    cfg: config.Config, optimizer: optax.GradientTransformation, key: PRNGKeyArray
 ) -> TrainState:
     """The state before the first step; the same key gives the same parameters on any mesh."""
-    params = nnx.state(Decoder(model, rngs=nnx.Rngs(params=key)), nnx.Param)
-    return first_state(optimizer, params)
+    return first_state(cfg, optimizer, nnx.state(Decoder(cfg.model, rngs=nnx.Rngs(params=key))))
 
 
-def first_state(optimizer: optax.GradientTransformation, params: nnx.State) -> TrainState:
-    """The state before the first step, around parameters that are there."""
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+def first_state(
+    cfg: config.Config, optimizer: optax.GradientTransformation, params: nnx.State
+) -> TrainState:
+    """The state before the first step, around variables of a decoder that are there."""
+    trained, _ = split_trainable(params, cfg.train.trainable)
+    layers = decoder_shapes(cfg.model).moe_layers
+    controllers = RoutingLosses.of(cfg, layers).initial()
+    return TrainState(jnp.int32(0), params, optimizer.init(trained), controllers=controllers)
+
+
+class StepGradients:
+    """Computes (state, batch) -> (gradients, (parts of the loss, sums of the batch)).
+
+    Args:
+      cfg: all settings.
+    """
+
+    def __init__(self, cfg: config.Config):
+        decoder = decoder_shapes(cfg.model)
+        self.structure = nnx.graphdef(decoder)
+        self.loss = TrainingLoss.of(cfg, decoder)
+        self._seed, self._compute = cfg.seed, make_gradients(cfg, self.structure, self.loss)
+        self._draws = any("noise" in layer.router.reads for layer in moe_feed_forwards(decoder))
+
+    def __call__(self, state: TrainState, batch: Batch):
+        """Computes the gradients of the trainable parameters at a step."""
+        coefficients = self.loss.routing.coefficients(state.controllers, state.step)
+        key = noise_key(self._seed, state.step) if self._draws else None
+        return self._compute(state.params, batch, coefficients, key)
 
 
 def make_train_step(
@@ -53,21 +92,31 @@ def make_train_step(
 
     Metrics stay on the device: scalars by name, and ``load_NE``.
 
-    Where the loss or a gradient is not finite, parameters and optimizer stay bit for bit what they
-    were, and the optimizer counts no step; the training step and the data go on.
+    Where the loss or a gradient is not finite, parameters, router states, optimizer and controllers
+    stay bit for bit what they were, and the optimizer counts no step; the training step and the
+    data go on.
     """
-    batch_gradients = make_gradients(cfg)
+    step_gradients = StepGradients(cfg)
+    loss, structure = step_gradients.loss, step_gradients.structure
 
     def train_step(state: TrainState, batch: Batch):
-        gradients, (parts, counts) = batch_gradients(state.params, batch)
+        gradients, (parts, sums) = step_gradients(state, batch)
+        counts = loss.counts(sums)
         grad_norm = optax.global_norm(gradients)
         update, guard = watch(state.guard, parts["loss"], grad_norm, cfg.train)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, optimizer_state = jax.tree.map(
+
+        trained, rest = split_trainable(state.params, cfg.train.trainable)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
+        params = nnx.merge_state(optax.apply_updates(trained, updates), rest)
+        params, revised = with_next_states(structure, params, [s.measured for s in sums.layers])
+        if revised is not None:
+            optimizer_state = _without_moments(optimizer, optimizer_state, revised, cfg)
+        controllers = loss.routing.update(state.controllers, counts)
+
+        params, optimizer_state, controllers = jax.tree.map(
             partial(jnp.where, update),
-            (params, optimizer_state),
-            (state.params, state.optimizer),
+            (params, optimizer_state, controllers),
+            (state.params, state.optimizer, state.controllers),
         )
         metrics = parts | {
             "grad_norm": grad_norm,
@@ -79,6 +128,20 @@ def make_train_step(
             "load_NE": counts.load_NE,
             "rows_dropped": jnp.sum(counts.dropped_N),
         }
-        return TrainState(state.step + 1, params, optimizer_state, guard), metrics
+        coefficients = loss.routing.coefficients(state.controllers, state.step)
+        for name in loss.routing.controllers:
+            metrics[f"{name}_coefficient"] = jnp.mean(coefficients[name])
+        return TrainState(state.step + 1, params, optimizer_state, guard, controllers), metrics
 
     return train_step
+
+
+def _without_moments(optimizer, optimizer_state, revised: nnx.State, cfg: config.Config):
+    """The optimizer's state with zeros for the moments of the parameters that are marked."""
+    marks, _ = split_trainable(revised, cfg.train.trainable)
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda moment, mark: jnp.zeros_like(moment) if mark else moment,
+        optimizer_state,
+        marks,
+    )

@@ -14,7 +14,8 @@ from dynmoe_jax.mesh.collectives import keep_all_but_gathered
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.components import rms_norm
 from dynmoe_jax.model.decoder import Layer
-from dynmoe_jax.model.rotary import TokenPositions, rotary_table, rotate
+from dynmoe_jax.model.inputs import TokenPositions
+from dynmoe_jax.model.rotary import rotary_table, rotate
 
 B, L = 2, 7
 

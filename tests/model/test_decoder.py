@@ -14,7 +14,7 @@ from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.model.decoder import groups_at_a_time
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
-from dynmoe_jax.model.rotary import TokenPositions
+from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.routing import ROUTERS, TopP
 from tests.close import assert_close
 

@@ -12,7 +12,7 @@ from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.flops import forward_flops
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
-from dynmoe_jax.model.rotary import TokenPositions
+from dynmoe_jax.model.inputs import TokenPositions
 
 T, D = 6, 16
 X_TD = np.random.default_rng(4).normal(size=(T, D)).astype(np.float32)

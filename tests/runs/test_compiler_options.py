@@ -26,7 +26,7 @@ def lowered():
     cfg = settings(preset, cases(preset)["top_2"])
     schedule = make_schedule(cfg.optimizer, cfg.train.steps)
     optimizer = make_optimizer(cfg.optimizer, schedule)
-    init = lambda key: init_state(cfg.model, optimizer, key)  # noqa: E731
+    init = lambda key: init_state(cfg, optimizer, key)  # noqa: E731
     shapes = jax.eval_shape(init, jax.random.key(0))
     step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
     return step.lower(shapes, batch_of(draw_tokens(preset)))

@@ -64,7 +64,7 @@ def test_biases_come_along(settings, change, tokenizer, tmp_path):
     cfg = change(settings, train__init_from=str(parent))
     cfg = with_initial_model(cfg, tmp_path / "new")
     optimizer = optax.sgd(0.1)
-    shapes = jax.eval_shape(partial(init_state, cfg.model, optimizer), jax.random.key(0))
+    shapes = jax.eval_shape(partial(init_state, cfg, optimizer), jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     begun = initial_state(cfg, optimizer, shapes).params

@@ -52,7 +52,7 @@ def loss_curve(transport, experts, devices):
     schedule = make_schedule(cfg.optimizer, STEPS)
     optimizer = make_optimizer(cfg.optimizer, schedule)
     with jax.set_mesh(mesh):
-        init = lambda key: init_state(cfg.model, optimizer, key)  # noqa: E731
+        init = lambda key: init_state(cfg, optimizer, key)  # noqa: E731
         placed = state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
         state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
         step = make_train_step(cfg, optimizer, schedule)

@@ -42,7 +42,7 @@ def module(request):
     mesh = make_mesh(config.Mesh(data=2, expert=2, model=2), B, jax.devices()[:8])
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, 10))
-        state = jax.eval_shape(lambda: init_state(cfg.model, optimizer, jax.random.key(0)))
+        state = jax.eval_shape(lambda: init_state(cfg, optimizer, jax.random.key(0)))
         shapes = state.params
         placed = state_shardings(shapes, mesh)
         params = jax.tree.map(

@@ -54,7 +54,7 @@ def draw_batch():
 def one_step(cfg, batch, mesh=None):
     schedule = make_schedule(cfg.optimizer, cfg.train.steps)
     optimizer = make_optimizer(cfg.optimizer, schedule)
-    state = init_state(cfg.model, optimizer, jax.random.key(0))
+    state = init_state(cfg, optimizer, jax.random.key(0))
     step = make_train_step(cfg, optimizer, schedule)
     if mesh is None:
         return jax.jit(step)(state, batch)

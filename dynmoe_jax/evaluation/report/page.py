@@ -72,8 +72,7 @@ def _lead(config: Config, summary: Summary) -> str:
     model, moe = config.model, config.model.moe
     kind = "dense feed-forwards"
     if moe.every_n_layers:
-        rule = {"top_p": f"top-p {moe.top_p:g}", "top_k": f"top-{moe.top_k}"}[moe.router]
-        kind = f"{moe.num_experts} experts per MoE layer, {rule} routing"
+        kind = f"{moe.num_experts} experts per MoE layer, {moe.route.describe()} routing"
     done = f"{summary.step:,} of {summary.steps:,} steps" if not summary.complete else "complete"
     return (
         f'<p class="lead">{model.num_layers} layers of width {model.width}, {escaped(kind)}. '

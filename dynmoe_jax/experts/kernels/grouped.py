@@ -30,10 +30,6 @@ from dynmoe_jax.experts.kernels.swiglu import SwiGLU, plain_swiglu
 from dynmoe_jax.experts.rows import Rows
 from dynmoe_jax.experts.weights import ExpertWeights
 
-USUAL_ROWS_PER_TOKEN = 2.0
-"""Rows per token that memory is laid out for with top-p, somewhat more than the paper's mean
-(docs/measurements.md: paper-experts-per-token)."""
-
 
 def ragged_experts(
     x_TD: Float[Array, "T D"],
@@ -41,8 +37,8 @@ def ragged_experts(
     weights: ExpertWeights,
     *,
     products: GroupedProducts,
-    saved_rows_per_token: float = USUAL_ROWS_PER_TOKEN,
-    usual_rows_per_token: float = USUAL_ROWS_PER_TOKEN,
+    saved_rows_per_token: float = 2.0,
+    usual_rows_per_token: float = 2.0,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """y_t = sum over the rows of token t of weight * expert(x_t).
 

@@ -10,9 +10,6 @@ from dynmoe_jax.hardware.target import Target, current_target
 
 SETTING = "config.model.moe.transport"
 PLATFORMS = {"ragged_all_to_all": ("gpu", "tpu")}
-EXPECTED_EXPERTS_PER_TOKEN = 1.76
-"""Mean of the paper's model (table 2), for routers that choose a number."""
-
 WORTH_IT = 0.5
 """Share of the ring's bytes from which on an exchange is not used: its small messages, and
 slots that are computed from the routing, cost what a ring does not.  Not measured."""
@@ -44,7 +41,7 @@ def choose_transport(moe: config.MoE, target: Target, devices: int) -> str:
     Raises:
       ConfigError: what was asked for does not run on ``target``.
     """
-    expected = moe.top_k if moe.router == "top_k" else EXPECTED_EXPERTS_PER_TOKEN
+    expected = moe.route.bounds(moe.num_experts).expected
     share = device_visits(expected, devices) / max(1, devices - 1)
     if moe.tokens_per_pair:
         candidates = ("all_to_all",)

@@ -5,6 +5,7 @@ width of an expert.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -12,11 +13,19 @@ from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.experts.backend import Backend
 from dynmoe_jax.experts.parallel.transport import Transport
-from dynmoe_jax.experts.rows import row_bound, rows_from_slots, within_budget
+from dynmoe_jax.experts.rows import rows_from_slots, slots_of
 from dynmoe_jax.experts.weights import ExpertWeights
 from dynmoe_jax.mesh.axes import BATCH, EXPERT, MODEL, mesh_sizes, on_one_device, parameter_spec
 from dynmoe_jax.mesh.collectives import each_device, gathered_experts, gathered_halves, sum_over
 from dynmoe_jax.routing import Routing
+
+RowBound = Callable[[int, int], int]
+"""(T, T K) -> R: most rows of T tokens, given how many slots they have."""
+
+
+def all_rows(tokens: int, slots: int) -> int:
+    """The bound of a routing that keeps to none."""
+    return slots
 
 
 def apply_experts(
@@ -24,7 +33,7 @@ def apply_experts(
     routing: Routing,
     weights: ExpertWeights,
     backend: Backend,
-    rows_per_token: float = 0.0,
+    row_bound: RowBound = all_rows,
     transport: Transport | None = None,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """Sends every token to its experts and combines what they return.
@@ -39,14 +48,14 @@ def apply_experts(
       routing: their routing.
       weights: all experts.
       backend: expert compute.
-      rows_per_token: row budget, see :func:`within_budget`; it holds for the tokens of each device.
+      row_bound: most rows of the tokens of a device, which the routing keeps to.
       transport: between devices that have different experts; needed if the mesh has such.
 
     Returns:
       y_TD, and the number of rows dropped over all devices.
     """
     if on_one_device():
-        return _local(x_TD, routing, weights, backend, rows_per_token)
+        return _local(x_TD, routing, weights, backend, row_bound)
     sizes = mesh_sizes()
     specs = ExpertWeights(
         parameter_spec("gate_up_ED2F", weights.gate_up_ED2F.shape, sizes),
@@ -59,9 +68,7 @@ def apply_experts(
             # All but the first axis: each device keeps its own experts.
             gathered_experts(weights.down_EFD, P(None, *specs.down_EFD[1:])),
         )
-        y_TD, dropped = _local(
-            x_TD, routing, weights, backend, rows_per_token, sizes[EXPERT], transport
-        )
+        y_TD, dropped = _local(x_TD, routing, weights, backend, row_bound, sizes[EXPERT], transport)
         if sizes[MODEL] > 1:
             y_TD = sum_over(y_TD, MODEL)
         return y_TD, jax.lax.psum(dropped, BATCH)
@@ -71,11 +78,10 @@ def apply_experts(
 
 
 def _local(
-    x_TD, routing, weights, backend, rows_per_token, devices=1, transport=None
+    x_TD, routing, weights, backend, row_bound, devices=1, transport=None
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """(y_TD, rows dropped) of the tokens of one device, with experts on several ``devices``."""
-    bound = row_bound(*routing.expert_TK.shape, rows_per_token)
-    slots, dropped = within_budget(routing, bound)
+    bound, slots = row_bound(routing.expert_TK.shape[0], routing.expert_TK.size), slots_of(routing)
 
     def compute(x_SD, slots):
         # All tokens of all devices may choose the experts of this one.
@@ -84,5 +90,4 @@ def _local(
         share = x_TD.shape[0] / x_SD.shape[0]
         return backend(x_SD, dataclasses.replace(rows, share=share), weights)
 
-    y_TD, more = compute(x_TD, slots) if devices == 1 else transport(x_TD, slots, compute)
-    return y_TD, dropped + more
+    return compute(x_TD, slots) if devices == 1 else transport(x_TD, slots, compute)

@@ -62,9 +62,8 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
             router="top_k",
             num_experts=hf["n_routed_experts"],
             hidden_width=hf["moe_intermediate_size"],
-            top_k=k,
             # The released code does not renormalise the weight of one expert.
-            renormalize=hf["norm_topk_prob"] and k > 1,
+            top_k={"k": k, "renormalize": hf["norm_topk_prob"] and k > 1},
             # Its shared experts are one feed-forward as wide as all of them.
             shared_hidden_width=hf["n_shared_experts"] * hf["moe_intermediate_size"],
             **grouping([i for i in range(first, layers) if i % frequency == 0], layers),
@@ -87,8 +86,8 @@ def model_to_hf(model: config.Model) -> dict[str, Any]:
         "moe_intermediate_size": model.moe.hidden_width,
         "n_routed_experts": model.moe.num_experts,
         "n_shared_experts": model.moe.shared_hidden_width // model.moe.hidden_width or None,
-        "num_experts_per_tok": model.moe.top_k,
-        "norm_topk_prob": model.moe.renormalize,
+        "num_experts_per_tok": model.moe.top_k.k,
+        "norm_topk_prob": model.moe.top_k.renormalize,
         "scoring_func": "softmax",
         "first_k_dense_replace": sparse[0] if sparse else model.num_layers,
         "moe_layer_freq": model.moe.every_n_layers or 1,

@@ -59,8 +59,7 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
             router="top_p",
             num_experts=hf["num_experts"],
             hidden_width=hf.get("moe_intermediate_size") or hf["intermediate_size"],
-            top_p=hf["top_p_threshold"],
-            renormalize=hf["norm_topk_prob"],
+            top_p={"threshold": hf["top_p_threshold"], "renormalize": hf["norm_topk_prob"]},
             every_n_layers=hf["expert_frequency"],
         ),
     )
@@ -79,8 +78,8 @@ def model_to_hf(model: config.Model) -> dict[str, Any]:
         "intermediate_size": model.hidden_width,
         "moe_intermediate_size": model.moe.hidden_width,
         "num_experts": model.moe.num_experts,
-        "top_p_threshold": model.moe.top_p,
-        "norm_topk_prob": model.moe.renormalize,
+        "top_p_threshold": model.moe.top_p.threshold,
+        "norm_topk_prob": model.moe.top_p.renormalize,
         "expert_frequency": model.moe.every_n_layers,
     }
 

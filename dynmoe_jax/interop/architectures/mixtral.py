@@ -40,8 +40,7 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
             router="top_k",
             num_experts=hf["num_local_experts"],
             hidden_width=hf["intermediate_size"],
-            top_k=hf["num_experts_per_tok"],
-            renormalize=True,
+            top_k={"k": hf["num_experts_per_tok"], "renormalize": True},
         ),
     )
 
@@ -53,7 +52,7 @@ def model_to_hf(model: config.Model) -> dict[str, Any]:
         "model_type": "mixtral",
         "intermediate_size": model.moe.hidden_width,
         "num_local_experts": model.moe.num_experts,
-        "num_experts_per_tok": model.moe.top_k,
+        "num_experts_per_tok": model.moe.top_k.k,
         "sliding_window": None,
     }
 

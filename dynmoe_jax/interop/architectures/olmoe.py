@@ -48,8 +48,7 @@ def model_from_hf(settings: Mapping[str, Any]) -> config.Model:
             router="top_k",
             num_experts=hf["num_experts"],
             hidden_width=hf["intermediate_size"],
-            top_k=hf["num_experts_per_tok"],
-            renormalize=hf["norm_topk_prob"],
+            top_k={"k": hf["num_experts_per_tok"], "renormalize": hf["norm_topk_prob"]},
         ),
     )
 
@@ -61,8 +60,8 @@ def model_to_hf(model: config.Model) -> dict[str, Any]:
         "model_type": "olmoe",
         "intermediate_size": model.moe.hidden_width,
         "num_experts": model.moe.num_experts,
-        "num_experts_per_tok": model.moe.top_k,
-        "norm_topk_prob": model.moe.renormalize,
+        "num_experts_per_tok": model.moe.top_k.k,
+        "norm_topk_prob": model.moe.top_k.renormalize,
         "clip_qkv": None,
     }
 

@@ -12,6 +12,7 @@ from dynmoe_jax.interop.architectures.mixtral import MIXTRAL
 from dynmoe_jax.interop.architectures.moe_layers import moe_layers
 from dynmoe_jax.interop.architectures.olmoe import OLMOE
 from dynmoe_jax.interop.architectures.qwen2_moe import QWEN2_MOE
+from dynmoe_jax.registry import idle_kinds
 from dynmoe_jax.runs.errors import CheckpointError
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -77,6 +78,6 @@ def _has_no_effect(path: str, model: config.Model) -> bool:
         return True
     if path == "hidden_width":
         return len(moe_layers(model)) == model.num_layers
-    if path in ("moe.top_k", "moe.top_p"):
-        return path != f"moe.{model.moe.router}" or not moe_layers(model)
+    if any(path.startswith(f"moe.{name}.") for _, name, _ in idle_kinds(model.moe)):
+        return True
     return path.startswith("moe.") and not moe_layers(model)

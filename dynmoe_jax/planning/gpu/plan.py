@@ -301,5 +301,5 @@ def _state_shapes(cfg: config.Config, sizes: dict[str, int]) -> TrainState:
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
     )
     optimizer = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
-    shapes = jax.eval_shape(lambda: init_state(cfg.model, optimizer, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_state(cfg, optimizer, jax.random.key(0)))
     return with_shardings(shapes, state_shardings(shapes, mesh))

@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.routing import make_router
 
 _NEAR = 0.02
 """Share of the way between one expert per token and the bound: so near to an end counts as at
@@ -26,7 +25,7 @@ class CollapseWatch:
 
     def __init__(self, cfg: config.Config, step: int):
         self._moe, self._after, self._begun = cfg.model.moe, cfg.train.collapse_steps, step
-        self._bound = make_router(self._moe).slots
+        self._bounds = self._moe.route.bounds(self._moe.num_experts)
         self._used_at_NE: Int[np.ndarray, "N E"] | None = None
         self._clear_at: dict[str, int] = {}
         self._said: set[str] = set()
@@ -56,27 +55,27 @@ class CollapseWatch:
             return ""
         return (
             f"{_listed(unused_NE)} for at least {self._after:,} steps; raise "
-            "config.loss.balance_weight, lower config.optimizer.learning_rate, or have fewer "
+            "config.loss.balance.weight, lower config.optimizer.learning_rate, or have fewer "
             f"experts than config.model.moe.num_experts={self._moe.num_experts}."
         )
 
     def _at_an_end(self, step: int, mean: float) -> dict[str, str]:
         """Warnings by sign, for a router that may choose how many experts a token uses."""
-        if self._moe.router != "top_p" or self._bound < 2:
+        fewest, most = self._bounds.fewest, self._bounds.slots
+        if fewest == most:
             return {}
-        way = (mean - 1) / (self._bound - 1)
+        way = (mean - fewest) / (most - fewest)
         found = {}
-        used = f"tokens have used {mean:.2f} of at most {self._bound} experts for {self._after:,}"
-        p = f"config.model.moe.top_p={self._moe.top_p:g}"
+        used = f"tokens have used {mean:.2f} of at most {most} experts for {self._after:,}"
+        advice = self._moe.route.advice
         if self._lasts("most", way >= 1 - _NEAR, step):
             found["most"] = (
-                f"{used} steps, so the router tells no expert from another; raise "
-                f"config.loss.entropy_weight or config.optimizer.learning_rate, or lower {p}."
+                f"{used} steps, so the router tells no expert from another; {advice('fewer')}."
             )
         if self._lasts("fewest", way <= _NEAR, step):
             found["fewest"] = (
-                f"{used} steps, so the router is sure of one for every token; lower "
-                f"config.loss.entropy_weight, raise config.loss.balance_weight, or raise {p}."
+                f"{used} steps, so the router is sure of {fewest} for every token; "
+                f"{advice('more')}."
             )
         return found
 

@@ -19,7 +19,6 @@ from dynmoe_jax.command_line import EXIT_OUT_OF_MEMORY
 from dynmoe_jax.mesh.axes import batch_devices
 from dynmoe_jax.mesh.make_mesh import bytes_per_device
 from dynmoe_jax.model.parameters import count_parameters
-from dynmoe_jax.routing import make_router
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state
 
@@ -105,7 +104,7 @@ class Memory:
           OutOfMemory: state and gradients need more than there is.
         """
         sizes = tuple(self._sizes.items())
-        state, gradients = _state_bytes(self._cfg.model, self._cfg.optimizer, sizes)
+        state, gradients = _state_bytes(self._cfg, sizes)
         tokens = self._cfg.train.batch_size * self._cfg.data.seq_len // self._devices
         stream = 4 * self._cfg.model.width * tokens // self._cfg.train.microbatches
         snapshot = state if jax.default_backend() == "cpu" else 0
@@ -201,9 +200,10 @@ def advice(need: Need, limit: int, cfg: config.Config, data_devices: int) -> str
     devices = data_devices * max(1, math.ceil(of_tokens / max(room, 1)))
     if sequences > 1 and cfg.train.batch_size % (devices * cfg.train.microbatches) == 0:
         ways.append(f"share the batch among {devices} devices (config.mesh.data)")
-    slots = make_router(cfg.model.moe).slots if cfg.model.moe.every_n_layers else 1
-    if slots > 2 and not cfg.model.moe.rows_per_token:
-        ways.append(f"bound config.model.moe.rows_per_token, now {slots}, at 2")
+    moe = cfg.model.moe
+    slots = moe.route.bounds(moe.num_experts).slots if moe.every_n_layers else 1
+    if slots > 2 and not moe.transforms:
+        ways.append(f"set config.model.moe.transforms='row_budget': 2 rows a token, not {slots}")
     if not ways:
         length = max(2, int(cfg.data.seq_len * room / max(of_tokens, 1)))
         ways.append(f"lower config.data.seq_len from {cfg.data.seq_len} to {length}")
@@ -267,12 +267,10 @@ def _largest(model_of: Callable[[int], config.Model], affordable: float, now: in
 
 
 @functools.lru_cache(maxsize=16)
-def _state_bytes(
-    model: config.Model, settings: config.Optimizer, sizes: tuple[tuple[str, int], ...]
-) -> tuple[int, int]:
+def _state_bytes(cfg: config.Config, sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:
     """Bytes that one device has of the state, and of the parameters in it."""
-    optimizer = make_optimizer(settings, make_schedule(settings, steps=1))
-    init = partial(init_state, model, optimizer)
+    optimizer = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, steps=1))
+    init = partial(init_state, cfg, optimizer)
     state = jax.eval_shape(init, jax.random.key(0))
     return bytes_per_device(state, dict(sizes)), bytes_per_device(state.params, dict(sizes))
 

@@ -19,7 +19,7 @@ from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
 from dynmoe_jax.model.layer import LayerOutput
 from dynmoe_jax.model.walk import walk
-from dynmoe_jax.training.objective import Batch
+from dynmoe_jax.training.objectives import Batch
 from dynmoe_jax.training.step import TrainState
 
 _UNNAMED = ("first_groups", "groups", "layers", "value")

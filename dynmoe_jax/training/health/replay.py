@@ -7,6 +7,7 @@ Reads what the run kept in ``WORKDIR/not_finite/STEP``; nothing is written.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.table import Table
 from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console
-from dynmoe_jax.data import DataError, kept_tokenizer
+from dynmoe_jax.data import BATCH_ARRAYS, DataError, kept_tokenizer
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.runs.formatting import printable
 from dynmoe_jax.training.health.nan_report import (
@@ -32,9 +33,9 @@ from dynmoe_jax.training.health.nan_report import (
     check_state,
 )
 from dynmoe_jax.training.health.rescue import ARRAYS, FOLDER, SETTINGS
-from dynmoe_jax.training.objective import Batch, batch_sums, loss_of
+from dynmoe_jax.training.objectives import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.step import TrainState, init_state
+from dynmoe_jax.training.step import StepGradients, TrainState, init_state
 
 _LISTED = 8
 _EXCERPT = 80
@@ -61,7 +62,7 @@ def replay(workdir: Path, step: int | None = None) -> list[ArrayCheck]:
     forward, nll_BL = check_forward(decoder, batch, cfg.loss)
     bad_forward = _show("Forward", forward)
     _print_sequences(workdir, batch, np.asarray(nll_BL))
-    gradients, parts = _gradients(decoder, batch, cfg)
+    gradients, parts = _gradients(cfg, state, batch)
     bad_loss = _show("Loss", check_loss(parts))
     bad_backward = _show("Gradients, from the last layer back", check_backward(gradients))
     found = [*bad_state, *bad_forward, *bad_loss, *bad_backward]
@@ -88,13 +89,12 @@ def _load(folder: Path) -> tuple[config.Config, TrainState, Batch]:
     """Settings, state and batch, on the first device."""
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        cfg = config.from_config_dict(settings)
+        cfg = config.from_stored(settings)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         optimizer = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
-        state = jax.eval_shape(lambda key: init_state(cfg.model, optimizer, key), jax.random.key(0))
+        state = jax.eval_shape(lambda key: init_state(cfg, optimizer, key), jax.random.key(0))
         array_BL = jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len), jnp.int32)
-        names = ("tokens", "targets", "segment_ids", "positions")
-        like = {"state": state, "batch": dict.fromkeys(names, array_BL)}
+        like = {"state": state, "batch": dict.fromkeys(BATCH_ARRAYS, array_BL)}
         shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
         with ocp.StandardCheckpointer() as reader:
             arrays = reader.restore((folder / ARRAYS).absolute(), jax.tree.map(shaped, like))
@@ -106,14 +106,12 @@ def _load(folder: Path) -> tuple[config.Config, TrainState, Batch]:
     return cfg, arrays["state"], arrays["batch"]
 
 
-def _gradients(decoder, batch: Batch, cfg: config.Config):
+def _gradients(cfg: config.Config, state: TrainState, batch: Batch):
     """(gradients by parameter, parts of the loss), of the whole batch at once."""
-    structure, params = nnx.split(decoder, nnx.Param)
-
-    def objective(params):
-        return loss_of(batch_sums(nnx.merge(structure, params), batch, cfg.loss), cfg.loss)
-
-    return jax.jit(jax.grad(objective, has_aux=True))(params)
+    train = dataclasses.replace(cfg.train, microbatches=1)
+    step = StepGradients(dataclasses.replace(cfg, train=train))
+    gradients, (parts, _) = jax.jit(step)(state, batch)
+    return gradients, parts
 
 
 def _show(title: str, checked: list[ArrayCheck]) -> list[ArrayCheck]:

@@ -56,7 +56,7 @@ def setup(request):
     cfg = dataclasses.replace(CONFIG, train=train)
     schedule = make_schedule(cfg.optimizer, cfg.train.steps)
     optimizer = make_optimizer(cfg.optimizer, schedule)
-    state = init_state(cfg.model, optimizer, jax.random.key(0))
+    state = init_state(cfg, optimizer, jax.random.key(0))
     embedding = state.params["embedding_VD"]
     embedding[...] = embedding[...].at[POISONED].set(jnp.nan)
     step = jax.jit(make_train_step(cfg, optimizer, schedule))

@@ -21,7 +21,8 @@ from dynmoe_jax.model.kernels.attention.flat import (
     flat_obstacle,
 )
 from dynmoe_jax.model.kernels.attention.flat_heads import Heads
-from dynmoe_jax.model.rotary import TokenPositions, rotary_table, rotate
+from dynmoe_jax.model.inputs import TokenPositions
+from dynmoe_jax.model.rotary import rotary_table, rotate
 from tests.close import assert_close
 
 B, L, THETA = 2, 384, 10000.0  # three tiles of 128

@@ -1,0 +1,82 @@
+"""Inputs of a layer beside the residual stream.
+
+Axis legend: B batch, L positions, R lanes of the rotary table.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from dynmoe_jax.routing.losses import RoutingLoss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingInput:
+    """Inputs that layers have in training alone.
+
+    Attributes:
+      losses: (name, routing loss) of those whose sums leave the layers.
+      key: of the step, from :func:`noise_key`; None: no router draws anything.
+      row_B: rows of the sequences in the whole batch, whatever part of it this is.
+      layer: number of the layer in the decoder.
+    """
+
+    losses: tuple[tuple[str, RoutingLoss], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+    key: UInt32[Array, "2"] | None = None
+    row_B: Int[Array, "B"] | None = None
+    layer: Int[Array, ""] | int = 0
+
+    def at(self, layer: Int[Array, ""] | int) -> "TrainingInput":
+        """The inputs of another layer."""
+        return dataclasses.replace(self, layer=layer)
+
+    def key_T(self, length: int) -> UInt32[Array, "T 2"]:
+        """A key of each token: of seed, step, layer, row of the batch and position.
+
+        The same on every mesh, and however the batch is cut into microbatches.
+        """
+        base = jax.random.fold_in(jax.random.wrap_key_data(self.key), self.layer)
+
+        def of_token(row, position):
+            return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(base, row), position))
+
+        rows, positions = self.row_B, jnp.arange(length)
+        keys_BL2 = jax.vmap(jax.vmap(of_token, (None, 0)), (0, None))(rows, positions)
+        return keys_BL2.reshape(-1, 2)
+
+
+def noise_key(seed: int, step: Int[Array, ""]) -> UInt32[Array, "2"]:
+    """The key of a step, from which all noise of routers follows; nothing of it is stored."""
+    # A purpose of its own: parameters and samples draw from the seed as well.
+    key = jax.random.fold_in(jax.random.key(seed), 0x6E6F6973)
+    return jax.random.key_data(jax.random.fold_in(key, step))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenPositions:
+    """The tokens of a batch, as every layer may read them.
+
+    Attributes:
+      segment_ids_BL: which document a position belongs to; 0 is padding.
+      rotary_BLR: :func:`~dynmoe_jax.model.rotary.rotary_table` of the positions within the
+        documents.
+      token_ids_BL: ids, for routers that read them.
+      training: None when evaluating or generating.
+    """
+
+    segment_ids_BL: Int[Array, "B L"]
+    rotary_BLR: Float[Array, "B L R"]
+    token_ids_BL: Int[Array, "B L"] | None = None
+    training: TrainingInput | None = None
+
+    def at_layer(self, layer: Int[Array, ""] | int) -> "TokenPositions":
+        """The inputs of a layer by its number."""
+        if self.training is None:
+            return self
+        return dataclasses.replace(self, training=self.training.at(layer))

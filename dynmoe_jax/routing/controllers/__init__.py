@@ -1,0 +1,5 @@
+"""Controllers of the coefficients of losses, one file each; importing the room registers them."""
+
+from dynmoe_jax.routing.controllers.controller import Controller, LayerCounts
+
+__all__ = ["Controller", "LayerCounts"]

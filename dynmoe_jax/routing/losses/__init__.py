@@ -1,0 +1,6 @@
+"""Losses that shape a router, one file each; importing the room registers them."""
+
+from dynmoe_jax.routing.losses import balance, entropy, router_z
+from dynmoe_jax.routing.losses.loss import RoutingLoss, coefficients
+
+__all__ = ["RoutingLoss", "balance", "coefficients", "entropy", "router_z"]

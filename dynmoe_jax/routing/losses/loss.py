@@ -1,0 +1,87 @@
+"""Interface of routing losses, and their registry.
+
+A routing loss is a function of sums over tokens, which add up: over devices and over microbatches.
+So it is that of the whole batch, however the batch is cut: an expert that is busy on one device and
+idle on all others is not overloaded.
+
+Axis legend: T tokens, E experts; * axes in front (layers).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dynmoe_jax.fields import AUTO, free_setting
+from dynmoe_jax.registry import CONTROLLERS, choice
+from dynmoe_jax.routing.router import Params, RouterInput
+
+weight_setting = partial(free_setting, AUTO, low=0.0, auto=True)
+"""Declares the coefficient of a loss; auto: what the router declares."""
+
+controller_setting = partial(
+    choice,
+    CONTROLLERS,
+    "",
+    "who sets the coefficient while training; empty = it stays the weight",
+    optional=True,
+    defines_model=False,
+    fixed_in_run=True,
+)
+"""Declares the controller of a loss."""
+
+
+class RoutingLoss:
+    """A routing loss: a frozen dataclass whose fields are its settings, ``weight`` the first.
+
+    Attributes:
+      weight: coefficient; AUTO: what the router declares in ``losses``.
+      needs: facts that the router has to give, see :attr:`dynmoe_jax.routing.router.Router.gives`.
+      additive: whether the loss of a batch is the mean of those of its microbatches, weighted by
+        tokens.  If not, the gradient sees the sums of the whole batch first.
+    """
+
+    weight: float
+    needs: ClassVar[frozenset[str]] = frozenset()
+    additive: ClassVar[bool] = True
+
+    def sums(self, routing: Any, given: RouterInput, params: Params) -> Mapping[str, Array]:
+        """Sums over the valid tokens of one layer; padding counts nowhere.
+
+        A loss of parameters alone returns itself times the number of valid tokens.
+        """
+        raise NotImplementedError
+
+    def value(self, sums: Mapping[str, Array], tokens: Float[Array, ""]) -> Float[Array, "*"]:
+        """The loss of each layer.
+
+        Args:
+          sums: of all tokens; axes in front of their own are layers.
+          tokens: valid ones, at least 1.
+        """
+        raise NotImplementedError
+
+
+def over_tokens(value_TX: Float[Array, "T X"], valid_T: Bool[Array, "T"]) -> Float[Array, "X"]:
+    """The sum over the valid tokens."""
+    # where, not a product: a padding token may hold NaN.
+    return jnp.sum(jnp.where(valid_T[:, None], value_TX, 0.0), axis=-2)
+
+
+def coefficients(
+    losses: Mapping[str, RoutingLoss], declared: Mapping[str, float]
+) -> dict[str, float]:
+    """Coefficients of the losses that are computed, by name: weighed ones, and declared ones.
+
+    Args:
+      losses: all of them.
+      declared: by the router.
+    """
+    found = {}
+    for name, loss in losses.items():
+        weight = declared.get(name, 0.0) if loss.weight == AUTO else loss.weight
+        if weight or name in declared:
+            found[name] = weight
+    return found

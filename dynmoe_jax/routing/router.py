@@ -1,0 +1,181 @@
+"""Interface of routers, and their registry.
+
+Axis legend: T tokens, E experts, K slots per token, D model width, N MoE layers of one router.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
+
+Params = Mapping[str, Array]
+"""Parameters or state of a router, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Experts per token that a router uses, as those who lay out memory or plan need to know.
+
+    Attributes:
+      slots: K, the smallest provable bound for one token.
+      fewest: experts that a token uses at the least.
+      expected: the mean to expect of a trained model, for transports and plans.
+      usual_rows: the mean that memory is laid out for; more than it is computed, but slower.
+    """
+
+    slots: int
+    fewest: int
+    expected: float
+    usual_rows: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """Declaration of a parameter; its name ends in its axes, so that sharding follows.
+
+    Attributes:
+      shape: of one layer's array.
+      init: ``"normal"`` (as every matrix of the model), ``"zeros"``, ``"ones"``, or a function of
+        (key, shape).
+      decay: whether weight decay applies.
+    """
+
+    shape: tuple[int, ...]
+    init: str | Callable[[Array, tuple[int, ...]], Array] = "normal"
+    decay: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterInput:
+    """All that a router may look at.
+
+    Attributes:
+      x_TD: tokens, normed.
+      logits_TE: router logits of the layer, or those of :attr:`Router.logits`.
+      valid_T: False for padding, which must get no expert.
+      state: of the router in this layer; see :meth:`Router.initial_state`.
+      key_T: a key of each token, for noise: a function of seed, step, layer, row of the batch and
+        position.  None in inference, and unless the router reads ``"noise"``.
+      token_id_T: None unless the router reads ``"token_ids"``.
+      previous_logits_TE: of the MoE layer before, zeros in the first; None unless the router reads
+        ``"previous_logits"``.
+      length: L, tokens of one sequence; sequences follow each other in T.
+      training: False when evaluating or generating.
+    """
+
+    x_TD: Float[Array, "T D"] | None
+    logits_TE: Float[Array, "T E"]
+    valid_T: Bool[Array, "T"]
+    state: Params = dataclasses.field(default_factory=dict)
+    key_T: UInt32[Array, "T 2"] | None = None
+    token_id_T: Int[Array, "T"] | None = None
+    previous_logits_TE: Float[Array, "T E"] | None = None
+    length: int = dataclasses.field(default=0, metadata={"static": True})
+    training: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def draws(self, draw: Callable[[Array], Array], purpose: int = 0) -> Array:
+        """Random numbers of each token, ``draw(key)`` for every token's own key.
+
+        Args:
+          draw: such as ``lambda key: jax.random.normal(key, (E,))``.
+          purpose: tells several draws of one router from each other.
+        """
+
+        def of_token(key):
+            return draw(jax.random.fold_in(jax.random.wrap_key_data(key), purpose))
+
+        return jax.vmap(of_token)(self.key_T)
+
+
+class Router:
+    """A router: a frozen dataclass whose fields are its settings.
+
+    Derive from it, and write :meth:`bounds` and :meth:`__call__`; everything else has the answer of
+    a router without state and noise.  Knows no weights of experts, no mesh, no transport.
+
+    Attributes:
+      causal: whether, at inference, a token's routing is independent of later tokens; a decoder
+        refuses others unless ``config.model.moe.allow_non_causal``.
+      group: the tokens that one choice may look at: ``"token"``, ``"sequence"``, or ``"batch"``
+        (all devices' together; of a microbatch, where there are several).
+      reads: fields of :class:`RouterInput` beyond x, logits and state: ``"noise"``,
+        ``"token_ids"``, ``"previous_logits"``.  Nothing else is made.
+      losses: default coefficients of the routing losses by name; 0: logged, and not weighed.
+      gives: facts that losses ask for: ``"distribution"`` (probs_TE are non-negative and sum to
+        1), ``"logits"``, ``"counts"`` (expert_TK), and names of :attr:`Routing.extra`.
+      logits: None for the layer's own, ``norm(x) @ router_DE``; else a method (params, x_TD) ->
+        logits_TE.
+    """
+
+    causal: ClassVar[bool] = True
+    group: ClassVar[str] = "token"
+    reads: ClassVar[frozenset[str]] = frozenset()
+    losses: ClassVar[Mapping[str, float]] = {"balance": 1e-2, "entropy": 1e-4, "router_z": 0.0}
+    gives: ClassVar[frozenset[str]] = frozenset({"distribution", "logits", "counts"})
+    logits: ClassVar[Callable[[Any, Params, Array], Array] | None] = None
+
+    def obstacle(self, num_experts: int) -> str | None:
+        """Says why the settings do not fit the number of experts: "NAME=VALUE must …"."""
+
+    def describe(self) -> str:
+        """Names the rule in a few words, for reports and tables."""
+        settings = ", ".join(f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return f"{type(self).__name__}({settings})"
+
+    def advice(self, wish: str) -> str:
+        """Says what to change for ``"fewer"`` or ``"more"`` experts per token."""
+        return "change the settings of the router"
+
+    def bounds(self, num_experts: int) -> Bounds:
+        """Bounds on the experts of a token."""
+        raise NotImplementedError
+
+    def parameters(self, width: int, num_experts: int) -> dict[str, Parameter]:
+        """Parameters of the router in one layer, by name."""
+        return {"router_DE": Parameter((width, num_experts))}
+
+    def initial_state(self, num_experts: int) -> dict[str, Array]:
+        """State of the router in one layer, which no gradient changes."""
+        return {}
+
+    def __call__(self, params: Params, given: RouterInput) -> Routing | ExpertSlots | SoftSlots:
+        """Routes T tokens; tokens that are not valid (padding) get no expert at all."""
+        raise NotImplementedError
+
+    def on_logits(
+        self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]
+    ) -> Routing | ExpertSlots | SoftSlots:
+        """Routes by logits alone, with the initial state and without noise."""
+        state = self.initial_state(logits_TE.shape[-1])
+        return self({}, RouterInput(None, logits_TE, valid_T, state))
+
+    def measure(self, params: Params, given: RouterInput, routing: Any) -> Any:
+        """Sums over tokens for :meth:`next_state`; they add up over devices and microbatches."""
+        return {}
+
+    def next_state(
+        self, params_N: Params, state_N: Params, seen_N: Any
+    ) -> tuple[Params, Params | None]:
+        """The state after an applied update.
+
+        Args:
+          params_N: parameters of all layers of this router, stacked.
+          state_N: their states.
+          seen_N: their sums of :meth:`measure` over the whole batch.
+
+        Returns:
+          the new states; new values of parameters, by name, whose moments then become 0 (None:
+          parameters stay as the optimizer made them).
+        """
+        return state_N, None
+
+
+def no_logits(num_experts: int, valid_T: Bool[Array, "T"]) -> Float[Array, "T E"]:
+    """Zeros, for a router that scores nothing."""
+    return jnp.zeros((valid_T.shape[0], num_experts), jnp.float32)

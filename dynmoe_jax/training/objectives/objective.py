@@ -1,0 +1,63 @@
+"""Interface of objectives: what training minimises over a batch, besides the routing losses.
+
+Axis legend: B batch, L positions.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dynmoe_jax import config
+from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.model import Decoder
+
+Batch = dict[str, Array]
+"""Arrays [B, L] by name: ``tokens``, ``targets``, ``segment_ids`` (0 = padding), ``positions``, and
+``loss_weights``, float32, where an objective makes them."""
+
+
+class Objective:
+    """An objective: a frozen dataclass whose fields are its settings.
+
+    Attributes:
+      additive: whether the value of a batch is the mean of those of its microbatches, weighted by
+        their valid tokens.  If not, the gradient sees the sums of the whole batch first.
+    """
+
+    additive: ClassVar[bool] = True
+
+    def prepared(self, tokenizer: Tokenizer) -> "Objective":
+        """The objective with what it has to know of the tokenizer.
+
+        Raises:
+          ConfigError: a setting means nothing to the tokenizer.
+        """
+        return self
+
+    def loss_weights(self, batch: Batch) -> Float[Array, "B L"]:
+        """Weight of the loss at each position; padding has none."""
+        return valid(batch).astype(jnp.float32)
+
+    def sums(
+        self, decoder: Decoder, x_BLD: Float[Array, "B L D"], batch: Batch, loss: config.Loss
+    ) -> Mapping[str, Array]:
+        """Sums over the positions of a batch; they add up over microbatches.
+
+        Args:
+          decoder: the model.
+          x_BLD: its normed residual stream.
+          batch: the batch.
+          loss: settings of the loss.
+        """
+        raise NotImplementedError
+
+    def value(self, sums: Mapping[str, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """(the value, its parts by name, for metrics)."""
+        raise NotImplementedError
+
+
+def valid(batch: Batch) -> Bool[Array, "B L"]:
+    """False for padding."""
+    return batch["segment_ids"] > 0

@@ -1,0 +1,81 @@
+"""States of routers after an applied update.
+
+Axis legend: N MoE layers of one router, n layers that are computed by one program.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dynmoe_jax.model import Decoder
+from dynmoe_jax.model.feed_forward import MoEFeedForward
+
+
+def with_next_states(
+    structure: nnx.GraphDef, params: nnx.State, measured: Sequence[Any]
+) -> tuple[nnx.State, nnx.State | None]:
+    """(variables with the routers' next states, which parameters were revised).
+
+    All layers of one router are told together: a budget may be over all of them.
+
+    Args:
+      structure: of the decoder.
+      params: its variables.
+      measured: sums of the routers, in the order of ``Decoder.moe_layers``.
+
+    Returns:
+      the variables; a tree like them of bools, True for a parameter that the router has revised,
+      whose moments are then 0; None if there is none.
+    """
+    decoder = nnx.merge(structure, params)
+    revised: set[tuple[int, str]] = set()
+    feed_forwards = moe_feed_forwards(decoder)
+    for members in _by_router(feed_forwards):
+        router = feed_forwards[members[0]].router
+        layers = [feed_forwards[i] for i in members]
+        params_N = {name: _joined(layers, name) for name in layers[0].router_names}
+        state_N = {name: _joined(layers, name) for name in layers[0].state_names}
+        seen_N = jax.tree.map(lambda *x: jnp.concatenate(x), *(measured[i] for i in members))
+        state_N, new_params = router.next_state(params_N, state_N, seen_N)
+        for name, value_N in {**state_N, **(new_params or {})}.items():
+            _set(layers, name, value_N)
+        revised |= {(i, name) for i in members for name in new_params or {}}
+    variables = nnx.state(decoder)
+    if not revised:
+        return variables, None
+    marks = jax.tree.map(lambda _: False, variables)
+    marked = nnx.merge(structure, marks)
+    for i, name in revised:
+        setattr(moe_feed_forwards(marked)[i], name, nnx.Param(True))
+    return variables, nnx.state(marked)
+
+
+def moe_feed_forwards(decoder: Decoder) -> list[MoEFeedForward]:
+    """The MoE feed-forwards, stacked over repetitions, in the order of ``Decoder.moe_layers``."""
+    layers = [layer for stack in decoder.stacks for layer in stack.layers]
+    return [layer.feed_forward for layer in layers if layer.is_moe]
+
+
+def _by_router(feed_forwards: Sequence[MoEFeedForward]) -> list[list[int]]:
+    """Numbers of the feed-forwards whose router has a state, those of one router together."""
+    groups: dict[Any, list[int]] = {}
+    for i, layer in enumerate(feed_forwards):
+        if layer.state_names:
+            groups.setdefault((layer.router, layer.moe.num_experts), []).append(i)
+    return list(groups.values())
+
+
+def _joined(layers: Sequence[MoEFeedForward], name: str) -> jax.Array:
+    return jnp.concatenate([getattr(layer, name)[...] for layer in layers])
+
+
+def _set(layers: Sequence[MoEFeedForward], name: str, value_N: jax.Array) -> None:
+    first = 0
+    for layer in layers:
+        variable = getattr(layer, name)
+        count = variable[...].shape[0]
+        variable[...] = value_N[first : first + count]
+        first += count

@@ -1,0 +1,129 @@
+"""Routing losses of a run: which are computed, what each weighs, and who says so.
+
+Axis legend: N MoE layers, E experts, n layers that are computed by one program.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dynmoe_jax import config
+from dynmoe_jax.model.output import LayerSums, in_layer_order, padded
+from dynmoe_jax.registry import all_kinds, chosen
+from dynmoe_jax.routing.controllers import Controller, LayerCounts
+from dynmoe_jax.routing.losses import RoutingLoss, coefficients
+
+Controllers = dict[str, dict[str, Array]]
+"""States of controllers, by the name of the loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingLosses:
+    """Routing losses of a run.
+
+    Attributes:
+      losses: (name, loss) of those that are computed.
+      weights: the coefficient of each; 0: it is logged alone.
+      controllers: (name, controller) of losses whose coefficient moves.
+      layers: numbers of the MoE layers, those together that are computed by one program.
+    """
+
+    losses: tuple[tuple[str, RoutingLoss], ...]
+    weights: Mapping[str, float]
+    controllers: Mapping[str, Controller]
+    layers: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(cls, cfg: config.Config, layers: Sequence[Sequence[int]]) -> "RoutingLosses":
+        """The losses that settings ask for in a model with these MoE layers."""
+        kinds = all_kinds(cfg.loss)
+        weights = coefficients(kinds, cfg.model.moe.route.losses)
+        losses = tuple((name, kinds[name]) for name in weights)
+        controllers = {name: chosen(loss, "controller") for name, loss in losses}
+        controllers = {name: found for name, found in controllers.items() if found}
+        return cls(losses, weights, controllers, layers)
+
+    @property
+    def additive(self) -> bool:
+        """Whether the loss of the batch is the mean of those of its microbatches."""
+        return all(loss.additive for name, loss in self.losses if self.weights[name])
+
+    def initial(self) -> Controllers:
+        """States of the controllers before the first step."""
+        count = sum(map(len, self.layers))
+        return {
+            name: controller.initial(self.weights[name], count)
+            for name, controller in self.controllers.items()
+        }
+
+    def coefficients(
+        self, states: Controllers, step: Int[Array, ""]
+    ) -> dict[str, Float[Array, "*N"] | float]:
+        """The coefficient of every loss at a step: a number, or one for each layer."""
+        controlled = {
+            name: controller.coefficient(self.weights[name], states[name], step)
+            for name, controller in self.controllers.items()
+        }
+        return dict(self.weights) | controlled
+
+    def values(
+        self, sums: Sequence[LayerSums], tokens: Float[Array, ""]
+    ) -> dict[str, Float[Array, "N"]]:
+        """Every loss of every layer, by name.
+
+        Args:
+          sums: of the layers that are computed by one program, with a leading axis n.
+          tokens: valid tokens, at least 1.
+        """
+        if not sums:
+            return {name: jnp.zeros(1) for name, _ in self.losses}
+        return {
+            name: in_layer_order(
+                [loss.value(each.losses[name], tokens) for each in sums], self.layers
+            )
+            for name, loss in self.losses
+        }
+
+    def update(self, states: Controllers, counts: LayerCounts) -> Controllers:
+        """The states after an applied update."""
+        return {
+            name: controller.update(states[name], counts)
+            for name, controller in self.controllers.items()
+        }
+
+
+def weighed(
+    values: Mapping[str, Float[Array, "N"]],
+    coefficients: Mapping[str, Float[Array, "*N"] | float],
+) -> Float[Array, ""]:
+    """The sum of all losses, each weighed in its layer and averaged over layers."""
+    total = jnp.float32(0)
+    for name, value_N in values.items():
+        coefficient = coefficients[name]
+        if jnp.ndim(coefficient):
+            total += jnp.mean(coefficient * value_N)
+        else:
+            total += coefficient * jnp.mean(value_N)
+    return total
+
+
+def layer_counts(
+    sums: Sequence[LayerSums],
+    dropped: Sequence[Int[Array, "n"]],
+    tokens: Float[Array, ""],
+    layers: Sequence[Sequence[int]],
+) -> LayerCounts:
+    """Counts of all layers in their order, padded to the most experts of one."""
+    if not sums:
+        none = jnp.zeros((0, 1), jnp.int32)
+        return LayerCounts(none, none > 0, jnp.zeros(0, jnp.int32), tokens)
+    loads = [each.load_E for each in sums]
+    exists = [jnp.ones(load.shape, bool) for load in loads]
+    return LayerCounts(
+        in_layer_order(padded(loads), layers),
+        in_layer_order(padded(exists), layers),
+        in_layer_order(dropped, layers),
+        tokens,
+    )
