@@ -23,6 +23,7 @@ from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.axes import on_one_device
 from dynmoe_jax.mesh.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.model.components import compute_dtype, matrix, rms_norm
+from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
 from dynmoe_jax.model.layer import Layer, LayerOutput
 from dynmoe_jax.model.output import DecoderOutput, LayerRouting, MoERecord, routing_of_layers
@@ -180,6 +181,12 @@ class Decoder(nnx.Module):
             records += tapped
             first += stack_depth(stack) * len(stack.layers)
         return self.norm(x_BLD), records
+
+    @property
+    def moe_feed_forwards(self) -> list[MoEFeedForward]:
+        """The MoE feed-forwards, each stacked over the layers that one program computes."""
+        layers = [layer for stack in self.stacks for layer in stack.layers]
+        return [layer.feed_forward for layer in layers if layer.is_moe]
 
     @property
     def moe_layers(self) -> list[range]:

@@ -65,7 +65,7 @@ class TrainingLoss:
     def of(cls, cfg: config.Config, decoder: Decoder) -> "TrainingLoss":
         """The loss that the settings ask for."""
         objective = chosen(cfg.train, "objective")
-        return cls(objective, RoutingLosses.of(cfg, decoder.moe_layers), cfg.loss)
+        return cls(objective, RoutingLosses.of(cfg, decoder), cfg.loss)
 
     @property
     def additive(self) -> bool:
@@ -117,4 +117,7 @@ class TrainingLoss:
 
     def counts(self, sums: BatchSums) -> LayerCounts:
         """Counts of the MoE layers of a batch."""
-        return layer_counts(sums.layers, sums.dropped, sums.tokens, self.routing.layers)
+        routing = self.routing
+        return layer_counts(
+            sums.layers, sums.dropped, sums.tokens, routing.expected, routing.layers
+        )

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 
 
@@ -32,7 +31,7 @@ def with_next_states(
     """
     decoder = nnx.merge(structure, params)
     revised: set[tuple[int, str]] = set()
-    feed_forwards = moe_feed_forwards(decoder)
+    feed_forwards = decoder.moe_feed_forwards
     for members in _by_router(feed_forwards):
         router = feed_forwards[members[0]].router
         layers = [feed_forwards[i] for i in members]
@@ -49,14 +48,8 @@ def with_next_states(
     marks = jax.tree.map(lambda _: False, variables)
     marked = nnx.merge(structure, marks)
     for i, name in revised:
-        setattr(moe_feed_forwards(marked)[i], name, nnx.Param(True))
+        setattr(marked.moe_feed_forwards[i], name, nnx.Param(True))
     return variables, nnx.state(marked)
-
-
-def moe_feed_forwards(decoder: Decoder) -> list[MoEFeedForward]:
-    """The MoE feed-forwards, stacked over repetitions, in the order of ``Decoder.moe_layers``."""
-    layers = [layer for stack in decoder.stacks for layer in stack.layers]
-    return [layer.feed_forward for layer in layers if layer.is_moe]
 
 
 def _by_router(feed_forwards: Sequence[MoEFeedForward]) -> list[list[int]]:

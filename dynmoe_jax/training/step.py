@@ -20,7 +20,7 @@ from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.health.guard import Guard, new_guard, watch
 from dynmoe_jax.training.objective import TrainingLoss
 from dynmoe_jax.training.objectives import Batch
-from dynmoe_jax.training.router_states import moe_feed_forwards, with_next_states
+from dynmoe_jax.training.router_states import with_next_states
 from dynmoe_jax.training.routing_losses import Controllers, RoutingLosses
 from dynmoe_jax.training.trainable import split_trainable
 
@@ -57,8 +57,7 @@ def first_state(
 ) -> TrainState:
     """The state before the first step, around variables of a decoder that are there."""
     trained, _ = split_trainable(params, cfg.train.trainable)
-    layers = decoder_shapes(cfg.model).moe_layers
-    controllers = RoutingLosses.of(cfg, layers).initial()
+    controllers = RoutingLosses.of(cfg, decoder_shapes(cfg.model)).initial()
     return TrainState(jnp.int32(0), params, optimizer.init(trained), controllers=controllers)
 
 
@@ -74,7 +73,7 @@ class StepGradients:
         self.structure = nnx.graphdef(decoder)
         self.loss = TrainingLoss.of(cfg, decoder)
         self._seed, self._compute = cfg.seed, make_gradients(cfg, self.structure, self.loss)
-        self._draws = any("noise" in layer.router.reads for layer in moe_feed_forwards(decoder))
+        self._draws = any("noise" in layer.router.reads for layer in decoder.moe_feed_forwards)
 
     def __call__(self, state: TrainState, batch: Batch):
         """Computes the gradients of the trainable parameters at a step."""
