@@ -6,6 +6,7 @@ weights of experts.
 
 from dynmoe_jax.routing import controllers, losses, transforms
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
+from dynmoe_jax.routing.relu import ReLU
 from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
 from dynmoe_jax.routing.top_k import TopK
 from dynmoe_jax.routing.top_p import TopP, top_p_slots
@@ -14,6 +15,7 @@ __all__ = [
     "Bounds",
     "ExpertSlots",
     "Parameter",
+    "ReLU",
     "Router",
     "RouterInput",
     "Routing",
