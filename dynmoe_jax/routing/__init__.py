@@ -8,6 +8,7 @@ from dynmoe_jax.routing import controllers, losses, transforms
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 from dynmoe_jax.routing.relu import ReLU
 from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
+from dynmoe_jax.routing.sigmoid_bias import SigmoidBias
 from dynmoe_jax.routing.top_k import TopK
 from dynmoe_jax.routing.top_p import TopP, top_p_slots
 
@@ -19,6 +20,7 @@ __all__ = [
     "Router",
     "RouterInput",
     "Routing",
+    "SigmoidBias",
     "SoftSlots",
     "TopK",
     "TopP",
