@@ -5,6 +5,7 @@ weights of experts.
 """
 
 from dynmoe_jax.routing import controllers, losses, transforms
+from dynmoe_jax.routing.hashing import Hash
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 from dynmoe_jax.routing.relu import ReLU
 from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
@@ -15,6 +16,7 @@ from dynmoe_jax.routing.top_p import TopP, top_p_slots
 __all__ = [
     "Bounds",
     "ExpertSlots",
+    "Hash",
     "Parameter",
     "ReLU",
     "Router",
