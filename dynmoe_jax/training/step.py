@@ -19,7 +19,7 @@ from dynmoe_jax.model.inputs import noise_key
 from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.health.guard import Guard, new_guard, watch
 from dynmoe_jax.training.objective import TrainingLoss
-from dynmoe_jax.training.objectives import Batch
+from dynmoe_jax.training.objectives import Batch, Objective
 from dynmoe_jax.training.router_states import with_next_states
 from dynmoe_jax.training.routing_losses import Controllers, RoutingLosses
 from dynmoe_jax.training.trainable import split_trainable
@@ -66,12 +66,13 @@ class StepGradients:
 
     Args:
       cfg: all settings.
+      objective: theirs, prepared for a tokenizer.
     """
 
-    def __init__(self, cfg: config.Config):
+    def __init__(self, cfg: config.Config, objective: Objective | None = None):
         decoder = decoder_shapes(cfg.model)
         self.structure = nnx.graphdef(decoder)
-        self.loss = TrainingLoss.of(cfg, decoder)
+        self.loss = TrainingLoss.of(cfg, decoder, objective)
         self._seed, self._compute = cfg.seed, make_gradients(cfg, self.structure, self.loss)
         self._draws = any("noise" in layer.router.reads for layer in decoder.moe_feed_forwards)
 
@@ -86,6 +87,7 @@ def make_train_step(
     cfg: config.Config,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    objective: Objective | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds (state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -95,7 +97,7 @@ def make_train_step(
     stay bit for bit what they were, and the optimizer counts no step; the training step and the
     data go on.
     """
-    step_gradients = StepGradients(cfg)
+    step_gradients = StepGradients(cfg, objective)
     loss, structure = step_gradients.loss, step_gradients.structure
 
     def train_step(state: TrainState, batch: Batch):

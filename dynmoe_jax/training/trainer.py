@@ -169,7 +169,7 @@ def _train(run: Run) -> int:
     with jax.set_mesh(run.mesh), contextlib.ExitStack() as at_end:
         # ── State and step ───────────────────────────────────────────────────────────────────────
         with seconds.of("compile"), stage("Compiling the training step"):
-            train_step, state = start(run, done)
+            train_step, state = start(run, done, tokenizer)
         evaluate = HeldOutEvaluation(run, prepared, tokenizer)
 
         # ── Loop: step s is dispatched before the metrics of step s-1 are read ───────────────────
