@@ -80,7 +80,7 @@ class Attention(nnx.Module):
           heads: from :meth:`project`.
           positions: of the tokens.
         """
-        return self._back(by_batch_and_head(self._mix, *heads, positions))
+        return self._back(by_batch_and_head(self._mix, *heads, positions.without_training()))
 
     def heads_apart(
         self, heads: tuple[Array, Array, Array], rotary_BLR: Float[Array, "B L R"]

@@ -29,7 +29,8 @@ def with_next_states(
       the variables; a tree like them of bools, True for a parameter that the router has revised,
       whose moments are then 0; None if there is none.
     """
-    decoder = nnx.merge(structure, params)
+    # Copies of the variables, which are written to below.
+    decoder = nnx.merge(structure, jax.tree.map(lambda x: x, params))
     revised: set[tuple[int, str]] = set()
     feed_forwards = decoder.moe_feed_forwards
     for members in _by_router(feed_forwards):
