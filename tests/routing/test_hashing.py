@@ -28,7 +28,8 @@ def test_a_token_has_its_experts_wherever_it_stands():
 def test_k_unlike_experts(experts, k):
     found_TK = experts_of(range(200), experts, k)
     assert all(len(set(row)) == k for row in found_TK)
-    assert found_TK.min() >= 0 and found_TK.max() < experts
+    assert found_TK.min() >= 0
+    assert found_TK.max() < experts
 
 
 def test_ids_spread_over_experts():

@@ -154,4 +154,5 @@ def test_settings_that_cannot_be_met_are_refused_in_a_sentence(name):
     counts = [f.name for f in dataclasses.fields(kind) if f.metadata["unit"] == "experts"]
     for field in counts:
         refusal = kind(**{field: E + 1}).obstacle(E)
-        assert refusal.startswith(f"{field}=") and "num_experts=8" in refusal
+        assert refusal.startswith(f"{field}=")
+        assert "num_experts=8" in refusal

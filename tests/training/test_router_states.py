@@ -51,7 +51,7 @@ def batch():
     segments = np.ones((B, L), int)
     segments[0, 7:] = 0
     positions = np.tile(np.arange(L), (B, 1))
-    arrays = dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], segment_ids=segments)
+    arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments}
     return {k: jnp.asarray(v, jnp.int32) for k, v in (arrays | {"positions": positions}).items()}
 
 
@@ -118,7 +118,8 @@ def test_a_skipped_update_leaves_states_as_they_were():
     poisoned["embedding_VD"][...] = jnp.full_like(poisoned["embedding_VD"][...], jnp.nan)
     state = dataclasses.replace(state, params=poisoned)
     after, metrics = jax.jit(step)(state, batch())
-    assert metrics["skipped_updates"] == 1 and after.step == 1
+    assert metrics["skipped_updates"] == 1
+    assert after.step == 1
     for a, b in zip(moving(state), moving(after), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -179,5 +180,5 @@ def test_only_trainable_parameters_move_and_have_moments():
 
 def test_a_pattern_that_finds_nothing_is_refused():
     init, _ = parts(settings({}, trainable="nothing_like_this"))
-    with pytest.raises(config.ConfigError, match="config.train.trainable='nothing_like_this'"):
+    with pytest.raises(config.ConfigError, match=r"config\.train\.trainable='nothing_like_this'"):
         jax.eval_shape(init, jax.random.key(0))
