@@ -154,7 +154,11 @@ def complete(base: type) -> type:
     A choice declared by :func:`choice` brings the kinds of its registry; a class variable ``kinds``
     those of a registry that are all there at once.  Groups inside of groups are completed alike.
     The same kinds give the same class.
+
+    Raises:
+      ConfigError: a kind has the name of another one, or of a setting, in the same group.
     """
+    owners: dict[str, Any] = {field.name: base for field in dataclasses.fields(base)}
     groups = {
         field.name: complete(field.type)
         for field in dataclasses.fields(base)
@@ -163,6 +167,11 @@ def complete(base: type) -> type:
     registries = [field.metadata.get("registry") for field in dataclasses.fields(base)]
     for registry in (*registries, getattr(base, "kinds", None)):
         for name, kind in (registry or {}).items():
+            if owners.setdefault(name, registry) is not registry:
+                raise ConfigError(
+                    f"{registry.family} {name!r} has the name of another setting of "
+                    f"{base.__name__}; rename it."
+                )
             if dataclasses.fields(kind):
                 groups[name] = complete(kind)
     if not groups:
