@@ -105,9 +105,9 @@ def test_a_file_that_fails_is_refused(body, sentence, tmp_path):
 @pytest.mark.parametrize("name", ["num_experts", "row_budget"])
 def test_a_kind_with_the_name_of_another_setting_is_refused(name):
     """One of the two would be lost: both are groups or settings of ``config.model.moe``."""
-    with ROUTERS.temporarily(name, OneMore):
-        with pytest.raises(config.ConfigError, match=f"router '{name}' has the name of"):
-            config.MoE()
+    sentence = f"'{name}' has the name of another setting of MoE; rename it"
+    with ROUTERS.temporarily(name, OneMore), pytest.raises(config.ConfigError, match=sentence):
+        config.MoE()
     assert config.MoE().num_experts
 
 
