@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -141,6 +141,22 @@ def idle_kinds(group: Any) -> Iterator[tuple[str, str, Any]]:
         for name in registry or ():
             if name not in names_in(getattr(group, field.name)) and hasattr(group, name):
                 yield field.name, name, getattr(group, name)
+
+
+def with_choice(group: Any, name: str, kinds: Collection[str]) -> Any:
+    """A group of settings in which a choice names other kinds.
+
+    Settings of kinds that it names no more are at their defaults, as they have to be.
+
+    Args:
+      group: settings with that choice among them.
+      name: of the choice.
+      kinds: what it is to name, in order.
+    """
+    field = next(field for field in dataclasses.fields(group) if field.name == name)
+    idle = [kind for kind in field.metadata["registry"] if kind not in kinds]
+    defaults = {kind: type(getattr(group, kind))() for kind in idle if hasattr(group, kind)}
+    return dataclasses.replace(group, **{name: ",".join(kinds)}, **defaults)
 
 
 # ── Trees ────────────────────────────────────────────────────────────────────────────────────────
