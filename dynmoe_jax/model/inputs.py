@@ -75,10 +75,6 @@ class TokenPositions:
     token_ids_BL: Int[Array, "B L"] | None = None
     training: TrainingInput | None = None
 
-    def without_training(self) -> "TokenPositions":
-        """The arrays with an axis of the batch alone."""
-        return dataclasses.replace(self, training=None)
-
     def at_layer(self, layer: Int[Array, ""] | int) -> "TokenPositions":
         """The inputs of a layer by its number."""
         if self.training is None:

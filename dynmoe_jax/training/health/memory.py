@@ -217,8 +217,7 @@ def _smaller_model(need: Need, limit: float, cfg: config.Config) -> str:
     every, first = model.moe.every_n_layers or 1, model.moe.dense_first_layers
 
     def experts(n: int) -> config.Model:
-        moe = dataclasses.replace(model.moe, num_experts=n, top_k=min(n, model.moe.top_k))
-        return dataclasses.replace(model, moe=moe)
+        return dataclasses.replace(model, moe=dataclasses.replace(model.moe, num_experts=n))
 
     def expert_width(n: int) -> config.Model:
         return dataclasses.replace(model, moe=dataclasses.replace(model.moe, hidden_width=n))
