@@ -227,7 +227,7 @@ class Decoder(nnx.Module):
         if not moe or not reads_in_stack(model.moe, model.width, compute_dtype(model)):
             return None
         # Gradients reach the layers' own weights.
-        matrices = [(layer.gate_up_ED2F[...], layer.down_EFD[...]) for layer in moe]
+        matrices = [layer.dense_matrices() for layer in moe]
         return jax.tree.map(jax.lax.stop_gradient, matrices)
 
     def __call__(

@@ -31,6 +31,9 @@ from dynmoe_jax.registry import chosen
 from dynmoe_jax.routing import RouterInput, Routing
 from dynmoe_jax.routing.transforms import chain, dropped
 
+Weights = ExpertWeights | dict[str, Array]
+"""All experts of a layer, as backends take them."""
+
 
 class DenseFeedForward(nnx.Module):
     """SwiGLU (arXiv 2002.05202) without biases."""
@@ -70,6 +73,7 @@ class MoEFeedForward(nnx.Module):
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
         D, E, F = model.width, model.moe.num_experts, model.moe.hidden_width
+        self.kind = model.moe.expert_kind
         self.moe, self.dtype = model.moe, compute_dtype(model)
         self.router = model.moe.route
         declared = self.router.parameters(D, E)
@@ -80,8 +84,10 @@ class MoEFeedForward(nnx.Module):
         self.state_names = tuple(state)
         for name, array in state.items():
             setattr(self, name, RouterState(array))
-        self.gate_up_ED2F = matrix(rngs, (E, D, 2 * F), model.init_std)
-        self.down_EFD = matrix(rngs, (E, F, D), model.init_std)
+        experts = self.kind.parameters(D, E, F)
+        self.expert_names = tuple(experts)
+        for name, parameter in experts.items():
+            setattr(self, name, drawn(rngs, parameter, model.init_std))
         if model.moe.shared_hidden_width:
             shared = model.moe.shared_hidden_width
             self.shared_gate_up_D2F = matrix(rngs, (D, 2 * shared), model.init_std)
@@ -91,14 +97,22 @@ class MoEFeedForward(nnx.Module):
         self.backend = make_backend(model.moe)
         self.transforms = chosen(model.moe, "transforms")
 
-    def weights(self, stacked: StackedView | None = None) -> ExpertWeights:
+    def weights(self, stacked: StackedView | None = None) -> Weights:
         """All experts, in the compute type.
 
         Args:
           stacked: where these are among the experts of all layers, if that is known.
         """
-        matrices = self.gate_up_ED2F[...], self.down_EFD[...]
-        return ExpertWeights(*(array.astype(self.dtype) for array in matrices), stacked)
+        arrays = {name: getattr(self, name)[...].astype(self.dtype) for name in self.expert_names}
+        if not self.kind.stored_dense:
+            return arrays
+        return dataclasses.replace(self.kind.dense(arrays), stacked=stacked)
+
+    def dense_matrices(self) -> tuple[Array, Array]:
+        """The arrays of experts that are stored as kernels read them, as they are stored."""
+        arrays = {name: getattr(self, name)[...] for name in self.expert_names}
+        weights = self.kind.dense(arrays)
+        return weights.gate_up_ED2F, weights.down_EFD
 
     def router_parameters(self) -> dict[str, Array]:
         """Parameters of the router by name, whole, float32."""
@@ -130,7 +144,7 @@ class MoEFeedForward(nnx.Module):
         x_BLD: Float[Array, "B L D"],
         norm: nnx.RMSNorm,
         positions: TokenPositions,
-        weights: ExpertWeights | None,
+        weights: Weights | None,
     ) -> tuple[Float[Array, "B L D"], MoERecord]:
         """Returns (the stream plus what the experts of its norm add, the record).
 
@@ -150,7 +164,7 @@ class MoEFeedForward(nnx.Module):
         x_TD: Float[Array, "T D"],
         logits_TE: Float[Array, "T E"],
         positions: TokenPositions,
-        weights: ExpertWeights | None = None,
+        weights: Weights | None = None,
     ) -> tuple[Float[Array, "T D"], MoERecord]:
         """Returns (y_TD, the record of the routing).
 
@@ -171,6 +185,7 @@ class MoEFeedForward(nnx.Module):
             self.backend,
             self.row_bound,
             make_transport(self.moe, mesh_sizes()[EXPERT]),
+            self.kind.splits_hidden,
         )
         if self.moe.shared_hidden_width:
             y_TD += self.shared(x_TD)

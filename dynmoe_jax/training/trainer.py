@@ -15,7 +15,7 @@ from dynmoe_jax.cluster.same_settings import check_same_settings
 from dynmoe_jax.cluster.watch import losses_told
 from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, check_sources
-from dynmoe_jax.experts import make_backend, make_transport
+from dynmoe_jax.experts import make_backend, make_transport, no_kernels
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.make_mesh import batch_sharding, check_divides, make_mesh
 from dynmoe_jax.model.components import compute_dtype
@@ -241,3 +241,5 @@ def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:
     for path, value, default in config.differences(cfg):
         table.add_row(path, escape(str(value)), escape(str(default)), style="none")
     console.print(table)
+    if remark := no_kernels(cfg.model.moe):
+        console.print(remark, **PLAIN)
