@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.experts.kernels.cpu.block_matmul import gather, scatter_add
-from dynmoe_jax.experts.kernels.cpu.block_schedule import NOWHERE, Schedule
+from dynmoe_jax.experts.kernels.cpu.block_schedule import NOWHERE, Schedule, block_sizes
 from dynmoe_jax.experts.kinds.kind import Arrays, ExpertKind
 from dynmoe_jax.experts.rows import Rows
 
@@ -56,7 +56,7 @@ def _used_blocks(kind, x_TD, weight_R, weights, token_R, group_size_E):
         y_bD = kind.apply(_of_expert(weights, e), _rows_of(x_TD, token_b))
         return scatter_add(y_TD, token_b, y_bD.astype(jnp.float32) * weight_b[:, None])
 
-    schedule = Schedule(token_R, weight_R, group_size_E, x_TD.shape[0])
+    schedule = _schedule(x_TD, weight_R, token_R, group_size_E)
     return schedule.fold(add_block, jnp.zeros(x_TD.shape, jnp.float32)).astype(x_TD.dtype)
 
 
@@ -79,7 +79,7 @@ def _backward(kind, arguments, dy_TD):
         dweights = jax.tree.map(lambda total, more: total.at[e].add(more), dweights, dweights_e)
         return scatter_add(dx_TD, token_b, dx_bD), dweight_P, dweights
 
-    schedule = Schedule(token_R, weight_R, group_size_E, x_TD.shape[0])
+    schedule = _schedule(x_TD, weight_R, token_R, group_size_E)
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     carry = zeros(x_TD.shape), zeros(schedule.weight_P.shape)
     carry = *carry, jax.tree.map(lambda weight: zeros(weight.shape), weights)
@@ -91,6 +91,12 @@ def _backward(kind, arguments, dy_TD):
 
 
 _used_blocks.defvjp(_forward, _backward)
+
+
+def _schedule(x_TD, weight_R, token_R, group_size_E) -> Schedule:
+    """Cuts rows in blocks of every second size: each size is a kind's function compiled anew."""
+    sizes = block_sizes(x_TD.shape[0])[::-2][::-1]
+    return Schedule(token_R, weight_R, group_size_E, x_TD.shape[0], sizes)
 
 
 def _of_expert(weights: Arrays, e: Int[Array, ""]) -> Arrays:

@@ -67,8 +67,18 @@ class Schedule:
         weight_R: Float[Array, "R"],
         group_size_E: Int[Array, "E"],
         tokens: int,
+        sizes: tuple[int, ...] | None = None,
     ):
-        self.sizes = block_sizes(tokens)
+        """Cuts the rows of T tokens.
+
+        Args:
+          token_R: token of each row.
+          weight_R: combine weight of each row.
+          group_size_E: rows of each expert.
+          tokens: T.
+          sizes: of blocks, ascending; None: :func:`block_sizes`.
+        """
+        self.sizes = sizes or block_sizes(tokens)
         largest = self.sizes[-1]
         self.token_P = jnp.pad(token_R, (0, largest))
         self.weight_P = jnp.pad(weight_R, (0, largest))
@@ -84,9 +94,9 @@ class Schedule:
 
         Args:
           add_block: ``(carry, expert, start, token_b, weight_b) -> carry``.  Rows of the block
-            that belong to the next expert, or to none, have the token :data:`NOWHERE` and weight 0: gathers
-            fill in zeros there and scatters write nowhere.  What else a block writes past its
-            rows, the next expert overwrites.
+            that belong to the next expert, or to none, have the token :data:`NOWHERE` and weight
+            0: gathers fill in zeros there and scatters write nowhere.  What else a block writes
+            past its rows, the next expert overwrites.
           carry: what to start from.
         """
 
