@@ -16,7 +16,7 @@ from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.attention.choice import Attend, make_attention
 from dynmoe_jax.model.kernels.attention.flat import flat_attention
 from dynmoe_jax.model.kernels.norm.qkv_projection import projected
-from dynmoe_jax.model.linear import times_parameter
+from dynmoe_jax.model.linear.products import times_parameter
 from dynmoe_jax.model.rotary import rotate
 
 

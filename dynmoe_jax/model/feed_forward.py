@@ -25,7 +25,7 @@ from dynmoe_jax.model.components import RouterState, added, compute_dtype, drawn
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.router_logits import norm_and_logits
-from dynmoe_jax.model.linear import times
+from dynmoe_jax.model.linear.products import times
 from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.routing import RouterInput, Routing

@@ -32,7 +32,7 @@ from dynmoe_jax.mesh.axes import (
 from dynmoe_jax.mesh.collectives import each_device, gathered
 from dynmoe_jax.model.kernels.cross_entropy.tpu import logit_gradients, logit_sums
 from dynmoe_jax.model.kernels.cross_entropy.tpu_tiles import Tiles, cross_entropy_tiles
-from dynmoe_jax.model.linear import contracted
+from dynmoe_jax.model.linear.products import contracted
 
 
 def cross_entropy_sums(

@@ -35,7 +35,7 @@ from dynmoe_jax.mesh.axes import (
 from dynmoe_jax.mesh.collectives import COMPUTED_AGAIN, each_device, gathered
 from dynmoe_jax.mesh.sharding import whole_parameter
 from dynmoe_jax.model.kernels.norm.norm import forked, gradients_of_rows, unit_rows
-from dynmoe_jax.model.linear import times
+from dynmoe_jax.model.linear.products import times
 
 TILES = (512, 256, 128)
 """Tokens of a tile, best first: backward adds to the gradients of all matrices once for each."""
