@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from dynmoe_jax.fields import AUTO, free_setting, model_setting, setting
-from dynmoe_jax.registry import EXPERTS, ROUTERS, TRANSFORMS, choice, chosen, complete
+from dynmoe_jax.registry import EXPERTS, LINEARS, ROUTERS, TRANSFORMS, choice, chosen, complete
 from dynmoe_jax.routing import Router
 
 
@@ -150,6 +150,19 @@ class Model:
         "what computes attention; auto = by platform, see docs/design.md",
         choices=("auto", "native", "xla", "tiled", "triton", "cudnn", "splash", "flat", "tokamax"),
     )
+    kernels: str = free_setting(
+        "auto",
+        "auto = the fastest that there is; plain = plain JAX everywhere, without any kernel",
+        choices=("auto", "plain"),
+    )
+    linear: str = choice(
+        LINEARS,
+        "dense",
+        "what stands for the matrices of attention and of the dense feed-forward",
+        defines_model=True,
+        fixed_in_run=True,
+        per_layer=True,
+    )
     unroll: int = free_setting(
         0,
         "layers (groups of them, where every n-th is MoE) that the loop over layers takes at a "
@@ -157,6 +170,11 @@ class Model:
         low=0,
     )
     moe: MoE = dataclasses.field(default_factory=lambda: complete(MoE)())
+
+    @property
+    def plain(self) -> bool:
+        """Whether no kernel may compute anything."""
+        return self.kernels == "plain"
 
     @property
     def num_groups(self) -> int:

@@ -39,6 +39,9 @@ kind that does not store what kernels read are arrays by the names of its parame
 
 GROUPED = ("auto", "grouped")
 
+PLAIN = "blocks"
+"""The grouped product of plain JAX that is not dense over the experts on any platform."""
+
 CPU_EXPERTS = {"native": native_experts, "blocks": block_experts}
 """These compute whole experts; other names are of grouped products, for :func:`ragged_experts`."""
 
@@ -109,23 +112,26 @@ def no_kernels(moe: config.MoE) -> str:
     )
 
 
-def reads_in_stack(moe: config.MoE, width: int, dtype: jnp.dtype) -> bool:
+def reads_in_stack(moe: config.MoE, width: int, dtype: jnp.dtype, plain: bool = False) -> bool:
     """Whether experts are read where an :class:`StackedView` says, by the backend of the settings.
 
     Args:
       moe: the settings.
       width: D.
       dtype: of the computation.
+      plain: no kernels.
     """
     target = current_target()
-    if moe.backend not in GROUPED or not on_one_device() or not moe.expert_kind.stored_dense:
+    if plain or moe.backend not in GROUPED or not moe.expert_kind.stored_dense:
+        return False
+    if not on_one_device():
         return False
     available = available_for(target.platform)
     widths = width, moe.hidden_width
     return choose_products(moe.grouped_product, target, available, dtype, *widths) == "native"
 
 
-def make_backend(moe: config.MoE, target: Target | None = None) -> Backend:
+def make_backend(moe: config.MoE, target: Target | None = None, plain: bool = False) -> Backend:
     """The backend that ``config.model.moe.backend`` names; ``auto`` is ``grouped``.
 
     The same settings and target give the same object, so that decoders of the same settings
@@ -134,10 +140,13 @@ def make_backend(moe: config.MoE, target: Target | None = None) -> Backend:
     Args:
       moe: the settings.
       target: what the program will run on; by default :func:`current_target`.
+      plain: ``config.model.kernels="plain"``: by products that any platform has.
 
     Raises:
       ConfigError: the settings ask for what cannot run there.
     """
+    if plain and moe.grouped_product == AUTO and moe.expert_kind.dense is not None:
+        moe = dataclasses.replace(moe, grouped_product=PLAIN)
     return _backend(moe, target or current_target())
 
 

@@ -25,6 +25,7 @@ from dynmoe_jax.model.components import RouterState, added, compute_dtype, drawn
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.router_logits import norm_and_logits
+from dynmoe_jax.model.linear.matrices import Matrices
 from dynmoe_jax.model.linear.products import times
 from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
 from dynmoe_jax.registry import chosen
@@ -40,9 +41,9 @@ class DenseFeedForward(nnx.Module):
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
         D, F = model.width, model.hidden_width
-        self.gate_up_D2F = matrix(rngs, (D, 2 * F), model.init_std)
-        self.down_FD = matrix(rngs, (F, D), model.init_std)
-        self.dtype = compute_dtype(model)
+        shapes = {"gate_up_D2F": (D, 2 * F), "down_FD": (F, D)}
+        self.matrices = Matrices.drawn(self, model, shapes, rngs)
+        self.dtype, self.plain = compute_dtype(model), model.plain
 
     def weights(self, stacked: StackedView | None = None) -> None:
         """Nothing that would have to travel before attention."""
@@ -55,13 +56,18 @@ class DenseFeedForward(nnx.Module):
         weights: None,
     ) -> tuple[Float[Array, "B L D"], None]:
         """Returns (the stream plus the feed-forward of its norm, no record of routing)."""
-        x_BLD, normed_BLD = forked(norm, x_BLD)
+        x_BLD, normed_BLD = forked(norm, x_BLD, self.plain)
         y_TD = self(normed_BLD.reshape(-1, x_BLD.shape[-1]))
         return x_BLD + y_TD.reshape(x_BLD.shape), None
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes down(silu(x gate) * (x up))."""
-        return _swiglu_of_all(x_TD, self.gate_up_D2F, self.down_FD, self.dtype)
+        matrices = self.matrices
+        if matrices.apply_themselves:
+            hidden_TF = swiglu(matrices.applied(self, "gate_up_D2F", x_TD))
+            return matrices.applied(self, "down_FD", hidden_TF)
+        gate_up_D2F, down_FD = (matrices.whole(self, n) for n in ("gate_up_D2F", "down_FD"))
+        return _swiglu_of_all(x_TD, gate_up_D2F, down_FD, self.dtype, self.plain)
 
 
 class MoEFeedForward(nnx.Module):
@@ -94,7 +100,8 @@ class MoEFeedForward(nnx.Module):
             self.shared_down_FD = matrix(rngs, (shared, D), model.init_std)
         if model.moe.shared_gate:
             self.shared_router_D1 = matrix(rngs, (D, 1), model.init_std)
-        self.backend = make_backend(model.moe)
+        self.plain = model.plain
+        self.backend = make_backend(model.moe, plain=model.plain)
         self.transforms = chosen(model.moe, "transforms")
 
     def weights(self, stacked: StackedView | None = None) -> Weights:
@@ -132,10 +139,12 @@ class MoEFeedForward(nnx.Module):
         """
         params = self.router_parameters()
         if self.router.logits is None:
-            x_BLD, normed_BLD, logits_BLE = norm_and_logits(norm, x_BLD, params["router_DE"])
+            x_BLD, normed_BLD, logits_BLE = norm_and_logits(
+                norm, x_BLD, params["router_DE"], self.plain
+            )
             flat = (a.reshape(-1, a.shape[-1]) for a in (normed_BLD, logits_BLE))
             return x_BLD, *flat
-        x_BLD, normed_BLD = forked(norm, x_BLD)
+        x_BLD, normed_BLD = forked(norm, x_BLD, self.plain)
         normed_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
         return x_BLD, normed_TD, self.router.logits(params, normed_TD)
 
@@ -156,7 +165,7 @@ class MoEFeedForward(nnx.Module):
         """
         x_BLD, normed_TD, logits_TE = self.project(norm, x_BLD)
         y_TD, record = self(normed_TD, logits_TE, positions, weights)
-        x_TD = added(x_BLD.reshape(y_TD.shape), y_TD)
+        x_TD = added(x_BLD.reshape(y_TD.shape), y_TD, self.plain)
         return x_TD.reshape(x_BLD.shape), record
 
     def __call__(
@@ -245,7 +254,8 @@ class MoEFeedForward(nnx.Module):
 
     def shared(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes what the shared expert adds to every token."""
-        y_TD = _swiglu_of_all(x_TD, self.shared_gate_up_D2F, self.shared_down_FD, self.dtype)
+        matrices = self.shared_gate_up_D2F[...], self.shared_down_FD[...]
+        y_TD = _swiglu_of_all(x_TD, *matrices, self.dtype, self.plain)
         if not self.moe.shared_gate:
             return y_TD
         router_D1 = whole_parameter("shared_router_D1", self.shared_router_D1[...], self.dtype)
@@ -253,12 +263,16 @@ class MoEFeedForward(nnx.Module):
 
 
 def _swiglu_of_all(
-    x_TD: Float[Array, "T D"], gate_up_D2F: nnx.Param, down_FD: nnx.Param, dtype: jnp.dtype
+    x_TD: Float[Array, "T D"],
+    gate_up_D2F: Float[Array, "D 2*F"],
+    down_FD: Float[Array, "F D"],
+    dtype: jnp.dtype,
+    plain: bool,
 ) -> Float[Array, "T D"]:
     """down(silu(x gate) * (x up)) of all tokens."""
-    gate_up_D2F = whole_parameter("gate_up_D2F", gate_up_D2F[...], dtype)
-    down_FD = whole_parameter("down_FD", down_FD[...], dtype)
+    gate_up_D2F = whole_parameter("gate_up_D2F", gate_up_D2F, dtype)
+    down_FD = whole_parameter("down_FD", down_FD, dtype)
     if mesh_sizes()[MODEL] == 1:
-        return times(swiglu(times(x_TD, gate_up_D2F)), down_FD)
+        return times(swiglu(times(x_TD, gate_up_D2F, plain)), down_FD, plain)
     gate_DF, up_DF = (split_columns(half) for half in jnp.split(gate_up_D2F, 2, axis=-1))
     return gated(x_TD @ gate_DF, x_TD @ up_DF) @ down_FD
