@@ -95,7 +95,8 @@ def check_divides(model: config.Model, sizes: Mapping[str, int]) -> None:
         )
     split = {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
     if moe.every_n_layers:
-        split["moe.hidden_width"] = moe.hidden_width
+        if moe.expert_kind.splits_hidden:
+            split["moe.hidden_width"] = moe.hidden_width
         split["moe.shared_hidden_width"] = moe.shared_hidden_width
     if moe.every_n_layers != 1 or moe.dense_first_layers:
         split["hidden_width"] = model.hidden_width

@@ -231,10 +231,10 @@ class Decoder(nnx.Module):
         where they are."""
         moe = [layer.feed_forward for layer in stack.layers if layer.is_moe]
         model = self.config
-        if not moe or not reads_in_stack(model.moe, model.width, compute_dtype(model)):
+        if not moe or not reads_in_stack(model.moe, model.width, compute_dtype(model), model.plain):
             return None
         # Gradients reach the layers' own weights.
-        matrices = [(layer.gate_up_ED2F[...], layer.down_EFD[...]) for layer in moe]
+        matrices = [layer.dense_matrices() for layer in moe]
         return jax.tree.map(jax.lax.stop_gradient, matrices)
 
     def __call__(

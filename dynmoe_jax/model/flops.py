@@ -31,7 +31,8 @@ def forward_flops(model: config.Model, tokens: float, length: int, rows: float) 
         + (model.num_layers - moe_layers) * dense
         + head
     )
-    return tokens * per_token + expert_flops(rows, model.width, model.moe.hidden_width)
+    per_row = model.moe.expert_kind.flops_per_row(model.width, model.moe.hidden_width)
+    return tokens * per_token + rows * per_row
 
 
 def training_flops(model: config.Model, tokens: float, length: int, rows: float) -> float:

@@ -9,8 +9,6 @@ import math
 from dynmoe_jax import config
 from dynmoe_jax.model.decoder import parameter_shapes
 
-_EXPERT_PARAMETERS = ("gate_up_ED2F", "down_EFD")
-
 
 def count_parameters(model: config.Model) -> int:
     """All parameters: embeddings, norms and routers included."""
@@ -24,7 +22,9 @@ def active_parameters(model: config.Model, experts_per_token: float) -> int:
     included.  Rounded where the mean is not a whole number.
     """
     sizes = _sizes(model)
-    experts = sum(size for path, size in sizes.items() if path[-1] in _EXPERT_PARAMETERS)
+    moe = model.moe
+    names = moe.expert_kind.parameters(model.width, moe.num_experts, moe.hidden_width)
+    experts = sum(size for path, size in sizes.items() if path[-1] in names)
     rest = sum(sizes.values()) - experts
     # A dense model has no experts, and no number of them either.
     return rest + (round(experts * experts_per_token / model.moe.num_experts) if experts else 0)

@@ -27,6 +27,7 @@ class LanguageModel(Objective):
             valid_BL,
             z_weight=loss.z_weight,
             chunk_tokens=loss.chunk_tokens,
+            plain=decoder.config.plain,
         )
         return {
             "cross_entropy": cross_entropy,

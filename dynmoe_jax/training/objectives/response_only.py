@@ -75,6 +75,7 @@ class ResponseOnly(Objective):
             weight_BL,
             z_weight=loss.z_weight,
             chunk_tokens=loss.chunk_tokens,
+            plain=decoder.config.plain,
         )
         return {
             "cross_entropy": cross_entropy,

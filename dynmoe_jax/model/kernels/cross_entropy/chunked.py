@@ -32,7 +32,7 @@ from dynmoe_jax.mesh.axes import (
 from dynmoe_jax.mesh.collectives import each_device, gathered
 from dynmoe_jax.model.kernels.cross_entropy.tpu import logit_gradients, logit_sums
 from dynmoe_jax.model.kernels.cross_entropy.tpu_tiles import Tiles, cross_entropy_tiles
-from dynmoe_jax.model.linear import contracted
+from dynmoe_jax.model.linear.products import contracted
 
 
 def cross_entropy_sums(
@@ -43,6 +43,7 @@ def cross_entropy_sums(
     *,
     z_weight: float = 0.0,
     chunk_tokens: int = 2048,
+    plain: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
     """Sum over positions of weight * (-log p(target) + z_weight * logsumexp(logits)^2).
 
@@ -55,17 +56,19 @@ def cross_entropy_sums(
       z_weight: coefficient of the output z-loss (PaLM, arXiv 2204.02311, section 5).
       chunk_tokens: positions whose logits exist at one time on one device (at least one per
         sequence); the kernels take four times as many.
+      plain: no kernels.
 
     Returns:
       the sum (differentiable, by float weights too), and the negative log-likelihood in nats of
       every position (0 where the weight is 0; no gradient: weigh positions instead).
     """
     if on_one_device():
-        options = _Options(z_weight, chunk_tokens)
+        options = _Options(z_weight, chunk_tokens, plain=plain)
         return _local_sums(options, x_BLD, output_DV, targets_BL, weight_BL)
     spec = parameter_spec("output_DV", output_DV.shape, mesh_sizes())
     split = MODEL in mesh_axes_at(spec, 1)
-    options = _Options(z_weight, chunk_tokens, vocabulary_axis=MODEL if split else None)
+    axis = MODEL if split else None
+    options = _Options(z_weight, chunk_tokens, vocabulary_axis=axis, plain=plain)
 
     def on_each_device(x_BLD, output_DV, targets_BL, weight_BL):
         output_DV = gathered(output_DV, spec)
@@ -86,18 +89,20 @@ class _Options:
       chunk_tokens: positions whose logits exist at one time.
       vocabulary_axis: the mesh axis that splits the vocabulary, if one does.
       tiles: of the kernels, if they run.
+      plain: no kernels.
     """
 
     z_weight: float
     chunk_tokens: int
     vocabulary_axis: str | None = None
     tiles: Tiles | None = None
+    plain: bool = False
 
 
 def _local_sums(options, x_BLD, output_DV, targets_BL, weight_BL):
     tokens, (width, vocabulary) = targets_BL.size, output_DV.shape
     dtype, tiles = jnp.result_type(x_BLD, output_DV), None
-    if weight_BL.dtype == bool:
+    if weight_BL.dtype == bool and not options.plain:
         tiles = cross_entropy_tiles(tokens, width, vocabulary, options.chunk_tokens, dtype)
     local_sums = _sums_of_tokens if tiles else _sums_of_sequences
     options = dataclasses.replace(options, tiles=tiles)
@@ -144,7 +149,7 @@ def _chunk(options: _Options, output_DV, chunk):
     axis = options.vocabulary_axis
     # Positions that do not count may hold anything, and 0 * NaN is NaN.
     x_BCD = jnp.where(valid_BC[..., None], x_BCD, 0)
-    logits_BCV = contracted(x_BCD, output_DV, (2,), (0,))
+    logits_BCV = contracted(x_BCD, output_DV, (2,), (0,), plain=options.plain)
     most_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
     if axis:
         most_BC1 = jax.lax.pmax(most_BC1, axis)
@@ -179,11 +184,13 @@ def _chunked_sums(options, x_NBCD, output_DV, targets_NBC, weight_NBC):
 
 
 def _chunked_forward(options, x_NBCD, output_DV, targets_NBC, weight_NBC):
+    product = partial(contracted, plain=options.plain)
+
     def step(carry, chunk):
         total, doutput_DV = carry
         value, nll_BC, x_BCD, dlogits_BCV, loss_BC = _chunk(options, output_DV, chunk)
-        dx_BCD = contracted(dlogits_BCV, output_DV, (2,), (1,), x_BCD.dtype)
-        doutput_DV += contracted(x_BCD, dlogits_BCV, (0, 1), (0, 1))
+        dx_BCD = product(dlogits_BCV, output_DV, (2,), (1,), x_BCD.dtype)
+        doutput_DV += product(x_BCD, dlogits_BCV, (0, 1), (0, 1))
         return (total + value, doutput_DV), (nll_BC, dx_BCD, loss_BC)
 
     start = (jnp.float32(0), jnp.zeros(output_DV.shape, jnp.float32))
