@@ -39,7 +39,7 @@ class RoutingLosses:
     def of(cls, cfg: config.Config, layers: Sequence[Sequence[int]]) -> "RoutingLosses":
         """The losses that settings ask for in a model with these MoE layers."""
         kinds = all_kinds(cfg.loss)
-        weights = coefficients(kinds, cfg.model.moe.route.losses)
+        weights = coefficients(kinds, cfg.model.declared_losses)
         losses = tuple((name, kinds[name]) for name in weights)
         controllers = {name: chosen(loss, "controller") for name, loss in losses}
         controllers = {name: found for name, found in controllers.items() if found}
