@@ -110,11 +110,8 @@ def _load(load_NE: Float[np.ndarray, "N E"], canvas: Canvas) -> Picture:
     bar = figure.colorbar(image, ax=axis, ticks=ticks, pad=0.02, label="load / even share")
     bar.ax.set_yticklabels([_times(tick, limit) for tick in ticks])
     bar.outline.set_visible(False)
-    found = (
-        f"Never chosen (×): {len(unused)} of {known_NE.sum() or load_NE.size} experts. "
-        if len(unused)
-        else ""
-    )
+    experts = known_NE.sum()
+    found = f"Never chosen (×): {len(unused)} of {experts} experts. " if len(unused) else ""
     return canvas.picture(
         figure,
         "Which experts do the work?",
