@@ -28,7 +28,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.decoder import Decoder
-from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.layer import Layer
 from dynmoe_jax.model.output import in_layer_order
 
@@ -227,7 +226,7 @@ def apply_layers(
       kv: what ``attend`` gets of each layer, nested like the parameters.
       attend: attention of a layer.
     """
-    positions = TokenPositions(segment_ids_BL, decoder.rotary(positions_BL), tokens_BL)
+    positions = decoder.positions(segment_ids_BL, positions_BL, tokens_BL)
 
     def one_layer(layer: Layer, x_BLD, kv):
         def mix(attention, heads, positions):

@@ -46,7 +46,7 @@ class RoutingLosses:
             for layer in decoder.moe_feed_forwards
         ]
         kinds = all_kinds(cfg.loss)
-        weights = coefficients(kinds, cfg.model.moe.route.losses)
+        weights = coefficients(kinds, cfg.model.declared_losses)
         losses = tuple((name, kinds[name]) for name in weights)
         controllers = {name: chosen(loss, "controller") for name, loss in losses}
         controllers = {name: found for name, found in controllers.items() if found}

@@ -91,7 +91,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    Metrics stay on the device: scalars by name, and ``load_NE``.
+    Metrics stay on the device: scalars by name, ``load_NE`` and ``dropped_N``.
 
     Where the loss or a gradient is not finite, parameters, router states, optimizer and controllers
     stay bit for bit what they were, and the optimizer counts no step; the training step and the
@@ -127,6 +127,7 @@ def make_train_step(
             "spike_steps": guard.spike_steps,
             "tokens": jnp.sum(batch["segment_ids"] > 0),
             "load_NE": counts.load_NE,
+            "dropped_N": counts.dropped_N,
             "rows_dropped": jnp.sum(counts.dropped_N),
         }
         coefficients = loss.routing.coefficients(state.controllers, state.step)
