@@ -32,6 +32,8 @@ class Registry(Mapping[str, type]):
     def __repr__(self) -> str:
         return f"Registry({self.family!r}: {', '.join(self)})"
 
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
     def __getitem__(self, name: str) -> type:
         return self._kinds[name]
 

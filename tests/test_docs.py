@@ -11,6 +11,7 @@ import pytest
 from dynmoe_jax import command_line, config
 from dynmoe_jax.mesh.axes import batch_devices
 from dynmoe_jax.mesh.make_mesh import check_divides, mesh_shape
+from dynmoe_jax.registry import LOSSES
 from dynmoe_jax.runs.summary import DomainResult, HeldOut, Sample, Summary
 from dynmoe_jax.training.log.metric_logger import COUNTS, SCALARS
 
@@ -66,6 +67,7 @@ def test_every_metric_is_explained():
     fields = [
         field.name for kind in (Summary, HeldOut, Sample) for field in dataclasses.fields(kind)
     ]
+    fields += [f"{name}_loss" for name in LOSSES]
     fields += [field.name for field in dataclasses.fields(DomainResult)]
     assert not [
         name for name in (*SCALARS, *COUNTS, *fields) if not re.search(rf"[`.]{name}[`.]", text)

@@ -198,11 +198,15 @@ def _tasks(
 
 def main() -> int:
     """Returns the exit code."""
-    asked = parser().parse_args()
-    for name in ("workdir", "data_dir", "output"):
-        if getattr(asked, name) is not None:
-            setattr(asked, name, getattr(asked, name).expanduser())
-    return exit_code(lambda: evaluate(asked), (DataError, CheckpointError, DiskError))
+
+    def program() -> int:
+        asked = parser().parse_args()
+        for name in ("workdir", "data_dir", "output"):
+            if getattr(asked, name) is not None:
+                setattr(asked, name, getattr(asked, name).expanduser())
+        return evaluate(asked)
+
+    return exit_code(program, (DataError, CheckpointError, DiskError))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Model FLOPs, counted from the experts really used, never from a static k."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -38,7 +39,9 @@ def _of_token(layer: LayerSettings, length: int) -> float:
     scores = 2 * 2 * (length / 2) * model.num_heads * model.head_width
     if not layer.is_moe:
         return projections + scores + expert_flops(1, model.width, model.hidden_width)
-    router = 2 * model.width * (moe.num_experts + moe.shared_gate)
+    declared = moe.route.parameters(model.width, moe.num_experts).values()
+    router = 2 * sum(math.prod(parameter.shape) for parameter in declared)
+    router += 2 * model.width * moe.shared_gate
     return projections + scores + router + expert_flops(1, model.width, moe.shared_hidden_width)
 
 

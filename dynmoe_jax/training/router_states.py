@@ -53,7 +53,7 @@ def with_next_states(
     marks = jax.tree.map(lambda _: False, variables)
     marked = nnx.merge(structure, marks)
     for i, name in revised:
-        setattr(marked.moe_feed_forwards[i], name, nnx.Param(True))
+        getattr(marked.moe_feed_forwards[i], name).set_value(True)
     return variables, nnx.state(marked)
 
 

@@ -1,16 +1,19 @@
 """Pictures of training over its steps: losses, experts per token, balance, optimiser, speed."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 
 from dynmoe_jax.evaluation.report.series import History, smooth, thin
 from dynmoe_jax.evaluation.report.theme import CYCLE, Canvas, Picture, integer_ticks, legend, light
+from dynmoe_jax.registry import LOSSES
 from dynmoe_jax.runs.formatting import decimals
 from dynmoe_jax.runs.summary import Summary
 
 # Up to here every layer can have a line of its own that the eye can follow.
 _LAYERS_AS_LINES = 6
+_LOSS_COLORS = ("purple", "orange", "green", "red", "sky", "blue")
 
 
 def training_pictures(history: History, summary: Summary, canvas: Canvas) -> dict[str, Picture]:
@@ -100,11 +103,10 @@ def _stacked(history: History, canvas: Canvas, rows: dict[str, tuple[str, str]])
 
 def _auxiliary(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
     del summary
-    rows = {
-        "balance_loss": ("load balance", "purple"),
-        "entropy_loss": ("entropy [nats]", "orange"),
-        "router_z_loss": ("router z", "green"),
-    }
+    rows = {}
+    for (name, loss), color in zip(LOSSES.items(), itertools.cycle(_LOSS_COLORS), strict=False):
+        rows[f"{name}_loss"] = (loss.label or name, color)
+        rows[f"{name}_coefficient"] = (f"coefficient of {name}", color)
     stacked = _stacked(history, canvas, rows)
     if stacked is None:
         return None

@@ -47,6 +47,7 @@ class Balance(RoutingLoss):
         formerly=("loss.balance_over",),
     )
     controller: str = controller_setting()
+    label = "load balance"
     needs = frozenset({"distribution", "counts"})
 
     @property

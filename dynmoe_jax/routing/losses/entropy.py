@@ -29,6 +29,7 @@ class Entropy(RoutingLoss):
         help="of the router-entropy loss (beta)", formerly=("loss.entropy_weight",)
     )
     controller: str = controller_setting()
+    label = "entropy [nats]"
     needs = frozenset({"distribution", "logits"})
 
     def sums(self, routing, given, params):

@@ -39,12 +39,14 @@ class RoutingLoss:
 
     Attributes:
       weight: coefficient; AUTO: what the router declares in ``losses``.
+      label: name beside the axis of its picture; empty: that of the registry.
       needs: facts that the router has to give, see :attr:`dynmoe_jax.routing.router.Router.gives`.
       additive: whether the loss of a batch is the mean of those of its microbatches, weighted by
         tokens.  If not, the gradient sees the sums of the whole batch first.
     """
 
     weight: float
+    label: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = True
 

@@ -26,6 +26,7 @@ class RouterZ(RoutingLoss):
         help="of the router z-loss (ST-MoE uses 1e-3)", formerly=("loss.router_z_weight",)
     )
     controller: str = controller_setting()
+    label = "router z"
     needs = frozenset({"logits"})
 
     def sums(self, routing, given, params):

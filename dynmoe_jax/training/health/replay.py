@@ -178,9 +178,9 @@ def main() -> int:
     )
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run")
     parser.add_argument("--step", type=int, help="a step that was kept; the newest by default")
-    asked = parser.parse_args()
 
     def run() -> int:
+        asked = parser.parse_args()
         replay(asked.workdir.expanduser(), asked.step)
         return 0
 

@@ -23,16 +23,11 @@ from dynmoe_jax.training.log.hardware import peak_flops_per_second
 from dynmoe_jax.training.log.progress import TrainingProgress
 from dynmoe_jax.training.objective import Batch
 
-SCALARS = (
-    "loss",
-    "lm_loss",
-    "balance_loss",
-    "entropy_loss",
-    "router_z_loss",
-    "grad_norm",
-    "learning_rate",
-)
+SCALARS = ("loss", "lm_loss", "grad_norm", "learning_rate")
 COUNTS = ("skipped_updates", "skipped_in_a_row", "spike_steps")
+_ROWS = ("tokens", "rows_dropped", "load_NE", "dropped_N")
+"""Metrics of a step: numbers, counts, and those that others are made of.  Whatever else a step
+reports, such as routing losses and their coefficients, has a number of its own."""
 
 
 class StepRecorder:
@@ -59,7 +54,8 @@ class StepRecorder:
         if cfg.model.layers:
             rows = (np.sum(load_NE, axis=-1) - values["dropped_N"]).astype(float).tolist()
         flops = training_flops(cfg.model, tokens, cfg.data.seq_len, rows)
-        record = {name: float(values[name]) for name in SCALARS}
+        others = [name for name in values if name not in (*SCALARS, *COUNTS, *_ROWS)]
+        record = {name: float(values[name]) for name in (*SCALARS[:2], *others, *SCALARS[2:])}
         record |= {name: int(values[name]) for name in COUNTS}
         record |= _routing_record(load_NE, self._exists(load_NE), int(values["tokens"]))
         record |= {
