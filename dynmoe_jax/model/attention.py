@@ -88,7 +88,8 @@ class Attention(nnx.Module):
           heads: from :meth:`project`.
           positions: of the tokens.
         """
-        return self._back(by_batch_and_head(self._mix, *heads, positions))
+        layout = positions.segment_ids_BL, positions.rotary_BLR
+        return self._back(by_batch_and_head(self._mix, *heads, layout))
 
     def heads_apart(
         self, heads: tuple[Array, Array, Array], rotary_BLR: Float[Array, "B L R"]
@@ -103,15 +104,13 @@ class Attention(nnx.Module):
         """The heads' mixed values, back in the residual stream."""
         return self._back(mixed_BLHW.reshape(*mixed_BLHW.shape[:2], -1))
 
-    def _mix(self, query_BLX, key_BLY, value_BLY, positions):
+    def _mix(self, query_BLX, key_BLY, value_BLY, layout):
         """Mixed values, side by side, of the heads of one device."""
-        heads = (query_BLX, key_BLY, value_BLY)
+        heads, (segment_ids_BL, rotary_BLR) = (query_BLX, key_BLY, value_BLY), layout
         if isinstance(self.attend, Attend) and self.attend.takes_flat(*heads[:2], self.width):
-            return flat_attention(
-                *heads, positions.segment_ids_BL, positions.rotary_BLR, self.width
-            )
-        heads_apart = self.heads_apart(heads, positions.rotary_BLR)
-        return self.attend(*heads_apart, positions.segment_ids_BL).reshape(query_BLX.shape)
+            return flat_attention(*heads, segment_ids_BL, rotary_BLR, self.width)
+        heads_apart = self.heads_apart(heads, rotary_BLR)
+        return self.attend(*heads_apart, segment_ids_BL).reshape(query_BLX.shape)
 
     def _back(self, mixed_BLX):
         if self.matrices.apply_themselves:

@@ -146,7 +146,7 @@ class MoEFeedForward(nnx.Module):
             return x_BLD, *flat
         x_BLD, normed_BLD = forked(norm, x_BLD, self.plain)
         normed_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
-        return x_BLD, normed_TD, self.router.logits(params, normed_TD)
+        return x_BLD, normed_TD, self.router.logits(params, normed_TD, self.moe.num_experts)
 
     def added_to(
         self,
@@ -220,7 +220,13 @@ class MoEFeedForward(nnx.Module):
         training = positions.training
 
         def given(tokens, state):
-            return RouterInput(**tokens, state=state, length=length, training=training is not None)
+            return RouterInput(
+                **tokens,
+                state=state,
+                expected=self.router.bounds(self.moe.num_experts).expected,
+                length=length,
+                training=training is not None,
+            )
 
         def choose(tokens, shared):
             params, state = shared

@@ -135,18 +135,20 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
         check_packages(cfg.logging)
     target, model = current_target(), cfg.model
     make_backend(model.moe, target, model.plain)
-    choose_attention(
-        attention_of(model),
-        target,
-        compute_dtype(model),
-        cfg.data.seq_len,
-        model.head_width,
-        model.num_heads,
-        model.num_kv_heads,
-    )
+    for layer in dict.fromkeys(model.by_layer):
+        choose_attention(
+            attention_of(model),
+            target,
+            compute_dtype(model),
+            cfg.data.seq_len,
+            layer.model.head_width,
+            layer.model.num_heads,
+            layer.model.num_kv_heads,
+        )
     mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
     check_divides(model, mesh.shape)
-    make_transport(model.moe, mesh.shape["expert"])
+    for moe in dict.fromkeys((model.moe, *model.moe_settings)):
+        make_transport(moe, mesh.shape["expert"])
     memory = Memory(cfg, mesh.shape)
     memory.check_state()
     return mesh, memory
@@ -169,7 +171,7 @@ def _train(run: Run) -> int:
     with jax.set_mesh(run.mesh), contextlib.ExitStack() as at_end:
         # ── State and step ───────────────────────────────────────────────────────────────────────
         with seconds.of("compile"), stage("Compiling the training step"):
-            train_step, state = start(run, done)
+            train_step, state = start(run, done, tokenizer)
         evaluate = HeldOutEvaluation(run, prepared, tokenizer)
 
         # ── Loop: step s is dispatched before the metrics of step s-1 are read ───────────────────
