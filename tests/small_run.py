@@ -46,7 +46,7 @@ def settings(corpus):
             vocab_size=300,
             max_seq_len=32,
             init_std=0.1,
-            moe=config.MoE(num_experts=4, hidden_width=16, top_p=0.4),
+            moe=config.MoE(num_experts=4, hidden_width=16, top_p={"threshold": 0.4}),
         ),
         data=config.Data(sources=f"text:{corpus}", seq_len=32, heldout_fraction=0.2),
         train=config.Train(steps=6, batch_size=8, log_every_steps=1),

@@ -20,7 +20,7 @@ SMALL = config.Model(
     vocab_size=32,
     max_seq_len=16,
     dtype="float32",
-    moe=config.MoE(num_experts=4, hidden_width=12, top_p=0.6, backend="grouped"),
+    moe=config.MoE(num_experts=4, hidden_width=12, top_p={"threshold": 0.6}, backend="grouped"),
 )
 
 
