@@ -16,6 +16,7 @@ from jax.stages import Compiled
 
 from benchmarks.command import run
 from dynmoe_jax import config
+from dynmoe_jax.data import BATCH_ARRAYS
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 
@@ -50,7 +51,7 @@ def compile_step_of(cfg: config.Config) -> Compiled:
     optimizer = make_optimizer(cfg.optimizer, schedule)
     state = jax.eval_shape(partial(init_state, cfg, optimizer), jax.random.key(0))
     array_BL = jax.ShapeDtypeStruct((BATCH_SIZE, SEQ_LEN), jnp.int32)
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array_BL)
+    batch = dict.fromkeys(BATCH_ARRAYS, array_BL)
     train_step = make_train_step(cfg, optimizer, schedule)
     return jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
 

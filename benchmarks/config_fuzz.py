@@ -9,6 +9,7 @@ cases are drawn around six programs.
 """
 
 import argparse
+import dataclasses
 import math
 import random
 import time
@@ -21,7 +22,8 @@ from jax.stages import Compiled, Traced
 
 from benchmarks.command import run
 from dynmoe_jax import config
-from dynmoe_jax.training.objective import Batch
+from dynmoe_jax.data import BATCH_ARRAYS
+from dynmoe_jax.training.objectives import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 from dynmoe_jax.training.trainer import BAD_INPUT, check_run
@@ -47,7 +49,7 @@ LEAVES = {path: field for path, field, _ in config.walk(config.Config())}
 
 
 def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """{"model.moe.top_p": 0.5} as {"model": {"moe": {"top_p": 0.5}}}."""
+    """{"model.moe.num_experts": 8} as {"model": {"moe": {"num_experts": 8}}}."""
     result: dict[str, Any] = {}
     for path, value in values.items():
         *groups, name = path.split(".")
@@ -58,6 +60,17 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
                 return result
         place[name] = value
     return result
+
+
+def choosing(path: str) -> dict[str, str]:
+    """The settings that choose the kind that a setting belongs to; none for those of no kind."""
+    found, group, prefix = {}, config.Config(), ""
+    for name in path.split(".")[:-1]:
+        for field in dataclasses.fields(group):
+            if name in (field.metadata.get("registry") or ()):
+                found[f"{prefix}{field.name}"] = name
+        group, prefix = getattr(group, name), f"{prefix}{name}."
+    return found
 
 
 def accept_or_refuse(values: dict[str, Any]) -> config.Config | str:
@@ -82,8 +95,7 @@ def accept_or_refuse(values: dict[str, Any]) -> config.Config | str:
 def draw_batch(cfg: config.Config) -> Batch:
     """A whole batch of token 1."""
     shape = (cfg.train.batch_size, cfg.data.seq_len)
-    names = ("tokens", "targets", "segment_ids", "positions")
-    return {name: np.ones(shape, np.int32) for name in names}
+    return {name: np.ones(shape, np.int32) for name in BATCH_ARRAYS}
 
 
 def first_step(cfg: config.Config) -> Traced:
@@ -112,9 +124,13 @@ def check_step(state, metrics) -> bool:
 
 
 def draw(rng: random.Random) -> dict[str, Any]:
-    """One to three settings."""
+    """One to three settings, most of those of a kind with the setting that chooses it."""
     count = rng.choice((1, 1, 1, 2, 3))
-    return dict(_draw_one(rng) for _ in range(count))
+    values = dict(_draw_one(rng) for _ in range(count))
+    for path in list(values):
+        if path in LEAVES and rng.random() < 0.8:
+            values = choosing(path) | values
+    return values
 
 
 def _draw_one(rng: random.Random) -> tuple[str, Any]:

@@ -19,7 +19,7 @@ def get_config():
         vocab_size=512,
         max_seq_len=64,
         init_std=0.1,
-        moe=config.MoE(num_experts=4, hidden_width=32, top_p=0.4),
+        moe=config.MoE(num_experts=4, hidden_width=32, top_p={"threshold": 0.4}),
     )
     return config.to_config_dict(
         dataclasses.replace(

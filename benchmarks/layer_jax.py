@@ -27,15 +27,13 @@ METHODS = {
 
 def backend_of(method: str, choice: Choice) -> Backend:
     """The expert compute of a method, for a run with that router."""
-    router = {"router": "top_k", "top_k": choice.k} if choice.k else {"router": "top_p"}
+    router = {"router": "top_k", "top_k": {"k": choice.k}} if choice.k else {"router": "top_p"}
     return make_backend(config.MoE(**METHODS[method], **router))
 
 
-def make_router(choice: Choice, num_experts: int) -> Router:
-    """The project's router for a choice; top-k renormalises, as Mixtral does."""
-    if choice.k:
-        return TopK(num_experts, choice.k, renormalize=True)
-    return TopP(num_experts, choice.p)
+def router_of(choice: Choice) -> Router:
+    """The project's router for a choice; top-k renormalizes, as Mixtral does."""
+    return TopK(choice.k, renormalize=True) if choice.k else TopP(choice.p)
 
 
 def moe_layer(choice: Choice, backend: Backend):
@@ -43,8 +41,8 @@ def moe_layer(choice: Choice, backend: Backend):
 
     def layer(x_TD, parameters):
         router_DE, weights = parameters
-        route = make_router(choice, weights.num_experts)
-        routing = route(choice.scale * (x_TD @ router_DE), jnp.ones(x_TD.shape[0], bool))
+        logits_TE = choice.scale * (x_TD @ router_DE)
+        routing = router_of(choice).on_logits(logits_TE, jnp.ones(x_TD.shape[0], bool))
         return apply_experts(x_TD, routing, weights, backend)[0]
 
     return layer
@@ -79,9 +77,8 @@ def dense_parameters(arrays: Arrays, hidden_width: int):
 
 def used_by(arrays: Arrays, choice: Choice) -> Used:
     """What a choice uses: useful FLOPs are counted from its rows."""
-    route = make_router(choice, arrays.router_DE.shape[1])
     logits_TE = choice.scale * (arrays.x_TD @ arrays.router_DE)
-    routing = route(logits_TE, jnp.ones(logits_TE.shape[0], bool))
+    routing = router_of(choice).on_logits(logits_TE, jnp.ones(logits_TE.shape[0], bool))
     return Used(int(jnp.sum(routing.load_E)), int(jnp.sum(routing.load_E > 0)))
 
 

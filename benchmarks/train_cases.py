@@ -96,8 +96,8 @@ def cases(preset: Preset) -> dict[str, Case]:
     moe = preset.model.moe
     return {
         "dense": Case(dataclasses.replace(moe, every_n_layers=0)),
-        "top_1": Case(dataclasses.replace(moe, router="top_k", top_k=1)),
-        "top_2": Case(dataclasses.replace(moe, router="top_k", top_k=2)),
+        "top_1": Case(dataclasses.replace(moe, router="top_k", top_k={"k": 1})),
+        "top_2": Case(dataclasses.replace(moe, router="top_k", top_k={"k": 2})),
         "top_p_2": Case(dataclasses.replace(moe, router="top_p"), mean=MEAN),
     }
 

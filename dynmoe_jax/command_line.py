@@ -144,7 +144,7 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:
     path, rest = _config_file(argv[1:])
     for name, value in _overrides(rest):
         _check_override(name, value)
-    rest = [_without_auto(argument) for argument in rest]
+    rest = _without_auto(rest)
     # The file first: its settings are there before any of them is overridden.
     argv = [argv[0], f"--config={path}", *rest]
     # Flags of this call's own: libraries that were imported may have defined theirs globally.
@@ -252,15 +252,19 @@ def _check_override(name: str, text: str | None) -> None:
         ) from None
 
 
-def _without_auto(argument: str) -> str:
-    """``--config.NAME=auto`` with the number that stands for it."""
-    name, equals, text = argument.partition("=")
-    if equals and text == "auto":
-        fields = {path: field for path, field, _ in config.walk(config.Config())}
-        field = fields.get(name.lstrip("-").removeprefix("config."))
-        if field is not None and field.metadata["auto"]:
-            return f"{name}={config.AUTO}"
-    return argument
+def _without_auto(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the number that stands for ``auto`` in ``--config.NAME=auto``."""
+    settings = config.walk(config.Config())
+    auto = {f"config.{path}" for path, field, _ in settings if field.metadata["auto"]}
+    found = []
+    for argument, before in zip(arguments, ["", *arguments], strict=False):
+        name, equals, text = argument.partition("=")
+        if equals and text == "auto" and name.lstrip("-") in auto:
+            argument = f"{name}={config.AUTO}"
+        elif argument == "auto" and before.lstrip("-") in auto:
+            argument = f"{config.AUTO}"
+        found.append(argument)
+    return found
 
 
 def load_plugins(arguments: Sequence[str]) -> list[str]:

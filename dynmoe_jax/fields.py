@@ -154,7 +154,8 @@ def check_value(
     if rule["above"] is not None and not value > rule["above"]:
         raise ConfigError(f"{where} must be greater than {rule['above']:g}{unit}.")
     if rule["low"] is not None and value < rule["low"]:
-        raise ConfigError(f"{where} must be at least {rule['low']:g}{unit}.")
+        or_auto = ", or auto" if rule["auto"] else ""
+        raise ConfigError(f"{where} must be at least {rule['low']:g}{unit}{or_auto}.")
     if rule["high"] is not None and value > rule["high"]:
         raise ConfigError(f"{where} must be at most {rule['high']:g}{unit}.")
     _check_storable(where, value)
@@ -213,7 +214,7 @@ def build(kind: type, settings: Mapping[str, Any]) -> Any:
 
 
 def _build(kind: type, settings: Mapping[str, Any], whole: type, prefix: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {f.name: f for f in dataclasses.fields(kind) if _is_setting(f)}
     values = {}
     for name, value in settings.items():
         if name not in fields:
@@ -230,3 +231,8 @@ def _build(kind: type, settings: Mapping[str, Any], whole: type, prefix: str) ->
                 value = float(value)
         values[name] = value
     return kind(**values)
+
+
+def _is_setting(field: dataclasses.Field) -> bool:
+    """Whether a field is a setting or a group of them."""
+    return dataclasses.is_dataclass(field.type) or "help" in field.metadata

@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -143,6 +143,22 @@ def idle_kinds(group: Any) -> Iterator[tuple[str, str, Any]]:
                 yield field.name, name, getattr(group, name)
 
 
+def with_choice(group: Any, name: str, kinds: Collection[str]) -> Any:
+    """A group of settings in which a choice names other kinds.
+
+    Settings of kinds that it names no more are at their defaults, as they have to be.
+
+    Args:
+      group: settings with that choice among them.
+      name: of the choice.
+      kinds: what it is to name, in order.
+    """
+    field = next(field for field in dataclasses.fields(group) if field.name == name)
+    idle = [kind for kind in field.metadata["registry"] if kind not in kinds]
+    defaults = {kind: type(getattr(group, kind))() for kind in idle if hasattr(group, kind)}
+    return dataclasses.replace(group, **{name: ",".join(kinds)}, **defaults)
+
+
 # ── Trees ────────────────────────────────────────────────────────────────────────────────────────
 
 _complete: dict[tuple, type] = {}
@@ -154,7 +170,11 @@ def complete(base: type) -> type:
     A choice declared by :func:`choice` brings the kinds of its registry; a class variable ``kinds``
     those of a registry that are all there at once.  Groups inside of groups are completed alike.
     The same kinds give the same class.
+
+    Raises:
+      ConfigError: a kind has the name of another one, or of a setting, in the same group.
     """
+    owners: dict[str, Any] = {field.name: base for field in dataclasses.fields(base)}
     groups = {
         field.name: complete(field.type)
         for field in dataclasses.fields(base)
@@ -163,6 +183,11 @@ def complete(base: type) -> type:
     registries = [field.metadata.get("registry") for field in dataclasses.fields(base)]
     for registry in (*registries, getattr(base, "kinds", None)):
         for name, kind in (registry or {}).items():
+            if owners.setdefault(name, registry) is not registry:
+                raise ConfigError(
+                    f"{registry.family} {name!r} has the name of another setting of "
+                    f"{base.__name__}; rename it."
+                )
             if dataclasses.fields(kind):
                 groups[name] = complete(kind)
     if not groups:

@@ -86,6 +86,26 @@ def test_whole_number_is_a_float_where_one_is_wanted():
     assert parse("--config.optimizer.learning_rate=1")[0].optimizer.learning_rate == 1.0
 
 
+@pytest.mark.parametrize("spelling", ["--config.{}=auto", "--config.{} auto"])
+def test_auto_is_a_number_that_is_left_to_somebody_else(spelling):
+    arguments = spelling.format("loss.balance.weight").split(" ")
+    assert (
+        parse("--config.loss.balance.weight=0.5", *arguments)[0].loss.balance.weight == config.AUTO
+    )
+
+
+def test_auto_is_refused_where_nobody_else_decides():
+    sentence = refusal("--config.loss.z_weight=auto")
+    assert sentence.startswith("config.loss.z_weight=auto must be of type float")
+    assert "at least 0, or auto" in refusal("--config.loss.balance.weight=-2")
+
+
+def test_settings_of_a_kind_are_given_with_its_choice():
+    moe = parse("--config.model.moe.router=top_k", "--config.model.moe.top_k.k=3")[0].model.moe
+    assert (moe.route.k, moe.top_p.threshold) == (3, 0.4)
+    assert "has no effect while" in refusal("--config.model.moe.top_k.k=3")
+
+
 def test_one_call_leaves_nothing_to_the_next():
     assert parse("--config.train.steps=7", "--workdir=a")[0].train.steps == 7
     cfg, workdir = parse("--config.seed=1")
@@ -125,7 +145,7 @@ def test_what_does_not_exist_is_refused_with_what_does(argument, sentence):
         ("--config.optimizer.learning_rate=nan", "must be a finite number"),
         ("--config.model.tie_embeddings=maybe", "must be of type bool"),
         ("--config.train.steps=0", "must be at least 1 steps"),
-        ("--config.model.moe.top_p=1.5", "must be at most 1"),
+        ("--config.model.moe.top_p.threshold=1.5", "must be at most 1"),
         ("--config.model.dtype=flot32", "did you mean 'float32'?"),
         ("--config.train.microbatches=5", "must divide config.train.batch_size"),
     ],
@@ -209,6 +229,10 @@ def test_program_refuses_before_it_writes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_found_without_loading_jax():
-    program = "import sys; from dynmoe_jax import command_line; sys.exit('jax' in sys.modules)"
+def test_mistakes_are_found_without_starting_a_device():
+    """Settings are made from what routers and losses declare, which needs JAX, but none of it."""
+    program = (
+        "import sys, jax; from dynmoe_jax import command_line, config; config.Config();"
+        "sys.exit(bool(jax._src.xla_bridge._backends))"
+    )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

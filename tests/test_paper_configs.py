@@ -10,6 +10,8 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
+from dynmoe_jax.registry import all_kinds
+from dynmoe_jax.routing.losses import coefficients
 
 ROOT = Path(__file__).parent.parent
 LAYERS, VOCABULARY, EXPERTS = 24, 32000, 16
@@ -72,7 +74,7 @@ def test_mixture(load, name):
     for k in (1, 2):
         assert active_parameters(model, k) == matrices(1024, 2816, k) + rest
     if model.moe.router == "top_k":
-        assert f"{active_parameters(model, model.moe.top_k):,}" in about
+        assert f"{active_parameters(model, model.moe.top_k.k):,}" in about
 
 
 def test_active_parameters_at_a_mean_that_is_not_whole(load):
@@ -88,8 +90,9 @@ def test_training_is_the_papers(load, name):
     assert 100e9 <= tokens < 100.01e9
     assert settings.data.seq_len == 2048
     assert settings.model.init_std == 0.006
-    assert settings.loss.balance_weight == 1e-2
-    assert settings.loss.entropy_weight == (0.0 if name in ("moe_top1", "moe_top2") else 1e-4)
+    weights = coefficients(all_kinds(settings.loss), settings.model.moe.route.losses)
+    assert weights["balance"] == 1e-2
+    assert weights["entropy"] == (0.0 if name in ("moe_top1", "moe_top2") else 1e-4)
     assert (settings.optimizer.b1, settings.optimizer.b2) == (0.9, 0.95)
     assert settings.optimizer.weight_decay == 0.1
     assert f"--config=configs/paper/{name}.py" in about
@@ -98,8 +101,8 @@ def test_training_is_the_papers(load, name):
 def test_routers(load):
     moe = {name: load(name)[0].model.moe for name in NAMES}
     assert [moe[name].every_n_layers for name in NAMES] == [0, 0, 1, 1, 1]
-    assert (moe["moe_top1"].router, moe["moe_top1"].top_k) == ("top_k", 1)
-    assert (moe["moe_top2"].router, moe["moe_top2"].top_k) == ("top_k", 2)
-    assert (moe["moe_dynamic"].router, moe["moe_dynamic"].top_p) == ("top_p", 0.4)
+    assert (moe["moe_top1"].router, moe["moe_top1"].top_k.k) == ("top_k", 1)
+    assert (moe["moe_top2"].router, moe["moe_top2"].top_k.k) == ("top_k", 2)
+    assert (moe["moe_dynamic"].router, moe["moe_dynamic"].top_p.threshold) == ("top_p", 0.4)
     # The paper weighs by raw probabilities; GShard by those of the pair, made to sum to one.
-    assert [moe[name].renormalize for name in NAMES] == [name == "moe_top2" for name in NAMES]
+    assert [moe[name].route.renormalize for name in NAMES] == [name == "moe_top2" for name in NAMES]

@@ -16,6 +16,6 @@ from dynmoe_jax import config
 def get_config():
     """The settings of the run."""
     # Entropy is the dynamic model's loss; a fixed k has no use for it.
-    settings = paper_run(config.Model(moe=config.MoE(router="top_k", top_k=1)))
+    settings = paper_run(config.Model(moe=config.MoE(router="top_k", top_k={"k": 1})))
     settings.loss.entropy.weight = 0.0
     return settings

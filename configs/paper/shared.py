@@ -1,8 +1,8 @@
 """What the five runs of "Harder Tasks Need More Experts" (arXiv 2403.07652) share.
 
 From the paper: 100B tokens of RedPajama, Llama-2's tokenizer of 32000 pieces, AdamW, initial
-standard deviation 0.006, the loss weights alpha = 1e-2 and beta = 1e-4 (the defaults of
-:class:`config.Loss`).  Batch size, learning rate and schedule are this project's choice.
+standard deviation 0.006, the loss weights alpha = 1e-2 and beta = 1e-4 (which routers declare, so
+that ``config.loss`` need not).  Batch size, learning rate and schedule are this project's choice.
 
 Hardware: parameters, gradients and AdamW's two moments take 16 bytes per parameter (and up to 4
 more while the gradients of a microbatch are added to those of the ones before), shared by the

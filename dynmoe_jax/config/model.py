@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from dynmoe_jax.config.layers import LayerSettings, layer_models
 from dynmoe_jax.fields import AUTO, free_setting, model_setting, setting
-from dynmoe_jax.registry import ROUTERS, TRANSFORMS, choice, chosen, complete
+from dynmoe_jax.registry import EXPERTS, LINEARS, ROUTERS, TRANSFORMS, choice, chosen, complete
 from dynmoe_jax.routing import Router
 
 
@@ -22,6 +23,14 @@ class MoE:
         per_layer=True,
     )
     num_experts: int = model_setting(16, "routed experts per MoE layer", low=1, per_layer=True)
+    experts: str = choice(
+        EXPERTS,
+        "swiglu",
+        "function that an expert computes; kernels know swiglu",
+        defines_model=True,
+        fixed_in_run=True,
+        per_layer=True,
+    )
     hidden_width: int = model_setting(
         2816, "hidden width of one expert", unit="units", low=1, per_layer=True
     )
@@ -96,6 +105,11 @@ class MoE:
         """The router, with its settings."""
         return chosen(self, "router")
 
+    @property
+    def expert_kind(self) -> Any:
+        """The :class:`~dynmoe_jax.experts.kinds.kind.ExpertKind`, with its settings."""
+        return chosen(self, "experts")
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -153,6 +167,19 @@ class Model:
         "what computes attention; auto = by platform, see docs/design.md",
         choices=("auto", "native", "xla", "tiled", "triton", "cudnn", "splash", "flat", "tokamax"),
     )
+    kernels: str = free_setting(
+        "auto",
+        "auto = the fastest that there is; plain = plain JAX everywhere, without any kernel",
+        choices=("auto", "plain"),
+    )
+    linear: str = choice(
+        LINEARS,
+        "dense",
+        "what stands for the matrices of attention and of the dense feed-forward",
+        defines_model=True,
+        fixed_in_run=True,
+        per_layer=True,
+    )
     unroll: int = free_setting(
         0,
         "layers (groups of them, where every n-th is MoE) that the loop over layers takes at a "
@@ -160,6 +187,11 @@ class Model:
         low=0,
     )
     moe: MoE = dataclasses.field(default_factory=lambda: complete(MoE)())
+
+    @property
+    def plain(self) -> bool:
+        """Whether no kernel may compute anything."""
+        return self.kernels == "plain"
 
     @property
     def num_groups(self) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from dynmoe_jax.fields import ConfigError, shown, walk
-from dynmoe_jax.registry import all_kinds, idle_kinds
+from dynmoe_jax.registry import LINEARS, all_kinds, chosen, idle_kinds
 from dynmoe_jax.routing.losses import coefficients
 
 
@@ -17,6 +17,8 @@ def check_together(config: Any) -> None:
     model, train = config.model, config.train
     _check_heads(model)
     _check_moe(model)
+    _check_linear(model)
+    _check_plain(model)
     _check_layers(model)
     _check_idle(config, "config.")
     _check_losses(config)
@@ -111,6 +113,27 @@ def _check_shared(moe: Any) -> None:
             "config.model.moe.shared_gate=True has no shared expert to weigh; set "
             "config.model.moe.shared_hidden_width."
         )
+
+
+def _check_linear(model: Any) -> None:
+    # The kinds are registered by a room above this one.
+    if model.linear in LINEARS and (obstacle := chosen(model, "linear").obstacle()):
+        raise ConfigError(f"config.model.{model.linear}.{obstacle}.")
+
+
+PLAIN = {"attention": "xla", "moe.grouped_product": "blocks"}
+"""Settings that name a kernel, and the name that is plain JAX."""
+
+
+def _check_plain(model: Any) -> None:
+    """Raises ConfigError for a kernel that is named while there shall be none."""
+    found = {path: value for path, _, value in walk(model)}
+    for path, plain in PLAIN.items() if model.kernels == "plain" else ():
+        if found[path] not in ("auto", plain):
+            raise ConfigError(
+                f"config.model.{path}={found[path]!r} names a kernel, and config.model.kernels="
+                f"'plain' allows none; set one of them to 'auto'."
+            )
 
 
 def _check_checkpoints(config: Any) -> None:

@@ -76,7 +76,7 @@ def from_stored(settings: Mapping[str, Any]) -> Any:
     settings = json.loads(json.dumps(settings))  # a copy
     _move(settings)
     kept = tuple(_taken_out(current("Config"), settings, ""))
-    return fields.build(current("Config"), settings | {"kept": kept})
+    return dataclasses.replace(fields.build(current("Config"), settings), kept=kept)
 
 
 def _move(settings: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from dynmoe_jax.evaluation.scoring.scoring import Scorer
 from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.evaluation.window import choose_window
 from dynmoe_jax.model import Decoder, decoder_structure
+from dynmoe_jax.registry import chosen, names_in, with_choice
 from dynmoe_jax.runs.compilation import compiled_programs_kept
 from dynmoe_jax.runs.disk import DiskError, disk_errors
 from dynmoe_jax.runs.errors import CheckpointError
@@ -116,7 +117,9 @@ def without_budget(decoder: Decoder) -> Decoder:
     """The decoder without what makes tokens of a batch affect each other, dropped choices."""
     model, moe = decoder.config, decoder.config.moe
     backend = "auto" if moe.backend == "capacity" else moe.backend
-    exact = dataclasses.replace(moe, transforms="", backend=backend)
+    transforms = zip(names_in(moe.transforms), chosen(moe, "transforms"), strict=True)
+    by_token = [name for name, transform in transforms if transform.group == "token"]
+    exact = dataclasses.replace(with_choice(moe, "transforms", by_token), backend=backend)
     if exact == moe:
         return decoder
     warn("The run drops choices of experts over its budget; here none are dropped.")

@@ -62,6 +62,7 @@ def make_eval_step(structure: nnx.GraphDef, loss: config.Loss) -> Callable[..., 
             batch["targets"],
             valid_BL,
             chunk_tokens=loss.chunk_tokens,
+            plain=decoder.config.plain,
         )
         if counts:
             loads, histograms = zip(*counts, strict=True)

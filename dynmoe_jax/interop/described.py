@@ -106,7 +106,9 @@ def _config_of(model: config.Model, overrides: Mapping[str, Any]) -> config.Conf
         group = settings if name in settings else settings["moe"]
         if name not in group:
             raise config.unknown_setting(f"model.{name}")
-        group[name] = value
+        # Of a group, other settings stay what the foreign model says.
+        inside = isinstance(group[name], Mapping) and isinstance(value, Mapping)
+        group[name] = {**group[name], **value} if inside else value
     length = settings["max_seq_len"]
     # What is no number is refused with the other settings.
     length = min(config.Data.seq_len, length) if type(length) is int else length

@@ -21,7 +21,7 @@ def load_hf(path: str | os.PathLike, **overrides: Any) -> Decoder:
       path: a folder with ``config.json`` and ``model.safetensors``, or several safetensors files
         with ``model.safetensors.index.json``; or a ``.gguf`` file of a Llama.
       overrides: fields of :class:`config.Model` or of :class:`config.MoE` to set, such as
-        ``backend="grouped"`` or ``dtype="bfloat16"``.
+        ``backend="grouped"``, ``dtype="bfloat16"`` or ``top_p={"threshold": 0.3}``.
 
     Returns:
       the decoder, with float32 parameters.

@@ -101,7 +101,8 @@ def _check_layer(layer: LayerSettings, sizes: Mapping[str, int], where: str) -> 
         )
     split = {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
     if layer.is_moe:
-        split["moe.hidden_width"] = moe.hidden_width
+        if moe.expert_kind.splits_hidden:
+            split["moe.hidden_width"] = moe.hidden_width
         split["moe.shared_hidden_width"] = moe.shared_hidden_width
     else:
         split["hidden_width"] = model.hidden_width

@@ -25,6 +25,7 @@ from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.axes import on_one_device
 from dynmoe_jax.mesh.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.model.components import compute_dtype, matrix, rms_norm
+from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
 from dynmoe_jax.model.layer import Layer, LayerOutput
 from dynmoe_jax.model.output import DecoderOutput, LayerRouting, MoERecord, routing_of_layers
@@ -203,6 +204,12 @@ class Decoder(nnx.Module):
         return self.norm(x_BLD), records
 
     @property
+    def moe_feed_forwards(self) -> list[MoEFeedForward]:
+        """The MoE feed-forwards, each stacked over the layers that one program computes."""
+        layers = [layer for stack in self.stacks for layer in stack.layers]
+        return [layer.feed_forward for layer in layers if layer.is_moe]
+
+    @property
     def moe_layers(self) -> list[range]:
         """Numbers of the MoE layers, those together that are computed by one program."""
         return [
@@ -244,12 +251,12 @@ class Decoder(nnx.Module):
     def _stacked_experts(self, groups: LayerGroup) -> list[tuple[Array, Array] | None]:
         """The matrices of all experts of each MoE layer of a period, where kernels read them in
         their place; else None."""
-        width, dtype = self.config.width, compute_dtype(self.config)
+        model, dtype = self.config, compute_dtype(self.config)
         moe = [layer.feed_forward for layer in groups.layers if layer.is_moe]
         # Gradients reach the layers' own weights.
         return [
-            jax.tree.map(jax.lax.stop_gradient, (layer.gate_up_ED2F[...], layer.down_EFD[...]))
-            if reads_in_stack(layer.moe, width, dtype)
+            jax.tree.map(jax.lax.stop_gradient, layer.dense_matrices())
+            if reads_in_stack(layer.moe, model.width, dtype, model.plain)
             else None
             for layer in moe
         ]

@@ -44,11 +44,12 @@ def _of_token(layer: LayerSettings, length: int) -> float:
 
 def _of_experts(model: config.Model, rows: float | Sequence[float]) -> float:
     """FLOPs of the routed experts."""
-    widths = [moe.hidden_width for moe in model.moe_settings]
-    if len(set(widths)) > 1:
-        pairs = zip(rows, widths, strict=True)
-        return sum(expert_flops(layer_rows, model.width, width) for layer_rows, width in pairs)
-    return expert_flops(_total(rows), model.width, widths[0]) if widths else 0.0
+    per_row = [
+        moe.expert_kind.flops_per_row(model.width, moe.hidden_width) for moe in model.moe_settings
+    ]
+    if len(set(per_row)) > 1:
+        return sum(count * flops for count, flops in zip(rows, per_row, strict=True))
+    return _total(rows) * per_row[0] if per_row else 0.0
 
 
 def _total(rows: float | Sequence[float]) -> float:

@@ -169,11 +169,17 @@ def unstacked(decoder: Decoder) -> list[tuple[nnx.State, ...]]:
     A second copy of the weights (on CPU; of half their size where the compute type is bfloat16).
     """
     dtype = compute_dtype(decoder.config)
+    routers = {
+        name
+        for layer in decoder.moe_feed_forwards
+        for name in (*layer.router_names, *layer.state_names)
+    }
 
     def cast(path, stack_array):
         # Norms and routers compute in float32.
-        name = jax.tree_util.keystr(path)
-        precise = "scale" in name or "router" in name
+        names = {getattr(key, "key", None) for key in path}
+        text = jax.tree_util.keystr(path)
+        precise = "scale" in text or "router" in text or bool(names & routers)
         return stack_array if precise else stack_array.astype(dtype)
 
     return [_parted(jax.tree.map_with_path(cast, params)) for params in stacked(decoder)]

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dynmoe_jax import config
 from dynmoe_jax.model.decoder import decoder_shapes, parameter_shapes
 
-_EXPERT_PARAMETERS = ("gate_up_ED2F", "down_EFD")
-
 
 def count_parameters(model: config.Model) -> int:
     """All parameters: embeddings, norms and routers included."""
@@ -32,14 +30,15 @@ def active_parameters(model: config.Model, experts_per_token: float | Sequence[f
     if not isinstance(mean_N, Sequence):
         mean_N = [experts_per_token] * model.num_moe_layers
     decoder = decoder_shapes(model)
-    moe = [layer for stack in decoder.stacks for layer in stack.layers if layer.is_moe]
     rest, used = count_parameters(model), 0.0
-    for layer, numbers in zip(moe, decoder.moe_layers, strict=True):
-        size = sum(math.prod(getattr(layer.feed_forward, n).shape) for n in _EXPERT_PARAMETERS)
+    for layer, numbers in zip(decoder.moe_feed_forwards, decoder.moe_layers, strict=True):
+        moe = layer.moe
+        names = moe.expert_kind.parameters(model.width, moe.num_experts, moe.hidden_width)
+        size = sum(math.prod(getattr(layer, name).shape) for name in names)
         means = [mean_N[model.moe_layers.index(number)] for number in numbers]
         mean = means[0] if len(set(means)) == 1 else sum(means) / len(means)
         rest -= size
-        used += size * mean / layer.feed_forward.moe.num_experts
+        used += size * mean / moe.num_experts
     return rest + round(used)
 
 

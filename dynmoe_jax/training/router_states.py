@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.output import by_program, in_layer_order
 
@@ -30,9 +29,10 @@ def with_next_states(
       the variables; a tree like them of bools, True for a parameter that the router has revised,
       whose moments are then 0; None if there is none.
     """
-    decoder = nnx.merge(structure, params)
+    # Copies of the variables, which are written to below.
+    decoder = nnx.merge(structure, jax.tree.map(lambda x: x, params))
     revised: set[tuple[int, str]] = set()
-    feed_forwards, numbers = moe_feed_forwards(decoder), decoder.moe_layers
+    feed_forwards, numbers = decoder.moe_feed_forwards, decoder.moe_layers
     for members in _by_router(feed_forwards):
         router = feed_forwards[members[0]].router
         layers, of_members = [feed_forwards[i] for i in members], [numbers[i] for i in members]
@@ -53,14 +53,8 @@ def with_next_states(
     marks = jax.tree.map(lambda _: False, variables)
     marked = nnx.merge(structure, marks)
     for i, name in revised:
-        setattr(moe_feed_forwards(marked)[i], name, nnx.Param(True))
+        setattr(marked.moe_feed_forwards[i], name, nnx.Param(True))
     return variables, nnx.state(marked)
-
-
-def moe_feed_forwards(decoder: Decoder) -> list[MoEFeedForward]:
-    """The MoE feed-forwards, stacked over repetitions, in the order of ``Decoder.moe_layers``."""
-    layers = [layer for stack in decoder.stacks for layer in stack.layers]
-    return [layer.feed_forward for layer in layers if layer.is_moe]
 
 
 def _by_router(feed_forwards: Sequence[MoEFeedForward]) -> list[list[int]]:

@@ -15,11 +15,11 @@ from dynmoe_jax.cluster.same_settings import check_same_settings
 from dynmoe_jax.cluster.watch import losses_told
 from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, check_sources
-from dynmoe_jax.experts import make_backend, make_transport
+from dynmoe_jax.experts import make_backend, make_transport, no_kernels
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.make_mesh import batch_sharding, check_divides, make_mesh
 from dynmoe_jax.model.components import compute_dtype
-from dynmoe_jax.model.kernels.attention.choice import choose_attention
+from dynmoe_jax.model.kernels.attention.choice import attention_of, choose_attention
 from dynmoe_jax.runs.checkpoint import (
     Checkpoints,
     check_compatible,
@@ -134,10 +134,10 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
         check_sources(cfg.data)
         check_packages(cfg.logging)
     target, model = current_target(), cfg.model
-    make_backend(model.moe, target)
+    make_backend(model.moe, target, model.plain)
     for layer in dict.fromkeys(model.by_layer):
         choose_attention(
-            model.attention,
+            attention_of(model),
             target,
             compute_dtype(model),
             cfg.data.seq_len,
@@ -171,7 +171,7 @@ def _train(run: Run) -> int:
     with jax.set_mesh(run.mesh), contextlib.ExitStack() as at_end:
         # ── State and step ───────────────────────────────────────────────────────────────────────
         with seconds.of("compile"), stage("Compiling the training step"):
-            train_step, state = start(run, done)
+            train_step, state = start(run, done, tokenizer)
         evaluate = HeldOutEvaluation(run, prepared, tokenizer)
 
         # ── Loop: step s is dispatched before the metrics of step s-1 are read ───────────────────
@@ -243,3 +243,5 @@ def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:
     for path, value, default in config.differences(cfg):
         table.add_row(path, escape(str(value)), escape(str(default)), style="none")
     console.print(table)
+    if remark := no_kernels(cfg.model.moe):
+        console.print(remark, **PLAIN)

@@ -30,7 +30,7 @@ PROGRAMS = (
     # Every number of experts at its edge, and no choice at all.
     {
         "model.moe.num_experts": 1,
-        "model.moe.top_p": 1.0,
+        "model.moe.top_p.threshold": 1.0,
         "model.moe.capacity_factor": 1.2e-38,
         "model.moe.backend": "capacity",
         "train.microbatches": 1,
@@ -40,13 +40,14 @@ PROGRAMS = (
     },
     # Budgets of one row, one layer, one position at a time.
     {
-        "model.moe.rows_per_token": 1.2e-38,
-        "model.moe.renormalize": True,
+        "model.moe.transforms": "row_budget",
+        "model.moe.row_budget.rows_per_token": 1.2e-38,
+        "model.moe.top_p.renormalize": True,
         "model.moe.every_n_layers": 2,
         "model.remat": "layer",
         "model.tie_embeddings": True,
         "loss.chunk_tokens": 1,
-        "loss.balance_counts": "per_choice",
+        "loss.balance.counts": "per_choice",
         "optimizer.warmup_steps": 2**31 - 1,
         "train.steps": 2**31 - 1,
     },
@@ -58,7 +59,7 @@ PROGRAMS = (
         "optimizer.epsilon": 1.2e-38,
         "optimizer.learning_rate": 1.2e-38,
         "optimizer.clip_norm": 3.4e38,
-        "loss.router_z_weight": 3.4e38,
+        "loss.router_z.weight": 3.4e38,
         "train.steps": 1,
         "train.spike_deviations": 3.4e38,
     },
@@ -72,10 +73,11 @@ PROGRAMS = (
     # As many rows as there can be, through the backend of this machine, in bfloat16.
     {
         "model.moe.router": "top_k",
-        "model.moe.top_k": 3,
+        "model.moe.top_k.k": 3,
         "model.moe.backend": "grouped",
         "model.moe.saved_rows_per_token": 3.4e38,
-        "model.moe.rows_per_token": 3.4e38,
+        "model.moe.transforms": "row_budget",
+        "model.moe.row_budget.rows_per_token": 3.4e38,
         "model.dtype": "bfloat16",
         "model.num_layers": 1,
     },
@@ -84,6 +86,7 @@ PROGRAMS = (
 
 SHAPES_PROGRAM = ("model.", "loss.", "optimizer.", "mesh.", "train.steps", "train.batch_size")
 SHAPES_PROGRAM += ("train.microbatches", "train.max_skipped", "train.spike_dev", "data.seq_len")
+SHAPES_PROGRAM += ("train.objective", "train.trainable")
 # A folder must be there for what reads it, and these would be read.
 LEFT_OUT = ("data.sources", "logging.wandb_project")
 FREE = [path for path in LEAVES if not path.startswith((*SHAPES_PROGRAM, *LEFT_OUT))]
@@ -93,7 +96,7 @@ NEVER = st.one_of(
     st.integers(max_value=-2),
     st.integers(min_value=10**39),
     st.just(10**400),
-    st.floats(max_value=-1e-3),
+    st.floats(max_value=-1.001),  # -1 is auto
     st.sampled_from([math.nan, math.inf]),
     st.text(max_size=6).map("?".__add__),
     st.binary(max_size=3),
@@ -118,7 +121,7 @@ def _right(path):
     if field.type is bool:
         return st.booleans()
     if field.type is str:
-        return st.sampled_from(rule["choices"]) if rule["choices"] else st.text(max_size=12)
+        return st.sampled_from(list(rule["choices"])) if rule["choices"] else st.text(max_size=12)
     low = rule["low"] if rule["low"] is not None else rule["above"]
     high = rule["high"] if rule["high"] is not None else 1e6
     if field.type is int:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.config_fuzz import choosing, nested
 from dynmoe_jax import config
 
 LEAVES = list(config.walk(config.Config()))
@@ -33,20 +34,10 @@ CONTRADICTS = {
 }
 
 
-def nested(values):
-    """{"model.moe.top_p": 0.5} as {"model": {"moe": {"top_p": 0.5}}}."""
-    result = {}
-    for path, value in values.items():
-        *groups, name = path.split(".")
-        place = result
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[name] = value
-    return result
-
-
 def build(path=None, value=None):
-    return config.from_config_dict(nested(BASE | ({} if path is None else {path: value})))
+    """The base with another value of one setting, whose kind is chosen if it belongs to one."""
+    one = {} if path is None else choosing(path) | {path: value}
+    return config.from_config_dict(nested(BASE | one))
 
 
 def error_of(path, value):
@@ -112,10 +103,11 @@ def test_values_that_only_other_settings_refuse():
     ("path", "field"), [(path, field) for path, field, _ in LEAVES if field.metadata["choices"]]
 )
 def test_choices(path, field):
-    for choice in field.metadata["choices"]:
+    choices = list(field.metadata["choices"])
+    for choice in choices:
         assert leaf(build(path, choice), path) == choice
-    message = error_of(path, field.metadata["choices"][0] + "x")
-    assert f"did you mean {field.metadata['choices'][0]!r}?" in message
+    message = error_of(path, choices[0] + "x")
+    assert f"did you mean {choices[0]!r}?" in message
 
 
 WRONG = {int: ["1", 1.0, True, None, [1]], float: ["1", True, None], str: [1, None], bool: [1, "x"]}
@@ -169,6 +161,7 @@ def test_a_whole_number_does_for_a_float():
         ("optimiser", "optimizer"),
         ("data.source", "data.sources"),
         ("sead", "seed"),
+        ("kept", "checkpoint.keep"),
     ],
 )
 def test_unknown_names_get_the_nearest(wrong, right):
@@ -185,11 +178,11 @@ def test_a_group_is_not_a_value():
     [
         ({"model.num_heads": 6, "model.num_kv_heads": 4}, "num_kv_heads=4 must divide"),
         ({"model.head_width": 5}, "head_width=5 must be even"),
-        ({"model.moe.saved_rows_per_token": -0.5}, "=-0.5 must be 0 or more, or -1 for as many"),
+        ({"model.moe.saved_rows_per_token": -0.5}, "=-0.5 must be at least 0 rows/token, or auto"),
         ({"model.num_layers": 6, "model.moe.every_n_layers": 4}, "every_n_layers=4 must divide"),
         (
-            {"model.moe.router": "top_k", "model.moe.top_k": 9, "model.moe.num_experts": 8},
-            "top_k=9 must be at most config.model.moe.num_experts=8",
+            {"model.moe.router": "top_k", "model.moe.top_k.k": 9, "model.moe.num_experts": 8},
+            "top_k.k=9 must be at most config.model.moe.num_experts=8",
         ),
         ({"data.seq_len": 4096}, "seq_len=4096 must be at most config.model.max_seq_len=2048"),
         ({"train.batch_size": 10, "train.microbatches": 4}, "microbatches=4 must divide"),
@@ -214,26 +207,46 @@ def test_a_dense_model_may_have_any_depth():
 
 def test_round_trip_through_a_config_dict():
     original = config.from_config_dict(
-        nested({"model.moe.top_p": 0.25, "seed": 7, "data.sources": "text:*.txt"})
+        nested({"model.moe.top_p.threshold": 0.25, "seed": 7, "data.sources": "text:*.txt"})
     )
     edited = config.to_config_dict(original)
     assert isinstance(edited, ml_collections.ConfigDict)
     assert config.from_config_dict(edited) == original
-    edited.model.moe.top_p = 0.5
+    edited.model.moe.top_p.threshold = 0.5
     changed = config.from_config_dict(edited)
-    assert changed.model.moe.top_p == 0.5
-    assert original.model.moe.top_p == 0.25
+    assert changed.model.moe.top_p.threshold == 0.5
+    assert original.model.moe.top_p.threshold == 0.25
     saved = json.loads(json.dumps(config.to_dict(changed)))
     assert config.from_config_dict(saved) == changed
 
 
 def test_differences():
     assert config.differences(config.Config()) == []
-    changed = config.from_config_dict(nested({"model.moe.top_p": 0.25, "train.steps": 5}))
+    changed = config.from_config_dict(nested({"model.moe.top_p.threshold": 0.25, "train.steps": 5}))
     assert config.differences(changed) == [
-        ("model.moe.top_p", 0.25, 0.4),
+        ("model.moe.top_p.threshold", 0.25, 0.4),
         ("train.steps", 5, 1000),
     ]
+
+
+def test_auto_is_written_as_auto():
+    changed = config.from_config_dict(nested({"loss.entropy.weight": 0.0}))
+    assert config.differences(changed) == [("loss.entropy.weight", 0.0, "auto")]
+
+
+def test_a_group_is_given_as_a_mapping():
+    moe = config.MoE(router="top_k", top_k={"k": 3})
+    assert (moe.top_k.k, moe.top_k.renormalize) == (3, False)
+    again = dataclasses.replace(moe, top_k={"k": 1})
+    assert again.top_k.k == 1
+    assert moe.top_k.k == 3
+
+
+def test_the_same_kinds_give_the_same_classes():
+    """Or settings would differ from equal ones, and every function of them compile again."""
+    assert config.MoE is config.MoE
+    assert type(config.Config().model) is config.Model
+    assert config.Config() == config.Config(model=config.Model(moe=config.MoE()))
 
 
 def test_a_dataclass_is_checked_as_well():

@@ -26,7 +26,7 @@ SETTINGS = config.Config(
         head_width=4,
         vocab_size=400,
         max_seq_len=4096,
-        moe=config.MoE(num_experts=4, hidden_width=8, top_p=0.6),
+        moe=config.MoE(num_experts=4, hidden_width=8, top_p={"threshold": 0.6}),
     ),
     data=config.Data(seq_len=512),
 )

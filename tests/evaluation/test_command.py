@@ -105,7 +105,8 @@ def test_a_folder_without_a_run_is_one_sentence(run, tmp_path):
 def test_no_choice_is_dropped_where_the_run_had_a_budget(decoder, settings):
     structure, params = nnx.split(decoder)
     del structure
-    for budget in ({"rows_per_token": 1.0}, {"backend": "capacity"}):
+    budgets = {"transforms": "row_budget", "row_budget": {"rows_per_token": 1.0}}
+    for budget in (budgets, {"backend": "capacity"}):
         moe = dataclasses.replace(settings.model.moe, **budget)
         model = dataclasses.replace(settings.model, moe=moe)
         tight = nnx.merge(decoder_structure(model), params)

@@ -18,7 +18,7 @@ MODEL = config.Model(
     head_width=4,
     vocab_size=12,
     max_seq_len=8,
-    moe=config.MoE(num_experts=4, hidden_width=8, top_p=0.6),
+    moe=config.MoE(num_experts=4, hidden_width=8, top_p={"threshold": 0.6}),
 )
 BYTES_V = np.arange(12, dtype=np.int32)
 LENGTHS = {"books": [[8, 5], [3, 0]], "code": [[7, 8]]}

@@ -53,9 +53,9 @@ def draw_case(case, tokens, dtype=jnp.float32):
     x_TD = jax.random.normal(x_key, (tokens, D)).astype(dtype)
     logits_TE = jax.random.normal(logit_key, (tokens, E))
     valid_T = jnp.ones(tokens, bool)
-    router = TopP(E, 0.6)
+    router = TopP(0.6)
     if case == "top_2":
-        router = TopK(E, 2)
+        router = TopK(2)
     elif case == "empty_experts":
         logits_TE = logits_TE.at[:, 1].add(-50.0)
     elif case == "one_takes_all":
@@ -72,7 +72,7 @@ def layer(backend, router, valid_T, poison=False):
     """(x, logits, weights) -> y, through routing and rows."""
 
     def run(x_TD, logits_TE, weights):
-        rows = rows_from_routing(router(logits_TE, valid_T))
+        rows = rows_from_routing(router.on_logits(logits_TE, valid_T))
         if poison:
             # What lies beyond the groups must not be read: a token that holds NaN, weight NaN.
             rows = dataclasses.replace(
@@ -152,7 +152,7 @@ def test_padding_rows_poisoned_with_nan_change_nothing(name):
 def test_reference_equals_a_loop_over_tokens():
     x_TD, logits_TE, valid_T, router = draw_case("top_p", 11)
     weights = draw_weights()
-    routing = router(logits_TE, valid_T)
+    routing = router.on_logits(logits_TE, valid_T)
     y_TD, _ = reference_experts(x_TD, rows_from_routing(routing), weights)
     for t in range(11):
         y_D = np.zeros(D)
@@ -169,7 +169,7 @@ def test_gradients_agree_with_finite_differences(name):
     x_TD, logits_TE, valid_T, router = draw_case("top_p", 9)
     weights = draw_weights()
     # The choice of experts is discrete; the logits' gradient is the oracle test's business.
-    rows = rows_from_routing(router(logits_TE, valid_T))
+    rows = rows_from_routing(router.on_logits(logits_TE, valid_T))
 
     def loss(x_TD, weight_R, weights):
         y_TD, _ = BACKENDS[name](x_TD, dataclasses.replace(rows, weight_R=weight_R), weights)
@@ -183,8 +183,8 @@ def test_gradients_agree_with_finite_differences(name):
 @pytest.mark.parametrize(
     ("moe", "wanted"),
     [
-        (config.MoE(router="top_k", top_k=8), 8.0),
-        (config.MoE(router="top_k", top_k=8, saved_rows_per_token=0.0), 0.0),
+        (config.MoE(router="top_k", top_k={"k": 8}), 8.0),
+        (config.MoE(router="top_k", top_k={"k": 8}, saved_rows_per_token=0.0), 0.0),
         (config.MoE(router="top_p"), 2.0),
         (config.MoE(router="top_p", saved_rows_per_token=1.5), 1.5),
     ],
@@ -193,14 +193,18 @@ def test_rows_that_are_kept(moe, wanted):
     assert saved_rows_per_token(moe) == wanted
 
 
-@pytest.mark.parametrize("saved", [-1.0, 0.0])
+@pytest.mark.parametrize("saved", [config.AUTO, 0.0])
 def test_top_k_is_one_part_on_accelerators(saved):
     """A loop over chunks of rows, each computed in turn, is for rows that are seldom there."""
     moe = config.MoE(
-        router="top_k", top_k=E, num_experts=E, grouped_product="xla", saved_rows_per_token=saved
+        num_experts=E,
+        router="top_k",
+        top_k={"k": E},
+        grouped_product="xla",
+        saved_rows_per_token=saved,
     )
     x_TD, logits_TE, valid_T, _ = draw_case("top_p", 32)
-    run = layer(make_backend(moe, Target("tpu", "TPU v5")), TopK(E, E), valid_T)
+    run = layer(make_backend(moe, Target("tpu", "TPU v5")), TopK(E), valid_T)
     assert "while" not in str(jax.make_jaxpr(run)(x_TD, logits_TE, draw_weights()))
 
 
@@ -222,7 +226,7 @@ def test_backend_runs_inside_shard_map_scan_and_checkpoint(name):
 
     def two_layers(backend):
         def body(x_TD, _):
-            routing = router(logits_TE, valid_T)
+            routing = router.on_logits(logits_TE, valid_T)
             y_TD, _ = apply_experts(x_TD, routing, draw_weights(), backend)
             return x_TD + y_TD, None
 
@@ -241,7 +245,7 @@ def test_capacity_drops_the_latest_rows_and_counts_them():
     # Six tokens, one expert each, all on expert 0; C = ceil(1.0 * 6 / 4) = 2 slots.
     x_TD = jax.random.normal(jax.random.key(0), (6, D))
     logits_TE = jnp.zeros((6, E)).at[:, 0].set(5.0)
-    rows = rows_from_routing(TopK(E, 1)(logits_TE, jnp.ones(6, bool)))
+    rows = rows_from_routing(TopK(1).on_logits(logits_TE, jnp.ones(6, bool)))
     backend = make_backend(config.MoE(backend="capacity", capacity_factor=1.0))
     y_TD, dropped = backend(x_TD, rows, draw_weights())
     exact_TD, _ = reference_experts(x_TD, rows, draw_weights())

@@ -1,5 +1,7 @@
 """The layout of (token, expert) pairs, worked out by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from dynmoe_jax.experts import rows_from_routing
 from dynmoe_jax.routing import Routing, TopP
+from tests.experts.budgeted import rows_within
 
 
 def by_hand():
@@ -17,6 +20,7 @@ def by_hand():
         weight_TK=jnp.array([[0.6, 0.3], [0.0, 0.0], [0.8, 0.0]]),
         probs_TE=probs_TE,
         logits_TE=jnp.log(probs_TE),
+        num_experts=3,
     )
 
 
@@ -33,44 +37,37 @@ def test_rows_are_sorted_by_expert_and_then_by_token():
     assert rows.dropped == 0
 
 
-def test_budget_drops_the_least_probable_pair_and_counts_it():
+def test_rows_within_a_budget_are_no_more_than_it():
     # ceil(3 * 0.6) = 2 rows; the pair (token 0, expert 0) with probability 0.3 has to go.
-    rows = rows_from_routing(by_hand(), rows_per_token=0.6)
+    rows = rows_within(by_hand(), 0.6)
     assert rows.token_R.shape == (2,)
     assert rows.group_size_E.tolist() == [1, 0, 1]
     assert rows.token_R.tolist() == [2, 0]
     np.testing.assert_allclose(rows.weight_R, [0.8, 0.6])
     assert rows.row_TK.tolist() == [[1, 2], [2, 2], [0, 2]]
-    assert rows.dropped == 1
 
 
-def test_budget_that_suffices_drops_nothing():
-    rows = rows_from_routing(by_hand(), rows_per_token=1.0)
+def test_rows_of_a_budget_that_suffices():
+    rows = rows_within(by_hand(), 1.0)
     assert rows.token_R.shape == (3,)
     assert rows.group_size_E.tolist() == [2, 0, 1]
-    assert rows.dropped == 0
 
 
-@pytest.mark.parametrize("budget", [0.0, 1.5])
+@pytest.mark.parametrize("budget", [None, 1.5])
 def test_every_chosen_pair_stands_once_and_carries_its_gradient(budget):
     tokens, experts = 200, 8
     logits_TE = 2 * jax.random.normal(jax.random.key(0), (tokens, experts))
-    router = TopP(experts, 0.5)
-    valid_T = jnp.arange(tokens) % 5 > 0
-    rows = rows_from_routing(router(logits_TE, valid_T), budget)
+    routing = TopP(0.5).on_logits(logits_TE, jnp.arange(tokens) % 5 > 0)
+    rows = rows_within(routing, budget)
     used = np.asarray(rows.used_R)
     pairs = set(zip(rows.token_R[used].tolist(), rows.expert_R[used].tolist(), strict=True))
-    chosen = set(map(tuple, np.argwhere(router(logits_TE, valid_T).chosen_TE).tolist()))
-    assert len(pairs) == used.sum()
+    chosen = set(map(tuple, np.argwhere(routing.chosen_TE).tolist()))
+    assert len(pairs) == used.sum() == min(len(chosen), rows.token_R.size)
     assert pairs <= chosen
-    assert len(chosen) - len(pairs) == rows.dropped
-    # d sum(weight_R) / d weight_TK is 1 at a laid-out pair and 0 at a dropped or empty slot.
-    routing = router(logits_TE, valid_T)
 
+    # d sum(weight_R) / d weight_TK is 1 at a laid-out pair and 0 at a dropped or empty slot.
     def total(weight_TK):
-        laid_out = rows_from_routing(
-            Routing(routing.expert_TK, weight_TK, routing.probs_TE, routing.logits_TE), budget
-        )
+        laid_out = rows_within(dataclasses.replace(routing, weight_TK=weight_TK), budget)
         return jnp.sum(jnp.where(laid_out.used_R, laid_out.weight_R, 0.0))
 
     assert jnp.sum(jax.grad(total)(routing.weight_TK)) == len(pairs)

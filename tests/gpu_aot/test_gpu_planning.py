@@ -18,7 +18,7 @@ CONFIG = config.Config(
         num_kv_heads=8,
         vocab_size=V,
         max_seq_len=L,
-        moe=config.MoE(num_experts=E, hidden_width=F, router="top_k", top_k=2),
+        moe=config.MoE(num_experts=E, hidden_width=F, router="top_k", top_k={"k": 2}),
     ),
     data=config.Data(seq_len=L),
     loss=config.Loss(chunk_tokens=1024),

@@ -25,7 +25,7 @@ MODEL = config.Model(
     num_kv_heads=2,
     vocab_size=V,
     max_seq_len=L,
-    moe=config.MoE(num_experts=E, hidden_width=F, router="top_k", top_k=K),
+    moe=config.MoE(num_experts=E, hidden_width=F, router="top_k", top_k={"k": K}),
 )
 
 

@@ -19,7 +19,7 @@ MODEL = config.Model(
     hidden_width=8,
     vocab_size=40,
     max_seq_len=48,
-    moe=config.MoE(num_experts=4, hidden_width=8, top_p=0.6),
+    moe=config.MoE(num_experts=4, hidden_width=8, top_p={"threshold": 0.6}),
 )
 
 

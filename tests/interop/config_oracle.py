@@ -99,8 +99,8 @@ def ours(model, name):
     moe = model.moe
     if name == "LlamaForCausalLM":
         return found | {"hidden_width": model.hidden_width}
-    kind = {"experts": moe.num_experts, "k": moe.top_k, "shared": moe.shared_hidden_width}
-    kind |= {"layers": moe_layers(model), "width": moe.hidden_width, "norm": moe.renormalize}
+    kind = {"experts": moe.num_experts, "k": moe.route.k, "shared": moe.shared_hidden_width}
+    kind |= {"layers": moe_layers(model), "width": moe.hidden_width, "norm": moe.route.renormalize}
     if name == "Qwen2MoeForCausalLM":
         kind |= {"dense": model.hidden_width, "bias": model.attention_bias}
     return found | {"experts": kind}

@@ -206,8 +206,8 @@ def test_model_that_no_format_has_is_refused(tmp_path, changes, moe, setting):
     ("moe", "name"),
     [
         ({"every_n_layers": 0}, "LlamaForCausalLM"),
-        ({"router": "top_k", "renormalize": True}, "MixtralForCausalLM"),
-        ({"router": "top_k", "top_k": 1}, "Qwen2MoeForCausalLM"),
+        ({"router": "top_k", "top_k": {"renormalize": True}}, "MixtralForCausalLM"),
+        ({"router": "top_k", "top_k": {"k": 1}}, "Qwen2MoeForCausalLM"),
         ({"router": "top_k", "shared_hidden_width": 16}, "DeepseekForCausalLM"),
         ({"router": "top_p"}, "MoEForCausalLM"),
     ],

@@ -13,6 +13,7 @@ from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.architectures.dynamic_moe import DYNAMIC_MOE, model_from_hf
 from dynmoe_jax.interop.architectures.mapping import parameter_slices
 from dynmoe_jax.model import parameter_shapes
+from dynmoe_jax.routing import TopP
 from tests.interop.foreign_tensors import to_tensors
 
 # Four layers, of which 0 and 2 are MoE; widths all different, so that no mix-up goes unseen.
@@ -82,8 +83,8 @@ def test_settings():
     model = model_from_hf(SETTINGS)
     assert (model.num_layers, model.width, model.num_heads, model.head_width) == (4, 12, 3, 4)
     assert (model.hidden_width, model.moe.hidden_width, model.vocab_size) == (10, 10, 20)
-    assert (model.moe.top_p, model.moe.num_experts, model.moe.every_n_layers) == (0.3, 5, 2)
-    assert not model.moe.renormalize
+    assert model.moe.route == TopP(0.3, renormalize=False)
+    assert (model.moe.num_experts, model.moe.every_n_layers) == (5, 2)
     assert not model.tie_embeddings
 
 
@@ -136,11 +137,20 @@ def test_tied_embeddings_need_no_head(tmp_path, tensors):
     assert load_hf(folder).config.tie_embeddings
 
 
+HALF = {"threshold": 0.5}
+
+
 def test_overrides(tmp_path, tensors):
-    decoder = load_hf(write(tmp_path, tensors), backend="reference", remat="layer", top_p=0.5)
+    decoder = load_hf(write(tmp_path, tensors), backend="reference", remat="layer", top_p=HALF)
     assert decoder.config.moe.backend == "reference"
     assert decoder.config.remat == "layer"
-    assert decoder.config.moe.top_p == 0.5
+    assert decoder.config.moe.top_p.threshold == 0.5
+
+
+def test_an_override_leaves_other_settings_of_its_group_alone(tmp_path, tensors):
+    folder = write(tmp_path, tensors, SETTINGS | {"norm_topk_prob": True})
+    moe = load_hf(folder, top_p=HALF).config.moe
+    assert (moe.top_p.threshold, moe.top_p.renormalize) == (0.5, True)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,8 @@ def test_overrides(tmp_path, tensors):
     [
         ({"backnd": "grouped"}, "did you mean config.model.moe.backend"),
         ({"backend": "groupd"}, "did you mean 'grouped'"),
-        ({"top_p": 1.5}, "must be at most 1"),
+        ({"top_p": {"threshold": 1.5}}, "must be at most 1"),
+        ({"top_p": 0.5}, "is called config.model.moe.top_p.threshold now"),
     ],
 )
 def test_wrong_override(tmp_path, tensors, overrides, message):

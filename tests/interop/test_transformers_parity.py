@@ -146,24 +146,25 @@ def test_export_loads_in_their_class(theirs, returned):
     np.testing.assert_allclose(logits_of(model), wanted, rtol=0, atol=1e-5)
 
 
+RENORMALIZED = {"router": "top_k", "top_k": {"k": 2, "renormalize": True}}
 OURS = {
     "top_k, as the paper's": (
         "Qwen2MoeForCausalLM",
-        {"moe": {"router": "top_k", "top_k": 2}},
+        {"moe": {"router": "top_k", "top_k": {"k": 2}}},
     ),
     "top_k, first of two": (
         "Qwen2MoeForCausalLM",
-        {"moe": {"router": "top_k", "top_k": 2, "every_n_layers": 2, "renormalize": True}},
+        {"moe": RENORMALIZED | {"every_n_layers": 2}},
     ),
     "top_k, renormalised": (
         "MixtralForCausalLM",
-        {"moe": {"router": "top_k", "top_k": 2, "renormalize": True}},
+        {"moe": RENORMALIZED},
     ),
-    "top_p": ("MoEForCausalLM", {"moe": {"top_p": 0.5}}),
+    "top_p": ("MoEForCausalLM", {"moe": {"top_p": {"threshold": 0.5}}}),
     "top_p, of two, tied, grouped": (
         "MoEForCausalLM",
         {
-            "moe": {"top_p": 0.5, "every_n_layers": 2, "renormalize": True},
+            "moe": {"top_p": {"threshold": 0.5, "renormalize": True}, "every_n_layers": 2},
             "tie_embeddings": True,
             "num_kv_heads": 2,
             "rope_theta": 500.0,

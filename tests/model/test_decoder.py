@@ -1,5 +1,6 @@
 """The stack: which layers it has, that the scan is a loop, how it is initialised."""
 
+import dataclasses
 import re
 
 import jax
@@ -13,9 +14,10 @@ from dynmoe_jax.hardware.native import library
 from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.model.decoder import groups_at_a_time
-from dynmoe_jax.model.parameters import active_parameters, count_parameters
 from dynmoe_jax.model.inputs import TokenPositions
-from dynmoe_jax.routing import ROUTERS, TopP
+from dynmoe_jax.model.parameters import active_parameters, count_parameters
+from dynmoe_jax.registry import ROUTERS
+from dynmoe_jax.routing import TopP
 from tests.close import assert_close
 
 B, L = 2, 8
@@ -144,8 +146,8 @@ def test_scan_equals_a_loop_over_layers(small, draw, run):
 
 
 def test_one_expert_with_its_gate_at_one_is_the_dense_model(small, draw, run):
-    one = {"router": "top_k", "top_k": 1, "num_experts": 1, "hidden_width": 24}
-    moe = config.MoE(**one, renormalize=True, backend="grouped")
+    router = {"router": "top_k", "top_k": {"k": 1, "renormalize": True}}
+    moe = config.MoE(**router, num_experts=1, hidden_width=24, backend="grouped")
     mixture, dense = draw(small(moe=moe)), draw(small(every_n_layers=0))
     source, target = mixture.groups.layers[0], dense.groups.layers[0]
     for name in ("attention", "attention_norm", "feed_forward_norm"):
@@ -164,13 +166,18 @@ def test_one_expert_with_its_gate_at_one_is_the_dense_model(small, draw, run):
     )
 
 
-def test_router_that_looks_ahead_is_refused(small, monkeypatch):
-    class LookAhead(TopP):
-        causal = False
+@dataclasses.dataclass(frozen=True)
+class LookAhead(TopP):
+    """A router that says of itself that it looks at later tokens."""
 
-    monkeypatch.setitem(ROUTERS, "top_p", lambda moe: LookAhead(moe.num_experts, moe.top_p))
-    with pytest.raises(config.ConfigError, match="router='top_p' looks at later tokens"):
-        nnx.eval_shape(lambda: Decoder(small(), rngs=nnx.Rngs(0)))
+    causal = False
+
+
+def test_router_that_looks_ahead_is_refused_unless_it_is_asked_for(small):
+    with ROUTERS.temporarily("ahead", LookAhead):
+        with pytest.raises(config.ConfigError, match="router='ahead' looks at later tokens"):
+            parameter_shapes(small(router="ahead"))
+        assert parameter_shapes(small(router="ahead", allow_non_causal=True))
 
 
 def test_parameter_counts(small):

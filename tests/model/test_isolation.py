@@ -4,7 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing.losses import balance_loss, entropy_loss, loss_sums, router_z_loss
+from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing.losses.balance import Balance
+from dynmoe_jax.routing.losses.entropy import Entropy
+from dynmoe_jax.routing.losses.router_z import RouterZ
 
 L = 12
 ONE, ARANGE = np.ones((1, L), np.int32), np.arange(L)[None]
@@ -22,6 +25,13 @@ TOKENS = np.random.default_rng(0).integers(0, 32, (1, L))
 )
 def decoder(request, small, draw):
     return draw(small(**request.param))
+
+
+def by_layer(loss, routing):
+    """A loss of every MoE layer."""
+    given = RouterInput(None, routing.by_layer.logits_TE, routing.valid_T)
+    sums = loss.sums(routing.by_layer, given, {})
+    return loss.value(sums, jnp.maximum(jnp.sum(routing.valid_T), 1))
 
 
 def test_causality(decoder, run):
@@ -97,8 +107,8 @@ def test_padding_changes_nothing(decoder, run):
         assert np.all(output.routing.experts_per_token[:, :, real:] == 0)
         assert np.all(output.routing.experts_per_token[:, :, :real] >= 1)
         np.testing.assert_array_equal(output.routing.valid_BL, segments > 0)
-    for loss in (balance_loss, entropy_loss, router_z_loss):
-        losses = [loss(loss_sums(o.routing.by_layer, o.routing.valid_T)) for o in outputs]
+    for loss in (Balance(), Entropy(), RouterZ()):
+        losses = [by_layer(loss, output.routing) for output in outputs]
         np.testing.assert_array_equal(*losses)
         assert losses[0].shape == (2,)
         assert np.all(np.isfinite(losses[0]))
@@ -113,3 +123,4 @@ def test_routing_record(decoder, run):
     assert output.routing.experts_per_token.shape == (layers, 1, L)
     np.testing.assert_allclose(np.sum(output.routing.probs, axis=-1), 1.0, rtol=1e-5)
     np.testing.assert_array_equal(output.routing.rows_dropped_N, [0] * layers)
+    np.testing.assert_array_equal(output.routing.exists_NE, np.ones((layers, experts), bool))

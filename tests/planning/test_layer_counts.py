@@ -38,7 +38,7 @@ def make(layers, shared):
             head_width=8,
             hidden_width=80,
             vocab_size=128,
-            moe=config.MoE(num_experts=4, hidden_width=24, router="top_k", top_k=K, **moe),
+            moe=config.MoE(num_experts=4, hidden_width=24, router="top_k", top_k={"k": K}, **moe),
         ),
         data=config.Data(seq_len=L),
         train=config.Train(batch_size=B),

@@ -27,7 +27,7 @@ CONFIG = config.Config(
         head_width=16,
         hidden_width=F,
         vocab_size=V,
-        moe=config.MoE(num_experts=E, hidden_width=F, router="top_k", top_k=2),
+        moe=config.MoE(num_experts=E, hidden_width=F, router="top_k", top_k={"k": 2}),
     ),
     data=config.Data(seq_len=L),
     train=config.Train(batch_size=B, steps=3600),
@@ -96,7 +96,7 @@ def test_experts_travel_to_tokens_or_tokens_to_experts():
 
 
 def test_experts_per_token():
-    assert expected_experts(config.MoE(router="top_k", top_k=3), None) == 3
+    assert expected_experts(config.MoE(router="top_k", top_k={"k": 3}), None) == 3
     # What the Top-P paper reports.
     assert expected_experts(config.MoE(router="top_p"), None) == 1.76
     assert expected_experts(config.MoE(router="top_p", num_experts=1), None) == 1

@@ -1,58 +1,62 @@
 """Routing losses, with the arithmetic by hand."""
 
 import dataclasses
-import functools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing import Routing, TopK, TopP, losses
+from dynmoe_jax.routing import RouterInput, Routing, TopK, TopP
+from dynmoe_jax.routing.losses import RoutingLoss
+from dynmoe_jax.routing.losses.balance import Balance
+from dynmoe_jax.routing.losses.entropy import Entropy
+from dynmoe_jax.routing.losses.router_z import RouterZ
 
 T, E = 8, 4
 ALL = jnp.ones(T, bool)
 
 
-def of_tokens(loss):
-    """A loss of sums as one of (routing, valid).
-
-    Jitted: eagerly, every small operation compiles on its own.
-    """
-
-    def compute(routing, valid_T, **settings):
-        return loss(losses.loss_sums(routing, valid_T), **settings)
-
-    return jax.jit(compute, static_argnames="normalize")
+def sums_of(loss, routing, valid_T):
+    """The sums of a loss over the valid tokens of a routing."""
+    return loss.sums(routing, RouterInput(None, routing.logits_TE, valid_T), {})
 
 
-balance_loss = of_tokens(losses.balance_loss)
-entropy_loss = of_tokens(losses.entropy_loss)
-router_z_loss = of_tokens(losses.router_z_loss)
+# Jitted: eagerly, every small operation compiles on its own.
+@partial(jax.jit, static_argnums=0)
+def value_of(loss, routing, valid_T):
+    """The loss of a routing, a mean over the valid tokens."""
+    return loss.value(sums_of(loss, routing, valid_T), jnp.maximum(jnp.sum(valid_T), 1))
+
+
 LOSSES = {
-    "balance": balance_loss,
-    "per_choice": functools.partial(balance_loss, normalize="per_choice"),
-    "first_choice_only": functools.partial(balance_loss, normalize="first_choice_only"),
-    "entropy": entropy_loss,
-    "z": router_z_loss,
+    "balance": Balance(),
+    "per_choice": Balance(counts="per_choice"),
+    "first_choice_only": Balance(counts="first_choice_only"),
+    "entropy": Entropy(),
+    "z": RouterZ(),
 }
+balance_loss = partial(value_of, LOSSES["balance"])
+entropy_loss = partial(value_of, LOSSES["entropy"])
+router_z_loss = partial(value_of, LOSSES["z"])
 
 
 def route(router, logits_TE, valid_T=ALL):
-    return jax.jit(router)(logits_TE, valid_T)
+    return jax.jit(router.on_logits)(logits_TE, valid_T)
 
 
 def even_routing(k, shift=0.0):
     """Flat probabilities, every expert chosen equally often: token t takes t, t+1, … (mod E)."""
     expert_TK = (jnp.arange(T)[:, None] + jnp.arange(k)) % E
     probs_TE = jnp.full((T, E), 1 / E)
-    return Routing(expert_TK, jnp.full((T, k), 1 / E), probs_TE, jnp.full((T, E), shift))
+    return Routing(expert_TK, jnp.full((T, k), 1 / E), probs_TE, jnp.full((T, E), shift), E)
 
 
 def collapsed_routing():
     """Every token takes expert 0 with certainty."""
-    return route(TopK(E, 1), jnp.zeros((T, E)).at[:, 0].set(100.0))
+    return route(TopK(1), jnp.zeros((T, E)).at[:, 0].set(100.0))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -64,9 +68,9 @@ def test_balance_of_even_routing_is_k(k):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_balance_per_choice_of_even_routing_is_one(k):
     # f is divided by its sum k: E * sum_e (1/E)(1/E) = 1, whatever k.
-    loss = balance_loss(even_routing(k), ALL, normalize="per_choice")
+    loss = value_of(LOSSES["per_choice"], even_routing(k), ALL)
     np.testing.assert_allclose(loss, 1.0, rtol=1e-6)
-    first = balance_loss(even_routing(k), ALL, normalize="first_choice_only")
+    first = value_of(LOSSES["first_choice_only"], even_routing(k), ALL)
     np.testing.assert_allclose(first, 1.0, rtol=1e-6)
 
 
@@ -81,26 +85,21 @@ def test_balance_of_two_unlike_tokens():
     # sum: 3 (.15 + .55) = 2.1; per choice: f / 1.5, so 1.4.
     # first choice: f = (1/2, 1/2, 0), so 3 (.15 + .275) = 1.275.
     logits_TE = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]))
-    routing, valid_T = route(TopP(3, 0.6), logits_TE, ALL[:2]), ALL[:2]
-    for normalize, wanted in [("sum", 2.1), ("per_choice", 1.4), ("first_choice_only", 1.275)]:
-        loss = balance_loss(routing, valid_T, normalize=normalize)
+    routing, valid_T = route(TopP(0.6), logits_TE, ALL[:2]), ALL[:2]
+    for counts, wanted in [("sum", 2.1), ("per_choice", 1.4), ("first_choice_only", 1.275)]:
+        loss = value_of(Balance(counts=counts), routing, valid_T)
         np.testing.assert_allclose(loss, wanted, rtol=1e-5)
 
 
 def test_balance_gradient_is_that_of_the_probabilities_alone():
     # dL/dQ_e = E f_e and f is a constant: for p = softmax, dL/dlogit = (E/T) p (f - sum p f).
     logits_TE = jax.random.normal(jax.random.key(0), (T, E))
-    router = TopP(E, 0.5)
-    gradient = jax.jit(jax.grad(lambda x: balance_loss(router(x, ALL), ALL)))(logits_TE)
+    router = TopP(0.5)
+    gradient = jax.jit(jax.grad(lambda x: balance_loss(router.on_logits(x, ALL), ALL)))(logits_TE)
     routing = route(router, logits_TE)
     p_TE, f_E = np.asarray(routing.probs_TE), np.mean(routing.chosen_TE, axis=0)
     wanted = E / T * p_TE * (f_E - p_TE @ f_E[:, None])
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7)
-
-
-def test_unknown_normalisation():
-    with pytest.raises(ValueError, match="normalize='mean' must be"):
-        balance_loss(even_routing(1), ALL, normalize="mean")
 
 
 def test_entropy_of_uniform_is_log_e():
@@ -114,7 +113,7 @@ def test_entropy_of_one_hot_is_zero():
 def test_entropy_by_hand():
     # -(.5 ln .5 + .25 ln .25 + .25 ln .25) = 1.5 ln 2.
     logits_TE = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
-    routing = route(TopP(3, 0.4), logits_TE, ALL[:1])
+    routing = route(TopP(0.4), logits_TE, ALL[:1])
     np.testing.assert_allclose(entropy_loss(routing, ALL[:1]), 1.5 * math.log(2), rtol=1e-6)
 
 
@@ -129,7 +128,7 @@ def test_z_loss_of_constant_logits(shift):
 def test_z_loss_gradient_by_hand():
     # d z^2 / d logit = 2 z softmax, a T-th of it per token.
     logits_TE = jax.random.normal(jax.random.key(0), (T, E))
-    gradient = jax.jit(jax.grad(lambda x: router_z_loss(TopK(E, 1)(x, ALL), ALL)))(logits_TE)
+    gradient = jax.jit(jax.grad(lambda x: router_z_loss(TopK(1).on_logits(x, ALL), ALL)))(logits_TE)
     z_T1 = jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True)
     wanted = 2 * z_T1 * jax.nn.softmax(logits_TE) / T
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7)
@@ -139,7 +138,7 @@ def value_and_gradient(name, router):
     """Jitted (logits, valid) -> loss and its gradient."""
 
     def loss(logits_TE, valid_T):
-        return LOSSES[name](router(logits_TE, valid_T), valid_T)
+        return value_of(LOSSES[name], router.on_logits(logits_TE, valid_T), valid_T)
 
     return jax.jit(jax.value_and_grad(loss))
 
@@ -147,7 +146,7 @@ def value_and_gradient(name, router):
 @pytest.mark.parametrize("name", LOSSES)
 def test_masking_and_extremes(name):
     """One compiled function, many inputs."""
-    compute = value_and_gradient(name, TopP(E, 0.5))
+    compute = value_and_gradient(name, TopP(0.5))
     logits_TE = jax.random.normal(jax.random.key(0), (T, E))
     valid_T = jnp.arange(T) % 3 > 0
 
@@ -175,23 +174,67 @@ def test_masking_and_extremes(name):
 def test_padding_is_as_if_it_were_not_there(name):
     logits_TE = jax.random.normal(jax.random.key(3), (T, E))
     valid_T = jnp.arange(T) < 5
-    padded = LOSSES[name](route(TopP(E, 0.5), logits_TE, valid_T), valid_T)
-    short = LOSSES[name](route(TopP(E, 0.5), logits_TE[:5], ALL[:5]), ALL[:5])
+    padded = value_of(LOSSES[name], route(TopP(0.5), logits_TE, valid_T), valid_T)
+    short = value_of(LOSSES[name], route(TopP(0.5), logits_TE[:5], ALL[:5]), ALL[:5])
     np.testing.assert_allclose(padded, short, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_stack_of_layers_gives_a_vector(name):
-    layers = [route(TopP(E, 0.5), jax.random.normal(jax.random.key(i), (T, E))) for i in range(3)]
+    layers = [route(TopP(0.5), jax.random.normal(jax.random.key(i), (T, E))) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    losses_N = LOSSES[name](stacked, ALL)
+    losses_N = value_of(LOSSES[name], stacked, ALL)
     assert losses_N.shape == (3,)
-    wanted = [LOSSES[name](routing, ALL) for routing in layers]
+    wanted = [value_of(LOSSES[name], routing, ALL) for routing in layers]
     np.testing.assert_allclose(losses_N, wanted, rtol=1e-6)
 
 
-def test_losses_do_not_read_the_weights():
+@pytest.mark.parametrize("name", LOSSES)
+def test_sums_of_microbatches_add_up(name):
+    """So a loss of sums is that of the whole batch, however it is cut."""
+    logits_TE, valid_T = jax.random.normal(jax.random.key(4), (T, E)), jnp.arange(T) != 2
+    loss, sums = LOSSES[name], jax.jit(sums_of, static_argnums=0)
+    whole = sums(loss, route(TopP(0.5), logits_TE, valid_T), valid_T)
+    halves = [
+        sums(loss, route(TopP(0.5), logits_TE[half], valid_T[half]), valid_T[half])
+        for half in (slice(0, T // 2), slice(T // 2, T))
+    ]
+    added = jax.tree.map(jnp.add, *halves)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), added, whole)
+
+
+def test_which_losses_are_means_of_their_microbatches():
+    """The product of two means is not linear, so balance within parts is another loss."""
+    assert not Balance().additive
+    assert Balance(over="microbatch").additive
+    assert Entropy().additive
+    assert RouterZ().additive
+
+
+def test_losses_of_probabilities_do_not_change_with_the_gates():
     routing = even_routing(2)
     other = dataclasses.replace(routing, weight_TK=jnp.full_like(routing.weight_TK, jnp.nan))
     for loss in LOSSES.values():
-        assert loss(routing, ALL) == loss(other, ALL)
+        assert value_of(loss, routing, ALL) == value_of(loss, other, ALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gates(RoutingLoss):
+    """The sum of a token's gates."""
+
+    weight: float = 1.0
+
+    def sums(self, routing, given, params):
+        return {"gates": jnp.sum(routing.weight_TK)}
+
+    def value(self, sums, tokens):
+        return sums["gates"] / tokens
+
+
+def test_a_loss_may_read_the_gates_and_has_their_gradient():
+    # d p_i / d logit_i = p_i (1 - p_i), a T-th of it per token.
+    logits_TE = jax.random.normal(jax.random.key(5), (T, E))
+    of_logits = lambda x: value_of(Gates(), TopK(1).on_logits(x, ALL), ALL)  # noqa: E731
+    gradient = jax.jit(jax.grad(of_logits))(logits_TE)
+    p_T = jnp.max(jax.nn.softmax(logits_TE), axis=-1)
+    np.testing.assert_allclose(jnp.max(gradient, axis=-1), p_T * (1 - p_T) / T, rtol=1e-5)

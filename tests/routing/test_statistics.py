@@ -16,7 +16,7 @@ from dynmoe_jax.routing.statistics import (
 EXPERT_TK = jnp.array([[0, 1, 2], [1, 4, 4], [1, 0, 4], [4, 4, 4]])
 VALID_T = jnp.array([True, True, True, False])
 ROUTING = Routing(
-    EXPERT_TK, jnp.where(EXPERT_TK < 4, 0.25, 0.0), jnp.full((4, 4), 0.25), jnp.zeros((4, 4))
+    EXPERT_TK, jnp.where(EXPERT_TK < 4, 0.25, 0.0), jnp.full((4, 4), 0.25), jnp.zeros((4, 4)), 4
 )
 # The same over two layers, the second of which leaves every token alone.
 STACKED = Routing(
@@ -24,6 +24,7 @@ STACKED = Routing(
     jnp.stack([ROUTING.weight_TK, jnp.zeros((4, 3))]),
     jnp.stack([ROUTING.probs_TE] * 2),
     jnp.stack([ROUTING.logits_TE] * 2),
+    num_experts=4,
 )
 
 

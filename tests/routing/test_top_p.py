@@ -22,7 +22,7 @@ COARSE = hnp.arrays(np.float32, (T, E), elements=st.sampled_from([0.0, 0.5, 3.0]
 
 @functools.cache
 def jitted(threshold, renormalize=False):
-    return jax.jit(TopP(E, threshold, renormalize))
+    return jax.jit(TopP(threshold, renormalize).on_logits)
 
 
 def chosen_sets(routing):
@@ -89,7 +89,7 @@ def test_random_probability_rows_at_many_thresholds():
     rng = np.random.default_rng(0)
     logits_TE = (rng.normal(size=(1000, 16)) * rng.uniform(0, 4, (1000, 1))).astype(np.float32)
     for threshold in (0.05, 0.25, 0.4, 0.7, 0.99):
-        routing = jax.jit(TopP(16, threshold))(logits_TE, np.ones(1000, bool))
+        routing = jax.jit(TopP(threshold).on_logits)(logits_TE, np.ones(1000, bool))
         prob_TE = np.asarray(routing.probs_TE)
         clear_T = clear_of_rounding(prob_TE, threshold)
         assert clear_T.mean() > 0.99
@@ -114,9 +114,9 @@ def test_random_probability_rows_at_many_thresholds():
     ],
 )
 def test_uniform_rows_reach_the_bound(experts, threshold, count):
-    router = TopP(experts, threshold)
-    routing = jax.jit(router)(np.zeros((3, experts)), np.ones(3, bool))
-    assert router.slots == top_p_slots(experts, threshold) == count
+    router = TopP(threshold)
+    routing = jax.jit(router.on_logits)(np.zeros((3, experts)), np.ones(3, bool))
+    assert router.bounds(experts).slots == top_p_slots(experts, threshold) == count
     assert routing.expert_TK.shape == (3, count)
     np.testing.assert_array_equal(routing.experts_per_token_T, count)
     np.testing.assert_array_equal(routing.expert_TK[0], np.arange(count))
@@ -149,9 +149,9 @@ def test_ties_go_to_the_lower_id():
 def test_the_expert_that_crosses_is_included():
     # Cumulative 0.5, 0.8, 0.95: p = 0.6 is passed by the second, p = 0.4 by the first.
     logits_TE = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    assert chosen_sets(jax.jit(TopP(4, 0.6))(logits_TE, ALL[:1])) == [{0, 1}]
-    assert chosen_sets(jax.jit(TopP(4, 0.4))(logits_TE, ALL[:1])) == [{0}]
-    assert chosen_sets(jax.jit(TopP(4, 0.9))(logits_TE, ALL[:1])) == [{0, 1, 2}]
+    assert chosen_sets(jax.jit(TopP(0.6).on_logits)(logits_TE, ALL[:1])) == [{0, 1}]
+    assert chosen_sets(jax.jit(TopP(0.4).on_logits)(logits_TE, ALL[:1])) == [{0}]
+    assert chosen_sets(jax.jit(TopP(0.9).on_logits)(logits_TE, ALL[:1])) == [{0, 1, 2}]
 
 
 def test_padding_gets_nothing_and_changes_nothing():
@@ -170,13 +170,13 @@ def test_padding_gets_nothing_and_changes_nothing():
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_gradient_flows_through_the_weights_alone(renormalize):
     logits_TE = jax.random.normal(jax.random.key(1), (T, E))
-    mix_TK = jax.random.normal(jax.random.key(2), (T, TopP(E, 0.63).slots))
-    router = TopP(E, 0.63, renormalize)
-    decided = jax.jit(router)(logits_TE, ALL)
+    mix_TK = jax.random.normal(jax.random.key(2), (T, top_p_slots(E, 0.63)))
+    router = TopP(0.63, renormalize)
+    decided = jax.jit(router.on_logits)(logits_TE, ALL)
     expert_TK = jnp.minimum(decided.expert_TK, E - 1)
 
     def through_router(logits_TE):
-        return jnp.sum(mix_TK * router(logits_TE, ALL).weight_TK)
+        return jnp.sum(mix_TK * router.on_logits(logits_TE, ALL).weight_TK)
 
     def by_hand(logits_TE):
         """The chosen set is a constant; its members' softmax probabilities are the weights."""
@@ -194,7 +194,7 @@ def test_gradient_flows_through_the_weights_alone(renormalize):
 
 def test_gradients_of_empty_rows_are_zero_and_finite():
     def total(logits_TE):
-        routing = TopP(E, 0.4, renormalize=True)(logits_TE, jnp.zeros(T, bool))
+        routing = TopP(0.4, renormalize=True).on_logits(logits_TE, jnp.zeros(T, bool))
         return jnp.sum(routing.weight_TK)
 
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(jnp.ones((T, E))), 0.0)

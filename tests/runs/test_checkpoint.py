@@ -107,7 +107,7 @@ def test_every_setting_that_makes_another_model_or_stream_is_refused(settings, c
         ("seed", 5),
         ("model__num_layers", 4),
         ("model__tie_embeddings", True),
-        ("model__moe__renormalize", True),
+        ("model__moe__top_p__renormalize", True),
         ("data__domain_weights", "text=1"),
         ("data__virtual_shards", 4),
         ("train__batch_size", 16),

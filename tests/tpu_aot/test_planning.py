@@ -22,7 +22,7 @@ CONFIG = config.Config(
         vocab_size=V,
         max_seq_len=L,
         remat="layer",
-        moe=config.MoE(num_experts=E, hidden_width=F, router="top_p", top_p=0.4),
+        moe=config.MoE(num_experts=E, hidden_width=F, router="top_p", top_p={"threshold": 0.4}),
     ),
     data=config.Data(seq_len=L),
     loss=config.Loss(chunk_tokens=1024),

@@ -25,7 +25,7 @@ MODEL = config.Model(
     num_kv_heads=2,
     vocab_size=V,
     max_seq_len=L,
-    moe=config.MoE(num_experts=E, hidden_width=F, router="top_p", top_p=0.4),
+    moe=config.MoE(num_experts=E, hidden_width=F, router="top_p", top_p={"threshold": 0.4}),
 )
 CONFIG = config.Config(
     model=MODEL,

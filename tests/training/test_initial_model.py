@@ -27,7 +27,7 @@ def tuned(settings, change, workdir):
     """Settings that ask for another model, of steps that change next to nothing."""
     cfg = change(settings, train__init_from=str(workdir), train__steps=2)
     cfg = change(cfg, optimizer__learning_rate=1e-12, model__num_layers=3, model__dtype="float32")
-    return change(cfg, checkpoint__every_steps=1, model__moe__top_p=0.9)
+    return change(cfg, checkpoint__every_steps=1, model__moe__top_p__threshold=0.9)
 
 
 def test_parameters_settings_and_tokenizer_are_those_of_the_folder(

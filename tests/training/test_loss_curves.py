@@ -21,12 +21,12 @@ MODEL = config.Model(
     vocab_size=V,
     max_seq_len=L,
     init_std=0.3,
-    moe=config.MoE(num_experts=8, hidden_width=8, top_p=0.6),
+    moe=config.MoE(num_experts=8, hidden_width=8, top_p={"threshold": 0.6}),
 )
 CFG = config.Config(
     model=MODEL,
     data=config.Data(seq_len=L),
-    loss=config.Loss(balance_weight=0.05, entropy_weight=0.05),
+    loss=config.Loss(balance={"weight": 0.05}, entropy={"weight": 0.05}),
     train=config.Train(batch_size=B, steps=STEPS),
     optimizer=config.Optimizer(learning_rate=0.02, warmup_steps=0),
 )

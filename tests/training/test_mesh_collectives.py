@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from dynmoe_jax import config
+from dynmoe_jax.data import BATCH_ARRAYS
 from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
 from dynmoe_jax.planning.hlo.module import Module
-from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.step import init_state
+from dynmoe_jax.training.step import StepGradients, init_state
 
 # No two sizes alike, and none a product of others that could stand for it.
 N, D, F, E, V, B, L, CHUNK = 4, 24, 40, 8, 112, 8, 32, 16
@@ -25,7 +25,7 @@ CONFIG = config.Config(
         head_width=10,
         vocab_size=V,
         max_seq_len=L,
-        moe=config.MoE(num_experts=E, hidden_width=F, top_p=0.4),
+        moe=config.MoE(num_experts=E, hidden_width=F, top_p={"threshold": 0.4}),
     ),
     data=config.Data(seq_len=L),
     loss=config.Loss(chunk_tokens=CHUNK),
@@ -43,15 +43,14 @@ def module(request):
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, 10))
         state = jax.eval_shape(lambda: init_state(cfg, optimizer, jax.random.key(0)))
-        shapes = state.params
-        placed = state_shardings(shapes, mesh)
-        params = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+        placed = state_shardings(state, mesh)
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
         )
         array_BL = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=batch_sharding(mesh))
-        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array_BL)
-        step = jax.jit(make_gradients(cfg), out_shardings=(placed, None))
-        return Module(step.lower(params, batch).compile().as_text())
+        batch = dict.fromkeys(BATCH_ARRAYS, array_BL)
+        step = jax.jit(StepGradients(cfg), out_shardings=(placed.params, None))
+        return Module(step.lower(state, batch).compile().as_text())
 
 
 def sizes_of(module, opcode):

@@ -14,7 +14,7 @@ from dynmoe_jax import config
 from dynmoe_jax.mesh.axes import MESH_AXES
 from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.training.gradients import make_gradients
+from dynmoe_jax.training.step import StepGradients, TrainState
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +29,11 @@ MODEL = config.Model(
     vocab_size=V,
     max_seq_len=L,
     init_std=0.3,
-    moe=config.MoE(num_experts=8, hidden_width=8, top_p=0.6),
+    moe=config.MoE(num_experts=8, hidden_width=8, top_p={"threshold": 0.6}),
 )
-LOSS = config.Loss(entropy_weight=0.05, router_z_weight=0.02, z_weight=0.01, chunk_tokens=16)
+LOSS = config.Loss(
+    entropy={"weight": 0.05}, router_z={"weight": 0.02}, z_weight=0.01, chunk_tokens=16
+)
 TOP_P = config.Config(
     model=MODEL,
     data=config.Data(seq_len=L),
@@ -47,7 +49,7 @@ def changed(cfg, **moe):
 
 CASES = {
     "top_p": TOP_P,
-    "top_k": changed(TOP_P, router="top_k", top_k=2, renormalize=True),
+    "top_k": changed(TOP_P, router="top_k", top_k={"k": 2, "renormalize": True}, top_p={}),
     # Every other layer dense; the exchange instead of the ring.
     "exchange": changed(TOP_P, transport="all_to_all", every_n_layers=2),
 }
@@ -83,11 +85,23 @@ def draw(model):
     return params
 
 
+def gradients_of(cfg):
+    """(params, batch) -> (gradients, (parts of the loss, counts)) of the first step."""
+    compute = StepGradients(cfg)
+
+    def gradients(params, batch):
+        state = TrainState(jnp.int32(0), params, None)
+        found, (parts, sums) = compute(state, batch)
+        return found, (parts, compute.loss.counts(sums))
+
+    return gradients
+
+
 @pytest.fixture(scope="module")
 def wanted():
     """(gradients, (losses, counts)) of one device, by case."""
     return {
-        name: jax.jit(make_gradients(cfg))(draw(cfg.model), batch()) for name, cfg in CASES.items()
+        name: jax.jit(gradients_of(cfg))(draw(cfg.model), batch()) for name, cfg in CASES.items()
     }
 
 
@@ -98,7 +112,7 @@ def on_mesh(cfg, sizes):
         init = lambda: draw(cfg.model)  # noqa: E731
         placed = state_shardings(jax.eval_shape(init), mesh)
         params = jax.jit(init, out_shardings=placed)()
-        gradients = jax.jit(make_gradients(cfg), out_shardings=(placed, None))
+        gradients = jax.jit(gradients_of(cfg), out_shardings=(placed, None))
         return params, gradients(params, jax.device_put(batch(), batch_sharding(mesh)))
 
 

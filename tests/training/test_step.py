@@ -12,7 +12,10 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, replicated
 from dynmoe_jax.model import Decoder, parameter_shapes
-from dynmoe_jax.routing import losses
+from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing.losses.balance import Balance
+from dynmoe_jax.routing.losses.entropy import Entropy
+from dynmoe_jax.routing.losses.router_z import RouterZ
 from dynmoe_jax.training.optimizer import is_matrix, make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 
@@ -26,13 +29,15 @@ MODEL = config.Model(
     vocab_size=40,
     max_seq_len=16,
     init_std=0.3,
-    moe=config.MoE(num_experts=4, hidden_width=12, top_p=0.5),
+    moe=config.MoE(num_experts=4, hidden_width=12, top_p={"threshold": 0.5}),
 )
 CONFIG = config.Config(
     model=MODEL,
     data=config.Data(seq_len=16),
     train=config.Train(steps=10, batch_size=8),
-    loss=config.Loss(entropy_weight=0.05, router_z_weight=0.02, z_weight=0.01, chunk_tokens=32),
+    loss=config.Loss(
+        entropy={"weight": 0.05}, router_z={"weight": 0.02}, z_weight=0.01, chunk_tokens=32
+    ),
     optimizer=config.Optimizer(warmup_steps=0),
 )
 
@@ -76,6 +81,13 @@ def assert_same(actual, wanted, rtol):
         assert np.linalg.norm(a - w) <= rtol * max(np.linalg.norm(w), 1e-6), path
 
 
+def mean_over_layers(loss, routing):
+    """A routing loss of a batch."""
+    given = RouterInput(None, routing.by_layer.logits_TE, routing.valid_T)
+    sums = loss.sums(routing.by_layer, given, {})
+    return jnp.mean(loss.value(sums, jnp.sum(routing.valid_T)))
+
+
 def test_loss_is_the_sum_of_its_parts_from_plain_formulas(whole):
     batch = draw_batch()
     decoder = Decoder(MODEL, rngs=nnx.Rngs(params=jax.random.key(0)))
@@ -84,10 +96,9 @@ def test_loss_is_the_sum_of_its_parts_from_plain_formulas(whole):
     nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["targets"])
     z = jnp.square(jax.nn.logsumexp(output.logits, axis=-1))
     lm, z = (jnp.sum(x * valid) / valid.sum() for x in (nll, z))
-    sums = losses.loss_sums(output.routing.by_layer, output.routing.valid_T)
-    balance = jnp.mean(losses.balance_loss(sums))
-    entropy = jnp.mean(losses.entropy_loss(sums))
-    router_z = jnp.mean(losses.router_z_loss(sums))
+    balance, entropy, router_z = (
+        mean_over_layers(loss, output.routing) for loss in (Balance(), Entropy(), RouterZ())
+    )
     _, metrics = whole
     np.testing.assert_allclose(metrics["lm_loss"], lm, rtol=1e-5)
     np.testing.assert_allclose(metrics["balance_loss"], balance, rtol=1e-5)
@@ -100,7 +111,9 @@ def test_loss_is_the_sum_of_its_parts_from_plain_formulas(whole):
 
 def test_microbatches_of_uneven_token_counts_give_the_same_language_model_gradient():
     # Without the balance loss nothing is computed twice.
-    cfg = dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, balance_weight=0.0))
+    cfg = dataclasses.replace(
+        CONFIG, loss=dataclasses.replace(CONFIG.loss, balance={"weight": 0.0})
+    )
     parts = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, microbatches=4))
     (one, one_metrics), (four, four_metrics) = (one_step(c, draw_batch()) for c in (cfg, parts))
     assert_same(four.params, one.params, 1e-5)
@@ -112,7 +125,7 @@ def test_balance_loss_over_microbatches_is_weighted_by_their_tokens():
     cfg = dataclasses.replace(
         CONFIG,
         train=dataclasses.replace(CONFIG.train, microbatches=2),
-        loss=dataclasses.replace(CONFIG.loss, balance_over="microbatch"),
+        loss=dataclasses.replace(CONFIG.loss, balance={"over": "microbatch"}),
     )
     batch = draw_batch()
     _, metrics = one_step(cfg, batch)
@@ -122,8 +135,7 @@ def test_balance_loss_over_microbatches_is_weighted_by_their_tokens():
         decoder = Decoder(MODEL, rngs=nnx.Rngs(params=jax.random.key(0)))
         routing = decoder(part["tokens"], part["segment_ids"], part["positions"]).routing
         share = (part["segment_ids"] > 0).sum() / (batch["segment_ids"] > 0).sum()
-        sums = losses.loss_sums(routing.by_layer, routing.valid_T)
-        wanted += share * jnp.mean(losses.balance_loss(sums))
+        wanted += share * mean_over_layers(Balance(), routing)
     np.testing.assert_allclose(metrics["balance_loss"], wanted, rtol=1e-5)
 
 

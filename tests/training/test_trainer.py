@@ -200,7 +200,12 @@ def test_fewer_steps_than_were_done_show_what_there_is(copy, change, capsys):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("model__width", 24), ("model__moe__top_p", 0.6), ("seed", 1), ("train__batch_size", 16)],
+    [
+        ("model__width", 24),
+        ("model__moe__top_p__threshold", 0.6),
+        ("seed", 1),
+        ("train__batch_size", 16),
+    ],
 )
 def test_run_with_another_model_or_data_is_refused_in_one_sentence(copy, change, name, value):
     cfg, workdir = copy
@@ -233,7 +238,7 @@ def test_more_steps_and_free_settings_continue_a_complete_run(copy, change, caps
         cfg,
         train__steps=7,
         optimizer__learning_rate=1e-4,
-        loss__entropy_weight=0.0,
+        loss__entropy__weight=0.0,
         model__moe__backend="reference",
         evaluation__prompt="router ",
     )

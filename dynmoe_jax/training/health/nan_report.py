@@ -97,7 +97,12 @@ def check_forward(
     x_BLD = decoder.norm(x_BLD)
     checked.append(ArrayCheck("last norm", *_plain(_tally(x_BLD, valid_BL))))
     _, nll_BL = cross_entropy_sums(
-        x_BLD, decoder.output_DV, batch["targets"], valid_BL, chunk_tokens=loss.chunk_tokens
+        x_BLD,
+        decoder.output_DV,
+        batch["targets"],
+        valid_BL,
+        chunk_tokens=loss.chunk_tokens,
+        plain=decoder.config.plain,
     )
     checked.append(ArrayCheck("loss of each token", *_plain(_tally(nll_BL, valid_BL))))
     return checked, nll_BL

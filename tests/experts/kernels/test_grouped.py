@@ -18,6 +18,7 @@ from dynmoe_jax.experts.reference import reference_experts
 from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.routing import TopK, TopP
 from tests.close import assert_close
+from tests.experts.budgeted import rows_within
 
 E, D, F = 4, 16, 24
 
@@ -63,14 +64,13 @@ def poisoned(products):
 POISONED = poisoned(REFERENCE)
 
 
-def gradients(backend, x_TD, logits_TE, weights, router=None, edit=lambda rows: rows, budget=0.0):
+def gradients(backend, x_TD, logits_TE, weights, edit=lambda rows: rows, budget=None):
     """(y_TD, gradients of tokens, logits and weights)."""
-    router = router or TopP(E, 0.6)
     mix_TD = jax.random.normal(jax.random.key(9), x_TD.shape)
 
     def loss(x_TD, logits_TE, weights):
-        routing = router(logits_TE, jnp.arange(x_TD.shape[0]) % 5 > 0)
-        y_TD, dropped = backend(x_TD, edit(rows_from_routing(routing, budget)), weights)
+        routing = TopP(0.6).on_logits(logits_TE, jnp.arange(x_TD.shape[0]) % 5 > 0)
+        y_TD, dropped = backend(x_TD, edit(rows_within(routing, budget)), weights)
         return jnp.sum(y_TD.astype(jnp.float32) * mix_TD), (y_TD, dropped)
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -111,20 +111,20 @@ def test_a_row_budget_makes_the_memory_smaller():
 
     def temporary_bytes(budget):
         def loss(x_TD, logits_TE, weights):
-            routing = TopP(E, 0.9)(logits_TE, jnp.ones(256, bool))
-            rows = rows_from_routing(routing, budget)
+            routing = TopP(0.9).on_logits(logits_TE, jnp.ones(256, bool))
+            rows = rows_within(routing, budget)
             return jnp.sum(ragged_experts(x_TD, rows, weights, products=REFERENCE)[0])
 
         run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
         return run.lower(x_TD, logits_TE, weights).compile().memory_analysis().temp_size_in_bytes
 
     # K = 4: without a budget there is a second part of two rows per token.
-    assert temporary_bytes(1.0) < 0.7 * temporary_bytes(0.0)
+    assert temporary_bytes(1.0) < 0.7 * temporary_bytes(None)
 
 
 def test_padding_rows_have_no_gradient():
     x_TD, logits_TE, weights = draw()
-    rows = rows_from_routing(TopP(E, 0.6)(logits_TE, jnp.ones(37, bool)))
+    rows = rows_from_routing(TopP(0.6).on_logits(logits_TE, jnp.ones(37, bool)))
 
     def loss(weight_R):
         weighted = dataclasses.replace(rows, weight_R=weight_R)
@@ -155,8 +155,8 @@ def test_padding_tokens_and_rows_may_hold_nan():
 
 def test_zero_rows_give_zeros():
     x_TD, logits_TE, weights = draw(4)
-    router = TopP(E, 0.6)
-    rows = rows_from_routing(router(logits_TE, jnp.zeros(4, bool)))
+    router = TopP(0.6)
+    rows = rows_from_routing(router.on_logits(logits_TE, jnp.zeros(4, bool)))
 
     def loss(x_TD, weights):
         y_TD, _ = ragged_experts(x_TD, rows, weights, products=POISONED)
@@ -167,7 +167,7 @@ def test_zero_rows_give_zeros():
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves((y_TD, actual)))
 
 
-@pytest.mark.parametrize("budget", [pytest.param(0.0, marks=pytest.mark.long), 0.9])
+@pytest.mark.parametrize("budget", [pytest.param(None, marks=pytest.mark.long), 0.9])
 def test_rows_without_slots_are_scattered(budget):
     case = draw()
     backend = partial(ragged_experts, products=POISONED, saved_rows_per_token=0.7)
@@ -194,7 +194,7 @@ def test_experts_that_choose_tokens():
 
 def test_gradients_agree_with_finite_differences():
     x_TD, logits_TE, weights = draw(9)
-    rows = rows_from_routing(TopP(E, 0.6)(logits_TE, jnp.ones(9, bool)))
+    rows = rows_from_routing(TopP(0.6).on_logits(logits_TE, jnp.ones(9, bool)))
 
     def loss(x_TD, weight_R, weights):
         weighted = dataclasses.replace(rows, weight_R=weight_R)
@@ -270,7 +270,7 @@ def test_inside_shard_map_scan_and_checkpoint():
 
     def gradient(backend):
         def body(x_TD, _):
-            routing = TopP(E, 0.6)(logits_TE, jnp.ones(32, bool))
+            routing = TopP(0.6).on_logits(logits_TE, jnp.ones(32, bool))
             y_TD, _ = apply_experts(x_TD, routing, weights, backend)
             return x_TD + y_TD, None
 
@@ -310,7 +310,7 @@ def test_usual_loads_do_not_compute_the_rest():
 
     x_TD, logits_TE, weights = draw(32)
     products = dataclasses.replace(REFERENCE, forward=count)
-    routing = TopK(E, 4)(logits_TE, jnp.ones(32, bool))
+    routing = TopK(4).on_logits(logits_TE, jnp.ones(32, bool))
     first_TK = jnp.arange(4) < 1
     for slots, wanted in ((first_TK, [64] * 2), (jnp.ones(4, bool), [64] * 2 + [16] * 8)):
         kept = dataclasses.replace(routing, expert_TK=jnp.where(slots, routing.expert_TK, E))
@@ -325,7 +325,7 @@ def test_usual_loads_do_not_compute_the_rest():
 
 def test_activations_are_kept_for_the_first_rows_alone():
     x_TD, logits_TE, weights = draw(40)
-    rows = rows_from_routing(TopK(E, 4)(logits_TE, jnp.ones(40, bool)))
+    rows = rows_from_routing(TopK(4).on_logits(logits_TE, jnp.ones(40, bool)))
 
     def kept(saved):
         def run(x_TD):

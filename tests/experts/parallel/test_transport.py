@@ -21,8 +21,11 @@ from dynmoe_jax.mesh.axes import EXPERT
 from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.mesh.sharding import by_token
 from dynmoe_jax.routing import TopP
+from dynmoe_jax.routing.transforms import dropped
+from dynmoe_jax.routing.transforms.row_budget import RowBudget
 
 T, D, E, F = 32, 8, 8, 4
+ALL = jnp.ones(T, bool)
 TPU = Target("tpu", "TPU v5")
 
 
@@ -54,7 +57,7 @@ def case():
 
 def value_and_gradients(case, transport=None):
     def loss(x_TD, logits_TE, weights):
-        routing = TopP(E, 0.6)(logits_TE, jnp.arange(T) < T - 8)
+        routing = TopP(0.6).on_logits(logits_TE, jnp.arange(T) < T - 8)
         y_TD, dropped = apply_experts(
             x_TD, routing, weights, reference_experts, transport=transport
         )
@@ -87,7 +90,9 @@ def test_a_bound_drops_the_last_tokens_and_counts_their_rows():
     # Two devices with two tokens each, one slot from each to the other.  All four tokens choose
     # experts 0 and 1, which both lie on the first device: the second token of each loses both.
     x_TD = jnp.ones((4, D)) * jnp.arange(1, 5)[:, None]
-    routing = TopP(4, 0.6)(jnp.tile(jnp.array([2.0, 2.0, -9.0, -9.0]), (4, 1)), jnp.ones(4, bool))
+    routing = TopP(0.6).on_logits(
+        jnp.tile(jnp.array([2.0, 2.0, -9.0, -9.0]), (4, 1)), jnp.ones(4, bool)
+    )
     weights = ExpertWeights(jnp.ones((4, D, 2 * F)), jnp.ones((4, F, D)))
     whole_TD, _ = apply_experts(x_TD, routing, weights, reference_experts)
     mesh = make_mesh(config.Mesh(data=1, expert=2), 2, jax.devices()[:2])
@@ -102,15 +107,26 @@ def test_a_bound_drops_the_last_tokens_and_counts_their_rows():
 
 def test_a_row_budget_holds_on_every_device(case):
     x_TD, logits_TE, weights = case
-    routing = TopP(E, 0.6)(0.1 * logits_TE, jnp.ones(T, bool))
+    budget, per_device = RowBudget(2.0), 2 * T // 4
+    routing = TopP(0.6).on_logits(0.1 * logits_TE, jnp.ones(T, bool))
     chosen_TE = routing.chosen_TE.reshape(4, T // 4, E)
-    over = np.maximum(np.asarray(chosen_TE.sum(axis=(1, 2))) - 2 * T // 4, 0).sum()
-    mesh = make_mesh(config.Mesh(data=1, expert=4), 4, jax.devices()[:4])
-    with jax.set_mesh(mesh):
-        _, dropped = jax.jit(
-            partial(apply_experts, backend=reference_experts, rows_per_token=2.0, transport=ring)
-        )(x_TD, routing, weights)
-    assert dropped == over > 0
+    over = np.maximum(np.asarray(chosen_TE.sum(axis=(1, 2))) - per_device, 0).sum()
+
+    @jax.jit
+    def layer(x_TD, routing, weights):
+        kept = by_token(lambda routing, _: budget(routing, None), routing)
+        bound = lambda tokens, slots: budget.row_bound(tokens, slots, E)  # noqa: E731
+        y_TD, more = apply_experts(x_TD, kept, weights, reference_experts, bound, ring)
+        return y_TD, kept, more
+
+    with jax.set_mesh(make_mesh(config.Mesh(data=1, expert=4), 4, jax.devices()[:4])):
+        y_TD, kept, more = jax.device_get(layer(x_TD, routing, weights))
+    assert dropped(routing, kept) == over > 0
+    assert more == 0
+    assert kept.experts_per_token_T.reshape(4, -1).sum(axis=1).max() <= per_device
+    kept = jax.tree.map(jnp.asarray, kept)
+    wanted_TD, _ = apply_experts(x_TD, kept, weights, reference_experts)
+    np.testing.assert_allclose(y_TD, wanted_TD, rtol=1e-4, atol=1e-5)
 
 
 def test_slots_among_some_experts_by_hand():
@@ -154,7 +170,7 @@ def test_visits_by_hand():
         ({}, Target("cpu"), 8, "ring"),
         ({}, TPU, 2, "ring"),  # 70% of the ring's bytes
         ({}, TPU, 8, "ragged_all_to_all"),  # 21%
-        ({"router": "top_k", "top_k": 8}, TPU, 8, "ring"),  # 66%
+        ({"router": "top_k", "top_k": {"k": 8}}, TPU, 8, "ring"),  # 66%
         ({"tokens_per_pair": 0.5}, Target("cpu"), 4, "all_to_all"),
         ({"transport": "ring"}, TPU, 8, "ring"),
     ],
@@ -173,7 +189,7 @@ def test_ring_sends_what_it_promises(case):
     mesh = make_mesh(config.Mesh(data=1, expert=4), 4, jax.devices()[:4])
 
     def layer(x_TD, logits_TE, weights):
-        routing = by_token(TopP(E, 0.6), logits_TE, jnp.ones(T, bool))
+        routing = by_token(lambda x_TE, _: TopP(0.6).on_logits(x_TE, ALL[: len(x_TE)]), logits_TE)
         return apply_experts(x_TD, routing, weights, reference_experts, transport=ring)[0]
 
     def collectives(function):

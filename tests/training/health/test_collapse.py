@@ -9,7 +9,7 @@ from dynmoe_jax import config
 from dynmoe_jax.training.health.collapse import CollapseWatch
 
 # Four experts and p = 0.6: at most floor(0.6 * 4) + 1 = 3 experts per token.
-MOE = config.MoE(num_experts=4, top_p=0.6)
+MOE = config.MoE(num_experts=4, top_p={"threshold": 0.6})
 TOKENS = 100
 EVEN = np.full((2, 4), 50)  # two experts per token
 
@@ -30,7 +30,7 @@ def test_unused_experts_are_named_once_after_so_many_steps():
     assert looks(watching, (5, 10, 15), load) == []
     (warning,) = looks(watching, (20, 25, 30), load)
     assert warning.startswith("step 20: no token has chosen experts 0 of MoE layer 1, 3 of MoE la")
-    assert "config.loss.balance_weight" in warning
+    assert "config.loss.balance.weight" in warning
     assert "config.model.moe.num_experts=4" in warning
 
 
@@ -55,8 +55,8 @@ def test_many_unused_experts_are_not_all_named():
 @pytest.mark.parametrize(
     ("load", "found", "remedy"),
     [
-        ([[75, 75, 75, 75]], "used 3.00 of at most 3 experts", "entropy_weight or config.optimiz"),
-        ([[25, 25, 25, 26]], "used 1.01 of at most 3 experts", "lower config.loss.entropy_weight"),
+        ([[75, 75, 75, 75]], "used 3.00 of at most 3 experts", "entropy.weight or config.optimiz"),
+        ([[25, 25, 25, 26]], "used 1.01 of at most 3 experts", "lower config.loss.entropy.weight"),
     ],
 )
 def test_mean_at_either_end_is_said_once(load, found, remedy):
@@ -65,7 +65,7 @@ def test_mean_at_either_end_is_said_once(load, found, remedy):
     (warning,) = looks(watching, (20, 25, 50), load)
     assert found in warning
     assert remedy in warning
-    assert "config.model.moe.top_p=0.6" in warning
+    assert "config.model.moe.top_p.threshold=0.6" in warning
 
 
 def test_one_step_away_from_the_end_begins_the_count_anew():
@@ -79,8 +79,8 @@ def test_one_step_away_from_the_end_begins_the_count_anew():
 @pytest.mark.parametrize(
     ("changes", "load"),
     [
-        ({"router": "top_k"}, EVEN),  # always as many
-        ({"top_p": 0.2}, [[25, 25, 25, 25]]),  # floor(0.2 * 4) + 1: always one
+        ({"router": "top_k", "top_p": {}}, EVEN),  # always as many
+        ({"top_p": {"threshold": 0.2}}, [[25, 25, 25, 25]]),  # floor(0.2 * 4) + 1: always one
         ({}, np.zeros((0, 1), np.int32)),  # a dense model
         ({}, EVEN),
     ],

@@ -24,7 +24,7 @@ MODEL = config.Model(
     vocab_size=40,
     max_seq_len=8,
     init_std=0.3,
-    moe=config.MoE(num_experts=4, hidden_width=12, top_p=0.5, backend="reference"),
+    moe=config.MoE(num_experts=4, hidden_width=12, top_p={"threshold": 0.5}, backend="reference"),
 )
 CONFIG = config.Config(
     model=MODEL,

@@ -22,7 +22,7 @@ CFG = config.Config(
         width=100,
         vocab_size=1000,
         max_seq_len=1000,
-        moe=config.MoE(num_experts=16, top_p=0.4),
+        moe=config.MoE(num_experts=16, top_p={"threshold": 0.4}),
     ),
     data=config.Data(seq_len=1000),
     train=config.Train(batch_size=32),
@@ -67,11 +67,11 @@ def test_recomputation_devices_and_rows_are_named_if_they_help():
     # 19.988 / 5.488 = 3.6: four devices.
     assert "share the batch among 4 devices (config.mesh.data)" in text
     # floor(0.4 * 16) + 1 = 7 rows per token.
-    assert "bound config.model.moe.rows_per_token, now 7, at 2" in text
+    assert "set config.model.moe.transforms='row_budget': 2 rows a token, not 7" in text
     cfg = turned(model__remat="layer", model__moe__every_n_layers=0)
     text = advice(Need(3 * GB, GB, 20 * GB), 10 * GB, cfg, 1)
     assert "remat" not in text
-    assert "rows_per_token" not in text
+    assert "row_budget" not in text
 
 
 def test_large_logits_are_cut_themselves():

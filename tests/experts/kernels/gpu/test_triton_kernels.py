@@ -112,7 +112,7 @@ def test_layer_equals_the_reference(saved):
 
     def gradients(backend):
         def loss(x_TD, logits_TE, weights):
-            routing = TopP(E, 0.6)(logits_TE, jnp.arange(96) % 5 > 0)
+            routing = TopP(0.6).on_logits(logits_TE, jnp.arange(96) % 5 > 0)
             y_TD, _ = backend(x_TD, rows_from_routing(routing), weights)
             return jnp.sum(y_TD * mix_TD), y_TD
 

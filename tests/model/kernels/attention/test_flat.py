@@ -13,6 +13,7 @@ from dynmoe_jax.mesh.axes import MESH_AXES
 from dynmoe_jax.mesh.sharding import by_batch_and_head
 from dynmoe_jax.model import attention
 from dynmoe_jax.model.components import rms_norm
+from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.attention.api import xla_attention
 from dynmoe_jax.model.kernels.attention.choice import Attend
 from dynmoe_jax.model.kernels.attention.flat import (
@@ -21,7 +22,6 @@ from dynmoe_jax.model.kernels.attention.flat import (
     flat_obstacle,
 )
 from dynmoe_jax.model.kernels.attention.flat_heads import Heads
-from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.rotary import rotary_table, rotate
 from tests.close import assert_close
 
