@@ -86,15 +86,23 @@ def _layer(model: Any, own: dict[str, Any], is_moe: bool) -> LayerSettings:
     for name, value in own.items():
         if name != FEED_FORWARD and _is_read(name, is_moe):
             settings = _replaced(settings, name.split("."), value)
-    for _, kind, _ in idle_kinds(settings.moe):
-        name = next((name for name in own if name.startswith(f"moe.{kind}.")), None)
-        if name and is_moe:
-            raise _wrong(
-                model,
-                f"sets {name} in a layer whose moe.router={settings.moe.router!r} does not read "
-                f"it; add moe.router={kind} there, or leave it out",
-            )
+    _check_kinds(model, own, settings, "")
+    if is_moe:
+        _check_kinds(model, own, settings.moe, "moe.")
     return LayerSettings(settings, is_moe)
+
+
+def _check_kinds(model: Any, own: dict[str, Any], group: Any, prefix: str) -> None:
+    """Raises ConfigError for a setting of a kind that the layer does not choose."""
+    for choice, kind, _ in idle_kinds(group):
+        for name in own:
+            if name.startswith(f"{prefix}{kind}."):
+                chosen = f"{prefix}{choice}"
+                raise _wrong(
+                    model,
+                    f"sets {name} in a layer whose {chosen}={getattr(group, choice)!r} does not "
+                    f"read it; add {chosen}={kind} there, or leave it out",
+                )
 
 
 def _is_read(name: str, is_moe: bool) -> bool:

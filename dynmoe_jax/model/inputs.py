@@ -79,11 +79,9 @@ class TokenPositions:
     other_rotary: Mapping[int, Float[Array, "B L R"]] = dataclasses.field(default_factory=dict)
 
     def of_heads(self, width: int) -> "TokenPositions":
-        """The inputs of attention with heads of that width."""
-        if not self.other_rotary:
-            return self
+        """The inputs of attention with heads of that width; every array is [B, L, ...]."""
         rotary_BLR = self.other_rotary.get(width, self.rotary_BLR)
-        return dataclasses.replace(self, rotary_BLR=rotary_BLR, other_rotary={})
+        return dataclasses.replace(self, rotary_BLR=rotary_BLR, other_rotary={}, training=None)
 
     def at_layer(self, layer: Int[Array, ""] | int) -> "TokenPositions":
         """The inputs of a layer by its number."""

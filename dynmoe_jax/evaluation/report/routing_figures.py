@@ -82,7 +82,8 @@ def _side_by_side(load_by_layer: Sequence[Sequence[float]]) -> Float[np.ndarray,
 
 def _load(load_NE: Float[np.ndarray, "N E"], canvas: Canvas) -> Picture:
     known_NE = ~np.isnan(load_NE)
-    even_N1 = np.mean(load_NE, axis=1, keepdims=True, where=known_NE)
+    experts_N1 = np.maximum(known_NE.sum(axis=1, keepdims=True), 1)
+    even_N1 = np.nansum(load_NE, axis=1, keepdims=True) / experts_N1
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio_NE = np.log2(load_NE / even_N1)
     finite = np.abs(ratio_NE[np.isfinite(ratio_NE)])
