@@ -41,8 +41,12 @@ def settings(layers: int, backend: str) -> config.Config:
 
 
 def compile_step(layers: int, backend: str = "auto") -> Compiled:
+    """Lowers and compiles the train step of a model of that depth."""
+    return compile_step_of(settings(layers, backend))
+
+
+def compile_step_of(cfg: config.Config) -> Compiled:
     """Lowers and compiles the train step; nothing is allocated."""
-    cfg = settings(layers, backend)
     schedule = make_schedule(cfg.optimizer, cfg.train.steps)
     optimizer = make_optimizer(cfg.optimizer, schedule)
     state = jax.eval_shape(partial(init_state, cfg, optimizer), jax.random.key(0))

@@ -1,9 +1,12 @@
 """Settings of the model: the decoder, and its Mixture-of-Experts layers."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+from dynmoe_jax.config.layers import LayerSettings, layer_models
 from dynmoe_jax.fields import AUTO, free_setting, model_setting, setting
-from dynmoe_jax.registry import ROUTERS, TRANSFORMS, choice, chosen, complete
+from dynmoe_jax.registry import EXPERTS, LINEARS, ROUTERS, TRANSFORMS, choice, chosen, complete
 from dynmoe_jax.routing import Router
 
 
@@ -19,16 +22,30 @@ class MoE:
         fixed_in_run=True,
         per_layer=True,
     )
-    num_experts: int = model_setting(16, "routed experts per MoE layer", low=1)
-    hidden_width: int = model_setting(2816, "hidden width of one expert", unit="units", low=1)
+    num_experts: int = model_setting(16, "routed experts per MoE layer", low=1, per_layer=True)
+    experts: str = choice(
+        EXPERTS,
+        "swiglu",
+        "function that an expert computes; kernels know swiglu",
+        defines_model=True,
+        fixed_in_run=True,
+        per_layer=True,
+    )
+    hidden_width: int = model_setting(
+        2816, "hidden width of one expert", unit="units", low=1, per_layer=True
+    )
     routed_scale: float = model_setting(
         1.0, "the routed experts' output is multiplied by this (DeepSeek-V2)", above=0.0
     )
     shared_hidden_width: int = model_setting(
-        0, "hidden width of the expert that every token uses besides; 0 = none", unit="units", low=0
+        0,
+        "hidden width of the expert that every token uses besides; 0 = none",
+        unit="units",
+        low=0,
+        per_layer=True,
     )
     shared_gate: bool = model_setting(
-        False, "weigh the shared expert by a sigmoid of the token (Qwen2-MoE)"
+        False, "weigh the shared expert by a sigmoid of the token (Qwen2-MoE)", per_layer=True
     )
     backend: str = free_setting(
         "auto", "expert compute", choices=("auto", "reference", "capacity", "grouped")
@@ -88,6 +105,11 @@ class MoE:
         """The router, with its settings."""
         return chosen(self, "router")
 
+    @property
+    def expert_kind(self) -> Any:
+        """The :class:`~dynmoe_jax.experts.kinds.kind.ExpertKind`, with its settings."""
+        return chosen(self, "experts")
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -95,11 +117,20 @@ class Model:
 
     num_layers: int = model_setting(24, "decoder layers", low=1)
     width: int = model_setting(1024, "width of the residual stream", unit="units", low=1)
-    num_heads: int = model_setting(16, "query heads", low=1)
-    num_kv_heads: int = model_setting(16, "key/value heads; must divide num_heads", low=1)
-    head_width: int = model_setting(64, "width of one head; even, for RoPE", unit="units", low=2)
+    num_heads: int = model_setting(16, "query heads", low=1, per_layer=True)
+    num_kv_heads: int = model_setting(
+        16, "key/value heads; must divide num_heads", low=1, per_layer=True
+    )
+    head_width: int = model_setting(
+        64, "width of one head; even, for RoPE", unit="units", low=2, per_layer=True
+    )
     hidden_width: int = model_setting(
-        2816, "hidden width of a dense feed-forward", unit="units", low=1
+        2816, "hidden width of a dense feed-forward", unit="units", low=1, per_layer=True
+    )
+    layers: str = model_setting(
+        "",
+        "what some layers have of their own, e.g. '0-3:moe.num_experts=12;5:moe.hidden_width=512'; "
+        "feed_forward=dense or =moe says whether a layer has experts",
     )
     vocab_size: int = model_setting(32000, "rows of the embedding", unit="tokens", low=2)
     max_seq_len: int = setting(
@@ -136,6 +167,19 @@ class Model:
         "what computes attention; auto = by platform, see docs/design.md",
         choices=("auto", "native", "xla", "tiled", "triton", "cudnn", "splash", "flat", "tokamax"),
     )
+    kernels: str = free_setting(
+        "auto",
+        "auto = the fastest that there is; plain = plain JAX everywhere, without any kernel",
+        choices=("auto", "plain"),
+    )
+    linear: str = choice(
+        LINEARS,
+        "dense",
+        "what stands for the matrices of attention and of the dense feed-forward",
+        defines_model=True,
+        fixed_in_run=True,
+        per_layer=True,
+    )
     unroll: int = free_setting(
         0,
         "layers (groups of them, where every n-th is MoE) that the loop over layers takes at a "
@@ -145,17 +189,45 @@ class Model:
     moe: MoE = dataclasses.field(default_factory=lambda: complete(MoE)())
 
     @property
+    def plain(self) -> bool:
+        """Whether no kernel may compute anything."""
+        return self.kernels == "plain"
+
+    @property
     def num_groups(self) -> int:
-        """Scanned groups of layers, each with one MoE layer unless the model is dense."""
+        """Scanned groups of layers of a model whose layers repeat, each with one MoE layer unless
+        the model is dense."""
         return (self.num_layers - self.moe.dense_first_layers) // (self.moe.every_n_layers or 1)
 
     @property
-    def moe_layers(self) -> range:
-        """The layers with experts, counted from 0; the only place that says which."""
-        first, every = self.moe.dense_first_layers + self.moe.layer_offset, self.moe.every_n_layers
-        return range(first, self.num_layers, every) if every else range(0)
+    def by_layer(self) -> tuple[LayerSettings, ...]:
+        """The settings of every layer."""
+        return layer_models(self)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with experts, counted from 0."""
+        return tuple(i for i, layer in enumerate(self.by_layer) if layer.is_moe)
 
     @property
     def num_moe_layers(self) -> int:
         """N, layers with experts."""
         return len(self.moe_layers)
+
+    @property
+    def moe_settings(self) -> tuple[MoE, ...]:
+        """The settings of every MoE layer, in order; empty in a dense model."""
+        return tuple(layer.model.moe for layer in self.by_layer if layer.is_moe)
+
+    @property
+    def routers(self) -> tuple[Router, ...]:
+        """The routers of the MoE layers, each once."""
+        return tuple(dict.fromkeys(moe.route for moe in dict.fromkeys(self.moe_settings)))
+
+    @property
+    def declared_losses(self) -> Mapping[str, float]:
+        """Coefficients of routing losses that the routers declare, by name."""
+        declared: dict[str, float] = {}
+        for router in self.routers:
+            declared = dict(router.losses) | declared
+        return declared

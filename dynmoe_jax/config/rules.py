@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from dynmoe_jax.fields import ConfigError, shown, walk
-from dynmoe_jax.registry import all_kinds, idle_kinds
+from dynmoe_jax.registry import LINEARS, all_kinds, chosen, idle_kinds
 from dynmoe_jax.routing.losses import coefficients
 
 
@@ -15,14 +15,11 @@ def check_together(config: Any) -> None:
       config: a whole :class:`dynmoe_jax.config.Config`.
     """
     model, train = config.model, config.train
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError(
-            f"config.model.num_kv_heads={model.num_kv_heads} must divide "
-            f"config.model.num_heads={model.num_heads}."
-        )
-    if model.head_width % 2:
-        raise ConfigError(f"config.model.head_width={model.head_width} must be even, for RoPE.")
+    _check_heads(model)
     _check_moe(model)
+    _check_linear(model)
+    _check_plain(model)
+    _check_layers(model)
     _check_idle(config, "config.")
     _check_losses(config)
     if config.data.seq_len > model.max_seq_len:
@@ -37,6 +34,32 @@ def check_together(config: Any) -> None:
         )
     _check_mesh(config.mesh)
     _check_checkpoints(config)
+
+
+def _check_heads(model: Any) -> None:
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"config.model.num_kv_heads={model.num_kv_heads} must divide "
+            f"config.model.num_heads={model.num_heads}."
+        )
+    if model.head_width % 2:
+        raise ConfigError(f"config.model.head_width={model.head_width} must be even, for RoPE.")
+
+
+def _check_layers(model: Any) -> None:
+    """Raises ConfigError for a layer whose own settings contradict each other."""
+    if not model.layers:
+        return
+    first = {layer: i for i, layer in reversed(list(enumerate(model.by_layer)))}
+    for layer, i in first.items():
+        try:
+            _check_heads(layer.model)
+            if layer.is_moe:
+                _check_experts(layer.model.moe)
+        except ConfigError as error:
+            raise ConfigError(
+                f"config.model.layers={model.layers!r} does not fit layer {i}: {error}"
+            ) from error
 
 
 def _check_mesh(mesh: Any) -> None:
@@ -73,13 +96,44 @@ def _check_moe(model: Any) -> None:
             f"config.model.moe.layer_offset={moe.layer_offset} must be less than "
             f"config.model.moe.every_n_layers={moe.every_n_layers}."
         )
-    if moe.every_n_layers and (obstacle := moe.route.obstacle(moe.num_experts)):
+    if moe.every_n_layers:
+        _check_experts(moe)
+    _check_shared(moe)
+
+
+def _check_experts(moe: Any) -> None:
+    if obstacle := moe.route.obstacle(moe.num_experts):
         raise ConfigError(f"config.model.moe.{moe.router}.{obstacle}.")
+    _check_shared(moe)
+
+
+def _check_shared(moe: Any) -> None:
     if moe.shared_gate and not moe.shared_hidden_width:
         raise ConfigError(
             "config.model.moe.shared_gate=True has no shared expert to weigh; set "
             "config.model.moe.shared_hidden_width."
         )
+
+
+def _check_linear(model: Any) -> None:
+    # The kinds are registered by a room above this one.
+    if model.linear in LINEARS and (obstacle := chosen(model, "linear").obstacle()):
+        raise ConfigError(f"config.model.{model.linear}.{obstacle}.")
+
+
+PLAIN = {"attention": "xla", "moe.grouped_product": "blocks"}
+"""Settings that name a kernel, and the name that is plain JAX."""
+
+
+def _check_plain(model: Any) -> None:
+    """Raises ConfigError for a kernel that is named while there shall be none."""
+    found = {path: value for path, _, value in walk(model)}
+    for path, plain in PLAIN.items() if model.kernels == "plain" else ():
+        if found[path] not in ("auto", plain):
+            raise ConfigError(
+                f"config.model.{path}={found[path]!r} names a kernel, and config.model.kernels="
+                f"'plain' allows none; set one of them to 'auto'."
+            )
 
 
 def _check_checkpoints(config: Any) -> None:
@@ -119,20 +173,25 @@ def _check_idle(group: Any, prefix: str) -> None:
 
 def _check_losses(config: Any) -> None:
     """Raises ConfigError for a loss that the router cannot serve, or that needs another batch."""
-    moe, losses = config.model.moe, all_kinds(config.loss)
-    if not moe.every_n_layers:
+    model, losses = config.model, all_kinds(config.loss)
+    if not model.num_moe_layers:
         return
-    weights = coefficients(losses, moe.route.losses)
-    for name, weight in weights.items():
-        lacks = sorted(losses[name].needs - moe.route.gives)
-        if weight and lacks:
-            raise ConfigError(
-                f"config.loss.{name}.weight={weight:g} needs {' and '.join(lacks)}, which "
-                f"config.model.moe.router={moe.router!r} does not give; set it to 0."
-            )
+    weights = coefficients(losses, model.declared_losses)
+    for moe in dict.fromkeys(model.moe_settings):
+        for name, weight in weights.items():
+            _check_served(moe, name, losses[name], weight)
     whole = [name for name, w in weights.items() if w and not losses[name].additive]
     if whole and weights.get("balance") and losses["balance"].over == "microbatch":
         raise ConfigError(
             f"config.loss.balance.over='microbatch' cannot be kept beside config.loss.{whole[0]}"
             ", which needs the whole batch; set it to 'batch'."
+        )
+
+
+def _check_served(moe: Any, name: str, loss: Any, weight: float) -> None:
+    lacks = sorted(loss.needs - moe.route.gives)
+    if weight and lacks:
+        raise ConfigError(
+            f"config.loss.{name}.weight={weight:g} needs {' and '.join(lacks)}, which "
+            f"config.model.moe.router={moe.router!r} does not give; set it to 0."
         )

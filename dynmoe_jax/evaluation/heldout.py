@@ -4,7 +4,8 @@ Axis legend: B batch, L positions, V vocabulary, N MoE layers, E experts, K slot
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -61,6 +62,7 @@ def make_eval_step(structure: nnx.GraphDef, loss: config.Loss) -> Callable[..., 
             batch["targets"],
             valid_BL,
             chunk_tokens=loss.chunk_tokens,
+            plain=decoder.config.plain,
         )
         if counts:
             loads, histograms = zip(*counts, strict=True)
@@ -88,6 +90,7 @@ def evaluate(
     batches_by_domain: dict[str, Iterable[dict[str, np.ndarray]]],
     token_bytes_V: np.ndarray,
     place: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]] = jax.device_put,
+    experts_N: Sequence[int] = (),
 ) -> HeldOut:
     """Evaluates a model on every domain's held-out batches.
 
@@ -100,6 +103,7 @@ def evaluate(
       batches_by_domain: packed batches by the domain's name.
       token_bytes_V: bytes that each token stands for.
       place: puts a host batch on the devices.
+      experts_N: experts of each MoE layer, where layers differ.
     """
     domains = {
         name: _sum_domain(partial(eval_step, params), batches, token_bytes_V, place)
@@ -111,13 +115,14 @@ def evaluate(
         sum(d.counts_V for d in domains.values()),
     )
     tokens = max(1, int(total.sums.tokens))
+    loads = (total.sums.load_NE / tokens).tolist()
     return HeldOut(
         loss=float(total.sums.nll) / tokens,
         bits_per_byte=_bits_per_byte(total),
         unigram_entropy=_entropy(total.counts_V),
         domains={name: _domain_result(domain) for name, domain in domains.items()},
         experts_per_token_by_layer=(total.sums.load_NE.sum(axis=-1) / tokens).tolist(),
-        load_by_layer=(total.sums.load_NE / tokens).tolist(),
+        load_by_layer=[load[:own] for load, own in itertools.zip_longest(loads, experts_N)],
         histogram_by_layer=total.sums.histogram_NK.tolist(),
     )
 

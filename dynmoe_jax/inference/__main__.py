@@ -40,7 +40,7 @@ def main() -> int:
             asked.stops,
             begin_with_bos=asked.begin_with_bos,
         )
-        if asked.show_experts and not cfg.model.moe.every_n_layers:
+        if asked.show_experts and not cfg.model.num_moe_layers:
             warn("--show-experts has nothing to show: the model is dense.")
         with compiled_programs_kept(cfg.train, asked.workdir):
             if asked.prompts is None:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax import config
+from dynmoe_jax.config.layers import LayerSettings
 from dynmoe_jax.mesh.axes import (
     BATCH,
     MESH_AXES,
@@ -87,22 +88,28 @@ def check_divides(model: config.Model, sizes: Mapping[str, int]) -> None:
     Raises:
       ConfigError: a mesh axis does not divide what it splits.
     """
-    moe = model.moe
-    if moe.every_n_layers and moe.num_experts % sizes["expert"]:
+    for layer, i in {layer: i for i, layer in enumerate(model.by_layer)}.items():
+        _check_layer(layer, sizes, f" of layer {i}" if model.layers else "")
+
+
+def _check_layer(layer: LayerSettings, sizes: Mapping[str, int], where: str) -> None:
+    model, moe = layer.model, layer.model.moe
+    if layer.is_moe and moe.num_experts % sizes["expert"]:
         raise config.ConfigError(
             f"config.mesh.expert={sizes['expert']} must divide "
-            f"config.model.moe.num_experts={moe.num_experts}."
+            f"config.model.moe.num_experts={moe.num_experts}{where}."
         )
     split = {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
-    if moe.every_n_layers:
-        split["moe.hidden_width"] = moe.hidden_width
+    if layer.is_moe:
+        if moe.expert_kind.splits_hidden:
+            split["moe.hidden_width"] = moe.hidden_width
         split["moe.shared_hidden_width"] = moe.shared_hidden_width
-    if moe.every_n_layers != 1 or moe.dense_first_layers:
+    else:
         split["hidden_width"] = model.hidden_width
     for name, size in split.items():
         if size % sizes["model"]:
             raise config.ConfigError(
-                f"config.mesh.model={sizes['model']} must divide config.model.{name}={size}."
+                f"config.mesh.model={sizes['model']} must divide config.model.{name}={size}{where}."
             )
 
 

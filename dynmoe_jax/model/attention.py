@@ -11,12 +11,14 @@ from jaxtyping import Array, Float
 from dynmoe_jax import config
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.sharding import by_batch_and_head
-from dynmoe_jax.model.components import compute_dtype, matrix, normalize_heads
+from dynmoe_jax.model.components import compute_dtype, normalize_heads
 from dynmoe_jax.model.inputs import TokenPositions
-from dynmoe_jax.model.kernels.attention.choice import Attend, make_attention
+from dynmoe_jax.model.kernels.attention.choice import Attend, attention_of, make_attention
 from dynmoe_jax.model.kernels.attention.flat import flat_attention
+from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.qkv_projection import projected
-from dynmoe_jax.model.linear import times_parameter
+from dynmoe_jax.model.linear.matrices import Matrices
+from dynmoe_jax.model.linear.products import times_parameter
 from dynmoe_jax.model.rotary import rotate
 
 
@@ -25,10 +27,9 @@ class Attention(nnx.Module):
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
         D, H, G, W = model.width, model.num_heads, model.num_kv_heads, model.head_width
-        self.query_DHW = matrix(rngs, (D, H, W), model.init_std)
-        self.key_DGW = matrix(rngs, (D, G, W), model.init_std)
-        self.value_DGW = matrix(rngs, (D, G, W), model.init_std)
-        self.output_HWD = matrix(rngs, (H, W, D), model.init_std)
+        shapes = {"query_DHW": (D, H, W), "key_DGW": (D, G, W), "value_DGW": (D, G, W)}
+        shapes["output_HWD"] = (H, W, D)
+        self.matrices = Matrices.drawn(self, model, shapes, rngs)
         if model.attention_bias:
             self.query_bias_HW = nnx.Param(jnp.zeros((H, W), jnp.float32))
             self.key_bias_GW = nnx.Param(jnp.zeros((G, W), jnp.float32))
@@ -40,7 +41,8 @@ class Attention(nnx.Module):
         self.epsilon = model.norm_epsilon
         self.width = model.head_width
         self.dtype = compute_dtype(model)
-        self.attend = make_attention(model.attention, current_target())
+        self.plain = model.plain
+        self.attend = make_attention(attention_of(model), current_target())
 
     def project(
         self, norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"]
@@ -55,9 +57,7 @@ class Attention(nnx.Module):
           norm: of what is projected.
           x_BLD: the stream.
         """
-        names = ("query_DHW", "key_DGW", "value_DGW")
-        matrices = {name: getattr(self, name)[...] for name in names}
-        x_BLD, (query_BLX, key_BLY, value_BLY) = projected(norm, x_BLD, matrices)
+        x_BLD, (query_BLX, key_BLY, value_BLY) = self._projected(norm, x_BLD)
         if self.bias:
             query_BLX += self.query_bias_HW[...].reshape(-1).astype(self.dtype)
             key_BLY += self.key_bias_GW[...].reshape(-1).astype(self.dtype)
@@ -68,6 +68,14 @@ class Attention(nnx.Module):
             )
             key_BLY = normalize_heads(key_BLY, self.key_scale_GW[...].reshape(-1), self.epsilon)
         return x_BLD, (query_BLX, key_BLY, value_BLY)
+
+    def _projected(self, norm, x_BLD):
+        names = ("query_DHW", "key_DGW", "value_DGW")
+        if self.matrices.apply_themselves:
+            x_BLD, normed_BLD = forked(norm, x_BLD, self.plain)
+            return x_BLD, [self.matrices.applied(self, name, normed_BLD) for name in names]
+        matrices = {name: self.matrices.whole(self, name) for name in names}
+        return projected(norm, x_BLD, matrices, self.plain)
 
     def mix(
         self, heads: tuple[Array, Array, Array], positions: TokenPositions
@@ -105,4 +113,7 @@ class Attention(nnx.Module):
         return self.attend(*heads_apart, segment_ids_BL).reshape(query_BLX.shape)
 
     def _back(self, mixed_BLX):
-        return times_parameter(mixed_BLX, "output_HWD", self.output_HWD[...])
+        if self.matrices.apply_themselves:
+            return self.matrices.applied(self, "output_HWD", mixed_BLX)
+        output_HWD = self.matrices.whole(self, "output_HWD")
+        return times_parameter(mixed_BLX, "output_HWD", output_HWD, self.plain)

@@ -4,6 +4,8 @@ Axis legend: B batch, L positions, H heads, W width of a head, X = H W heads sid
 width.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -58,14 +60,16 @@ def normalize_heads(
     return (wide_BLX * jax.lax.rsqrt(mean_square + epsilon) * scale_X).astype(x_BLX.dtype)
 
 
-@jax.custom_vjp
-def added(x_TD: Float[Array, "T D"], y_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def added(
+    x_TD: Float[Array, "T D"], y_TD: Float[Array, "T D"], plain: bool = False
+) -> Float[Array, "T D"]:
     """x + y, computed in float32 and rounded once.
 
-    By a kernel where one can run: of a sum of bfloat16 that it fuses with nothing, XLA makes a poor
-    plan (docs/measurements.md: v6e-bare-sum).
+    By a kernel where one can run, unless it shall be ``plain``: of a sum of bfloat16 that it fuses
+    with nothing, XLA makes a poor plan (docs/measurements.md: v6e-bare-sum).
     """
-    if not runs_on_tiles(x_TD):
+    if plain or not runs_on_tiles(x_TD):
         return (x_TD.astype(jnp.float32) + y_TD.astype(jnp.float32)).astype(x_TD.dtype)
 
     def of_tile(x_ref, y_ref, sum_ref):
@@ -79,4 +83,6 @@ def added(x_TD: Float[Array, "T D"], y_TD: Float[Array, "T D"]) -> Float[Array, 
 
 
 # Of its own, or the gradient would be cast to float32 and back, in passes of their own.
-added.defvjp(lambda x, y: (added(x, y), None), lambda _, gradient: (gradient, gradient))
+added.defvjp(
+    lambda x, y, plain: (added(x, y, plain), None), lambda plain, _, gradient: (gradient, gradient)
+)

@@ -2,7 +2,8 @@
 
 Layers are stacked and scanned, so compile time does not grow with depth; a few on a CPU are
 unrolled (:func:`groups_at_a_time`).  Where every n-th layer is MoE, the scanned unit is a group of
-n layers.  Dense layers before all others are a stack of their own.
+n layers.  Dense layers before all others are a stack of their own, and so is every run of layers
+where ``config.model.layers`` makes them differ (:mod:`.stacks`).
 
 Axis legend: B batch, L positions, T = B L tokens, D model width, V vocabulary, N MoE layers,
 E experts, K slots per token.
@@ -17,23 +18,32 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
+from dynmoe_jax.config.layers import LayerSettings
 from dynmoe_jax.experts import StackedView, reads_in_stack
 from dynmoe_jax.hardware.native import library
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.axes import on_one_device
 from dynmoe_jax.mesh.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.model.components import compute_dtype, matrix, rms_norm
+from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
 from dynmoe_jax.model.layer import Layer, LayerOutput
 from dynmoe_jax.model.output import DecoderOutput, LayerRouting, MoERecord, routing_of_layers
+from dynmoe_jax.model.periods import Run
 from dynmoe_jax.model.remat import remat_policy
 from dynmoe_jax.model.rotary import rotary_table
+from dynmoe_jax.model.stacks import Stack, stacks_of
 
 UNROLLED_GROUPS = 12
 
 
-def groups_at_a_time(model: config.Model, groups: int) -> int:
+def groups_at_a_time(model: config.Model, groups: int, in_all: int = 0) -> int:
     """Number of groups of layers that one iteration of the loop over all of them computes.
+
+    Args:
+      model: the settings.
+      groups: that the loop is over.
+      in_all: groups of all loops together, where there are more.
 
     ``config.model.unroll``, if it is set.  Otherwise all of up to 12 on one CPU with kernels of our
     own or on one GPU, and one anywhere else.  There a loop copies what each layer saves for
@@ -43,7 +53,7 @@ def groups_at_a_time(model: config.Model, groups: int) -> int:
     """
     if model.unroll:
         return model.unroll
-    if groups > UNROLLED_GROUPS or not on_one_device():
+    if max(groups, in_all) > UNROLLED_GROUPS or not on_one_device():
         return 1
     platform = current_target().platform
     kernels = compute_dtype(model) == jnp.float32 and library.available()
@@ -64,8 +74,8 @@ def keep_record(output: LayerOutput) -> MoERecord:
 class LayerGroup(nnx.Module):
     """The scanned unit: a period of layers, of which some are MoE."""
 
-    def __init__(self, model: config.Model, is_moe: Sequence[bool], *, rngs: nnx.Rngs):
-        self.layers = nnx.List(Layer(model, moe, rngs=rngs) for moe in is_moe)
+    def __init__(self, period: Sequence[LayerSettings], *, rngs: nnx.Rngs):
+        self.layers = nnx.List(Layer(of.model, of.is_moe, rngs=rngs) for of in period)
 
     def __call__(self, x_BLD, positions, taps: Taps, first: Int[Array, ""] | int, stacked=None):
         """Returns (x_BLD, ``taps`` of every MoE layer).
@@ -75,7 +85,8 @@ class LayerGroup(nnx.Module):
           positions: of its tokens.
           taps: see :data:`Taps`.
           first: number of the group's first layer in the decoder.
-          stacked: for each MoE layer, where its experts lie among those of all groups; or None.
+          stacked: for each MoE layer, where its experts lie among those of all groups, or None; or
+            None for all.
         """
         tapped = []
         for i, layer in enumerate(self.layers):
@@ -99,11 +110,8 @@ class Decoder(nnx.Module):
         _check_causal(model)
         self.config = model
         self.embedding_VD = matrix(rngs, (model.vocab_size, model.width), model.init_std)
-        moe = model.moe
-        if moe.dense_first_layers:
-            self.first_groups = _stacked(model, [False], moe.dense_first_layers, rngs)
-        is_moe = [i == moe.layer_offset for i in range(moe.every_n_layers)] or [False]
-        self.groups = _stacked(model, is_moe, model.num_groups, rngs)
+        for stack in stacks_of(model):
+            setattr(self, stack.name, _stacked(stack.run, rngs))
         self.norm = rms_norm(model, rngs)
         if not model.tie_embeddings:
             self.head_DV = matrix(rngs, (model.width, model.vocab_size), model.init_std)
@@ -116,9 +124,8 @@ class Decoder(nnx.Module):
 
     @property
     def stacks(self) -> list[LayerGroup]:
-        """All layers in the order of computation: stacks of groups, the last one with the MoE."""
-        first = [self.first_groups] if self.config.moe.dense_first_layers else []
-        return [*first, self.groups]
+        """All layers in the order of computation: stacks of groups."""
+        return [getattr(self, stack.name) for stack in stacks_of(self.config)]
 
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer, in the compute type."""
@@ -126,8 +133,24 @@ class Decoder(nnx.Module):
         return split_by_batch(embedded("embedding_VD", self.embedding_VD[...], tokens_BL, dtype))
 
     def rotary(self, positions_BL: Int[Array, "B L"]) -> Float[Array, "B L R"]:
-        """The angles by which every layer rotates queries and keys."""
+        """The angles by which layers with heads of the usual width rotate queries and keys."""
         return rotary_table(positions_BL, self.config.head_width, self.config.rope_theta)
+
+    def positions(
+        self,
+        segment_ids_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        tokens_BL: Int[Array, "B L"],
+        training: TrainingInput | None = None,
+    ) -> TokenPositions:
+        """The tokens of a batch, as all layers may read them; arguments as for :meth:`tapped`."""
+        widths = {layer.model.head_width for layer in self.config.by_layer}
+        other = {
+            width: rotary_table(positions_BL, width, self.config.rope_theta)
+            for width in sorted(widths - {self.config.head_width})
+        }
+        rotary_BLR = self.rotary(positions_BL)
+        return TokenPositions(segment_ids_BL, rotary_BLR, tokens_BL, training, other)
 
     def hidden(
         self,
@@ -173,41 +196,45 @@ class Decoder(nnx.Module):
           the normed residual stream; results of ``taps`` in the order of :attr:`moe_layers`, each
           with a leading axis over the layers that are computed by one program.
         """
-        positions = TokenPositions(segment_ids_BL, self.rotary(positions_BL), tokens_BL, training)
-        x_BLD, records, first = self.embed(tokens_BL), [], 0
-        for stack in self.stacks:
-            x_BLD, tapped = self._scan(stack, x_BLD, positions, taps, first)
+        positions = self.positions(segment_ids_BL, positions_BL, tokens_BL, training)
+        x_BLD, records = self.embed(tokens_BL), []
+        for stack in stacks_of(self.config):
+            x_BLD, tapped = self._scan(stack, x_BLD, positions, taps)
             records += tapped
-            first += stack_depth(stack) * len(stack.layers)
         return self.norm(x_BLD), records
+
+    @property
+    def moe_feed_forwards(self) -> list[MoEFeedForward]:
+        """The MoE feed-forwards, each stacked over the layers that one program computes."""
+        layers = [layer for stack in self.stacks for layer in stack.layers]
+        return [layer.feed_forward for layer in layers if layer.is_moe]
 
     @property
     def moe_layers(self) -> list[range]:
         """Numbers of the MoE layers, those together that are computed by one program."""
-        found, first = [], 0
-        for stack in self.stacks:
-            period, last = len(stack.layers), first + stack_depth(stack) * len(stack.layers)
-            moe = [i for i, layer in enumerate(stack.layers) if layer.is_moe]
-            found += [range(first + i, last, period) for i in moe]
-            first = last
-        return found
+        return [
+            stack.layers_at(place)
+            for stack in stacks_of(self.config)
+            for place, layer in enumerate(stack.run.period)
+            if layer.is_moe
+        ]
 
     def _scan(
         self,
-        stack: LayerGroup,
+        stack: Stack,
         x_BLD,
         positions: TokenPositions,
         taps: Taps,
-        first: int,
     ):
         """(x_BLD behind all groups of a stack, ``taps`` of its MoE layers, stacked)."""
-        structure, params = nnx.split(stack)
-        whole = self._stacked_experts(stack)
-        period = len(stack.layers)
+        groups: LayerGroup = getattr(self, stack.name)
+        structure, params = nnx.split(groups)
+        whole = self._stacked_experts(groups)
+        first, period = stack.first, len(stack.run.period)
 
         def apply_group(x_BLD, inputs):
             params, i = inputs
-            stacked = whole and [StackedView(*matrices, i) for matrices in whole]
+            stacked = [matrices and StackedView(*matrices, i) for matrices in whole]
             group = nnx.merge(structure, params)
             x_BLD, tapped = group(x_BLD, positions, taps, first + i * period, stacked)
             return split_by_batch(x_BLD), tapped
@@ -215,20 +242,24 @@ class Decoder(nnx.Module):
         policy = remat_policy(self.config.remat)
         if policy:
             apply_group = jax.checkpoint(apply_group, policy=policy, prevent_cse=False)
-        groups = stack_depth(stack)
-        unroll = groups_at_a_time(self.config, groups)
-        return jax.lax.scan(apply_group, x_BLD, (params, jnp.arange(groups)), unroll=unroll)
+        repeats = stack.run.repeats
+        # Each program that layers which differ need is one more to compile.
+        in_all = sum(each.run.repeats for each in stacks_of(self.config) if self.config.layers)
+        unroll = groups_at_a_time(self.config, repeats, in_all)
+        return jax.lax.scan(apply_group, x_BLD, (params, jnp.arange(repeats)), unroll=unroll)
 
-    def _stacked_experts(self, stack: LayerGroup) -> list[tuple[Array, Array]] | None:
-        """The matrices of all experts of each MoE layer of a period, for kernels that read them
-        where they are."""
-        moe = [layer.feed_forward for layer in stack.layers if layer.is_moe]
-        model = self.config
-        if not moe or not reads_in_stack(model.moe, model.width, compute_dtype(model)):
-            return None
+    def _stacked_experts(self, groups: LayerGroup) -> list[tuple[Array, Array] | None]:
+        """The matrices of all experts of each MoE layer of a period, where kernels read them in
+        their place; else None."""
+        model, dtype = self.config, compute_dtype(self.config)
+        moe = [layer.feed_forward for layer in groups.layers if layer.is_moe]
         # Gradients reach the layers' own weights.
-        matrices = [(layer.gate_up_ED2F[...], layer.down_EFD[...]) for layer in moe]
-        return jax.tree.map(jax.lax.stop_gradient, matrices)
+        return [
+            jax.tree.map(jax.lax.stop_gradient, layer.dense_matrices())
+            if reads_in_stack(layer.moe, model.width, dtype, model.plain)
+            else None
+            for layer in moe
+        ]
 
     def __call__(
         self,
@@ -246,32 +277,25 @@ class Decoder(nnx.Module):
         return jnp.einsum("bld,dv->blv", x_BLD, output_DV, preferred_element_type=jnp.float32)
 
 
-def _stacked(
-    model: config.Model, is_moe: Sequence[bool], groups: int, rngs: nnx.Rngs
-) -> LayerGroup:
+def _stacked(run: Run[LayerSettings], rngs: nnx.Rngs) -> LayerGroup:
     """One LayerGroup whose parameters carry a leading axis over the groups."""
 
-    @nnx.split_rngs(splits=groups)
-    @nnx.vmap(in_axes=0, out_axes=0, axis_size=groups)
+    @nnx.split_rngs(splits=run.repeats)
+    @nnx.vmap(in_axes=0, out_axes=0, axis_size=run.repeats)
     def make(rngs):
-        return LayerGroup(model, is_moe, rngs=rngs)
+        return LayerGroup(run.period, rngs=rngs)
 
     return make(rngs)
 
 
-def stack_depth(stack: LayerGroup) -> int:
-    """Repetitions of the period of a stack."""
-    return jax.tree.leaves(nnx.state(stack))[0].shape[0]
-
-
 def _check_causal(model: config.Model) -> None:
-    moe = model.moe
-    if moe.every_n_layers and not moe.route.causal and not moe.allow_non_causal:
-        raise config.ConfigError(
-            f"config.model.moe.router={moe.router!r} looks at later tokens, which a decoder cannot "
-            "when it generates; use a causal router such as top_p, or set "
-            "config.model.moe.allow_non_causal."
-        )
+    for moe in dict.fromkeys(model.moe_settings):
+        if not moe.route.causal and not moe.allow_non_causal:
+            raise config.ConfigError(
+                f"config.model.moe.router={moe.router!r} looks at later tokens, which a decoder "
+                "cannot when it generates; use a causal router such as top_p, or set "
+                "config.model.moe.allow_non_causal."
+            )
 
 
 def decoder_structure(model: config.Model) -> nnx.GraphDef:

@@ -25,11 +25,15 @@ from dynmoe_jax.model.components import RouterState, added, compute_dtype, drawn
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.router_logits import norm_and_logits
-from dynmoe_jax.model.linear import times
+from dynmoe_jax.model.linear.matrices import Matrices
+from dynmoe_jax.model.linear.products import times
 from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.routing import RouterInput, Routing
 from dynmoe_jax.routing.transforms import chain, dropped
+
+Weights = ExpertWeights | dict[str, Array]
+"""All experts of a layer, as backends take them."""
 
 
 class DenseFeedForward(nnx.Module):
@@ -37,9 +41,9 @@ class DenseFeedForward(nnx.Module):
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
         D, F = model.width, model.hidden_width
-        self.gate_up_D2F = matrix(rngs, (D, 2 * F), model.init_std)
-        self.down_FD = matrix(rngs, (F, D), model.init_std)
-        self.dtype = compute_dtype(model)
+        shapes = {"gate_up_D2F": (D, 2 * F), "down_FD": (F, D)}
+        self.matrices = Matrices.drawn(self, model, shapes, rngs)
+        self.dtype, self.plain = compute_dtype(model), model.plain
 
     def weights(self, stacked: StackedView | None = None) -> None:
         """Nothing that would have to travel before attention."""
@@ -52,13 +56,18 @@ class DenseFeedForward(nnx.Module):
         weights: None,
     ) -> tuple[Float[Array, "B L D"], None]:
         """Returns (the stream plus the feed-forward of its norm, no record of routing)."""
-        x_BLD, normed_BLD = forked(norm, x_BLD)
+        x_BLD, normed_BLD = forked(norm, x_BLD, self.plain)
         y_TD = self(normed_BLD.reshape(-1, x_BLD.shape[-1]))
         return x_BLD + y_TD.reshape(x_BLD.shape), None
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes down(silu(x gate) * (x up))."""
-        return _swiglu_of_all(x_TD, self.gate_up_D2F, self.down_FD, self.dtype)
+        matrices = self.matrices
+        if matrices.apply_themselves:
+            hidden_TF = swiglu(matrices.applied(self, "gate_up_D2F", x_TD))
+            return matrices.applied(self, "down_FD", hidden_TF)
+        gate_up_D2F, down_FD = (matrices.whole(self, n) for n in ("gate_up_D2F", "down_FD"))
+        return _swiglu_of_all(x_TD, gate_up_D2F, down_FD, self.dtype, self.plain)
 
 
 class MoEFeedForward(nnx.Module):
@@ -70,6 +79,7 @@ class MoEFeedForward(nnx.Module):
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
         D, E, F = model.width, model.moe.num_experts, model.moe.hidden_width
+        self.kind = model.moe.expert_kind
         self.moe, self.dtype = model.moe, compute_dtype(model)
         self.router = model.moe.route
         declared = self.router.parameters(D, E)
@@ -80,25 +90,36 @@ class MoEFeedForward(nnx.Module):
         self.state_names = tuple(state)
         for name, array in state.items():
             setattr(self, name, RouterState(array))
-        self.gate_up_ED2F = matrix(rngs, (E, D, 2 * F), model.init_std)
-        self.down_EFD = matrix(rngs, (E, F, D), model.init_std)
+        experts = self.kind.parameters(D, E, F)
+        self.expert_names = tuple(experts)
+        for name, parameter in experts.items():
+            setattr(self, name, drawn(rngs, parameter, model.init_std))
         if model.moe.shared_hidden_width:
             shared = model.moe.shared_hidden_width
             self.shared_gate_up_D2F = matrix(rngs, (D, 2 * shared), model.init_std)
             self.shared_down_FD = matrix(rngs, (shared, D), model.init_std)
         if model.moe.shared_gate:
             self.shared_router_D1 = matrix(rngs, (D, 1), model.init_std)
-        self.backend = make_backend(model.moe)
+        self.plain = model.plain
+        self.backend = make_backend(model.moe, plain=model.plain)
         self.transforms = chosen(model.moe, "transforms")
 
-    def weights(self, stacked: StackedView | None = None) -> ExpertWeights:
+    def weights(self, stacked: StackedView | None = None) -> Weights:
         """All experts, in the compute type.
 
         Args:
           stacked: where these are among the experts of all layers, if that is known.
         """
-        matrices = self.gate_up_ED2F[...], self.down_EFD[...]
-        return ExpertWeights(*(array.astype(self.dtype) for array in matrices), stacked)
+        arrays = {name: getattr(self, name)[...].astype(self.dtype) for name in self.expert_names}
+        if not self.kind.stored_dense:
+            return arrays
+        return dataclasses.replace(self.kind.dense(arrays), stacked=stacked)
+
+    def dense_matrices(self) -> tuple[Array, Array]:
+        """The arrays of experts that are stored as kernels read them, as they are stored."""
+        arrays = {name: getattr(self, name)[...] for name in self.expert_names}
+        weights = self.kind.dense(arrays)
+        return weights.gate_up_ED2F, weights.down_EFD
 
     def router_parameters(self) -> dict[str, Array]:
         """Parameters of the router by name, whole, float32."""
@@ -118,19 +139,21 @@ class MoEFeedForward(nnx.Module):
         """
         params = self.router_parameters()
         if self.router.logits is None:
-            x_BLD, normed_BLD, logits_BLE = norm_and_logits(norm, x_BLD, params["router_DE"])
+            x_BLD, normed_BLD, logits_BLE = norm_and_logits(
+                norm, x_BLD, params["router_DE"], self.plain
+            )
             flat = (a.reshape(-1, a.shape[-1]) for a in (normed_BLD, logits_BLE))
             return x_BLD, *flat
-        x_BLD, normed_BLD = forked(norm, x_BLD)
+        x_BLD, normed_BLD = forked(norm, x_BLD, self.plain)
         normed_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
-        return x_BLD, normed_TD, self.router.logits(params, normed_TD)
+        return x_BLD, normed_TD, self.router.logits(params, normed_TD, self.moe.num_experts)
 
     def added_to(
         self,
         x_BLD: Float[Array, "B L D"],
         norm: nnx.RMSNorm,
         positions: TokenPositions,
-        weights: ExpertWeights | None,
+        weights: Weights | None,
     ) -> tuple[Float[Array, "B L D"], MoERecord]:
         """Returns (the stream plus what the experts of its norm add, the record).
 
@@ -142,7 +165,7 @@ class MoEFeedForward(nnx.Module):
         """
         x_BLD, normed_TD, logits_TE = self.project(norm, x_BLD)
         y_TD, record = self(normed_TD, logits_TE, positions, weights)
-        x_TD = added(x_BLD.reshape(y_TD.shape), y_TD)
+        x_TD = added(x_BLD.reshape(y_TD.shape), y_TD, self.plain)
         return x_TD.reshape(x_BLD.shape), record
 
     def __call__(
@@ -150,7 +173,7 @@ class MoEFeedForward(nnx.Module):
         x_TD: Float[Array, "T D"],
         logits_TE: Float[Array, "T E"],
         positions: TokenPositions,
-        weights: ExpertWeights | None = None,
+        weights: Weights | None = None,
     ) -> tuple[Float[Array, "T D"], MoERecord]:
         """Returns (y_TD, the record of the routing).
 
@@ -171,6 +194,7 @@ class MoEFeedForward(nnx.Module):
             self.backend,
             self.row_bound,
             make_transport(self.moe, mesh_sizes()[EXPERT]),
+            self.kind.splits_hidden,
         )
         if self.moe.shared_hidden_width:
             y_TD += self.shared(x_TD)
@@ -196,7 +220,13 @@ class MoEFeedForward(nnx.Module):
         training = positions.training
 
         def given(tokens, state):
-            return RouterInput(**tokens, state=state, length=length, training=training is not None)
+            return RouterInput(
+                **tokens,
+                state=state,
+                expected=self.router.bounds(self.moe.num_experts).expected,
+                length=length,
+                training=training is not None,
+            )
 
         def choose(tokens, shared):
             params, state = shared
@@ -230,7 +260,8 @@ class MoEFeedForward(nnx.Module):
 
     def shared(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes what the shared expert adds to every token."""
-        y_TD = _swiglu_of_all(x_TD, self.shared_gate_up_D2F, self.shared_down_FD, self.dtype)
+        matrices = self.shared_gate_up_D2F[...], self.shared_down_FD[...]
+        y_TD = _swiglu_of_all(x_TD, *matrices, self.dtype, self.plain)
         if not self.moe.shared_gate:
             return y_TD
         router_D1 = whole_parameter("shared_router_D1", self.shared_router_D1[...], self.dtype)
@@ -238,12 +269,16 @@ class MoEFeedForward(nnx.Module):
 
 
 def _swiglu_of_all(
-    x_TD: Float[Array, "T D"], gate_up_D2F: nnx.Param, down_FD: nnx.Param, dtype: jnp.dtype
+    x_TD: Float[Array, "T D"],
+    gate_up_D2F: Float[Array, "D 2*F"],
+    down_FD: Float[Array, "F D"],
+    dtype: jnp.dtype,
+    plain: bool,
 ) -> Float[Array, "T D"]:
     """down(silu(x gate) * (x up)) of all tokens."""
-    gate_up_D2F = whole_parameter("gate_up_D2F", gate_up_D2F[...], dtype)
-    down_FD = whole_parameter("down_FD", down_FD[...], dtype)
+    gate_up_D2F = whole_parameter("gate_up_D2F", gate_up_D2F, dtype)
+    down_FD = whole_parameter("down_FD", down_FD, dtype)
     if mesh_sizes()[MODEL] == 1:
-        return times(swiglu(times(x_TD, gate_up_D2F)), down_FD)
+        return times(swiglu(times(x_TD, gate_up_D2F, plain)), down_FD, plain)
     gate_DF, up_DF = (split_columns(half) for half in jnp.split(gate_up_D2F, 2, axis=-1))
     return gated(x_TD @ gate_DF, x_TD @ up_DF) @ down_FD

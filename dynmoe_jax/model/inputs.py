@@ -4,6 +4,7 @@ Axis legend: B batch, L positions, R lanes of the rotary table.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +66,24 @@ class TokenPositions:
     Attributes:
       segment_ids_BL: which document a position belongs to; 0 is padding.
       rotary_BLR: :func:`~dynmoe_jax.model.rotary.rotary_table` of the positions within the
-        documents.
+        documents, for heads of ``config.model.head_width``.
       token_ids_BL: ids, for routers that read them.
       training: None when evaluating or generating.
+      other_rotary: tables for the heads of layers that differ, by their width.
     """
 
     segment_ids_BL: Int[Array, "B L"]
     rotary_BLR: Float[Array, "B L R"]
     token_ids_BL: Int[Array, "B L"] | None = None
     training: TrainingInput | None = None
+    other_rotary: Mapping[int, Float[Array, "B L R"]] = dataclasses.field(default_factory=dict)
+
+    def of_heads(self, width: int) -> "TokenPositions":
+        """The inputs of attention with heads of that width."""
+        if not self.other_rotary:
+            return self
+        rotary_BLR = self.other_rotary.get(width, self.rotary_BLR)
+        return dataclasses.replace(self, rotary_BLR=rotary_BLR, other_rotary={})
 
     def at_layer(self, layer: Int[Array, ""] | int) -> "TokenPositions":
         """The inputs of a layer by its number."""

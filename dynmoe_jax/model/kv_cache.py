@@ -28,7 +28,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.decoder import Decoder
-from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.layer import Layer
 from dynmoe_jax.model.output import in_layer_order
 
@@ -170,11 +169,17 @@ def unstacked(decoder: Decoder) -> list[tuple[nnx.State, ...]]:
     A second copy of the weights (on CPU; of half their size where the compute type is bfloat16).
     """
     dtype = compute_dtype(decoder.config)
+    routers = {
+        name
+        for layer in decoder.moe_feed_forwards
+        for name in (*layer.router_names, *layer.state_names)
+    }
 
     def cast(path, stack_array):
         # Norms and routers compute in float32.
-        name = jax.tree_util.keystr(path)
-        precise = "scale" in name or "router" in name
+        names = {getattr(key, "key", None) for key in path}
+        text = jax.tree_util.keystr(path)
+        precise = "scale" in text or "router" in text or bool(names & routers)
         return stack_array if precise else stack_array.astype(dtype)
 
     return [_parted(jax.tree.map_with_path(cast, params)) for params in stacked(decoder)]
@@ -221,7 +226,7 @@ def apply_layers(
       kv: what ``attend`` gets of each layer, nested like the parameters.
       attend: attention of a layer.
     """
-    positions = TokenPositions(segment_ids_BL, decoder.rotary(positions_BL), tokens_BL)
+    positions = decoder.positions(segment_ids_BL, positions_BL, tokens_BL)
 
     def one_layer(layer: Layer, x_BLD, kv):
         def mix(attention, heads, positions):

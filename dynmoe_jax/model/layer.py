@@ -88,7 +88,7 @@ class Layer(nnx.Module):
         """
 
         def attend(heads):
-            mixed_BLD, kv = mix(self.attention, heads, positions)
+            mixed_BLD, kv = mix(self.attention, heads, positions.of_heads(self.attention.width))
             # Named, so that it is kept, and not the projection that it would be added up from.
             return checkpoint_name(projected_BLD + mixed_BLD, "stream"), kv
 

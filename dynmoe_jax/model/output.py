@@ -158,6 +158,17 @@ def in_layer_order(parts: Sequence[Any], layers: Sequence[Sequence[int]]) -> Any
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays)[order], *parts)
 
 
+def by_program(array_N: Array, layers: Sequence[Sequence[int]]) -> list[Array]:
+    """Undoes :func:`in_layer_order`: the layers of each part.
+
+    Args:
+      array_N: over all layers, in their order.
+      layers: the numbers of the layers of each part.
+    """
+    order = sorted(number for numbers in layers for number in numbers)
+    return [array_N[np.searchsorted(order, np.asarray(numbers))] for numbers in layers]
+
+
 def _exists(experts: Sequence[int], layers: Sequence[Sequence[int]]) -> Bool[np.ndarray, "N E"]:
     """Whether the layers, in their order, have so many experts."""
     pairs = zip(experts, layers, strict=True)

@@ -5,11 +5,10 @@ size takes next to no time (docs/measurements.md: start-parameter-count).
 """
 
 import math
+from collections.abc import Sequence
 
 from dynmoe_jax import config
-from dynmoe_jax.model.decoder import parameter_shapes
-
-_EXPERT_PARAMETERS = ("gate_up_ED2F", "down_EFD")
+from dynmoe_jax.model.decoder import decoder_shapes, parameter_shapes
 
 
 def count_parameters(model: config.Model) -> int:
@@ -17,17 +16,30 @@ def count_parameters(model: config.Model) -> int:
     return sum(_sizes(model).values())
 
 
-def active_parameters(model: config.Model, experts_per_token: float) -> int:
+def active_parameters(model: config.Model, experts_per_token: float | Sequence[float]) -> int:
     """The parameters that one token uses, given its mean number of experts per MoE layer.
 
-    Of the experts it uses a share; of everything else all, routers and the whole embedding
-    included.  Rounded where the mean is not a whole number.
+    Of the experts of a layer it uses a share; of everything else all, routers and the whole
+    embedding included.  Rounded where the mean is not a whole number.
+
+    Args:
+      model: the architecture.
+      experts_per_token: one number for all MoE layers, or one for each.
     """
-    sizes = _sizes(model)
-    experts = sum(size for path, size in sizes.items() if path[-1] in _EXPERT_PARAMETERS)
-    rest = sum(sizes.values()) - experts
-    # A dense model has no experts, and no number of them either.
-    return rest + (round(experts * experts_per_token / model.moe.num_experts) if experts else 0)
+    mean_N = experts_per_token
+    if not isinstance(mean_N, Sequence):
+        mean_N = [experts_per_token] * model.num_moe_layers
+    decoder = decoder_shapes(model)
+    rest, used = count_parameters(model), 0.0
+    for layer, numbers in zip(decoder.moe_feed_forwards, decoder.moe_layers, strict=True):
+        moe = layer.moe
+        names = moe.expert_kind.parameters(model.width, moe.num_experts, moe.hidden_width)
+        size = sum(math.prod(getattr(layer, name).shape) for name in names)
+        means = [mean_N[model.moe_layers.index(number)] for number in numbers]
+        mean = means[0] if len(set(means)) == 1 else sum(means) / len(means)
+        rest -= size
+        used += size * mean / moe.num_experts
+    return rest + round(used)
 
 
 def _sizes(model: config.Model) -> dict[tuple, int]:

@@ -12,7 +12,6 @@ from flax import nnx
 from jaxtyping import Array
 
 from dynmoe_jax.model.decoder import Decoder
-from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.layer import LayerOutput
 
 Tapped = TypeVar("Tapped")
@@ -29,9 +28,7 @@ def walk(
       taps: picks or reduces results of a layer; compiled with it, so that only what it returns is
         computed and leaves.
     """
-    positions = TokenPositions(
-        batch["segment_ids"], decoder.rotary(batch["positions"]), batch["tokens"]
-    )
+    positions = decoder.positions(batch["segment_ids"], batch["positions"], batch["tokens"])
     x_BLD, number = decoder.embed(batch["tokens"]), 0
     for structure, params in groups_of(decoder):
         x_BLD, tapped = _compute_group(structure, taps, params, x_BLD, positions)

@@ -35,7 +35,7 @@ def plan_run(request: Request) -> Plan:
     """The plan of a run on the mesh of its settings.
 
     Raises:
-      ConfigError: topology, mesh and model do not go together.
+      ConfigError: topology, mesh and model do not go together, or layers differ.
     """
     topology = _topology(request)
     planned = _planner(topology, request.compile)
@@ -68,6 +68,11 @@ def search_meshes(request: Request) -> Search:
 
 
 def _topology(request: Request) -> Topology:
+    if layers := request.cfg.model.layers:
+        raise config.ConfigError(
+            f"config.model.layers={layers!r} makes layers differ, of which the planner knows no "
+            "figures; leave it empty to plan for equal ones."
+        )
     return parse_topology(request.topology, max(1, request.cfg.mesh.slice))
 
 

@@ -82,7 +82,7 @@ def _check_useful(cfg: config.Config, sizes: dict[str, int]) -> None:
             f"config.train.batch_size={cfg.train.batch_size} must be a multiple of the {parts} "
             "devices that share the batch."
         )
-    if sizes["expert"] > 1 and not cfg.model.moe.every_n_layers:
+    if sizes["expert"] > 1 and not cfg.model.num_moe_layers:
         raise config.ConfigError("config.mesh.expert: a dense model has no experts to share.")
 
 

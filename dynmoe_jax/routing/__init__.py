@@ -5,18 +5,24 @@ weights of experts.
 """
 
 from dynmoe_jax.routing import controllers, losses, transforms
+from dynmoe_jax.routing.hashing import Hash
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
+from dynmoe_jax.routing.relu import ReLU
 from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
+from dynmoe_jax.routing.sigmoid_bias import SigmoidBias
 from dynmoe_jax.routing.top_k import TopK
 from dynmoe_jax.routing.top_p import TopP, top_p_slots
 
 __all__ = [
     "Bounds",
     "ExpertSlots",
+    "Hash",
     "Parameter",
+    "ReLU",
     "Router",
     "RouterInput",
     "Routing",
+    "SigmoidBias",
     "SoftSlots",
     "TopK",
     "TopP",

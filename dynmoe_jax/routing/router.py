@@ -65,6 +65,7 @@ class RouterInput:
       token_id_T: None unless the router reads ``"token_ids"``.
       previous_logits_TE: of the MoE layer before, zeros in the first; None unless the router reads
         ``"previous_logits"``.
+      expected: experts per token that the router aims at, see :class:`Bounds`.
       length: L, tokens of one sequence; sequences follow each other in T.
       training: False when evaluating or generating.
     """
@@ -76,6 +77,7 @@ class RouterInput:
     key_T: UInt32[Array, "T 2"] | None = None
     token_id_T: Int[Array, "T"] | None = None
     previous_logits_TE: Float[Array, "T E"] | None = None
+    expected: float = dataclasses.field(default=1.0, metadata={"static": True})
     length: int = dataclasses.field(default=0, metadata={"static": True})
     training: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -109,8 +111,8 @@ class Router:
       losses: default coefficients of the routing losses by name; 0: logged, and not weighed.
       gives: facts that losses ask for: ``"distribution"`` (probs_TE are non-negative and sum to
         1), ``"logits"``, ``"counts"`` (expert_TK), and names of :attr:`Routing.extra`.
-      logits: None for the layer's own, ``norm(x) @ router_DE``; else a method (params, x_TD) ->
-        logits_TE.
+      logits: None for the layer's own, ``norm(x) @ router_DE``; else a method (params, x_TD,
+        num_experts) -> logits_TE.
     """
 
     causal: ClassVar[bool] = True
@@ -118,7 +120,7 @@ class Router:
     reads: ClassVar[frozenset[str]] = frozenset()
     losses: ClassVar[Mapping[str, float]] = {"balance": 1e-2, "entropy": 1e-4, "router_z": 0.0}
     gives: ClassVar[frozenset[str]] = frozenset({"distribution", "logits", "counts"})
-    logits: ClassVar[Callable[[Any, Params, Array], Array] | None] = None
+    logits: ClassVar[Callable[[Any, Params, Array, int], Array] | None] = None
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says why the settings do not fit the number of experts: "NAME=VALUE must …"."""
@@ -152,8 +154,15 @@ class Router:
         self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]
     ) -> Routing | ExpertSlots | SoftSlots:
         """Routes by logits alone, with the initial state and without noise."""
-        state = self.initial_state(logits_TE.shape[-1])
-        return self({}, RouterInput(None, logits_TE, valid_T, state))
+        experts = logits_TE.shape[-1]
+        given = RouterInput(
+            None,
+            logits_TE,
+            valid_T,
+            self.initial_state(experts),
+            expected=self.bounds(experts).expected,
+        )
+        return self({}, given)
 
     def measure(self, params: Params, given: RouterInput, routing: Any) -> Any:
         """Sums over tokens for :meth:`next_state`; they add up over devices and microbatches."""
@@ -176,6 +185,6 @@ class Router:
         return state_N, None
 
 
-def no_logits(num_experts: int, valid_T: Bool[Array, "T"]) -> Float[Array, "T E"]:
+def no_logits(num_experts: int, x_TD: Float[Array, "T D"]) -> Float[Array, "T E"]:
     """Zeros, for a router that scores nothing."""
-    return jnp.zeros((valid_T.shape[0], num_experts), jnp.float32)
+    return jnp.zeros((x_TD.shape[0], num_experts), jnp.float32)

@@ -49,6 +49,12 @@ class HeldOut:
         layers = self.experts_per_token_by_layer
         return sum(layers) / len(layers) if layers else math.nan
 
+    @property
+    def experts(self) -> str:
+        """Experts of a layer in words: ``16``, or ``4 to 12`` where layers differ."""
+        counts = {len(load) for load in self.load_by_layer}
+        return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:

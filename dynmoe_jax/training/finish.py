@@ -74,7 +74,7 @@ def finish_run(
         step=step,
         steps=cfg.train.steps,
         parameters=count_parameters(cfg.model),
-        active_parameters=active_parameters(cfg.model, heldout.experts_per_token),
+        active_parameters=active_parameters(cfg.model, heldout.experts_per_token_by_layer),
         heldout=heldout,
         tokens_per_second=float(np.median([m["tokens_per_second"] for m in metrics])),
         mfu=float(np.median([m["mfu"] for m in metrics])),

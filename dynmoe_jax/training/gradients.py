@@ -49,11 +49,11 @@ def make_gradients(
             decoder = nnx.merge(structure, nnx.merge_state(trained, rest))
             return loss.sums(decoder, part, key)
 
-        def of_batch(sums_of_batch, share=1.0):
+        def of_batch(sums_of_batch, shares=(1.0, 1.0)):
             def objective(trained):
                 recorded = sums_of_batch(trained)
-                total, losses = loss.value(recorded, coefficients)
-                return share * total, (jax.tree.map(lambda x: share * x, losses), recorded)
+                total, losses = loss.value(recorded, coefficients, shares)
+                return total, (losses, recorded)
 
             return jax.grad(objective, has_aux=True)(trained)
 
@@ -66,11 +66,16 @@ def make_gradients(
                 sums, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
             )
             return of_batch(lambda trained: _add_up(lambda part: part_sums(trained, part), split))
-        tokens = jnp.maximum(jnp.sum(valid(batch)), 1).astype(jnp.float32)
+
+        def weights(part):
+            """What the objective and the routing losses of a part are means over."""
+            return jnp.sum(loss.objective.loss_weights(part)), jnp.sum(valid(part), dtype=float)
+
+        whole = weights(batch)
 
         def of_part(part):
-            share = jnp.sum(valid(part), dtype=jnp.float32) / tokens
-            return of_batch(lambda trained: sums(trained, part), share)
+            shares = jax.tree.map(lambda a, b: a / jnp.maximum(b, 1), weights(part), whole)
+            return of_batch(lambda trained: sums(trained, part), shares)
 
         return _add_up(of_part, split)
 

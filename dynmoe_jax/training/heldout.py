@@ -41,7 +41,8 @@ class HeldOutEvaluation:
             domains = [name for name in prepared.domains if len(prepared.open_heldout(name))]
             by_domain = {domain: self._batches(domain, shown) for domain in domains}
             token_bytes_V = self._tokenizer.token_bytes_V
-            return evaluate(self._step, params, by_domain, token_bytes_V, self._place)
+            experts_N = [moe.num_experts for moe in self._run.cfg.model.moe_settings]
+            return evaluate(self._step, params, by_domain, token_bytes_V, self._place, experts_N)
 
     def _batches(self, domain: str, shown):
         cfg = self._run.cfg

@@ -62,10 +62,12 @@ class TrainingLoss:
     settings: config.Loss
 
     @classmethod
-    def of(cls, cfg: config.Config, decoder: Decoder) -> "TrainingLoss":
-        """The loss that the settings ask for."""
-        objective = chosen(cfg.train, "objective")
-        return cls(objective, RoutingLosses.of(cfg, decoder.moe_layers), cfg.loss)
+    def of(
+        cls, cfg: config.Config, decoder: Decoder, objective: Objective | None = None
+    ) -> "TrainingLoss":
+        """The loss that the settings ask for; ``objective`` is theirs, prepared for a tokenizer."""
+        objective = objective or chosen(cfg.train, "objective")
+        return cls(objective, RoutingLosses.of(cfg, decoder), cfg.loss)
 
     @property
     def additive(self) -> bool:
@@ -97,7 +99,10 @@ class TrainingLoss:
         )
 
     def value(
-        self, sums: BatchSums, coefficients: Mapping[str, Any]
+        self,
+        sums: BatchSums,
+        coefficients: Mapping[str, Any],
+        shares: tuple[Array | float, Array | float] = (1.0, 1.0),
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """(the loss, its parts by name).
 
@@ -107,14 +112,22 @@ class TrainingLoss:
         Args:
           sums: of the batch.
           coefficients: of the routing losses, by name.
+          shares: of these sums in what the objective and the routing losses are means over, where
+            they are a part of the batch; everything is multiplied by its share.
         """
+        of_objective, of_tokens = shares
         tokens = jnp.maximum(sums.tokens, 1)
         value, parts = self.objective.value(sums.objective)
         by_layer = self.routing.values(sums.layers, tokens)
-        total = value + weighed(by_layer, coefficients)
+        by_layer = {name: of_tokens * value_N for name, value_N in by_layer.items()}
+        total = of_objective * value + weighed(by_layer, coefficients)
+        parts = {name: of_objective * part for name, part in parts.items()}
         means = {f"{name}_loss": jnp.mean(value_N) for name, value_N in by_layer.items()}
         return total, parts | means | {"loss": total}
 
     def counts(self, sums: BatchSums) -> LayerCounts:
         """Counts of the MoE layers of a batch."""
-        return layer_counts(sums.layers, sums.dropped, sums.tokens, self.routing.layers)
+        routing = self.routing
+        return layer_counts(
+            sums.layers, sums.dropped, sums.tokens, routing.expected, routing.layers
+        )

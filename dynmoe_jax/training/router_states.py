@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.feed_forward import MoEFeedForward
+from dynmoe_jax.model.output import by_program, in_layer_order
 
 
 def with_next_states(
@@ -30,18 +29,23 @@ def with_next_states(
       the variables; a tree like them of bools, True for a parameter that the router has revised,
       whose moments are then 0; None if there is none.
     """
-    decoder = nnx.merge(structure, params)
+    # Copies of the variables, which are written to below.
+    decoder = nnx.merge(structure, jax.tree.map(lambda x: x, params))
     revised: set[tuple[int, str]] = set()
-    feed_forwards = moe_feed_forwards(decoder)
+    feed_forwards, numbers = decoder.moe_feed_forwards, decoder.moe_layers
     for members in _by_router(feed_forwards):
         router = feed_forwards[members[0]].router
-        layers = [feed_forwards[i] for i in members]
-        params_N = {name: _joined(layers, name) for name in layers[0].router_names}
-        state_N = {name: _joined(layers, name) for name in layers[0].state_names}
-        seen_N = jax.tree.map(lambda *x: jnp.concatenate(x), *(measured[i] for i in members))
+        layers, of_members = [feed_forwards[i] for i in members], [numbers[i] for i in members]
+        names = (*layers[0].router_names, *layers[0].state_names)
+        values = [{name: getattr(layer, name)[...] for name in names} for layer in layers]
+        values_N = in_layer_order(values, of_members)
+        params_N = {name: values_N[name] for name in layers[0].router_names}
+        state_N = {name: values_N[name] for name in layers[0].state_names}
+        seen_N = in_layer_order([measured[i] for i in members], of_members)
         state_N, new_params = router.next_state(params_N, state_N, seen_N)
         for name, value_N in {**state_N, **(new_params or {})}.items():
-            _set(layers, name, value_N)
+            for layer, value in zip(layers, by_program(value_N, of_members), strict=True):
+                getattr(layer, name)[...] = value
         revised |= {(i, name) for i in members for name in new_params or {}}
     variables = nnx.state(decoder)
     if not revised:
@@ -49,14 +53,8 @@ def with_next_states(
     marks = jax.tree.map(lambda _: False, variables)
     marked = nnx.merge(structure, marks)
     for i, name in revised:
-        setattr(moe_feed_forwards(marked)[i], name, nnx.Param(True))
+        setattr(marked.moe_feed_forwards[i], name, nnx.Param(True))
     return variables, nnx.state(marked)
-
-
-def moe_feed_forwards(decoder: Decoder) -> list[MoEFeedForward]:
-    """The MoE feed-forwards, stacked over repetitions, in the order of ``Decoder.moe_layers``."""
-    layers = [layer for stack in decoder.stacks for layer in stack.layers]
-    return [layer.feed_forward for layer in layers if layer.is_moe]
 
 
 def _by_router(feed_forwards: Sequence[MoEFeedForward]) -> list[list[int]]:
@@ -66,16 +64,3 @@ def _by_router(feed_forwards: Sequence[MoEFeedForward]) -> list[list[int]]:
         if layer.state_names:
             groups.setdefault((layer.router, layer.moe.num_experts), []).append(i)
     return list(groups.values())
-
-
-def _joined(layers: Sequence[MoEFeedForward], name: str) -> jax.Array:
-    return jnp.concatenate([getattr(layer, name)[...] for layer in layers])
-
-
-def _set(layers: Sequence[MoEFeedForward], name: str, value_N: jax.Array) -> None:
-    first = 0
-    for layer in layers:
-        variable = getattr(layer, name)
-        count = variable[...].shape[0]
-        variable[...] = value_N[first : first + count]
-        first += count

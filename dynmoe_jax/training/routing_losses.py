@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
+from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.output import LayerSums, in_layer_order, padded
 from dynmoe_jax.registry import all_kinds, chosen
 from dynmoe_jax.routing.controllers import Controller, LayerCounts
@@ -28,22 +29,28 @@ class RoutingLosses:
       weights: the coefficient of each; 0: it is logged alone.
       controllers: (name, controller) of losses whose coefficient moves.
       layers: numbers of the MoE layers, those together that are computed by one program.
+      expected: experts per token that their routers aim at, likewise.
     """
 
     losses: tuple[tuple[str, RoutingLoss], ...]
     weights: Mapping[str, float]
     controllers: Mapping[str, Controller]
     layers: Sequence[Sequence[int]]
+    expected: Sequence[float]
 
     @classmethod
-    def of(cls, cfg: config.Config, layers: Sequence[Sequence[int]]) -> "RoutingLosses":
-        """The losses that settings ask for in a model with these MoE layers."""
+    def of(cls, cfg: config.Config, decoder: Decoder) -> "RoutingLosses":
+        """The losses that settings ask for in a model."""
+        expected = [
+            layer.router.bounds(layer.moe.num_experts).expected
+            for layer in decoder.moe_feed_forwards
+        ]
         kinds = all_kinds(cfg.loss)
-        weights = coefficients(kinds, cfg.model.moe.route.losses)
+        weights = coefficients(kinds, cfg.model.declared_losses)
         losses = tuple((name, kinds[name]) for name in weights)
         controllers = {name: chosen(loss, "controller") for name, loss in losses}
         controllers = {name: found for name, found in controllers.items() if found}
-        return cls(losses, weights, controllers, layers)
+        return cls(losses, weights, controllers, decoder.moe_layers, expected)
 
     @property
     def additive(self) -> bool:
@@ -113,17 +120,29 @@ def layer_counts(
     sums: Sequence[LayerSums],
     dropped: Sequence[Int[Array, "n"]],
     tokens: Float[Array, ""],
+    expected: Sequence[float],
     layers: Sequence[Sequence[int]],
 ) -> LayerCounts:
-    """Counts of all layers in their order, padded to the most experts of one."""
+    """Counts of all layers in their order, padded to the most experts of one.
+
+    Args:
+      sums: of the layers that are computed by one program.
+      dropped: likewise.
+      tokens: valid tokens.
+      expected: experts per token that routers aim at, likewise.
+      layers: numbers of the layers.
+    """
     if not sums:
         none = jnp.zeros((0, 1), jnp.int32)
-        return LayerCounts(none, none > 0, jnp.zeros(0, jnp.int32), tokens)
+        return LayerCounts(none, none > 0, none[:, 0], jnp.zeros(0), tokens)
     loads = [each.load_E for each in sums]
     exists = [jnp.ones(load.shape, bool) for load in loads]
     return LayerCounts(
         in_layer_order(padded(loads), layers),
         in_layer_order(padded(exists), layers),
         in_layer_order(dropped, layers),
+        in_layer_order(
+            [jnp.full(len(n), e) for e, n in zip(expected, layers, strict=True)], layers
+        ),
         tokens,
     )

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from dynmoe_jax import config
-from dynmoe_jax.data import BATCH_ARRAYS
+from dynmoe_jax.data import BATCH_ARRAYS, Tokenizer
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.make_mesh import batch_sharding, replicated, state_shardings
+from dynmoe_jax.registry import chosen
 from dynmoe_jax.runs.compilation import compiler_options
 from dynmoe_jax.training.health.rescue import without_old_streak
 from dynmoe_jax.training.initial_model import initial_state
@@ -20,12 +21,13 @@ from dynmoe_jax.training.run import Run
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
 
 
-def start(run: Run, done: int) -> tuple[Callable, TrainState]:
+def start(run: Run, done: int, tokenizer: Tokenizer) -> tuple[Callable, TrainState]:
     """Compiles the training step, and makes the state after step ``done``, within the run's mesh.
 
     Args:
       run: the run.
       done: a step with a checkpoint; 0 for a new state.
+      tokenizer: of the run.
 
     Returns:
       the compiled step; the state.
@@ -38,7 +40,8 @@ def start(run: Run, done: int) -> tuple[Callable, TrainState]:
     optimizer = make_optimizer(run.cfg.optimizer, schedule)
     init = partial(init_state, run.cfg, optimizer)
     shapes = _placed_shapes(run, init)
-    train_step = _compile(run, make_train_step(run.cfg, optimizer, schedule), shapes)
+    objective = chosen(run.cfg.train, "objective").prepared(tokenizer)
+    train_step = _compile(run, make_train_step(run.cfg, optimizer, schedule, objective), shapes)
     run.memory.check_step(train_step)
     return train_step, _first_state(run, done, init, optimizer, shapes)
 

@@ -19,8 +19,8 @@ from dynmoe_jax.model.inputs import noise_key
 from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.health.guard import Guard, new_guard, watch
 from dynmoe_jax.training.objective import TrainingLoss
-from dynmoe_jax.training.objectives import Batch
-from dynmoe_jax.training.router_states import moe_feed_forwards, with_next_states
+from dynmoe_jax.training.objectives import Batch, Objective
+from dynmoe_jax.training.router_states import with_next_states
 from dynmoe_jax.training.routing_losses import Controllers, RoutingLosses
 from dynmoe_jax.training.trainable import split_trainable
 
@@ -57,8 +57,7 @@ def first_state(
 ) -> TrainState:
     """The state before the first step, around variables of a decoder that are there."""
     trained, _ = split_trainable(params, cfg.train.trainable)
-    layers = decoder_shapes(cfg.model).moe_layers
-    controllers = RoutingLosses.of(cfg, layers).initial()
+    controllers = RoutingLosses.of(cfg, decoder_shapes(cfg.model)).initial()
     return TrainState(jnp.int32(0), params, optimizer.init(trained), controllers=controllers)
 
 
@@ -67,14 +66,15 @@ class StepGradients:
 
     Args:
       cfg: all settings.
+      objective: theirs, prepared for a tokenizer.
     """
 
-    def __init__(self, cfg: config.Config):
+    def __init__(self, cfg: config.Config, objective: Objective | None = None):
         decoder = decoder_shapes(cfg.model)
         self.structure = nnx.graphdef(decoder)
-        self.loss = TrainingLoss.of(cfg, decoder)
+        self.loss = TrainingLoss.of(cfg, decoder, objective)
         self._seed, self._compute = cfg.seed, make_gradients(cfg, self.structure, self.loss)
-        self._draws = any("noise" in layer.router.reads for layer in moe_feed_forwards(decoder))
+        self._draws = any("noise" in layer.router.reads for layer in decoder.moe_feed_forwards)
 
     def __call__(self, state: TrainState, batch: Batch):
         """Computes the gradients of the trainable parameters at a step."""
@@ -87,16 +87,17 @@ def make_train_step(
     cfg: config.Config,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    objective: Objective | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    Metrics stay on the device: scalars by name, and ``load_NE``.
+    Metrics stay on the device: scalars by name, ``load_NE`` and ``dropped_N``.
 
     Where the loss or a gradient is not finite, parameters, router states, optimizer and controllers
     stay bit for bit what they were, and the optimizer counts no step; the training step and the
     data go on.
     """
-    step_gradients = StepGradients(cfg)
+    step_gradients = StepGradients(cfg, objective)
     loss, structure = step_gradients.loss, step_gradients.structure
 
     def train_step(state: TrainState, batch: Batch):
@@ -126,6 +127,7 @@ def make_train_step(
             "spike_steps": guard.spike_steps,
             "tokens": jnp.sum(batch["segment_ids"] > 0),
             "load_NE": counts.load_NE,
+            "dropped_N": counts.dropped_N,
             "rows_dropped": jnp.sum(counts.dropped_N),
         }
         coefficients = loss.routing.coefficients(state.controllers, state.step)

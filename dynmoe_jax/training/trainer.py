@@ -15,11 +15,11 @@ from dynmoe_jax.cluster.same_settings import check_same_settings
 from dynmoe_jax.cluster.watch import losses_told
 from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError, check_sources
-from dynmoe_jax.experts import make_backend, make_transport
+from dynmoe_jax.experts import make_backend, make_transport, no_kernels
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.make_mesh import batch_sharding, check_divides, make_mesh
 from dynmoe_jax.model.components import compute_dtype
-from dynmoe_jax.model.kernels.attention.choice import choose_attention
+from dynmoe_jax.model.kernels.attention.choice import attention_of, choose_attention
 from dynmoe_jax.runs.checkpoint import (
     Checkpoints,
     check_compatible,
@@ -134,19 +134,21 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
         check_sources(cfg.data)
         check_packages(cfg.logging)
     target, model = current_target(), cfg.model
-    make_backend(model.moe, target)
-    choose_attention(
-        model.attention,
-        target,
-        compute_dtype(model),
-        cfg.data.seq_len,
-        model.head_width,
-        model.num_heads,
-        model.num_kv_heads,
-    )
+    make_backend(model.moe, target, model.plain)
+    for layer in dict.fromkeys(model.by_layer):
+        choose_attention(
+            attention_of(model),
+            target,
+            compute_dtype(model),
+            cfg.data.seq_len,
+            layer.model.head_width,
+            layer.model.num_heads,
+            layer.model.num_kv_heads,
+        )
     mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
     check_divides(model, mesh.shape)
-    make_transport(model.moe, mesh.shape["expert"])
+    for moe in dict.fromkeys((model.moe, *model.moe_settings)):
+        make_transport(moe, mesh.shape["expert"])
     memory = Memory(cfg, mesh.shape)
     memory.check_state()
     return mesh, memory
@@ -169,7 +171,7 @@ def _train(run: Run) -> int:
     with jax.set_mesh(run.mesh), contextlib.ExitStack() as at_end:
         # ── State and step ───────────────────────────────────────────────────────────────────────
         with seconds.of("compile"), stage("Compiling the training step"):
-            train_step, state = start(run, done)
+            train_step, state = start(run, done, tokenizer)
         evaluate = HeldOutEvaluation(run, prepared, tokenizer)
 
         # ── Loop: step s is dispatched before the metrics of step s-1 are read ───────────────────
@@ -241,3 +243,5 @@ def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:
     for path, value, default in config.differences(cfg):
         table.add_row(path, escape(str(value)), escape(str(default)), style="none")
     console.print(table)
+    if remark := no_kernels(cfg.model.moe):
+        console.print(remark, **PLAIN)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from dynmoe_jax.mesh.axes import MESH_AXES
 from dynmoe_jax.mesh.collectives import each_device, gathered, gathered_by_expert
 from dynmoe_jax.mesh.transfer_order import behind, gradients_together
-from dynmoe_jax.model.linear import times_parameter
+from dynmoe_jax.model.linear.products import times_parameter
 from dynmoe_jax.model.remat import remat_policy
 
 

@@ -69,10 +69,13 @@ def write_report(
 
 
 def _lead(config: Config, summary: Summary) -> str:
-    model, moe = config.model, config.model.moe
+    model, layers = config.model, config.model.moe_settings
     kind = "dense feed-forwards"
-    if moe.every_n_layers:
-        kind = f"{moe.num_experts} experts per MoE layer, {moe.route.describe()} routing"
+    if layers:
+        counts = {moe.num_experts for moe in layers}
+        experts = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+        rules = " or ".join(router.describe() for router in model.routers)
+        kind = f"{experts} experts per MoE layer, {rules} routing"
     done = f"{summary.step:,} of {summary.steps:,} steps" if not summary.complete else "complete"
     return (
         f'<p class="lead">{model.num_layers} layers of width {model.width}, {escaped(kind)}. '
@@ -116,7 +119,7 @@ def _cards(summary: Summary) -> str:
         (decimals(heldout.bits_per_byte, 3), "held-out bits per byte"),
     ]
     if heldout.load_by_layer:
-        of = f"experts per token, of {len(heldout.load_by_layer[0])}"
+        of = f"experts per token, of {heldout.experts}"
         cards.append((decimals(heldout.experts_per_token, 2), of))
     speed = "tokens per second"
     if math.isfinite(summary.mfu):

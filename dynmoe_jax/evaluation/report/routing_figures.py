@@ -3,7 +3,10 @@
 Axis letters: N MoE layers, E experts, K the bound on experts per token.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from jaxtyping import Float
 
 from dynmoe_jax.evaluation.report.theme import CYCLE, Canvas, Picture, integer_ticks, legend, light
 from dynmoe_jax.runs.formatting import decimals, percent, printable
@@ -21,7 +24,7 @@ def routing_pictures(heldout: HeldOut, canvas: Canvas) -> dict[str, Picture]:
         return {}
     pictures = {"layers": _layers(heldout, canvas)}
     if heldout.load_by_layer:
-        pictures["load"] = _load(np.array(heldout.load_by_layer, dtype=float), canvas)
+        pictures["load"] = _load(_side_by_side(heldout.load_by_layer), canvas)
     if heldout.histogram_by_layer:
         counts = np.nan_to_num(np.array(heldout.histogram_by_layer, dtype=float))
         if counts.sum() > 0:
@@ -69,8 +72,17 @@ def _short(name: str) -> str:
     return f"{name[: half - 1]}…{name[-half:]}"
 
 
-def _load(load_NE: np.ndarray, canvas: Canvas) -> Picture:
-    even_N1 = load_NE.mean(axis=1, keepdims=True)
+def _side_by_side(load_by_layer: Sequence[Sequence[float]]) -> Float[np.ndarray, "N E"]:
+    """The loads of all layers; NaN where one has fewer experts than the largest."""
+    load_NE = np.full((len(load_by_layer), max(map(len, load_by_layer))), np.nan)
+    for row, load in zip(load_NE, load_by_layer, strict=True):
+        row[: len(load)] = load
+    return load_NE
+
+
+def _load(load_NE: Float[np.ndarray, "N E"], canvas: Canvas) -> Picture:
+    known_NE = ~np.isnan(load_NE)
+    even_N1 = np.mean(load_NE, axis=1, keepdims=True, where=known_NE)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio_NE = np.log2(load_NE / even_N1)
     finite = np.abs(ratio_NE[np.isfinite(ratio_NE)])
@@ -98,7 +110,8 @@ def _load(load_NE: np.ndarray, canvas: Canvas) -> Picture:
     bar = figure.colorbar(image, ax=axis, ticks=ticks, pad=0.02, label="load / even share")
     bar.ax.set_yticklabels([_times(tick, limit) for tick in ticks])
     bar.outline.set_visible(False)
-    found = f"Never chosen (×): {len(unused)} of {load_NE.size} experts. " if len(unused) else ""
+    experts = known_NE.sum()
+    found = f"Never chosen (×): {len(unused)} of {experts} experts. " if len(unused) else ""
     return canvas.picture(
         figure,
         "Which experts do the work?",

@@ -8,15 +8,33 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.experts.backend import Backend
+from dynmoe_jax.experts.kinds.kind import Arrays
 from dynmoe_jax.experts.parallel.transport import Transport
 from dynmoe_jax.experts.rows import rows_from_slots, slots_of
 from dynmoe_jax.experts.weights import ExpertWeights
-from dynmoe_jax.mesh.axes import BATCH, EXPERT, MODEL, mesh_sizes, on_one_device, parameter_spec
-from dynmoe_jax.mesh.collectives import each_device, gathered_experts, gathered_halves, sum_over
+from dynmoe_jax.mesh.axes import (
+    BATCH,
+    EXPERT,
+    MODEL,
+    axes_of,
+    mesh_axes_at,
+    mesh_sizes,
+    on_one_device,
+    parameter_spec,
+)
+from dynmoe_jax.mesh.collectives import (
+    GATHERED,
+    each_device,
+    gathered,
+    gathered_experts,
+    gathered_halves,
+    sum_over,
+)
 from dynmoe_jax.routing import Routing
 
 RowBound = Callable[[int, int], int]
@@ -31,10 +49,11 @@ def all_rows(tokens: int, slots: int) -> int:
 def apply_experts(
     x_TD: Float[Array, "T D"],
     routing: Routing,
-    weights: ExpertWeights,
+    weights: ExpertWeights | Arrays,
     backend: Backend,
     row_bound: RowBound = all_rows,
     transport: Transport | None = None,
+    splits_hidden: bool = True,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """Sends every token to its experts and combines what they return.
 
@@ -46,10 +65,13 @@ def apply_experts(
     Args:
       x_TD: tokens.
       routing: their routing.
-      weights: all experts.
+      weights: all experts; arrays by the names of their parameters, which say how they lie, if
+        kernels do not know the kind.
       backend: expert compute.
       row_bound: most rows of the tokens of a device, which the routing keeps to.
       transport: between devices that have different experts; needed if the mesh has such.
+      splits_hidden: whether ``model`` may split hidden units; otherwise its devices put whole
+        experts together, and all of them compute the same.
 
     Returns:
       y_TD, and the number of rows dropped over all devices.
@@ -57,24 +79,44 @@ def apply_experts(
     if on_one_device():
         return _local(x_TD, routing, weights, backend, row_bound)
     sizes = mesh_sizes()
-    specs = ExpertWeights(
-        parameter_spec("gate_up_ED2F", weights.gate_up_ED2F.shape, sizes),
-        parameter_spec("down_EFD", weights.down_EFD.shape, sizes),
-    )
+    arrays, remade = _by_name(weights)
+    specs = {name: parameter_spec(name, array.shape, sizes) for name, array in arrays.items()}
 
-    def on_each_device(x_TD, routing, weights):
-        weights = ExpertWeights(
-            gathered_halves(weights.gate_up_ED2F, specs.gate_up_ED2F),
-            # All but the first axis: each device keeps its own experts.
-            gathered_experts(weights.down_EFD, P(None, *specs.down_EFD[1:])),
-        )
+    def on_each_device(x_TD, routing, arrays):
+        together = _in_part if splits_hidden else _in_full
+        weights = remade({name: together(name, arrays[name], specs[name]) for name in arrays})
         y_TD, dropped = _local(x_TD, routing, weights, backend, row_bound, sizes[EXPERT], transport)
-        if sizes[MODEL] > 1:
+        if sizes[MODEL] > 1 and splits_hidden:
             y_TD = sum_over(y_TD, MODEL)
         return y_TD, jax.lax.psum(dropped, BATCH)
 
     apply = each_device(on_each_device, (P(BATCH), P(BATCH), specs), (P(BATCH), P()))
-    return apply(x_TD, routing, weights)
+    return apply(x_TD, routing, arrays)
+
+
+def _by_name(weights: ExpertWeights | Arrays) -> tuple[dict[str, Array], Callable]:
+    """(arrays by the names of their parameters, what makes weights of such arrays again)."""
+    if not isinstance(weights, ExpertWeights):
+        return dict(weights), dict
+    arrays = {"gate_up_ED2F": weights.gate_up_ED2F, "down_EFD": weights.down_EFD}
+    return arrays, lambda arrays: ExpertWeights(**arrays)
+
+
+def _in_part(name: str, part: Array, spec: P) -> Array:
+    """A parameter of this device's own experts, with the F / model hidden units of its own."""
+    axes, spec = axes_of(name), P(None, *spec[1:])
+    if axes[-2:] == ["D", "2F"]:
+        return gathered_halves(part, spec)
+    # All but the first axis: each device keeps its own experts.
+    return gathered_experts(part, spec) if axes == ["E", "F", "D"] else gathered(part, spec)
+
+
+def _in_full(name: str, part: Array, spec: P) -> Array:
+    """A parameter of this device's own experts, whole: along ``model`` all compute the same."""
+    for dimension in range(1, len(spec)):
+        if axes := mesh_axes_at(spec, dimension):
+            part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
+    return checkpoint_name(part, GATHERED)
 
 
 def _local(

@@ -43,6 +43,11 @@ def architecture_for(model: config.Model) -> Architecture:
     Raises:
       CheckpointError: none does.
     """
+    if model.layers:
+        raise CheckpointError(
+            f"config.model.layers={model.layers!r} makes layers differ, which no format of Hugging "
+            "Face's has; export a model whose layers are equal."
+        )
     differing: dict[str, list[str]] = {}
     for name, architecture in ARCHITECTURES.items():
         try:

@@ -20,12 +20,14 @@ class LayerCounts:
       load_NE: tokens that chose each expert; 0 where a layer has fewer experts than the largest.
       exists_NE: whether a layer has so many experts.
       dropped_N: (token, expert) pairs that were chosen and then dropped.
+      expected_N: experts per token that the layer's router aims at.
       tokens: valid tokens.
     """
 
     load_NE: Int[Array, "N E"]
     exists_NE: Bool[Array, "N E"]
     dropped_N: Int[Array, "N"]
+    expected_N: Float[Array, "N"]
     tokens: Float[Array, ""]
 
 

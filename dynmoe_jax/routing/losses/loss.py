@@ -21,16 +21,17 @@ from dynmoe_jax.routing.router import Params, RouterInput
 weight_setting = partial(free_setting, AUTO, low=0.0, auto=True)
 """Declares the coefficient of a loss; auto: what the router declares."""
 
-controller_setting = partial(
-    choice,
-    CONTROLLERS,
-    "",
-    "who sets the coefficient while training; empty = it stays the weight",
-    optional=True,
-    defines_model=False,
-    fixed_in_run=True,
-)
-"""Declares the controller of a loss."""
+
+def controller_setting(default: str = "") -> Any:
+    """Declares the controller of a loss."""
+    return choice(
+        CONTROLLERS,
+        default,
+        "who sets the coefficient while training; empty = it stays the weight",
+        optional=True,
+        defines_model=False,
+        fixed_in_run=True,
+    )
 
 
 class RoutingLoss:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dynmoe_jax import config
+from dynmoe_jax.routing.statistics import existing_experts
 
 _NEAR = 0.02
 """Share of the way between one expert per token and the bound: so near to an end counts as at
@@ -25,7 +26,17 @@ class CollapseWatch:
 
     def __init__(self, cfg: config.Config, step: int):
         self._moe, self._after, self._begun = cfg.model.moe, cfg.train.collapse_steps, step
-        self._bounds = self._moe.route.bounds(self._moe.num_experts)
+        self._model, layers = cfg.model, cfg.model.moe_settings
+        bounds = [moe.route.bounds(moe.num_experts) for moe in layers]
+        # Of layers whose router may choose how many experts a token uses.
+        self._free = [i for i, bound in enumerate(bounds) if bound.fewest < bound.slots]
+        self._fewest, self._most = (
+            float(np.mean([getattr(bounds[i], end) for i in self._free] or [0]))
+            for end in ("fewest", "slots")
+        )
+        self._exists_NE = existing_experts(
+            [moe.num_experts for moe in layers], max((m.num_experts for m in layers), default=0)
+        )
         self._used_at_NE: Int[np.ndarray, "N E"] | None = None
         self._clear_at: dict[str, int] = {}
         self._said: set[str] = set()
@@ -40,8 +51,10 @@ class CollapseWatch:
         """
         if not self._after or not load_NE.size or not tokens:
             return []
-        mean = float(load_NE.sum(axis=-1).mean()) / tokens
-        found = {"unused": self._unused(step, load_NE)} | self._at_an_end(step, mean)
+        found = {"unused": self._unused(step, load_NE)}
+        if self._free:
+            mean = float(load_NE.sum(axis=-1)[self._free].mean()) / tokens
+            found |= self._at_an_end(step, mean)
         new = {sign: words for sign, words in found.items() if words and sign not in self._said}
         self._said |= set(new)
         return [f"step {step:,}: {words}" for words in new.values()]
@@ -49,32 +62,33 @@ class CollapseWatch:
     def _unused(self, step: int, load_NE: Int[np.ndarray, "N E"]) -> str:
         if self._used_at_NE is None:
             self._used_at_NE = np.full(load_NE.shape, self._begun)
-        self._used_at_NE = np.where(load_NE > 0, step, self._used_at_NE)
+        self._used_at_NE = np.where((load_NE > 0) | ~self._exists_NE, step, self._used_at_NE)
         unused_NE = step - self._used_at_NE >= self._after
         if not unused_NE.any():
             return ""
+        setting = f"config.model.moe.num_experts={self._moe.num_experts}"
+        if self._model.layers:
+            setting = "config.model.layers or config.model.moe.num_experts say"
         return (
             f"{_listed(unused_NE)} for at least {self._after:,} steps; raise "
             "config.loss.balance.weight, lower config.optimizer.learning_rate, or have fewer "
-            f"experts than config.model.moe.num_experts={self._moe.num_experts}."
+            f"experts than {setting}."
         )
 
     def _at_an_end(self, step: int, mean: float) -> dict[str, str]:
         """Warnings by sign, for a router that may choose how many experts a token uses."""
-        fewest, most = self._bounds.fewest, self._bounds.slots
-        if fewest == most:
-            return {}
+        fewest, most = self._fewest, self._most
         way = (mean - fewest) / (most - fewest)
         found = {}
-        used = f"tokens have used {mean:.2f} of at most {most} experts for {self._after:,}"
-        advice = self._moe.route.advice
+        used = f"tokens have used {mean:.2f} of at most {most:g} experts for {self._after:,}"
+        advice = self._model.moe_settings[self._free[0]].route.advice
         if self._lasts("most", way >= 1 - _NEAR, step):
             found["most"] = (
                 f"{used} steps, so the router tells no expert from another; {advice('fewer')}."
             )
         if self._lasts("fewest", way <= _NEAR, step):
             found["fewest"] = (
-                f"{used} steps, so the router is sure of {fewest} for every token; "
+                f"{used} steps, so the router is sure of {fewest:g} for every token; "
                 f"{advice('more')}."
             )
         return found

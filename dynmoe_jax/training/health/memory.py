@@ -200,9 +200,9 @@ def advice(need: Need, limit: int, cfg: config.Config, data_devices: int) -> str
     devices = data_devices * max(1, math.ceil(of_tokens / max(room, 1)))
     if sequences > 1 and cfg.train.batch_size % (devices * cfg.train.microbatches) == 0:
         ways.append(f"share the batch among {devices} devices (config.mesh.data)")
-    moe = cfg.model.moe
-    slots = moe.route.bounds(moe.num_experts).slots if moe.every_n_layers else 1
-    if slots > 2 and not moe.transforms:
+    layers = cfg.model.moe_settings
+    slots = max((moe.route.bounds(moe.num_experts).slots for moe in layers), default=1)
+    if slots > 2 and not cfg.model.moe.transforms:
         ways.append(f"set config.model.moe.transforms='row_budget': 2 rows a token, not {slots}")
     if not ways:
         length = max(2, int(cfg.data.seq_len * room / max(of_tokens, 1)))
@@ -228,7 +228,9 @@ def _smaller_model(need: Need, limit: float, cfg: config.Config) -> str:
         ("vocab_size", 0, 1, lambda n: {"vocab_size": n + 1}),
     ]
     knobs = [(name, base, unit, partial(_replaced, model, of)) for name, base, unit, of in knobs]
-    if model.moe.every_n_layers:
+    if model.layers:  # names layers by number
+        knobs = knobs[1:]
+    elif model.moe.every_n_layers:
         knobs = [
             ("moe.num_experts", 0, 1, experts),
             knobs[0],

@@ -18,11 +18,12 @@ from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
 from dynmoe_jax.model.layer import LayerOutput
+from dynmoe_jax.model.stacks import stacks_of
 from dynmoe_jax.model.walk import walk
 from dynmoe_jax.training.objectives import Batch
 from dynmoe_jax.training.step import TrainState
 
-_UNNAMED = ("first_groups", "groups", "layers", "value")
+_UNNAMED = re.compile("first_groups|groups|stack_[0-9]+|layers|value")
 
 Tally = tuple[Array, Array]
 """(how many numbers are not finite, magnitude of the largest of the others)."""
@@ -43,9 +44,12 @@ class ArrayCheck:
     largest: float
 
 
-def check_state(state: TrainState) -> list[ArrayCheck]:
+def check_state(state: TrainState, model: config.Model) -> list[ArrayCheck]:
     """Parameters and the optimizer's moments, by layer."""
-    return [*_check_leaves(state.params, "parameter"), *_check_leaves(state.optimizer, "optimizer")]
+    return [
+        *_check_leaves(state.params, "parameter", model),
+        *_check_leaves(state.optimizer, "optimizer", model),
+    ]
 
 
 def check_loss(parts: dict[str, Float[Array, ""]]) -> list[ArrayCheck]:
@@ -53,10 +57,12 @@ def check_loss(parts: dict[str, Float[Array, ""]]) -> list[ArrayCheck]:
     return [ArrayCheck(name, *_plain(_tally(value))) for name, value in parts.items()]
 
 
-def check_backward(gradients: nnx.State) -> list[ArrayCheck]:
+def check_backward(gradients: nnx.State, model: config.Model) -> list[ArrayCheck]:
     """Gradients by parameter and layer, in the order in which backward computes them."""
     # The feed-forward of a layer before its attention: by name, from the end of the alphabet.
-    named = sorted(_check_leaves(gradients, ""), key=lambda checked: checked.name, reverse=True)
+    named = sorted(
+        _check_leaves(gradients, "", model), key=lambda checked: checked.name, reverse=True
+    )
     return sorted(named, key=lambda checked: _distance(checked.name))
 
 
@@ -91,7 +97,12 @@ def check_forward(
     x_BLD = decoder.norm(x_BLD)
     checked.append(ArrayCheck("last norm", *_plain(_tally(x_BLD, valid_BL))))
     _, nll_BL = cross_entropy_sums(
-        x_BLD, decoder.output_DV, batch["targets"], valid_BL, chunk_tokens=loss.chunk_tokens
+        x_BLD,
+        decoder.output_DV,
+        batch["targets"],
+        valid_BL,
+        chunk_tokens=loss.chunk_tokens,
+        plain=decoder.config.plain,
     )
     checked.append(ArrayCheck("loss of each token", *_plain(_tally(nll_BL, valid_BL))))
     return checked, nll_BL
@@ -111,52 +122,47 @@ def _plain(tally: Tally) -> tuple[int, float]:
     return int(bad), float(largest)
 
 
-def _check_leaves(tree: Any, kind: str) -> list[ArrayCheck]:
+def _check_leaves(tree: Any, kind: str, model: config.Model) -> list[ArrayCheck]:
     """The floating-point leaves of a tree; those stacked over layers layer by layer."""
     leaves = [
         (path, array)
         for path, array in jax.tree.leaves_with_path(tree)
         if jnp.issubdtype(array.dtype, jnp.floating)
     ]
-    in_group = [_layer_of_group(path) for path, _ in leaves]
-    stride = 1 + max((layer for layer in in_group if layer is not None), default=0)
-    before = max((len(array) for path, array in leaves if _is_first(path)), default=0)
+    numbers = [_layers_of(path, model) for path, _ in leaves]
 
     @jax.jit
     def tally(arrays: list[Array]) -> list[Tally]:
         return [
-            _tally(array, axes=None if layer is None else tuple(range(1, array.ndim)))
-            for array, layer in zip(arrays, in_group, strict=True)
+            _tally(array, axes=None if layers is None else tuple(range(1, array.ndim)))
+            for array, layers in zip(arrays, numbers, strict=True)
         ]
 
     tallies = jax.device_get(tally([array for _, array in leaves]))
     checked = []
-    for (path, _), layer_in_group, (bad, largest) in zip(leaves, in_group, tallies, strict=True):
+    for (path, _), layers, (bad, largest) in zip(leaves, numbers, tallies, strict=True):
         name = f"{kind} {_name(path)}".strip()
-        if layer_in_group is None:
+        if layers is None:
             checked.append(ArrayCheck(name, int(bad), float(largest)))
             continue
-        for group, values in enumerate(zip(bad, largest, strict=True)):
-            layer = group if _is_first(path) else before + group * stride + layer_in_group
+        for layer, *values in zip(layers, bad, largest, strict=True):
             checked.append(ArrayCheck(f"layer {layer}: {name}", int(values[0]), float(values[1])))
     return checked
 
 
-def _layer_of_group(path: Any) -> int | None:
-    """Index of the layer of its group that a leaf belongs to; None for what is not in a layer."""
-    found = re.search(r"'layers'\]\[(\d+)\]", jax.tree_util.keystr(path))
-    return int(found[1]) if found else None
-
-
-def _is_first(path: Any) -> bool:
-    """Whether a leaf belongs to the dense layers before all others."""
-    return "'first_groups'" in jax.tree_util.keystr(path)
+def _layers_of(path: Any, model: config.Model) -> range | None:
+    """Numbers of the layers along the first axis of a leaf; None for what is not in a layer."""
+    found = re.search(r"'(\w+)'\]\['layers'\]\[(\d+)\]", jax.tree_util.keystr(path))
+    if not found:
+        return None
+    stack = next(stack for stack in stacks_of(model) if stack.name == found[1])
+    return stack.layers_at(int(found[2]))
 
 
 def _name(path: Any) -> str:
     """``.mu['groups']['layers'][0]['attention']['query_DHW']`` as ``mu attention query_DHW``."""
     parts = re.findall(r"[A-Za-z_][A-Za-z_0-9]*", jax.tree_util.keystr(path))
-    return " ".join(part for part in parts if part not in _UNNAMED)
+    return " ".join(part for part in parts if not _UNNAMED.fullmatch(part))
 
 
 def _distance(name: str) -> float:

@@ -58,13 +58,15 @@ def replay(workdir: Path, step: int | None = None) -> list[ArrayCheck]:
     cfg, state, batch = _load(folder)
     decoder = nnx.merge(decoder_structure(cfg.model), state.params)
     console.print(f"Step {folder.name} of {workdir}", markup=False, soft_wrap=True)
-    bad_state = _show("State before the step", check_state(state))
+    bad_state = _show("State before the step", check_state(state, cfg.model))
     forward, nll_BL = check_forward(decoder, batch, cfg.loss)
     bad_forward = _show("Forward", forward)
     _print_sequences(workdir, batch, np.asarray(nll_BL))
     gradients, parts = _gradients(cfg, state, batch)
     bad_loss = _show("Loss", check_loss(parts))
-    bad_backward = _show("Gradients, from the last layer back", check_backward(gradients))
+    bad_backward = _show(
+        "Gradients, from the last layer back", check_backward(gradients, cfg.model)
+    )
     found = [*bad_state, *bad_forward, *bad_loss, *bad_backward]
     console.print(_verdict(bad_state, bad_forward, bad_loss, bad_backward), soft_wrap=True)
     return found

@@ -55,12 +55,13 @@ class StepRecorder:
         seconds = (now - self._since) / steps
         tokens = cfg.train.batch_size * cfg.data.seq_len
         load_NE, dropped = values["load_NE"], int(values["rows_dropped"])
-        flops = training_flops(
-            cfg.model, tokens, cfg.data.seq_len, float(np.sum(load_NE)) - dropped
-        )
+        rows = float(np.sum(load_NE)) - dropped
+        if cfg.model.layers:
+            rows = (np.sum(load_NE, axis=-1) - values["dropped_N"]).astype(float).tolist()
+        flops = training_flops(cfg.model, tokens, cfg.data.seq_len, rows)
         record = {name: float(values[name]) for name in SCALARS}
         record |= {name: int(values[name]) for name in COUNTS}
-        record |= _routing_record(load_NE, int(values["tokens"]))
+        record |= _routing_record(load_NE, self._exists(load_NE), int(values["tokens"]))
         record |= {
             "rows_dropped": dropped,
             "tokens_per_second": tokens / seconds,
@@ -72,16 +73,26 @@ class StepRecorder:
         self._step, self._since = step, now
         return record
 
+    def _exists(self, load_NE: np.ndarray) -> np.ndarray | bool:
+        """Which experts there are; True where layers do not differ."""
+        model = self._cfg.model
+        if not model.layers:
+            return True
+        experts_N = [moe.num_experts for moe in model.moe_settings]
+        return statistics.existing_experts(experts_N, load_NE.shape[-1])
 
-def _routing_record(load_NE: np.ndarray, tokens: int) -> dict[str, Any]:
+
+def _routing_record(
+    load_NE: np.ndarray, exists_NE: np.ndarray | bool, tokens: int
+) -> dict[str, Any]:
     if not load_NE.size:  # a dense model
         return {"experts_per_token": 0.0, "unused_experts": 0}
     by_layer_N = load_NE.sum(axis=-1) / max(tokens, 1)
     return {
         "experts_per_token": float(by_layer_N.mean()),
         "experts_per_token_by_layer": by_layer_N.tolist(),
-        "load_imbalance_by_layer": statistics.load_imbalance(load_NE).tolist(),
-        "unused_experts": statistics.unused_experts(load_NE),
+        "load_imbalance_by_layer": statistics.load_imbalance(load_NE, exists_NE).tolist(),
+        "unused_experts": statistics.unused_experts(load_NE, exists_NE),
     }
 
 

@@ -61,7 +61,7 @@ def _headline(summary: Summary) -> Table:
     ]
     if heldout.load_by_layer:
         mean = decimals(heldout.experts_per_token, 2)
-        rows.append(("Experts per token", f"[bold]{mean}[/] of {len(heldout.load_by_layer[0])}"))
+        rows.append(("Experts per token", f"[bold]{mean}[/] of {heldout.experts}"))
     active, total = summary.active_parameters, summary.parameters
     rows.append(("Parameters", f"{compact(total)}, of which {compact(active)} work on a token"))
     speed = f"[bold]{decimals(summary.tokens_per_second, 0)}[/] tokens/s"

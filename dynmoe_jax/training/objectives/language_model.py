@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
 from dynmoe_jax.registry import OBJECTIVES
-from dynmoe_jax.training.objectives.objective import Objective
+from dynmoe_jax.training.objectives.objective import Objective, valid
 
 
 @OBJECTIVES.register("language_model")
@@ -18,20 +18,21 @@ class LanguageModel(Objective):
     """Mean cross entropy of every token but padding, with the output z-loss in it."""
 
     def sums(self, decoder, x_BLD, batch, loss):
-        """Cross entropies and likelihoods, weighed by position, and the weights."""
-        weight_BL = self.loss_weights(batch)
+        """Cross entropies and likelihoods, and the number of tokens."""
+        valid_BL = valid(batch)
         cross_entropy, nll_BL = cross_entropy_sums(
             x_BLD,
             decoder.output_DV,
             batch["targets"],
-            weight_BL > 0,
+            valid_BL,
             z_weight=loss.z_weight,
             chunk_tokens=loss.chunk_tokens,
+            plain=decoder.config.plain,
         )
         return {
             "cross_entropy": cross_entropy,
             "nll": jnp.sum(nll_BL),
-            "weight": jnp.sum(weight_BL),
+            "weight": jnp.sum(valid_BL, dtype=jnp.float32),
         }
 
     def value(self, sums):

@@ -23,7 +23,8 @@ class Objective:
 
     Attributes:
       additive: whether the value of a batch is the mean of those of its microbatches, weighted by
-        their valid tokens.  If not, the gradient sees the sums of the whole batch first.
+        their sums of :meth:`loss_weights`.  If not, the gradient sees the sums of the whole batch
+        first.
     """
 
     additive: ClassVar[bool] = True

@@ -91,7 +91,7 @@ def test_parameters_and_moments_are_named_by_layer(decoder):
     spoil(decoder.groups.layers[1].feed_forward.down_FD, 1, 0, 0)
     params = nnx.state(decoder, nnx.Param)
     state = TrainState(jnp.int32(0), params, {"mu": params, "count": jnp.int32(3)})
-    bad = [place.name for place in check_state(state) if place.bad]
+    bad = [place.name for place in check_state(state, MODEL) if place.bad]
     assert bad == [
         "layer 3: parameter feed_forward down_FD",
         "layer 3: optimizer mu feed_forward down_FD",
@@ -100,13 +100,14 @@ def test_parameters_and_moments_are_named_by_layer(decoder):
 
 def test_dense_layers_before_all_others_come_first():
     moe = dataclasses.replace(MODEL.moe, dense_first_layers=2, layer_offset=1)
-    decoder = Decoder(dataclasses.replace(MODEL, moe=moe), rngs=nnx.Rngs(0))
+    model = dataclasses.replace(MODEL, moe=moe)
+    decoder = Decoder(model, rngs=nnx.Rngs(0))
     names = [place.name for place in forward(decoder)[0]]
     assert [name for name in names if "router" in name] == ["layer 3: router logits"]
     spoil(decoder.first_groups.layers[0].feed_forward.down_FD, 1, 0, 0)
     spoil(decoder.groups.layers[1].feed_forward.router_DE, 0, 0, 0)
     params = nnx.state(decoder, nnx.Param)
-    places = check_state(TrainState(jnp.int32(0), params, {}))
+    places = check_state(TrainState(jnp.int32(0), params, {}), model)
     assert [place.name for place in places if place.bad] == [
         "layer 1: parameter feed_forward down_FD",
         "layer 3: parameter feed_forward router_DE",
@@ -115,7 +116,7 @@ def test_dense_layers_before_all_others_come_first():
 
 def test_gradients_come_in_the_order_of_backward(decoder):
     gradients = jax.tree.map(jnp.zeros_like, nnx.state(decoder, nnx.Param))
-    names = [place.name for place in check_backward(gradients)]
+    names = [place.name for place in check_backward(gradients, MODEL)]
     assert names[:2] == ["norm scale", "head_DV"]
     assert names[-1] == "embedding_VD"
     layers = [int(name[6]) for name in names if name.startswith("layer")]
@@ -128,7 +129,7 @@ def test_gradients_come_in_the_order_of_backward(decoder):
 
 def test_largest_is_that_of_the_finite_numbers(decoder):
     decoder.embedding_VD[...] = decoder.embedding_VD[...].at[0].set(-50.0).at[1, 0].set(jnp.inf)
-    place = next(p for p in check_state(_state(decoder)) if p.name == "parameter embedding_VD")
+    place = next(p for p in check_state(_state(decoder), MODEL) if p.name == "parameter embedding_VD")
     assert dataclasses.astuple(place)[1:] == (1, 50.0)
 
 

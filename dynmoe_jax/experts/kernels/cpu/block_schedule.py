@@ -27,6 +27,9 @@ gradients (docs/measurements.md: cpu-block-overhead)."""
 SMALLEST_SHARE = 128
 """Smallest block as a fraction of T: smaller ones would save less than they cost to compile."""
 
+NOWHERE = jnp.iinfo(jnp.int32).max
+"""Token of a row of a block beyond those of its expert."""
+
 DECODE_TOKENS = 32
 """Most tokens for which blocks of 1, 2 and 4 rows are used: an expert that one sequence of a few
 uses has one or two rows (docs/measurements.md: cpu-small-blocks)."""
@@ -64,8 +67,18 @@ class Schedule:
         weight_R: Float[Array, "R"],
         group_size_E: Int[Array, "E"],
         tokens: int,
+        sizes: tuple[int, ...] | None = None,
     ):
-        self.sizes = block_sizes(tokens)
+        """Cuts the rows of T tokens.
+
+        Args:
+          token_R: token of each row.
+          weight_R: combine weight of each row.
+          group_size_E: rows of each expert.
+          tokens: T.
+          sizes: of blocks, ascending; None: :func:`block_sizes`.
+        """
+        self.sizes = sizes or block_sizes(tokens)
         largest = self.sizes[-1]
         self.token_P = jnp.pad(token_R, (0, largest))
         self.weight_P = jnp.pad(weight_R, (0, largest))
@@ -81,9 +94,9 @@ class Schedule:
 
         Args:
           add_block: ``(carry, expert, start, token_b, weight_b) -> carry``.  Rows of the block
-            that belong to the next expert, or to none, have token 2^31 - 1 and weight 0: gathers
-            fill in zeros there and scatters write nowhere.  What else a block writes past its
-            rows, the next expert overwrites.
+            that belong to the next expert, or to none, have the token :data:`NOWHERE` and weight
+            0: gathers fill in zeros there and scatters write nowhere.  What else a block writes
+            past its rows, the next expert overwrites.
           carry: what to start from.
         """
 
@@ -102,6 +115,6 @@ class Schedule:
         token_b = jax.lax.dynamic_slice(self.token_P, (start,), (size,))
         weight_b = jax.lax.dynamic_slice(self.weight_P, (start,), (size,))
         inside_b = start + jnp.arange(size) < self.end_E[e]
-        token_b = jnp.where(inside_b, token_b, jnp.iinfo(jnp.int32).max)
+        token_b = jnp.where(inside_b, token_b, NOWHERE)
         weight_b = jnp.where(inside_b, weight_b, 0.0)
         return start + size, add_block(carry, e, start, token_b, weight_b)

@@ -11,6 +11,7 @@ import importlib.util
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dynmoe_jax import config
 from dynmoe_jax.hardware.choice import check, choose, not_installed, platform_obstacle
 from dynmoe_jax.hardware.native import library
 from dynmoe_jax.hardware.target import Target
@@ -60,6 +61,14 @@ CANDIDATES = {
 
 HOPPER = 9.0
 AMPERE = 8.0
+
+
+PLAIN = "xla"
+
+
+def attention_of(model: config.Model) -> str:
+    """The request for a kernel: ``config.model.attention``, or plain JAX's."""
+    return PLAIN if model.plain else model.attention
 
 
 @dataclasses.dataclass(frozen=True)

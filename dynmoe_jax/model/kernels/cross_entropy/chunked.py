@@ -32,48 +32,52 @@ from dynmoe_jax.mesh.axes import (
 from dynmoe_jax.mesh.collectives import each_device, gathered
 from dynmoe_jax.model.kernels.cross_entropy.tpu import logit_gradients, logit_sums
 from dynmoe_jax.model.kernels.cross_entropy.tpu_tiles import Tiles, cross_entropy_tiles
-from dynmoe_jax.model.linear import contracted
+from dynmoe_jax.model.linear.products import contracted
 
 
 def cross_entropy_sums(
     x_BLD: Float[Array, "B L D"],
     output_DV: Float[Array, "D V"],
     targets_BL: Int[Array, "B L"],
-    valid_BL: Bool[Array, "B L"],
+    weight_BL: Bool[Array, "B L"] | Float[Array, "B L"],
     *,
     z_weight: float = 0.0,
     chunk_tokens: int = 2048,
+    plain: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
-    """Sum over valid positions of -log p(target) + z_weight * logsumexp(logits)^2.
+    """Sum over positions of weight * (-log p(target) + z_weight * logsumexp(logits)^2).
 
     Args:
       x_BLD: the normed residual stream.
       output_DV: the output projection.
       targets_BL: the token that follows each position.
-      valid_BL: positions that count.
+      weight_BL: what each position weighs; 0 or False: it may hold anything.  The kernels take
+        bools alone; where weights are numbers, XLA computes the sums.
       z_weight: coefficient of the output z-loss (PaLM, arXiv 2204.02311, section 5).
       chunk_tokens: positions whose logits exist at one time on one device (at least one per
         sequence); the kernels take four times as many.
+      plain: no kernels.
 
     Returns:
-      the sum (differentiable), and the negative log-likelihood in nats of every position (0 where
-      not valid; no gradient).
+      the sum (differentiable, by float weights too), and the negative log-likelihood in nats of
+      every position (0 where the weight is 0; no gradient: weigh positions instead).
     """
     if on_one_device():
-        options = _Options(z_weight, chunk_tokens)
-        return _local_sums(options, x_BLD, output_DV, targets_BL, valid_BL)
+        options = _Options(z_weight, chunk_tokens, plain=plain)
+        return _local_sums(options, x_BLD, output_DV, targets_BL, weight_BL)
     spec = parameter_spec("output_DV", output_DV.shape, mesh_sizes())
     split = MODEL in mesh_axes_at(spec, 1)
-    options = _Options(z_weight, chunk_tokens, vocabulary_axis=MODEL if split else None)
+    axis = MODEL if split else None
+    options = _Options(z_weight, chunk_tokens, vocabulary_axis=axis, plain=plain)
 
-    def on_each_device(x_BLD, output_DV, targets_BL, valid_BL):
+    def on_each_device(x_BLD, output_DV, targets_BL, weight_BL):
         output_DV = gathered(output_DV, spec)
-        total, nll_BL = _local_sums(options, x_BLD, output_DV, targets_BL, valid_BL)
+        total, nll_BL = _local_sums(options, x_BLD, output_DV, targets_BL, weight_BL)
         return jax.lax.psum(total, BATCH), nll_BL
 
     batch = P(BATCH)
     sums = each_device(on_each_device, (batch, spec, batch, batch), (P(), batch))
-    return sums(x_BLD, output_DV, targets_BL, valid_BL)
+    return sums(x_BLD, output_DV, targets_BL, weight_BL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +89,24 @@ class _Options:
       chunk_tokens: positions whose logits exist at one time.
       vocabulary_axis: the mesh axis that splits the vocabulary, if one does.
       tiles: of the kernels, if they run.
+      plain: no kernels.
     """
 
     z_weight: float
     chunk_tokens: int
     vocabulary_axis: str | None = None
     tiles: Tiles | None = None
+    plain: bool = False
 
 
-def _local_sums(options, x_BLD, output_DV, targets_BL, valid_BL):
+def _local_sums(options, x_BLD, output_DV, targets_BL, weight_BL):
     tokens, (width, vocabulary) = targets_BL.size, output_DV.shape
-    dtype = jnp.result_type(x_BLD, output_DV)
-    tiles = cross_entropy_tiles(tokens, width, vocabulary, options.chunk_tokens, dtype)
+    dtype, tiles = jnp.result_type(x_BLD, output_DV), None
+    if weight_BL.dtype == bool and not options.plain:
+        tiles = cross_entropy_tiles(tokens, width, vocabulary, options.chunk_tokens, dtype)
     local_sums = _sums_of_tokens if tiles else _sums_of_sequences
     options = dataclasses.replace(options, tiles=tiles)
-    total, nll_BL = local_sums(options, x_BLD, output_DV, targets_BL, valid_BL)
+    total, nll_BL = local_sums(options, x_BLD, output_DV, targets_BL, weight_BL)
     return total, jax.lax.stop_gradient(nll_BL)
 
 
@@ -116,12 +123,13 @@ def _sums_of_tokens(options, x_BLD, output_DV, targets_BL, valid_BL):
     return total, nll_T[: targets_BL.size].reshape(targets_BL.shape)
 
 
-def _sums_of_sequences(options, x_BLD, output_DV, targets_BL, valid_BL):
+def _sums_of_sequences(options, x_BLD, output_DV, targets_BL, weight_BL):
     """Computes the sums by XLA, a chunk of each sequence at a time."""
     batch, length = targets_BL.shape
     chunks = -(-length // max(1, options.chunk_tokens // batch))
     cut = partial(_cut, chunks=chunks, chunk_length=-(-length // chunks))
-    total, nll_NBC = _chunked_sums(options, cut(x_BLD), output_DV, cut(targets_BL), cut(valid_BL))
+    weight_BL = weight_BL.astype(jnp.float32)
+    total, nll_NBC = _chunked_sums(options, cut(x_BLD), output_DV, cut(targets_BL), cut(weight_BL))
     return total, jnp.moveaxis(nll_NBC, 0, 1).reshape(batch, -1)[:, :length]
 
 
@@ -134,12 +142,14 @@ def _cut(array_BL: Array, chunks: int, chunk_length: int) -> Array:
 
 
 def _chunk(options: _Options, output_DV, chunk):
-    """(sum over the chunk, nll_BC), and what its gradients are made of: (x_BCD, dlogits_BCV)."""
-    x_BCD, targets_BC, valid_BC = chunk
+    """(sum over the chunk, nll_BC), and what its gradients are made of: (x_BCD, dlogits_BCV,
+    losses_BC)."""
+    x_BCD, targets_BC, weight_BC = chunk
+    valid_BC = weight_BC > 0
     axis = options.vocabulary_axis
     # Positions that do not count may hold anything, and 0 * NaN is NaN.
     x_BCD = jnp.where(valid_BC[..., None], x_BCD, 0)
-    logits_BCV = contracted(x_BCD, output_DV, (2,), (0,))
+    logits_BCV = contracted(x_BCD, output_DV, (2,), (0,), plain=options.plain)
     most_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
     if axis:
         most_BC1 = jax.lax.pmax(most_BC1, axis)
@@ -155,40 +165,44 @@ def _chunk(options: _Options, output_DV, chunk):
     log_z_BC = log_z_BC1[..., 0]
     nll_BC = jnp.where(valid_BC, log_z_BC - target_BC, 0.0)
     z_BC = jnp.where(valid_BC, jnp.square(log_z_BC), 0.0)
-    value = jnp.sum(nll_BC) + options.z_weight * jnp.sum(z_BC)
+    loss_BC = nll_BC + options.z_weight * z_BC
+    value = jnp.sum(weight_BC * nll_BC) + options.z_weight * jnp.sum(weight_BC * z_BC)
     # d nll = softmax - hit, d logsumexp = softmax.
     scale_BC1 = 1 + 2 * options.z_weight * log_z_BC1
     dlogits_BCV = jnp.exp(logits_BCV - log_z_BC1) * scale_BC1 - hit_BCV
-    dlogits_BCV = jnp.where(valid_BC[..., None], dlogits_BCV, 0).astype(x_BCD.dtype)
-    return value, nll_BC, x_BCD, dlogits_BCV
+    dlogits_BCV = jnp.where(valid_BC[..., None], weight_BC[..., None] * dlogits_BCV, 0)
+    return value, nll_BC, x_BCD, dlogits_BCV.astype(x_BCD.dtype), loss_BC
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_sums(options, x_NBCD, output_DV, targets_NBC, valid_NBC):
+def _chunked_sums(options, x_NBCD, output_DV, targets_NBC, weight_NBC):
     def step(total, chunk):
-        value, nll_BC, _, _ = _chunk(options, output_DV, chunk)
+        value, nll_BC, *_ = _chunk(options, output_DV, chunk)
         return total + value, nll_BC
 
-    return jax.lax.scan(step, jnp.float32(0), (x_NBCD, targets_NBC, valid_NBC))
+    return jax.lax.scan(step, jnp.float32(0), (x_NBCD, targets_NBC, weight_NBC))
 
 
-def _chunked_forward(options, x_NBCD, output_DV, targets_NBC, valid_NBC):
+def _chunked_forward(options, x_NBCD, output_DV, targets_NBC, weight_NBC):
+    product = partial(contracted, plain=options.plain)
+
     def step(carry, chunk):
         total, doutput_DV = carry
-        value, nll_BC, x_BCD, dlogits_BCV = _chunk(options, output_DV, chunk)
-        dx_BCD = contracted(dlogits_BCV, output_DV, (2,), (1,), x_BCD.dtype)
-        doutput_DV += contracted(x_BCD, dlogits_BCV, (0, 1), (0, 1))
-        return (total + value, doutput_DV), (nll_BC, dx_BCD)
+        value, nll_BC, x_BCD, dlogits_BCV, loss_BC = _chunk(options, output_DV, chunk)
+        dx_BCD = product(dlogits_BCV, output_DV, (2,), (1,), x_BCD.dtype)
+        doutput_DV += product(x_BCD, dlogits_BCV, (0, 1), (0, 1))
+        return (total + value, doutput_DV), (nll_BC, dx_BCD, loss_BC)
 
     start = (jnp.float32(0), jnp.zeros(output_DV.shape, jnp.float32))
-    chunks = (x_NBCD, targets_NBC, valid_NBC)
-    (total, doutput_DV), (nll_NBC, dx_NBCD) = jax.lax.scan(step, start, chunks)
-    return (total, nll_NBC), (dx_NBCD, doutput_DV.astype(output_DV.dtype))
+    chunks = (x_NBCD, targets_NBC, weight_NBC)
+    (total, doutput_DV), (nll_NBC, dx_NBCD, loss_NBC) = jax.lax.scan(step, start, chunks)
+    return (total, nll_NBC), (dx_NBCD, doutput_DV.astype(output_DV.dtype), loss_NBC)
 
 
 def _cross_entropy_backward(options, gradients, cotangents):
-    dx_NBCD, doutput_DV = gradients
+    dx_NBCD, doutput_DV, loss_NBC = gradients
     scale = cotangents[0]
+    dweight_NBC = None if loss_NBC is None else scale * loss_NBC
     if options.vocabulary_axis:
         # Every device has its share of the sum's cotangent, and the only piece of these logits.
         scale = scale * jax.lax.axis_size(options.vocabulary_axis)
@@ -196,7 +210,7 @@ def _cross_entropy_backward(options, gradients, cotangents):
         dx_NBCD * scale.astype(dx_NBCD.dtype),
         doutput_DV * scale.astype(doutput_DV.dtype),
         None,
-        None,
+        dweight_NBC,
     )
 
 
@@ -218,7 +232,7 @@ def _kernel_forward(options, x_TD, output_DV, targets_T, valid_T):
     total, nll_T, log_z_T = _losses(options, sums_3T, valid_T)
     scale_T = jnp.where(valid_T, 1 + 2 * options.z_weight * log_z_T, 0.0)
     dx_TD, doutput_DV = logit_gradients(options.tiles, x_TD, output_DV, columns_T, log_z_T, scale_T)
-    return (total, nll_T), (dx_TD, doutput_DV.astype(output_DV.dtype))
+    return (total, nll_T), (dx_TD, doutput_DV.astype(output_DV.dtype), None)
 
 
 def _columns(options, output_DV, targets_T, valid_T):

@@ -35,7 +35,7 @@ from dynmoe_jax.mesh.axes import (
 from dynmoe_jax.mesh.collectives import COMPUTED_AGAIN, each_device, gathered
 from dynmoe_jax.mesh.sharding import whole_parameter
 from dynmoe_jax.model.kernels.norm.norm import forked, gradients_of_rows, unit_rows
-from dynmoe_jax.model.linear import times
+from dynmoe_jax.model.linear.products import times
 
 TILES = (512, 256, 128)
 """Tokens of a tile, best first: backward adds to the gradients of all matrices once for each."""
@@ -45,7 +45,10 @@ PARTS = 2
 
 
 def projected(
-    norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"], matrices: Mapping[str, Array]
+    norm: nnx.RMSNorm,
+    x_BLD: Float[Array, "B L D"],
+    matrices: Mapping[str, Array],
+    plain: bool = False,
 ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L X"], ...]]:
     """(the stream, the product of its norm with each matrix).
 
@@ -53,15 +56,16 @@ def projected(
       norm: RMSNorm.
       x_BLD: the stream, in the compute type.
       matrices: by the name of the parameter, [D, ...]; axes behind D are put side by side.
+      plain: no kernels.
     """
     width, sizes = x_BLD.shape[-1], mesh_sizes()
     columns = [matrix.size // width for matrix in matrices.values()]
     tokens = x_BLD.size // width // batch_devices(sizes)
-    tile = projection_tile(tokens, width, columns, x_BLD.dtype)
+    tile = 0 if plain else projection_tile(tokens, width, columns, x_BLD.dtype)
     if sizes[MODEL] > 1 or not tile:
-        x_BLD, normed_BLD = forked(norm, x_BLD)
+        x_BLD, normed_BLD = forked(norm, x_BLD, plain)
         return x_BLD, tuple(
-            times(normed_BLD, whole_parameter(name, matrix, x_BLD.dtype, (width, -1)))
+            times(normed_BLD, whole_parameter(name, matrix, x_BLD.dtype, (width, -1)), plain)
             for name, matrix in matrices.items()
         )
     # The cast comes first, so that bfloat16 travels.

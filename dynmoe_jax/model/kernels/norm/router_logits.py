@@ -30,7 +30,10 @@ Forked = tuple[Float[Array, "B L D"], Float[Array, "B L D"], Float[Array, "B L E
 
 
 def norm_and_logits(
-    norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"], router_DE: Float[Array, "D E"]
+    norm: nnx.RMSNorm,
+    x_BLD: Float[Array, "B L D"],
+    router_DE: Float[Array, "D E"],
+    plain: bool = False,
 ) -> Forked:
     """(the stream, its norm, the router's logits, float32).
 
@@ -41,9 +44,10 @@ def norm_and_logits(
       norm: RMSNorm.
       x_BLD: the stream, in the compute type.
       router_DE: float32.
+      plain: no kernels.
     """
-    if not runs_on_tiles(x_BLD):
-        x_BLD, normed_BLD = forked(norm, x_BLD)
+    if plain or not runs_on_tiles(x_BLD):
+        x_BLD, normed_BLD = forked(norm, x_BLD, plain)
         return x_BLD, normed_BLD, _logits(normed_BLD, router_DE)
     scale_D = norm.scale[...].astype(norm.dtype)
     x_BLD, normed_BLD, logits_BLE = logits_by_kernels(x_BLD, scale_D, router_DE, norm.epsilon)

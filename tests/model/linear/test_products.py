@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dynmoe_jax.hardware.native import library
-from dynmoe_jax.model import linear
-from dynmoe_jax.model.linear import contracted, times
+from dynmoe_jax.model.linear import products
+from dynmoe_jax.model.linear.products import contracted, times
 from tests.close import assert_close
 
 needs_kernels = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
@@ -72,7 +72,7 @@ def test_xla_multiplies_where_there_is_no_matrix_unit(monkeypatch):
 
 
 def test_xla_multiplies_few_rows_and_other_types(matrix_unit):
-    assert not calls_kernels(times, draw(linear.ROWS - 1, 8), draw(8, 8))
+    assert not calls_kernels(times, draw(products.ROWS - 1, 8), draw(8, 8))
     assert not calls_kernels(times, draw(600, 8).astype(jnp.bfloat16), draw(8, 8))
 
 

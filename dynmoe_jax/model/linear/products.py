@@ -25,17 +25,19 @@ ROWS = 512
 rows are as fast by XLA (docs/measurements.md: cpu-dense-product)."""
 
 
-def times(x_XD: Float[Array, "*X D"], matrix_DY: Float[Array, "D Y"]) -> Float[Array, "*X Y"]:
-    """``x @ matrix``."""
+def times(
+    x_XD: Float[Array, "*X D"], matrix_DY: Float[Array, "D Y"], plain: bool = False
+) -> Float[Array, "*X Y"]:
+    """``x @ matrix``, by XLA where it shall be ``plain``."""
     rows = math.prod(x_XD.shape[:-1])
-    if not _by_kernels(rows, x_XD, matrix_DY):
+    if plain or not _by_kernels(rows, x_XD, matrix_DY):
         return x_XD @ matrix_DY
     y_XY = _times(x_XD.reshape(rows, -1), matrix_DY)
     return y_XY.reshape(*x_XD.shape[:-1], -1)
 
 
 def times_parameter(
-    x_BLX: Float[Array, "B L X"], name: str, parameter: Float[Array, "..."]
+    x_BLX: Float[Array, "B L X"], name: str, parameter: Float[Array, "..."], plain: bool = False
 ) -> Float[Array, "B L D"]:
     """``x_BLX`` times a parameter, whose axes but the last are put side by side.
 
@@ -47,10 +49,11 @@ def times_parameter(
       x_BLX: on a mesh split by batch, and by heads along ``model``.
       name: of the parameter; its letters say how it lies.
       parameter: its axes but the last have X elements together.
+      plain: by XLA.
     """
     sizes, matrix = mesh_sizes(), (x_BLX.shape[-1], parameter.shape[-1])
     if on_one_device() or sizes[MODEL] > 1:
-        return times(x_BLX, whole_parameter(name, parameter, x_BLX.dtype, matrix))
+        return times(x_BLX, whole_parameter(name, parameter, x_BLX.dtype, matrix), plain)
     spec = parameter_spec(name, parameter.shape, sizes)
 
     def on_each_device(x_BLX, part):
@@ -66,6 +69,7 @@ def contracted(
     left_axes: tuple[int, ...],
     right_axes: tuple[int, ...],
     dtype: jnp.dtype = jnp.float32,
+    plain: bool = False,
 ) -> Float[Array, "..."]:
     """The sum over some axes of products, added up in float32; it has no derivative.
 
@@ -75,6 +79,7 @@ def contracted(
       left_axes: those that are summed over: all leading ones, or all trailing ones.
       right_axes: the same of the right side.
       dtype: of the result.
+      plain: by XLA.
 
     Returns:
       The other axes of the left side, then those of the right one.
@@ -84,7 +89,7 @@ def contracted(
         for array, axes in ((left, left_axes), (right, right_axes))
     ]
     rows, columns = map(math.prod, sizes)
-    if not _by_kernels(rows, left, right):
+    if plain or not _by_kernels(rows, left, right):
         dimensions = ((left_axes, right_axes), ((), ()))
         return jax.lax.dot_general(left, right, dimensions, preferred_element_type=dtype)
     left_transposed, right_transposed = 0 in left_axes, 0 not in right_axes

@@ -1,0 +1,93 @@
+"""Compile time of the train step where layers differ, against as many equal ones.
+
+    python -m benchmarks.compile_layers --rounds 3
+
+24 equal layers are one scan of one layer.  Four shapes (expert counts and hidden widths) in four
+runs of six are four scans, dense and MoE in turns one scan of two layers, and four shapes in random
+order as many programs as :func:`dynmoe_jax.model.periods.find_runs` must make of them.  Each round
+lowers and compiles every model once, at a small width, for the devices that are there.
+"""
+
+import argparse
+import dataclasses
+import math
+import random
+import time
+
+from benchmarks.command import run
+from benchmarks.compile_time import compile_step_of, instructions, settings
+from dynmoe_jax import config
+from dynmoe_jax.model.stacks import stacks_of
+
+LAYERS = 24
+SHAPES = ((8, 64), (4, 96), (6, 32), (12, 48))
+"""(experts, hidden width) of a layer."""
+
+
+def in_runs() -> list[tuple[int, int]]:
+    """The shapes of layers in four runs of six."""
+    return [shape for shape in SHAPES for _ in range(LAYERS // len(SHAPES))]
+
+
+def in_random_order(seed: int = 0) -> list[tuple[int, int]]:
+    """The same layers, shuffled."""
+    return random.Random(seed).sample(in_runs(), LAYERS)
+
+
+def with_shapes(cfg: config.Config, shapes: list[tuple[int, int]]) -> config.Config:
+    """The settings with these shapes of layers."""
+    layers = ";".join(
+        f"{i}:moe.num_experts={experts},moe.hidden_width={width}"
+        for i, (experts, width) in enumerate(shapes)
+    )
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layers=layers))
+
+
+def in_turns(cfg: config.Config) -> config.Config:
+    """The settings with a dense layer behind every layer with experts."""
+    moe = dataclasses.replace(cfg.model.moe, every_n_layers=2)
+    model = dataclasses.replace(cfg.model, moe=moe, hidden_width=64)
+    return dataclasses.replace(cfg, model=model)
+
+
+def cases(backend: str = "auto") -> dict[str, config.Config]:
+    """The settings by name, the equal layers first."""
+    equal = settings(LAYERS, backend)
+    return {
+        "equal": equal,
+        "four runs of six": with_shapes(equal, in_runs()),
+        "dense and MoE in turns": in_turns(equal),
+        "random order": with_shapes(equal, in_random_order()),
+    }
+
+
+def programs(model: config.Model) -> int:
+    """Layers that are compiled, each by itself."""
+    return sum(len(stack.run.period) for stack in stacks_of(model))
+
+
+def main() -> None:
+    """Prints seconds, relative to equal layers too, for each arrangement."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="compilations of each model")
+    asked = parser.parse_args()
+    models = cases()
+    fastest, sizes = dict.fromkeys(models, math.inf), {}
+    for _ in range(asked.rounds):
+        for name, cfg in models.items():
+            start = time.perf_counter()
+            compiled = compile_step_of(cfg)
+            fastest[name] = min(fastest[name], time.perf_counter() - start)
+            sizes[name] = instructions(compiled)
+    print(f"{'24 layers':<24}compiled  fastest of all  relative  instructions")
+    for name, seconds in fastest.items():
+        print(
+            f"{name:<24}{programs(models[name].model):>8} {seconds:>13.2f} s"
+            f"{seconds / fastest['equal']:>10.2f} {sizes[name]:>13,}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

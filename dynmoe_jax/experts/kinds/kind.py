@@ -1,0 +1,60 @@
+"""Interface of kinds of experts: the function that one routed expert computes of a token.
+
+Axis legend: E experts, R rows of one expert, D model width, F hidden width of an expert.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from jaxtyping import Array, Float
+
+from dynmoe_jax.experts.weights import ExpertWeights
+from dynmoe_jax.routing import Parameter
+
+Arrays = Mapping[str, Array]
+"""Arrays of experts by the names of their parameters."""
+
+
+class ExpertKind:
+    """A kind of expert: a frozen dataclass whose fields are its settings.
+
+    Derive from it, and write :meth:`parameters`, :meth:`apply` and :meth:`flops_per_row`: any such
+    kind trains on any mesh, by a loop over used blocks (:mod:`dynmoe_jax.experts.used_blocks`).
+
+    Attributes:
+      dense: None, or a method (arrays of some experts, [E, ...]) -> :class:`ExpertWeights` that
+        compute the same, with which every kernel for SwiGLU experts computes this kind.
+      stored_dense: ``dense`` only gives other names to the parameters, so that kernels may read
+        them where they lie among those of all layers.
+      splits_hidden: tensor parallelism may give each device a part of every axis F (and of both
+        halves of 2F), since the outputs of the parts add up.  Otherwise each device puts whole
+        experts together.  A bias of the output forbids it: every part would add it.
+    """
+
+    dense: ClassVar[Callable[[Any, Arrays], ExpertWeights] | None] = None
+    stored_dense: ClassVar[bool] = False
+    splits_hidden: ClassVar[bool] = False
+
+    def parameters(self, width: int, num_experts: int, hidden_width: int) -> dict[str, Parameter]:
+        """Parameters of all experts of one layer by name, in the order in which they are drawn.
+
+        Args:
+          width: D.
+          num_experts: E; every shape begins with it, and every name's axes with the letter.
+          hidden_width: F.
+        """
+        raise NotImplementedError
+
+    def apply(self, weights: Arrays, x_RD: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        """Computes rows, each by itself, in plain JAX.
+
+        Args:
+          weights: of one expert, in the compute type, without the axis E.
+          x_RD: rows, in the compute type.  For a row of zeros, which fills empty slots of the
+            capacity backend, values and derivatives have to be finite.
+        """
+        raise NotImplementedError
+
+    def flops_per_row(self, width: int, hidden_width: int) -> float:
+        """FLOPs of the matrix products of one row, forward (a multiply-add is two)."""
+        raise NotImplementedError

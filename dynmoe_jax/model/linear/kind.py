@@ -1,0 +1,61 @@
+"""Interface of kinds of matrices: what stands for the matrix of a linear map.
+
+Axis legend: D model width, H query heads, G key/value heads, W head width, F hidden width, X all
+leading axes of an input.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from jaxtyping import Array, Float
+
+from dynmoe_jax.mesh.axes import axes_of
+from dynmoe_jax.routing import Parameter
+
+Arrays = Mapping[str, Array]
+"""Arrays by the names of their parameters."""
+
+MATRICES = ("query_DHW", "key_DGW", "value_DGW", "output_HWD", "gate_up_D2F", "down_FD")
+"""Names of all matrices that have a kind: of attention, and of the dense feed-forward."""
+
+
+class LinearKind:
+    """A kind of matrix: a frozen dataclass whose fields are its settings.
+
+    Attributes:
+      apply: None, for the product with :meth:`dense` by whatever kernel is best; else a method
+        (name, arrays in the compute type, x_XI) -> y_XO, with all inputs of a matrix side by side
+        in I and all outputs in O.
+    """
+
+    apply: ClassVar[Callable[[Any, str, Arrays, Array], Array] | None] = None
+
+    def obstacle(self) -> str | None:
+        """Says why the settings do not fit any model: "NAME=VALUE must …"."""
+
+    def parameters(self, name: str, shape: tuple[int, ...]) -> dict[str, Parameter]:
+        """Parameters that stand for a matrix, by name; names end in axes, so that sharding follows.
+
+        One called ``name`` is drawn as a dense matrix is, so that the same seed gives the same;
+        others are drawn from keys of their own.
+
+        Args:
+          name: of the matrix, one of :data:`MATRICES`.
+          shape: its axes, as the name has them.
+        """
+        raise NotImplementedError
+
+    def dense(self, name: str, arrays: Arrays) -> Float[Array, "..."]:
+        """The whole matrix, float32, differentiable.
+
+        Args:
+          name: of the matrix.
+          arrays: of its parameters.
+        """
+        raise NotImplementedError
+
+
+def input_axes(name: str) -> int:
+    """Number of the leading axes of a matrix that are summed over: 1 of DHW, 2 of HWD."""
+    axes = axes_of(name)
+    return 1 if axes[0] == "D" else len(axes) - 1

@@ -1,0 +1,26 @@
+"""Quantiles of numbers in [0, 1] that are counted in bins, so that they add up over devices.
+
+Axis legend: T tokens, M numbers of a token, B bins.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+BINS = 1000
+
+
+def histogram(value_TM: Float[Array, "T M"], valid_T: Bool[Array, "T"]) -> Int[Array, "B"]:
+    """Numbers of the valid tokens by bin."""
+    bin_TM = jnp.clip((value_TM * BINS).astype(jnp.int32), 0, BINS - 1)
+    counted_TM = jnp.broadcast_to(valid_T[:, None], bin_TM.shape).astype(jnp.int32)
+    return jnp.zeros(BINS, jnp.int32).at[bin_TM].add(counted_TM)
+
+
+def quantile(count_B: Int[Array, "B"], share: float) -> Float[Array, ""]:
+    """The number that ``share`` of all are below, linear within a bin."""
+    until_B = jnp.cumsum(count_B).astype(jnp.float32)
+    wanted = share * until_B[-1]
+    bin_ = jnp.argmax(until_B >= wanted)
+    before = until_B[bin_] - count_B[bin_]
+    inside = (wanted - before) / jnp.maximum(count_B[bin_], 1)
+    return (bin_ + jnp.clip(inside, 0, 1)) / count_B.shape[0]

@@ -1,0 +1,46 @@
+"""Inputs of routers for tests."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dynmoe_jax.routing import Router, RouterInput
+
+T, E, D = 24, 8, 4
+
+
+def given(router: Router, logits_TE, valid_T=None, *, training=False, params=None, x_TD=None):
+    """The input that a layer would make of logits, for any router."""
+    tokens, experts = logits_TE.shape
+    valid_T = jnp.ones(tokens, bool) if valid_T is None else valid_T
+    keys_T2 = jax.vmap(lambda i: jax.random.key_data(jax.random.key(i)))(jnp.arange(tokens))
+    reads = {"key_T": "noise", "token_id_T": "token_ids"}
+    arrays = {"key_T": keys_T2, "token_id_T": jnp.arange(tokens) * 7 + 3}
+    read = {name: arrays[name] for name, fact in reads.items() if fact in router.reads}
+    x_TD = jax.random.normal(jax.random.key(1), (tokens, D)) if x_TD is None else x_TD
+    if router.logits is not None:
+        logits_TE = router.logits(params or {}, x_TD, experts)
+    return RouterInput(
+        x_TD,
+        logits_TE,
+        valid_T,
+        router.initial_state(experts),
+        expected=router.bounds(experts).expected,
+        length=tokens,
+        training=training,
+        **read,
+    )
+
+
+def params_of(router: Router, experts=E, width=D):
+    """Parameters of a router, drawn."""
+    drawn = {}
+    for i, (name, parameter) in enumerate(router.parameters(width, experts).items()):
+        drawn[name] = 0.5 * jax.random.normal(jax.random.key(i), parameter.shape)
+    return drawn
+
+
+def replace(seen: RouterInput, **changes) -> RouterInput:
+    """The input with other arrays."""
+    return dataclasses.replace(seen, **changes)

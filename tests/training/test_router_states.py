@@ -1,0 +1,184 @@
+"""States of routers and controllers in training: batches cut anyhow, skips, noise, resuming."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynmoe_jax import config
+from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
+from dynmoe_jax.registry import ROUTERS
+from dynmoe_jax.routing import TopK
+from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dynmoe_jax.training.step import init_state, make_train_step
+
+B, L, V = 8, 12, 32
+
+CASES = {
+    "sigmoid_bias": {"router": "sigmoid_bias", "sigmoid_bias": {"k": 2, "rate": 0.01}},
+    "budget": {"top_p": {"experts_per_token": 1.5, "max_threshold": 0.9}},
+    "relu": {"router": "relu", "relu": {"experts_per_token": 1.0}},
+}
+
+
+def settings(moe, microbatches=1, mesh=None, loss=None, **train):
+    model = config.Model(
+        num_layers=2,
+        width=8,
+        num_heads=2,
+        num_kv_heads=2,
+        head_width=4,
+        vocab_size=V,
+        max_seq_len=L,
+        init_std=0.3,
+        moe=config.MoE(num_experts=4, hidden_width=8, **moe),
+    )
+    return dataclasses.replace(
+        config.Config(),
+        model=model,
+        loss=loss or config.Loss(),
+        data=config.Data(seq_len=L),
+        train=config.Train(batch_size=B, microbatches=microbatches, steps=10, **train),
+        mesh=mesh or config.Mesh(),
+    )
+
+
+def batch():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, V, (B, L + 1))
+    segments = np.ones((B, L), int)
+    segments[0, 7:] = 0
+    positions = np.tile(np.arange(L), (B, 1))
+    arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments}
+    return {k: jnp.asarray(v, jnp.int32) for k, v in (arrays | {"positions": positions}).items()}
+
+
+def parts(cfg):
+    schedule = make_schedule(cfg.optimizer, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+    init = lambda key: init_state(cfg, optimizer, key)  # noqa: E731
+    return init, make_train_step(cfg, optimizer, schedule)
+
+
+def steps(cfg, count=2, devices=1, data=None):
+    """(state, metrics of the last step)."""
+    init, step = parts(cfg)
+    data = data or batch()
+    if devices == 1:
+        state, step = jax.jit(init)(jax.random.key(0)), jax.jit(step)
+        for _ in range(count):
+            state, metrics = step(state, data)
+        return state, metrics
+    mesh = make_mesh(cfg.mesh, B // cfg.train.microbatches)
+    with jax.set_mesh(mesh):
+        placed = state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+        state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
+        step, data = jax.jit(step), jax.device_put(data, batch_sharding(mesh))
+        for _ in range(count):
+            state, metrics = step(state, data)
+    return state, metrics
+
+
+def moving(state):
+    """States of routers and of controllers."""
+    names = ("bias_E", "threshold")
+    flat = [leaf[...] for path, leaf in state.params.flat_state() if path[-1] in names]
+    return jax.device_get(flat + jax.tree.leaves(state.controllers))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_cut_in_two_gives_the_same_new_state(case):
+    whole, _ = steps(settings(CASES[case]))
+    cut, _ = steps(settings(CASES[case], microbatches=2))
+    assert moving(whole)
+    start = moving(jax.jit(parts(settings(CASES[case]))[0])(jax.random.key(0)))
+    for a, b, before in zip(moving(whole), moving(cut), start, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+        assert not np.array_equal(a, before)
+
+
+@pytest.mark.parametrize("case", ["sigmoid_bias", "budget"])
+def test_eight_devices_give_the_same_new_state(case):
+    mesh = config.Mesh(data=2, expert=2, model=2)
+    alone, one = steps(settings(CASES[case]))
+    together, eight = steps(settings(CASES[case], mesh=mesh), devices=8)
+    np.testing.assert_allclose(one["loss"], eight["loss"], rtol=1e-5)
+    for a, b in zip(moving(alone), moving(together), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_a_skipped_update_leaves_states_as_they_were():
+    cfg = settings(CASES["sigmoid_bias"], loss=config.Loss(balance={"weight": 0.01, "controller":
+                                                           "drop_rate"}))  # fmt: skip
+    init, step = parts(cfg)
+    state = jax.jit(init)(jax.random.key(0))
+    poisoned = jax.tree.map(lambda x: x, state.params)
+    poisoned["embedding_VD"][...] = jnp.full_like(poisoned["embedding_VD"][...], jnp.nan)
+    state = dataclasses.replace(state, params=poisoned)
+    after, metrics = jax.jit(step)(state, batch())
+    assert metrics["skipped_updates"] == 1
+    assert after.step == 1
+    for a, b in zip(moving(state), moving(after), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noisy(TopK):
+    """Top-k of logits with noise, in training alone."""
+
+    reads = frozenset({"noise"})
+
+    def __call__(self, params, given):
+        """Routes T tokens."""
+        if given.key_T is not None:
+            shape = given.logits_TE.shape[1:]
+            noise_TE = given.draws(lambda key: jax.random.normal(key, shape))
+            given = dataclasses.replace(given, logits_TE=given.logits_TE + 3 * noise_TE)
+        return super().__call__(params, given)
+
+
+def test_noise_is_the_same_however_the_batch_is_cut_and_new_in_every_step():
+    with ROUTERS.temporarily("noisy", Noisy):
+        moe = {"router": "noisy", "noisy": {"k": 1}}
+        mesh = config.Mesh(data=2, expert=2, model=2)
+        loads = [
+            np.asarray(steps(cfg, 1, devices)[1]["load_NE"])
+            for cfg, devices in [
+                (settings(moe), 1),
+                (settings(moe, microbatches=2), 1),
+                (settings(moe, mesh=mesh), 8),
+            ]
+        ]
+        np.testing.assert_array_equal(loads[0], loads[1])
+        np.testing.assert_array_equal(loads[0], loads[2])
+        frozen = dataclasses.replace(settings(moe), optimizer=config.Optimizer(learning_rate=1e-30))
+        init, step = parts(frozen)
+        step, state = jax.jit(step), jax.jit(init)(jax.random.key(0))
+        state, first = step(state, batch())
+        state, second = step(state, batch())
+        assert not np.array_equal(first["load_NE"], second["load_NE"])
+        assert not np.array_equal(first["load_NE"][0], first["load_NE"][1])  # nor of two layers
+
+
+def test_only_trainable_parameters_move_and_have_moments():
+    cfg = settings({}, trainable=r"router_DE")
+    init, _ = parts(cfg)
+    before = jax.jit(init)(jax.random.key(0))
+    after, _ = steps(cfg, 1)
+    pairs = zip(before.params.flat_state(), after.params.flat_state(), strict=True)
+    moved = {".".join(map(str, path)): not np.array_equal(a[...], b[...])
+             for (path, a), (_, b) in pairs}  # fmt: skip
+    assert {name for name, change in moved.items() if change} == {
+        name for name in moved if "router_DE" in name
+    }
+    moments = sum(x.size for x in jax.tree.leaves(after.optimizer) if x.ndim)
+    trained = sum(v[...].size for p, v in after.params.flat_state() if p[-1] == "router_DE")
+    assert moments == 2 * trained
+
+
+def test_a_pattern_that_finds_nothing_is_refused():
+    init, _ = parts(settings({}, trainable="nothing_like_this"))
+    with pytest.raises(config.ConfigError, match=r"config\.train\.trainable='nothing_like_this'"):
+        jax.eval_shape(init, jax.random.key(0))
