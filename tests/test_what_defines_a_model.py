@@ -46,6 +46,11 @@ BASES = {
 LEAVES = {path: (field, value) for path, field, value in config.walk(TINY)}
 DEFINING = [path for path, (field, _) in LEAVES.items() if field.metadata["defines_model"]]
 OTHERS = [path for path in LEAVES if path not in DEFINING]
+TEXTS = {
+    "layers": ("1:moe.hidden_width=12", "1:hidden_width=12"),
+    "lora.targets": ("query",),
+}
+"""Other values of settings that are free text."""
 
 
 def run_of(model):
@@ -73,7 +78,8 @@ def one_step_away(model, path):
     if isinstance(value, bool):
         candidates = [not value]
     elif isinstance(value, str):
-        candidates = [choice for choice in field.metadata["choices"] or () if choice != value]
+        choices = field.metadata["choices"] or TEXTS.get(path, ())
+        candidates = [choice for choice in choices if choice != value]
     else:
         candidates = [value + 1, value - 1, value * 2, value / 2]
     for candidate in map(type(value), candidates):
@@ -148,14 +154,22 @@ def test_export_writes_or_refuses_it(path, name):
     try:
         architecture = architecture_for(changed)
     except CheckpointError as error:
-        assert "no format of Hugging Face's has such a model" in str(error)  # noqa: PT017
+        assert "no format of Hugging Face's has" in str(error)  # noqa: PT017
         return
     written = architecture.model_from_hf(architecture.model_to_hf(changed))
     same = values(written)[path] == value
     assert same or computation(written) == computation(changed)
 
 
-@pytest.mark.parametrize("path", OTHERS)
+OF_THE_SAME_MODEL = [
+    path
+    for path in OTHERS
+    if all(choice.removeprefix("model.") in OTHERS for choice in choosing(f"model.{path}"))
+]
+"""Others are of kinds that no format of theirs has, such as the pace of a router's state."""
+
+
+@pytest.mark.parametrize("path", OF_THE_SAME_MODEL)
 def test_the_way_of_computing_does_not_keep_a_model_from_export(path):
     base = with_kind_of(BASES["MoEForCausalLM"], path)
     changed, _ = one_step_away(base, path)

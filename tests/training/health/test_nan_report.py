@@ -129,7 +129,9 @@ def test_gradients_come_in_the_order_of_backward(decoder):
 
 def test_largest_is_that_of_the_finite_numbers(decoder):
     decoder.embedding_VD[...] = decoder.embedding_VD[...].at[0].set(-50.0).at[1, 0].set(jnp.inf)
-    place = next(p for p in check_state(_state(decoder), MODEL) if p.name == "parameter embedding_VD")
+    place = next(
+        p for p in check_state(_state(decoder), MODEL) if p.name == "parameter embedding_VD"
+    )
     assert dataclasses.astuple(place)[1:] == (1, 50.0)
 
 
