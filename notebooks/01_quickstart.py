@@ -68,11 +68,11 @@ from dynmoe_jax.training.trainer import train
 # is not.
 
 # %%
-router = TopP(num_experts=8, threshold=0.4)
+router = TopP(threshold=0.4)
 logits_TE = jnp.array(
     [[0.2, 3.0, 0.1, 0.5, 1.0, 0.0, 0.3, 0.4], [0.9, 1.1, 0.2, 1.2, 0.7, 0.1, 1.0, 0.4]]
 )
-routing = router(logits_TE, jnp.ones(2, bool))
+routing = router.on_logits(logits_TE, jnp.ones(2, bool))
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
 for token, axis in enumerate(axes):
@@ -172,7 +172,7 @@ show_experts([(tokenizer.decode(ids[i : i + 1]), experts_L[i]) for i in range(le
 # %% [markdown]
 # ## Next
 #
-# - `python train.py --help` lists all settings; try `--config.model.moe.top_p=0.2`, or
-#   `--config.loss.entropy_weight=0`, and compare the experts per token.
+# - `python train.py --help` lists all settings; try `--config.model.moe.top_p.threshold=0.2`, or
+#   `--config.loss.entropy.weight=0`, and compare the experts per token.
 # - Train on text of yours: `--config.data.sources='text:notes/**/*.md'`.
 # - The run's folder holds `report.html`, with every curve on one page.

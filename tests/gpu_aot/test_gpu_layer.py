@@ -17,7 +17,7 @@ from dynmoe_jax.routing import TopK, TopP
 
 # The paper's shape: 16 experts, p = 0.4, so at most K = 7 experts per token.
 T, D, F, E, K = 8192, 1024, 2816, 16, 7
-PAPER = TopP(E, 0.4)
+PAPER = TopP(0.4)
 
 
 def compile_layer(mesh, tokens, router=PAPER, products="auto"):
@@ -29,7 +29,7 @@ def compile_layer(mesh, tokens, router=PAPER, products="auto"):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
     def loss(x_TD, logits_TE, weights):
-        routing = router(logits_TE, jnp.ones(tokens, bool))
+        routing = router.on_logits(logits_TE, jnp.ones(tokens, bool))
         y_TD, _ = apply_experts(x_TD, routing, weights, backend)
         return jnp.sum(jnp.square(y_TD.astype(jnp.float32)))
 
@@ -66,11 +66,11 @@ def test_layer_and_gradient(mesh_of):
 
 
 def test_the_check_finds_what_xla_makes_dense(mesh_of):
-    assert dense_or_copied(compile_layer(mesh_of("h100"), T, TopK(E, 2), "xla"))
+    assert dense_or_copied(compile_layer(mesh_of("h100"), T, TopK(2), "xla"))
 
 
 def test_each_gpu_of_a_mesh_computes_its_own_tokens(mesh_of):
-    module = compile_layer(mesh_of("h100", 4), 4 * T, TopK(E, 2))
+    module = compile_layer(mesh_of("h100", 4), 4 * T, TopK(2))
     assert kernels(module) == ONE_PART
     assert module.flops() == pytest.approx(18 * 2 * T * D * F, rel=0.1)
 
@@ -78,7 +78,7 @@ def test_each_gpu_of_a_mesh_computes_its_own_tokens(mesh_of):
 # On an A100 and an RTX 4090 there is less shared memory, and warps multiply one by one.
 @pytest.mark.parametrize("chip", ["a100", "rtx4090"])
 def test_kernels_fit(mesh_of, chip):
-    assert kernels(compile_layer(mesh_of(chip), T, TopK(E, 2))) == ONE_PART
+    assert kernels(compile_layer(mesh_of(chip), T, TopK(2))) == ONE_PART
 
 
 def dense_or_copied(module):

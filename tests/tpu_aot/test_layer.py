@@ -31,7 +31,7 @@ def arguments(mesh, tokens, D=D, F=F, E=E):
     return x_TD, array((tokens, E), jnp.float32, ("data",)), weights
 
 
-PAPER = TopP(E, 0.4)
+PAPER = TopP(0.4)
 
 
 def compile_layer(mesh, tokens, D=D, F=F, E=E, router=PAPER):
@@ -39,7 +39,7 @@ def compile_layer(mesh, tokens, D=D, F=F, E=E, router=PAPER):
     backend = make_backend(config.MoE(), Target.of(mesh.devices.flat[0]))
 
     def loss(x_TD, logits_TE, weights):
-        routing = router(logits_TE, jnp.ones(tokens, bool))
+        routing = router.on_logits(logits_TE, jnp.ones(tokens, bool))
         y_TD, _ = apply_experts(x_TD, routing, weights, backend)
         return jnp.sum(jnp.square(y_TD.astype(jnp.float32)))
 
@@ -98,7 +98,7 @@ def test_layer_and_gradient(mesh_of, chip, count, D, F):
     ],
 )
 def test_kernels_fit_into_fast_memory(mesh_of, chip, shape):
-    module = compile_layer(mesh_of(chip), T, *shape, TopK(shape[-1], 2))
+    module = compile_layer(mesh_of(chip), T, *shape, router=TopK(2))
     kernels = {i.name for _, _, i in module.instructions() if i.is_kernel}
     for name in ("grouped_swiglu_gradient", "sum_of_rows", "tgmm"):
         assert any(name in kernel for kernel in kernels), kernels

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dynmoe_jax import config
+from dynmoe_jax.data import BATCH_ARRAYS
 from dynmoe_jax.hardware.target import Target, compile_for
 from dynmoe_jax.planning.hlo.module import Module
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
@@ -46,10 +47,10 @@ def module(mesh_of):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
     with compile_for(Target.of(mesh.devices.flat[0])), jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: init_state(MODEL, optimizer, jax.random.key(0)))
+        state = jax.eval_shape(lambda: init_state(CONFIG, optimizer, jax.random.key(0)))
         batch = {
             name: jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=everywhere)
-            for name in ("tokens", "targets", "segment_ids", "positions")
+            for name in BATCH_ARRAYS
         }
         step = jax.jit(make_train_step(CONFIG, optimizer, schedule), donate_argnums=0)
         compiled = step.lower(jax.tree.map(shaped, state), batch).compile()

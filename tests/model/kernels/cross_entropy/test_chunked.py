@@ -81,3 +81,31 @@ def test_logits_of_the_whole_batch_never_exist():
     assert "x1999x" in text.replace(">", "x")
     assert "4x64x1999" not in text
     assert "256x1999" not in text
+
+
+def test_weights_weigh_positions_and_have_a_gradient_themselves():
+    x_BLD, output_DV, targets_BL, valid_BL = draw()
+    weight_BL = jnp.where(valid_BL, jax.random.uniform(jax.random.key(5), (B, L)) + 0.1, 0.0)
+
+    def weighed(x_BLD, output_DV, weight_BL):
+        return cross_entropy_sums(
+            x_BLD, output_DV, targets_BL, weight_BL, z_weight=0.1, chunk_tokens=12
+        )[0]
+
+    def wanted(x_BLD, output_DV, weight_BL):
+        ones = jnp.ones((1, 1), bool)
+        losses = [
+            plain(
+                x_BLD[b : b + 1, i : i + 1], output_DV, targets_BL[b : b + 1, i : i + 1], ones, 0.1
+            )
+            for b in range(B)
+            for i in range(L)
+        ]
+        return jnp.sum(weight_BL.reshape(-1) * jnp.where(weight_BL.reshape(-1) > 0,
+                                                         jnp.stack(losses), 0.0))  # fmt: skip
+
+    arguments = (x_BLD, output_DV, weight_BL)
+    actual = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2)))(*arguments)
+    expected = jax.jit(jax.value_and_grad(wanted, argnums=(0, 1, 2)))(*arguments)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
