@@ -59,9 +59,18 @@ def test_a_mark_without_tokens_is_refused():
 
 @pytest.fixture(scope="module")
 def decoder():
-    moe = config.MoE(every_n_layers=0)
-    model = config.Model(num_layers=1, width=8, num_heads=1, num_kv_heads=1, head_width=8,
-                         hidden_width=8, vocab_size=16, init_std=0.5, max_seq_len=8, moe=moe)  # fmt: skip
+    model = config.Model(
+        num_layers=1,
+        width=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_width=8,
+        hidden_width=8,
+        vocab_size=16,
+        init_std=0.5,
+        max_seq_len=8,
+        moe=config.MoE(every_n_layers=0),
+    )
     return Decoder(model, rngs=nnx.Rngs(0))
 
 
