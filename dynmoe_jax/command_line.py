@@ -1,6 +1,7 @@
 """Command line of the main job: flags to a checked config; a mistake is one sentence and exit 2."""
 
 import difflib
+import functools
 import io
 import os
 import sys
@@ -296,7 +297,14 @@ def _print_help(about: str) -> None:
     table = Table(title="Settings and their defaults", title_justify="left", box=None)
     for column in ("--config.", "default", "unit", ""):
         table.add_column(column, overflow="fold")
-    for path, field, value in config.walk(config.Config()):
+    group, defaults = "", config.Config()
+    for path, field, value in config.walk(defaults):
+        if (owner := path.rpartition(".")[0]) != group:
+            group = owner
+            settings = functools.reduce(getattr, filter(None, owner.split(".")), defaults)
+            table.add_row()
+            about_it = f"[bold]{escape((type(settings).__doc__ or '').splitlines()[0])}[/]"
+            table.add_row(f"[bold]{owner}[/]", "", "", about_it)
         choices = field.metadata["choices"]
         about_it = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
         default = repr(config.shown(field, value))
