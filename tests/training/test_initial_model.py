@@ -94,3 +94,21 @@ def test_a_longer_sequence_is_allowed(tuned, change, tmp_path):
     assert with_initial_model(longer, tmp_path / "new").model.max_seq_len == 64
     shorter = change(tuned, data__seq_len=16, model__max_seq_len=16)
     assert with_initial_model(shorter, tmp_path / "new").model.max_seq_len == 32
+
+
+def test_adapters_begin_beside_a_dense_model(
+    tuned, change, state, workdir, saved_state, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    tuned = change(tuned, model__linear="lora", model__lora__rank=2, train__trainable="lora")
+    tuned = change(tuned, train__steps=1, optimizer__learning_rate=0.1, model__num_layers=2)
+    begun = with_initial_model(tuned, folder).model
+    assert (begun.linear, begun.lora.rank, begun.moe.top_p.threshold) == ("lora", 2, 0.4)
+    assert train(tuned, folder) == 0
+    saved = saved_state(folder, 1)
+    leaves = jax.tree.leaves_with_path({"params": state.params})
+    for path, leaf in leaves:
+        np.testing.assert_array_equal(saved.pop(jax.tree_util.keystr(path)), leaf)
+    added = {name for name in saved if name.startswith("['params']")}
+    assert len(added) == 4
+    assert all("lora" in name and np.any(saved[name]) for name in added)
