@@ -7,10 +7,13 @@ from pathlib import Path
 
 import jax
 import optax
+from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console
 from dynmoe_jax.data import find_tokenizer, kept_tokenizer, open_tokenizer
+from dynmoe_jax.model import Decoder, variable_shapes
+from dynmoe_jax.registry import chosen
 from dynmoe_jax.runs.checkpoint import FOLDER, saved_config
 from dynmoe_jax.runs.load import opened_run
 from dynmoe_jax.training.step import TrainState, first_state
@@ -20,7 +23,8 @@ def with_initial_model(cfg: config.Config, workdir: Path) -> config.Config:
     """The settings of a run, with those that come from the folder ``config.train.init_from``.
 
     What the model is comes from there, and so does the tokenizer; how the model is computed
-    (``config.model.dtype``, its backend and the like) is the run's own.  A run that has begun keeps
+    (``config.model.dtype``, its backend and the like) is the run's own.  So are matrices of
+    another kind, such as LoRA, that begin as those of a dense model.  A run that has begun keeps
     what it began with: the folder need not be there any more.
 
     Args:
@@ -61,10 +65,31 @@ def initial_state(
     folder = _folder(cfg)
     with opened_run(folder) as run:
         console.print(f"The model is that of {folder}, step {run.step:,}.", soft_wrap=True)
-        params = run.checkpoints.params(run.step, shapes.params)
+        known, added = _known(shapes.params, run.config.model)
+        params = run.checkpoints.params(run.step, known)
+    if added:
+        params = nnx.merge_state(params, _drawn(cfg, added))
     placed = jax.tree.map(lambda x: x.sharding, shapes)
     begin = jax.jit(partial(first_state, cfg, optimizer), out_shardings=placed, donate_argnums=0)
     return begin(params)
+
+
+def _known(shapes: nnx.State, model: config.Model) -> tuple[nnx.State, nnx.State]:
+    """(shapes of variables that a model has, of those that it has not)."""
+    names = {path for path, _ in variable_shapes(model).flat_state()}
+    return nnx.split_state(shapes, lambda path, _: path in names, ...)
+
+
+def _drawn(cfg: config.Config, added: nnx.State) -> nnx.State:
+    """Variables that a new model would begin with, of all those that are asked for."""
+    names = {path for path, _ in added.flat_state()}
+
+    def draw(key):
+        drawn = nnx.state(Decoder(cfg.model, rngs=nnx.Rngs(params=key)))
+        return nnx.split_state(drawn, lambda path, _: path in names, ...)[0]
+
+    placed = jax.tree.map(lambda x: x.sharding, added)
+    return jax.jit(draw, out_shardings=placed)(jax.random.key(cfg.seed))
 
 
 def _folder(cfg: config.Config) -> Path:
@@ -81,8 +106,11 @@ def _folder(cfg: config.Config) -> Path:
 def _with_model(cfg: config.Config, model: config.Model) -> config.Config:
     """``cfg`` with what decides what a model is; lengths of both are allowed."""
     settings = config.to_dict(cfg)
+    own: tuple[str, ...] = ()
+    if model.linear == "dense" and chosen(cfg.model, "linear").begins_dense:
+        own = ("model.linear", f"model.{cfg.model.linear}.")
     for path, field, value in config.walk(model, "model."):
-        if field.metadata["defines_model"]:
+        if field.metadata["defines_model"] and not path.startswith(own):
             _, *groups, name = path.split(".")
             inner = settings["model"]
             for group in groups:

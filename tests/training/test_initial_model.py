@@ -52,6 +52,14 @@ def test_parameters_settings_and_tokenizer_are_those_of_the_folder(
     assert with_initial_model(tuned, folder).model == change(settings, model__dtype="float32").model
 
 
+def begun_with(cfg, optimizer):
+    """Parameters of a new run by their paths."""
+    shapes = jax.eval_shape(partial(init_state, cfg, optimizer), jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    return dict(initial_state(cfg, optimizer, shapes).params.flat_state())
+
+
 def test_biases_come_along(settings, change, tokenizer, tmp_path):
     biased = change(settings, model__attention_bias=True)
     draw = lambda x: jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
@@ -63,12 +71,7 @@ def test_biases_come_along(settings, change, tokenizer, tmp_path):
         checkpoints.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint}, biased)
     cfg = change(settings, train__init_from=str(parent))
     cfg = with_initial_model(cfg, tmp_path / "new")
-    optimizer = optax.sgd(0.1)
-    shapes = jax.eval_shape(partial(init_state, cfg, optimizer), jax.random.key(0))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    begun = initial_state(cfg, optimizer, shapes).params
-    found, wanted = dict(begun.flat_state()), dict(params.flat_state())
+    found, wanted = begun_with(cfg, optax.sgd(0.1)), dict(params.flat_state())
     assert found.keys() == wanted.keys()
     assert {path[-1] for path in found} >= {"query_bias_HW", "key_bias_GW", "value_bias_GW"}
     for path, leaf in wanted.items():
@@ -94,3 +97,16 @@ def test_a_longer_sequence_is_allowed(tuned, change, tmp_path):
     assert with_initial_model(longer, tmp_path / "new").model.max_seq_len == 64
     shorter = change(tuned, data__seq_len=16, model__max_seq_len=16)
     assert with_initial_model(shorter, tmp_path / "new").model.max_seq_len == 32
+
+
+def test_adapters_begin_beside_a_dense_model(tuned, change, state, tmp_path):
+    cfg = change(tuned, model__linear="lora", model__lora__rank=2)
+    cfg = with_initial_model(cfg, tmp_path / "new")
+    assert (cfg.model.linear, cfg.model.lora.rank) == ("lora", 2)
+    assert cfg.model.moe.top_p.threshold == 0.4
+    begun = begun_with(cfg, optax.sgd(0.1))
+    for path, leaf in state.params.flat_state():
+        np.testing.assert_array_equal(begun.pop(path)[...], leaf[...], err_msg=str(path))
+    names = {path[-1] for path, leaf in begun.items() if np.any(leaf[...])}
+    assert names == {"query_lora_DR", "value_lora_DR"}
+    assert len(begun) == 4

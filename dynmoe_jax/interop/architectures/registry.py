@@ -85,4 +85,6 @@ def _has_no_effect(path: str, model: config.Model) -> bool:
         return len(moe_layers(model)) == model.num_layers
     if any(path.startswith(f"moe.{name}.") for _, name, _ in idle_kinds(model.moe)):
         return True
+    if any(path.startswith(f"{name}.") for _, name, _ in idle_kinds(model)):
+        return True
     return path.startswith("moe.") and not moe_layers(model)

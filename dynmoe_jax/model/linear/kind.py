@@ -23,11 +23,14 @@ class LinearKind:
     """A kind of matrix: a frozen dataclass whose fields are its settings.
 
     Attributes:
+      begins_dense: it keeps the matrix, and what it adds to it begins at zero: a run may begin with
+        a dense model (``config.train.init_from``).
       apply: None, for the product with :meth:`dense` by whatever kernel is best; else a method
         (name, arrays in the compute type, x_XI) -> y_XO, with all inputs of a matrix side by side
         in I and all outputs in O.
     """
 
+    begins_dense: ClassVar[bool] = False
     apply: ClassVar[Callable[[Any, str, Arrays, Array], Array] | None] = None
 
     def obstacle(self) -> str | None:

@@ -24,6 +24,8 @@ from dynmoe_jax.routing import Parameter
 class LoRA(LinearKind):
     """``W + scale A B``, with A normal and B zero."""
 
+    begins_dense = True
+
     rank: int = model_setting(8, "inner width of A B", low=1, per_layer=True)
     scale: float = model_setting(2.0, "factor of A B: alpha / rank", above=0.0)
     targets: str = model_setting(
