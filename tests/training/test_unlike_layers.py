@@ -22,6 +22,7 @@ from dynmoe_jax.mesh.make_mesh import (
     make_mesh,
     state_shardings,
 )
+from dynmoe_jax.model.decoder import variable_shapes
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.model.parameters import active_parameters
 from dynmoe_jax.planning.planner import Request, plan_run
@@ -34,7 +35,7 @@ from dynmoe_jax.training.health.memory import Need, advice
 from dynmoe_jax.training.health.nan_report import check_state
 from dynmoe_jax.training.log.metric_logger import StepRecorder
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.step import init_state, make_train_step
+from dynmoe_jax.training.step import first_state, init_state, make_train_step
 
 pytestmark = pytest.mark.slow
 
@@ -99,15 +100,12 @@ def test_generation_from_the_run(whole):
     loaded, decoder, tokenizer = load_run(whole)
     assert loaded.model.layers == LAYERS
     prompts, sampling = [[1, 2, 3], [4]], Sampling(temperature=0.0)
-    size = tokenizer.vocab_size
-    written = [
-        Generator(decoder, copy_layers=copied).write(
-            prompts, [3, 3], sampling, vocab_size=size, stop_ids=[]
-        )
-        for copied in (False, True)
-    ]
-    assert [c.ids.tolist() for c in written[0]] == [c.ids.tolist() for c in written[1]]
-    assert written[0][0].experts_nN.shape == (3, 2)
+    written = Generator(decoder).write(
+        prompts, [3, 3], sampling, vocab_size=tokenizer.vocab_size, stop_ids=[]
+    )
+    assert [len(continuation.ids) for continuation in written] == [3, 3]
+    assert written[0].experts_nN.shape == (3, 2)
+    assert np.all(written[0].experts_nN >= 1)
 
 
 def test_export_and_plans_are_refused_in_a_sentence(cfg):
@@ -129,7 +127,8 @@ def test_one_step_on_a_mesh_is_that_of_one_device(cfg, change):
     positions = np.broadcast_to(np.arange(8, dtype=np.int32), (8, 8))
     batch = {"tokens": tokens, "targets": targets}
     batch |= {"segment_ids": segments, "positions": positions}
-    start = jax.jit(lambda: init_state(cfg, optimizer, jax.random.key(1)))()
+    draw = lambda x: jnp.asarray(random.normal(scale=0.3, size=x.shape), x.dtype)  # noqa: E731
+    start = first_state(cfg, optimizer, jax.tree.map(draw, variable_shapes(cfg.model)))
     wanted, wanted_metrics = jax.jit(step)(start, batch)
     mesh = make_mesh(config.Mesh(data=2, expert=2, model=2), 8)
     check_divides(cfg.model, mesh.shape)
