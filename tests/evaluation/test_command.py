@@ -14,6 +14,8 @@ from dynmoe_jax import config
 from dynmoe_jax.evaluation import __main__ as command
 from dynmoe_jax.evaluation.scoring import scoring
 from dynmoe_jax.model import decoder_structure
+from dynmoe_jax.registry import TRANSFORMS
+from dynmoe_jax.routing.transforms import Transform
 from dynmoe_jax.runs import checkpoint
 
 
@@ -112,6 +114,23 @@ def test_no_choice_is_dropped_where_the_run_had_a_budget(decoder, settings):
         tight = nnx.merge(decoder_structure(model), params)
         assert command.without_budget(tight).config == settings.model
     assert command.without_budget(decoder) is decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip(Transform):
+    """A transform that looks at one token at a time, and leaves its choices as they are."""
+
+    def __call__(self, routing, given):
+        return routing
+
+
+def test_what_a_token_drops_by_itself_is_dropped_here_too(decoder, settings):
+    params = nnx.split(decoder)[1]
+    with TRANSFORMS.temporarily("skip", Skip):
+        moe = dataclasses.replace(settings.model.moe, transforms="skip,row_budget")
+        model = dataclasses.replace(settings.model, moe=moe)
+        kept = command.without_budget(nnx.merge(decoder_structure(model), params))
+    assert kept.config.moe.transforms == "skip"
 
 
 @pytest.fixture(scope="module")

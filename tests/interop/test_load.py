@@ -12,6 +12,7 @@ from dynmoe_jax import config
 from dynmoe_jax.interop import CheckpointError, load_hf
 from dynmoe_jax.interop.architectures.dynamic_moe import DYNAMIC_MOE, model_from_hf
 from dynmoe_jax.interop.architectures.mapping import parameter_slices
+from dynmoe_jax.interop.described import configured
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.routing import TopP
 from tests.interop.foreign_tensors import to_tensors
@@ -147,10 +148,10 @@ def test_overrides(tmp_path, tensors):
     assert decoder.config.moe.top_p.threshold == 0.5
 
 
-def test_an_override_leaves_other_settings_of_its_group_alone(tmp_path, tensors):
-    folder = write(tmp_path, tensors, SETTINGS | {"norm_topk_prob": True})
-    moe = load_hf(folder, top_p=HALF).config.moe
-    assert (moe.top_p.threshold, moe.top_p.renormalize) == (0.5, True)
+def test_an_override_leaves_other_settings_of_its_group_alone():
+    foreign = SETTINGS | {"model_type": "dynamic_moe", "norm_topk_prob": True}
+    _, cfg = configured(foreign, tensors=100, overrides={"top_p": HALF})
+    assert cfg.model.moe.route == TopP(0.5, renormalize=True)
 
 
 @pytest.mark.parametrize(
