@@ -207,8 +207,11 @@ class Checkpoints:
           state_like: a tree of arrays or of ShapeDtypeStructs with shardings.
         """
         self._check_all_asked_for(step, state_like)
+        self._check_all_stored(step, state_like)
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state_like)
-        args = ocp.args.Composite(state=_restore(like), data=ocp.args.JsonRestore())
+        # In part: groups without arrays, of which an older checkpoint has fewer, are no matter.
+        state = _restore(like, partial_restore=True)
+        args = ocp.args.Composite(state=state, data=ocp.args.JsonRestore())
         restored = self._read(step, args)
         return restored["state"], restored["data"]
 
@@ -221,15 +224,27 @@ class Checkpoints:
 
     def _check_all_asked_for(self, step: int, like: Any, within: str = "") -> None:
         """Raises CheckpointError for stored arrays that would be left out without a word."""
-        with self._readable(step):
-            stored = self._manager.item_metadata(step)["state"].tree
-        stored = {name for name in _array_names(stored) if name.startswith(within)}
+        stored = {name for name in self._stored(step) if name.startswith(within)}
         left_out = sorted(stored - _array_names(like))
         if left_out:
             raise CheckpointError(
                 f"The checkpoint {self.folder(step)} holds {', '.join(left_out)}, which the model "
                 "of its settings does not have; restore the settings that it was trained with."
             )
+
+    def _check_all_stored(self, step: int, like: Any) -> None:
+        """Raises CheckpointError for arrays that are not stored."""
+        lacks = sorted(_array_names(like) - self._stored(step))
+        if lacks:
+            raise CheckpointError(
+                f"The checkpoint {self.folder(step)} lacks {', '.join(lacks)}, which the settings "
+                "ask for; restore the settings that it was trained with."
+            )
+
+    def _stored(self, step: int) -> set[str]:
+        """Dotted names of the arrays of a checkpoint."""
+        with self._readable(step):
+            return _array_names(self._manager.item_metadata(step)["state"].tree)
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
