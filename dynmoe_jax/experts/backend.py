@@ -104,7 +104,7 @@ class Densified:
 
 def no_kernels(moe: config.MoE) -> str:
     """Says what computes experts that kernels do not know; empty where kernels may."""
-    if moe.expert_kind.dense is not None or moe.backend not in GROUPED or not moe.every_n_layers:
+    if moe.expert_kind.dense is not None or moe.backend not in GROUPED:
         return ""
     return (
         f"Kernels do not know experts of the kind config.model.moe.experts={moe.experts!r}: a loop "

@@ -134,7 +134,6 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
         check_sources(cfg.data)
         check_packages(cfg.logging)
     target, model = current_target(), cfg.model
-    make_backend(model.moe, target, model.plain)
     for layer in dict.fromkeys(model.by_layer):
         choose_attention(
             attention_of(model),
@@ -148,6 +147,7 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
     mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
     check_divides(model, mesh.shape)
     for moe in dict.fromkeys((model.moe, *model.moe_settings)):
+        make_backend(moe, target, model.plain)
         make_transport(moe, mesh.shape["expert"])
     memory = Memory(cfg, mesh.shape)
     memory.check_state()
@@ -243,5 +243,6 @@ def _print_settings(cfg: config.Config, workdir: Path, done: int) -> None:
     for path, value, default in config.differences(cfg):
         table.add_row(path, escape(str(value)), escape(str(default)), style="none")
     console.print(table)
-    if remark := no_kernels(cfg.model.moe):
-        console.print(remark, **PLAIN)
+    for remark in dict.fromkeys(map(no_kernels, cfg.model.moe_settings)):
+        if remark:
+            console.print(remark, **PLAIN)

@@ -19,7 +19,7 @@ from dynmoe_jax.training.objective import TrainingLoss
 B, L = 4, 256
 # Widths that all kernels for TPU know, and as many tokens as those for CPU want.
 MODEL = config.Model(
-    num_layers=2,
+    num_layers=1,
     width=256,
     num_heads=2,
     num_kv_heads=2,
@@ -27,7 +27,7 @@ MODEL = config.Model(
     hidden_width=256,
     vocab_size=1024,
     max_seq_len=L,
-    moe=config.MoE(num_experts=4, hidden_width=256, every_n_layers=2),
+    moe=config.MoE(num_experts=4, hidden_width=256, shared_hidden_width=256),
 )
 
 

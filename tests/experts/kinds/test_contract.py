@@ -168,7 +168,6 @@ def test_a_run_says_what_computes_a_kind_without_kernels():
     assert "squared_relu" in no_kernels(config.MoE(experts="squared_relu"))
     assert not no_kernels(config.MoE())
     assert not no_kernels(config.MoE(experts="scaled"))
-    assert not no_kernels(config.MoE(experts="squared_relu", every_n_layers=0))
 
 
 def test_a_mesh_may_cut_the_experts_of_a_kind_that_is_never_split():

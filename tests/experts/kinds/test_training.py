@@ -26,6 +26,8 @@ def test_a_new_kind_is_one_class_and_one_line(settings, saved_state, tmp_path, c
         asked = config.to_dict(settings)
         asked["model"]["num_layers"], asked["train"]["steps"] = 1, 3
         asked["checkpoint"]["every_steps"] = 2
+        asked["data"]["seq_len"] = asked["model"]["max_seq_len"] = 8
+        asked["evaluation"]["sample_tokens"] = 1
         asked["model"]["moe"] |= {"experts": "biased", "biased": {"slope": 2.0}}
         cfg = config.from_config_dict(asked)
         with monkeypatch.context() as patch:

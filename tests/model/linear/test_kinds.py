@@ -156,8 +156,11 @@ def test_eight_devices_compute_what_one_does(kind, on_one_device):
 
 
 def drawn(model):
-    decoder = Decoder(model, rngs=nnx.Rngs(params=jax.random.key(3)))
-    return {path: leaf[...] for path, leaf in nnx.state(decoder).flat_state()}
+    @jax.jit
+    def draw(key):
+        return nnx.state(Decoder(model, rngs=nnx.Rngs(params=key)))
+
+    return {path: leaf[...] for path, leaf in draw(jax.random.key(3)).flat_state()}
 
 
 def test_the_same_seed_draws_the_same_matrices_with_lora():
