@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe_jax import command_line, config
+from dynmoe_jax import command_line, config, registry
 from dynmoe_jax.mesh.axes import batch_devices
 from dynmoe_jax.mesh.make_mesh import check_divides, mesh_shape
 from dynmoe_jax.registry import LOSSES
@@ -76,6 +76,18 @@ def test_every_metric_is_explained():
     assert not [
         name for name in (*SCALARS, *COUNTS, *fields) if not re.search(rf"[`.]{name}[`.]", text)
     ]
+
+
+def test_every_registered_kind_is_listed():
+    text = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
+    rows = [
+        f"| {kinds.family} | `{name}` | {kind.__doc__.splitlines()[0].rstrip('.')} |"
+        for kinds in vars(registry).values()
+        if isinstance(kinds, registry.Registry)
+        for name, kind in kinds.items()
+    ]
+    missing = [row.replace("``", "`") for row in rows if row.replace("``", "`") not in text]
+    assert not missing, "\n".join(missing)
 
 
 def test_commands_for_clusters_fit_the_devices_that_they_are_for(monkeypatch):

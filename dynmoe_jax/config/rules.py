@@ -181,9 +181,10 @@ def _check_losses(config: Any) -> None:
         for name, weight in weights.items():
             _check_served(moe, name, losses[name], weight)
     whole = [name for name, w in weights.items() if w and not losses[name].additive]
-    if whole and weights.get("balance") and losses["balance"].over == "microbatch":
+    alone = [name for name, weight in weights.items() if weight and losses[name].by_microbatch]
+    if whole and alone:
         raise ConfigError(
-            f"config.loss.balance.over='microbatch' cannot be kept beside config.loss.{whole[0]}"
+            f"config.loss.{alone[0]}.over='microbatch' cannot be kept beside config.loss.{whole[0]}"
             ", which needs the whole batch; set it to 'batch'."
         )
 

@@ -52,8 +52,12 @@ class Balance(RoutingLoss):
 
     @property
     def additive(self) -> bool:
-        """Whether each microbatch may be balanced by itself; the product of two means is not
-        linear."""
+        """Whether each microbatch is balanced by itself; the product of two means is not linear."""
+        return self.by_microbatch
+
+    @property
+    def by_microbatch(self) -> bool:
+        """Whether each microbatch is balanced by itself."""
         return self.over == "microbatch"
 
     def sums(self, routing, given, params):

@@ -43,12 +43,15 @@ class RoutingLoss:
       needs: facts that the router has to give, see :attr:`dynmoe_jax.routing.router.Router.gives`.
       additive: whether the loss of a batch is the mean of those of its microbatches, weighted by
         tokens.  If not, the gradient sees the sums of the whole batch first.
+      by_microbatch: whether the settings (``over="microbatch"``) ask for the loss of each
+        microbatch alone, though it is not additive by itself.
     """
 
     weight: float
     label: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = True
+    by_microbatch: ClassVar[bool] = False
 
     def sums(self, routing: Any, given: RouterInput, params: Params) -> Mapping[str, Array]:
         """Sums over the valid tokens of one layer; padding counts nowhere.
