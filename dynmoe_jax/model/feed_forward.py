@@ -29,7 +29,7 @@ from dynmoe_jax.model.linear.matrices import Matrices
 from dynmoe_jax.model.linear.products import times
 from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
 from dynmoe_jax.registry import chosen
-from dynmoe_jax.routing import RouterInput, Routing
+from dynmoe_jax.routing import ExpertSlots, RouterInput, Routing, SoftSlots
 from dynmoe_jax.routing.transforms import chain, dropped
 
 Weights = ExpertWeights | dict[str, Array]
@@ -184,10 +184,22 @@ class MoEFeedForward(nnx.Module):
           weights: what :meth:`weights` returned.
         """
         routing, kept, sums, dropped = self.route(x_TD, logits_TE, positions)
+        if isinstance(routing, SoftSlots):
+            y_TD, more = self._softly(x_TD, routing, positions, weights)
+        else:
+            y_TD, more = self._experts(x_TD, kept, weights)
+        if self.moe.shared_hidden_width:
+            y_TD += self.shared(x_TD)
+        return y_TD, MoERecord(routing, sums, dropped + more)
+
+    def _experts(
+        self, x_TD: Float[Array, "T D"], kept: Routing, weights: Weights | None
+    ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+        """(sum of the experts of each token, rows dropped)."""
         if self.moe.routed_scale != 1.0:
             scaled_TK = self.moe.routed_scale * kept.weight_TK
             kept = dataclasses.replace(kept, weight_TK=scaled_TK)
-        y_TD, more = apply_experts(
+        return apply_experts(
             x_TD,
             kept,
             weights or self.weights(),
@@ -196,9 +208,34 @@ class MoEFeedForward(nnx.Module):
             make_transport(self.moe, mesh_sizes()[EXPERT]),
             self.kind.splits_hidden,
         )
-        if self.moe.shared_hidden_width:
-            y_TD += self.shared(x_TD)
-        return y_TD, MoERecord(routing, sums, dropped + more)
+
+    def _softly(
+        self,
+        x_TD: Float[Array, "T D"],
+        soft: SoftSlots,
+        positions: TokenPositions,
+        weights: Weights | None,
+    ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+        """(sum of the slots' outputs for each token, rows dropped): the experts compute slots."""
+        whole = self.router.group == "batch"
+
+        def dispatch(arrays, _):
+            x_TD, valid_T, soft = arrays
+            # A token that is padding may hold anything, and 0 * NaN is NaN.
+            x_TD = jnp.where(valid_T[:, None], x_TD, 0)
+            x_ECD = jnp.einsum("tec,td->ecd", soft.dispatch_TEC, x_TD.astype(jnp.float32))
+            slots_SD = x_ECD.reshape(-1, x_TD.shape[-1]).astype(x_TD.dtype)
+            return slots_SD, soft.slots_by_token()
+
+        def combine(arrays, _):
+            combine_TEC, y_SD = arrays
+            y_ECD = y_SD.reshape(*combine_TEC.shape[1:], -1).astype(jnp.float32)
+            return jnp.einsum("tec,ecd->td", combine_TEC, y_ECD).astype(y_SD.dtype)
+
+        valid_T = positions.segment_ids_BL.reshape(-1) > 0
+        slots_SD, routing = by_token(dispatch, (x_TD, valid_T, soft), whole=whole)
+        y_SD, dropped = self._experts(slots_SD, routing, weights)
+        return by_token(combine, (soft.combine_TEC, y_SD), whole=whole), dropped
 
     def row_bound(self, tokens: int, rows: int) -> int:
         """Most rows of the tokens of a device that the transforms leave, of so many slots."""
@@ -232,6 +269,8 @@ class MoEFeedForward(nnx.Module):
             params, state = shared
             seen = given(tokens, state)
             routing = self.router(params, seen)
+            if isinstance(routing, ExpertSlots):
+                routing = routing.by_token()
             sums = layer_sums(self.router, params, seen, routing, training)
             return routing, jax.tree.map(lambda x: x[None], sums)
 
@@ -242,6 +281,11 @@ class MoEFeedForward(nnx.Module):
 
         whole = self.router.group == "batch"
         routing, sums = by_token(choose, tokens, shared, whole)
+        if self.transforms and isinstance(routing, SoftSlots):
+            raise config.ConfigError(
+                f"config.model.moe.transforms={self.moe.transforms!r} changes who is chosen, and "
+                f"config.model.moe.router={self.moe.router!r} chooses nobody; leave it empty."
+            )
         if not self.transforms:
             return routing, routing, sums, jnp.zeros((), jnp.int32)
         kept, dropped_M = by_token(transform, (tokens, routing), state)

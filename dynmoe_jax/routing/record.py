@@ -29,6 +29,7 @@ class Routing:
       free_T: weight of the token itself in the output, for experts that compute nothing (identity);
         None: there are none.
       extra: arrays of tokens, [T, ...], that the losses of a family need, by name.
+      most_rows: bound on the used slots of all T tokens together; 0: they may all be used.
 
     The leading axis may have more axes in front of it (a stack over layers, or [B, L] in place of
     T); everything here works on the trailing axes.
@@ -41,6 +42,7 @@ class Routing:
     num_experts: int = dataclasses.field(metadata={"static": True})
     free_T: Float[Array, "*T"] | None = None
     extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    most_rows: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def slots(self) -> int:
@@ -99,15 +101,16 @@ class ExpertSlots:
         chosen_TE = jnp.zeros((tokens, experts), bool)
         return chosen_TE.at[self.token_EC, expert_E1].set(True, mode="drop")
 
-    @property
-    def experts_per_token_T(self) -> Int[Array, "T"]:
-        """Experts that have each token."""
-        return jnp.sum(self.chosen_TE, axis=-1, dtype=jnp.int32)
-
-    @property
-    def load_E(self) -> Int[Array, "E"]:
-        """Tokens that each expert has."""
-        return jnp.sum(self.chosen_TE, axis=0, dtype=jnp.int32)
+    def by_token(self) -> Routing:
+        """The same pairs as each token's experts, in the order of their numbers; K = E."""
+        tokens, experts = self.probs_TE.shape
+        weight_TE = jnp.zeros((tokens, experts), jnp.float32)
+        expert_E1 = jnp.arange(experts)[:, None]
+        weight_TE = weight_TE.at[self.token_EC, expert_E1].set(self.weight_EC, mode="drop")
+        expert_TE = jnp.where(self.chosen_TE, jnp.arange(experts), experts).astype(jnp.int32)
+        most = self.token_EC.size
+        pairs = (expert_TE, weight_TE, self.probs_TE, self.logits_TE, experts)
+        return used_first(Routing(*pairs, most_rows=most))
 
 
 @jax.tree_util.register_dataclass
@@ -131,6 +134,20 @@ class SoftSlots:
     def num_experts(self) -> int:
         """E."""
         return self.dispatch_TEC.shape[1]
+
+    @property
+    def load_E(self) -> Int[Array, "E"]:
+        """Rows that each expert computes: its slots, whatever tokens there are."""
+        _, experts, places = self.dispatch_TEC.shape
+        return jnp.full(experts, places, jnp.int32)
+
+    def slots_by_token(self) -> Routing:
+        """The routing of the E C slots in place of tokens: each goes to its own expert."""
+        _, experts, places = self.dispatch_TEC.shape
+        expert_S1 = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), places)[:, None]
+        nothing_SE = jnp.zeros((experts * places, experts), jnp.float32)
+        ones_S1 = jnp.ones(expert_S1.shape, jnp.float32)
+        return Routing(expert_S1, ones_S1, nothing_SE, nothing_SE, experts)
 
 
 def softmax_scores(

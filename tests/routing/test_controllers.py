@@ -8,6 +8,7 @@ import pytest
 from dynmoe_jax.registry import CONTROLLERS
 from dynmoe_jax.routing.controllers import LayerCounts
 from dynmoe_jax.routing.controllers.drop_rate import DropRate
+from dynmoe_jax.routing.controllers.linear import Linear
 from dynmoe_jax.routing.relu import Sparsity
 
 N, E = 2, 4
@@ -46,6 +47,12 @@ def test_skywork_trace_by_hand():
         state = controller.update(state, counts(EVEN, dropped_N))
         np.testing.assert_allclose(state["coefficient_N"], wanted_N, rtol=1e-6)
     assert state["coefficient_N"][0] != state["coefficient_N"][1]
+
+
+def test_linear_schedule_by_hand():
+    controller = Linear(final=0.1, begin=10, end=20)
+    found = [float(controller.coefficient(0.5, {}, jnp.int32(s))) for s in (0, 10, 15, 20, 99)]
+    np.testing.assert_allclose(found, [0.5, 0.5, 0.3, 0.1, 0.1], rtol=1e-6)
 
 
 def test_sparsity_trace_by_hand():

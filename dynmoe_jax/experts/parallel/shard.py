@@ -123,7 +123,8 @@ def _local(
     x_TD, routing, weights, backend, row_bound, devices=1, transport=None
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """(y_TD, rows dropped) of the tokens of one device, with experts on several ``devices``."""
-    bound, slots = row_bound(routing.expert_TK.shape[0], routing.expert_TK.size), slots_of(routing)
+    tokens, most = routing.expert_TK.shape[0], routing.most_rows or routing.expert_TK.size
+    bound, slots = row_bound(tokens, min(most, routing.expert_TK.size)), slots_of(routing)
 
     def compute(x_SD, slots):
         # All tokens of all devices may choose the experts of this one.

@@ -1,0 +1,146 @@
+"""Routers in which experts choose, and soft ones: what their layer computes, on any mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynmoe_jax import config
+from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
+from dynmoe_jax.model.feed_forward import MoEFeedForward
+from dynmoe_jax.model.inputs import TokenPositions
+from dynmoe_jax.registry import ROUTERS
+from dynmoe_jax.routing import Bounds, ExpertSlots, Router, SoftSlots
+from dynmoe_jax.routing.record import softmax_scores
+
+B, L, D, E, F, C = 8, 6, 8, 4, 8, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertChoice(Router):
+    """Every expert takes the C best tokens of each sequence."""
+
+    causal = False
+    group = "sequence"
+
+    def bounds(self, num_experts):
+        """Any number of experts."""
+        return Bounds(num_experts, 0, C * num_experts / L, num_experts)
+
+    def __call__(self, params, given):
+        """Routes T tokens."""
+        probs_TE, logits_TE = softmax_scores(given.logits_TE, given.valid_T)
+        open_TE = jnp.where(given.valid_T[:, None], probs_TE, -1.0)
+        scores_BEL = jnp.moveaxis(open_TE.reshape(-1, given.length, E), 1, 2)
+        best_BEC, at_BEC = jax.lax.top_k(scores_BEL, C)
+        first_B11 = given.length * jnp.arange(scores_BEL.shape[0])[:, None, None]
+        token_BEC = jnp.where(best_BEC >= 0, first_B11 + at_BEC, probs_TE.shape[0])
+        flat = lambda x_BEC: jnp.moveaxis(x_BEC, 0, 1).reshape(E, -1)  # noqa: E731
+        return ExpertSlots(flat(token_BEC), flat(jnp.maximum(best_BEC, 0)), probs_TE, logits_TE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Soft(Router):
+    """One slot of every expert for each sequence."""
+
+    causal = False
+    group = "sequence"
+    losses = {}  # noqa: RUF012
+
+    def bounds(self, num_experts):
+        """All experts."""
+        return Bounds(num_experts, num_experts, num_experts, num_experts)
+
+    def __call__(self, params, given):
+        """Mixes T tokens."""
+        probs_TE, logits_TE = softmax_scores(given.logits_TE, given.valid_T)
+        sequences = logits_TE.shape[0] // given.length
+        of_T = jnp.repeat(jnp.arange(sequences), given.length)
+        own_TC = of_T[:, None] == jnp.arange(sequences)
+        open_TEC = (own_TC & given.valid_T[:, None])[:, None, :]
+        spread_TEC = jnp.where(open_TEC, jnp.exp(logits_TE)[..., None], 0.0)
+        dispatch_TEC = spread_TEC / jnp.maximum(jnp.sum(spread_TEC, axis=0), 1e-9)
+        return SoftSlots(dispatch_TEC, jnp.where(open_TEC, probs_TE[..., None], 0.0), probs_TE,
+                         logits_TE)  # fmt: skip
+
+
+KINDS = {"toy_expert_choice": ExpertChoice, "toy_soft": Soft}
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    with ROUTERS.temporarily(request.param, KINDS[request.param]):
+        moe = config.MoE(router=request.param, num_experts=E, hidden_width=F, allow_non_causal=True)
+        yield config.Model(num_layers=1, width=D, init_std=0.5, moe=moe)
+
+
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 2)
+    segments_BL = (jnp.arange(L) < jnp.array([6, 6, 4, 6, 3, 6, 6, 0])[:, None]).astype(jnp.int32)
+    x_TD = jax.random.normal(keys[0], (B * L, D))
+    logits_TE = 2 * jax.random.normal(keys[1], (B * L, E))
+    x_TD = jnp.where(segments_BL.reshape(-1, 1) > 0, x_TD, jnp.nan)
+    return x_TD, logits_TE, TokenPositions(segments_BL, jnp.zeros((B, L, D)))
+
+
+def silu_expert(layer, e, x_RD):
+    gate_R, up_R = jnp.split(x_RD @ layer.gate_up_ED2F[...][e], 2, axis=-1)
+    return (jax.nn.silu(gate_R) * up_R) @ layer.down_EFD[...][e]
+
+
+def wanted(layer, x_TD, logits_TE, positions):
+    """Sequence by sequence, expert by expert, in plain Python."""
+    valid_BL = np.asarray(positions.segment_ids_BL) > 0
+    y_BLD = np.zeros((B, L, D), np.float32)
+    probs_BLE = np.asarray(jax.nn.softmax(logits_TE)).reshape(B, L, E)
+    logits_BLE, x_BLD = np.asarray(logits_TE).reshape(B, L, E), np.asarray(x_TD).reshape(B, L, D)
+    for b in range(B):
+        there = np.flatnonzero(valid_BL[b])
+        for e in range(E):
+            if not len(there):
+                continue
+            if isinstance(layer.router, ExpertChoice):
+                for t in there[np.argsort(-probs_BLE[b, there, e])][:C]:
+                    y = silu_expert(layer, e, x_BLD[b, t : t + 1])[0]
+                    y_BLD[b, t] += probs_BLE[b, t, e] * y
+            else:
+                share = np.exp(logits_BLE[b, there, e])
+                mixed = (share / share.sum()) @ x_BLD[b, there]
+                y = silu_expert(layer, e, mixed[None])[0]
+                y_BLD[b, there] += probs_BLE[b, there, e][:, None] * np.asarray(y)
+    return y_BLD.reshape(-1, D)
+
+
+def test_the_layer_is_that_of_plain_python(model):
+    layer, arguments = MoEFeedForward(model, rngs=nnx.Rngs(0)), inputs()
+    y_TD, record = layer(*arguments)
+    valid_T = np.asarray(arguments[2].segment_ids_BL).reshape(-1) > 0
+    np.testing.assert_allclose(np.asarray(y_TD)[valid_T], wanted(layer, *arguments)[valid_T],
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
+    assert int(record.dropped) == 0
+
+
+def test_gradients_and_eight_devices(model):
+    layer, (x_TD, logits_TE, positions) = MoEFeedForward(model, rngs=nnx.Rngs(0)), inputs()
+    structure, params = nnx.split(layer)
+
+    def loss(params, logits_TE):
+        y_TD, _ = nnx.merge(structure, params)(x_TD, logits_TE, positions)
+        valid_T1 = positions.segment_ids_BL.reshape(-1, 1) > 0
+        return jnp.sum(jnp.where(valid_T1, y_TD, 0.0) ** 2)
+
+    compute = jax.value_and_grad(loss, argnums=(0, 1))
+    alone = jax.jit(compute)(params, logits_TE)
+    along_TE = jax.random.normal(jax.random.key(3), logits_TE.shape)
+    ends = [jax.jit(loss)(params, logits_TE + s * 1e-2 * along_TE) for s in (1, -1)]
+    slope = float(jnp.sum(alone[1][1] * along_TE))
+    np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-2, rtol=2e-2)
+    mesh = make_mesh(config.Mesh(data=2, expert=2, model=2), B)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, state_shardings(params, mesh))
+        eight = jax.jit(compute)(params, jax.device_put(logits_TE, batch_sharding(mesh)))
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
