@@ -65,6 +65,8 @@ def one_step_away(model, path):
     value = values(model)[path]
     if isinstance(value, bool):
         candidates = [not value]
+    elif path == "layers":
+        candidates = ["0:num_kv_heads=1"]
     elif isinstance(value, str):
         candidates = [choice for choice in field.metadata["choices"] if choice != value]
     else:
