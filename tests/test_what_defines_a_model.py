@@ -77,6 +77,8 @@ def one_step_away(model, path):
     value = values(model)[path]
     if isinstance(value, bool):
         candidates = [not value]
+    elif path == "layers":
+        candidates = ["0:num_kv_heads=1"]
     elif isinstance(value, str):
         choices = field.metadata["choices"] or TEXTS.get(path, ())
         candidates = [choice for choice in choices if choice != value]

@@ -243,7 +243,8 @@ class Decoder(nnx.Module):
         if policy:
             apply_group = jax.checkpoint(apply_group, policy=policy, prevent_cse=False)
         repeats = stack.run.repeats
-        # Each program that layers which differ need is one more to compile.
+        # Each program that layers which differ need is one more to compile (docs/measurements.md:
+        # cpu-unlike-layers-compile).
         in_all = sum(each.run.repeats for each in stacks_of(self.config) if self.config.layers)
         unroll = groups_at_a_time(self.config, repeats, in_all)
         return jax.lax.scan(apply_group, x_BLD, (params, jnp.arange(repeats)), unroll=unroll)

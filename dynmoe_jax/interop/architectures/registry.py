@@ -45,8 +45,8 @@ def architecture_for(model: config.Model) -> Architecture:
     """
     if model.layers:
         raise CheckpointError(
-            f"config.model.layers={model.layers!r} makes layers differ, which no format of Hugging "
-            "Face's has; export a model whose layers are equal."
+            "no format of Hugging Face's has such a model, whose layers differ by "
+            f"config.model.layers={model.layers!r}; export one whose layers are equal."
         )
     differing: dict[str, list[str]] = {}
     for name, architecture in ARCHITECTURES.items():

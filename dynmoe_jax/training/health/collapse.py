@@ -27,11 +27,15 @@ class CollapseWatch:
     def __init__(self, cfg: config.Config, step: int):
         self._moe, self._after, self._begun = cfg.model.moe, cfg.train.collapse_steps, step
         self._model, layers = cfg.model, cfg.model.moe_settings
+        if not cfg.model.layers:
+            layers = layers[:1]  # the others are equal
         bounds = [moe.route.bounds(moe.num_experts) for moe in layers]
-        # Of layers whose router may choose how many experts a token uses.
-        self._free = [i for i, bound in enumerate(bounds) if bound.fewest < bound.slots]
+        # Layers whose router may choose how many experts a token uses.
+        self._free = [bound.fewest < bound.slots for bound in bounds]
         self._fewest, self._most = (
-            float(np.mean([getattr(bounds[i], end) for i in self._free] or [0]))
+            float(np.mean([getattr(bound, end) for bound in bounds], where=self._free))
+            if any(self._free)
+            else 0.0
             for end in ("fewest", "slots")
         )
         self._exists_NE = existing_experts(
@@ -52,8 +56,8 @@ class CollapseWatch:
         if not self._after or not load_NE.size or not tokens:
             return []
         found = {"unused": self._unused(step, load_NE)}
-        if self._free:
-            mean = float(load_NE.sum(axis=-1)[self._free].mean()) / tokens
+        if any(self._free):
+            mean = float(load_NE.sum(axis=-1).mean(where=self._free)) / tokens
             found |= self._at_an_end(step, mean)
         new = {sign: words for sign, words in found.items() if words and sign not in self._said}
         self._said |= set(new)
@@ -81,7 +85,7 @@ class CollapseWatch:
         way = (mean - fewest) / (most - fewest)
         found = {}
         used = f"tokens have used {mean:.2f} of at most {most:g} experts for {self._after:,}"
-        advice = self._model.moe_settings[self._free[0]].route.advice
+        advice = self._model.moe_settings[self._free.index(True)].route.advice
         if self._lasts("most", way >= 1 - _NEAR, step):
             found["most"] = (
                 f"{used} steps, so the router tells no expert from another; {advice('fewer')}."
