@@ -152,7 +152,7 @@ def test_dense_model_takes_a_step():
     cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, moe=moe))
     _, metrics = one_step(cfg, draw_batch())
     assert metrics["load_NE"].shape[0] == 0
-    assert metrics["balance_loss"] == 0
+    assert "balance_loss" not in metrics
     assert np.isfinite(metrics["loss"])
 
 

@@ -14,8 +14,8 @@ TOKENS = 100
 EVEN = np.full((2, 4), 50)  # two experts per token
 
 
-def watch(after=20, step=0, **changes):
-    model = config.Model(moe=dataclasses.replace(MOE, **changes))
+def watch(after=20, step=0, layers=2, **changes):
+    model = config.Model(num_layers=layers, moe=dataclasses.replace(MOE, **changes))
     return CollapseWatch(config.Config(model=model, train=config.Train(collapse_steps=after)), step)
 
 
@@ -48,15 +48,23 @@ def test_run_that_continues_counts_from_where_it_begins():
 
 
 def test_many_unused_experts_are_not_all_named():
-    (warning,) = looks(watch(), [20], [[0, 0, 0, 200]] * 3)
+    (warning,) = looks(watch(layers=3), [20], [[0, 0, 0, 200]] * 3)
     assert " and 4 more for at least 20 steps" in warning
 
 
 @pytest.mark.parametrize(
     ("load", "found", "remedy"),
     [
-        ([[75, 75, 75, 75]], "used 3.00 of at most 3 experts", "entropy.weight or config.optimiz"),
-        ([[25, 25, 25, 26]], "used 1.01 of at most 3 experts", "lower config.loss.entropy.weight"),
+        (
+            [[75, 75, 75, 75]] * 2,
+            "used 3.00 of at most 3 experts",
+            "entropy.weight or config.optimiz",
+        ),
+        (
+            [[25, 25, 25, 26]] * 2,
+            "used 1.01 of at most 3 experts",
+            "lower config.loss.entropy.weight",
+        ),
     ],
 )
 def test_mean_at_either_end_is_said_once(load, found, remedy):
@@ -69,7 +77,7 @@ def test_mean_at_either_end_is_said_once(load, found, remedy):
 
 
 def test_one_step_away_from_the_end_begins_the_count_anew():
-    watching, most = watch(), [[75, 75, 75, 75]]
+    watching, most = watch(), [[75, 75, 75, 75]] * 2
     assert looks(watching, (5, 15), most) == []
     assert looks(watching, (18,), EVEN) == []
     assert looks(watching, (20, 37), most) == []
@@ -80,7 +88,7 @@ def test_one_step_away_from_the_end_begins_the_count_anew():
     ("changes", "load"),
     [
         ({"router": "top_k", "top_p": {}}, EVEN),  # always as many
-        ({"top_p": {"threshold": 0.2}}, [[25, 25, 25, 25]]),  # floor(0.2 * 4) + 1: always one
+        ({"top_p": {"threshold": 0.2}}, [[25, 25, 25, 25]] * 2),  # floor(0.2 * 4) + 1: always one
         ({}, np.zeros((0, 1), np.int32)),  # a dense model
         ({}, EVEN),
     ],
