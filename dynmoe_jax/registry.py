@@ -242,7 +242,7 @@ def _unknown_argument(kind: type, name: str, value: Any) -> ConfigError:
 
 
 def _call(path: str) -> str:
-    """How a setting inside a group is written in a config file."""
+    """Spelling of a setting inside a group in a config file."""
     *groups, name = path.split(".")
     text = f"{name!r}: …"
     for group in reversed(groups[1:]):

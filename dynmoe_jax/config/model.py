@@ -1,7 +1,6 @@
 """Settings of the model: the decoder, and its Mixture-of-Experts layers."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax.config.layers import LayerSettings, layer_models
@@ -223,11 +222,3 @@ class Model:
     def routers(self) -> tuple[Router, ...]:
         """The routers of the MoE layers, each once."""
         return tuple(dict.fromkeys(moe.route for moe in dict.fromkeys(self.moe_settings)))
-
-    @property
-    def declared_losses(self) -> Mapping[str, float]:
-        """Coefficients of routing losses that the routers declare, by name."""
-        declared: dict[str, float] = {}
-        for router in self.routers:
-            declared = dict(router.losses) | declared
-        return declared

@@ -1,11 +1,12 @@
 """Checks between settings: those that need more than one."""
 
 import dataclasses
+import itertools
 from typing import Any
 
-from dynmoe_jax.fields import ConfigError, shown, walk
-from dynmoe_jax.registry import LINEARS, all_kinds, chosen, idle_kinds
-from dynmoe_jax.routing.losses import coefficients
+from dynmoe_jax.fields import AUTO, ConfigError, shown, walk
+from dynmoe_jax.registry import LINEARS, all_kinds, chosen, idle_kinds, names_in
+from dynmoe_jax.routing.losses import coefficients, moves
 
 
 def check_together(config: Any) -> None:
@@ -96,7 +97,7 @@ def _check_moe(model: Any) -> None:
             f"config.model.moe.layer_offset={moe.layer_offset} must be less than "
             f"config.model.moe.every_n_layers={moe.every_n_layers}."
         )
-    if moe.every_n_layers:
+    if moe.every_n_layers and not model.layers:  # of layers that differ each is checked
         _check_experts(moe)
     _check_shared(moe)
 
@@ -156,9 +157,17 @@ def _check_checkpoints(config: Any) -> None:
         )
 
 
-def _check_idle(group: Any, prefix: str) -> None:
-    """Raises ConfigError for a setting of a kind that is not chosen."""
+def _check_idle(group: Any, prefix: str, layers: Any = ()) -> None:
+    """Raises ConfigError for a setting of a kind that neither the group nor a layer chooses.
+
+    Args:
+      group: of settings.
+      prefix: what stands before their names.
+      layers: the same group of every layer that has settings of its own.
+    """
     for choice, name, settings in idle_kinds(group):
+        if any(name in names_in(getattr(layer, choice)) for layer in layers):
+            continue
         for path, field, value in walk(settings, f"{prefix}{name}."):
             if value != field.default:
                 chosen = getattr(group, choice)
@@ -168,31 +177,59 @@ def _check_idle(group: Any, prefix: str) -> None:
                 )
     for field in dataclasses.fields(group):
         if dataclasses.is_dataclass(field.type):
-            _check_idle(getattr(group, field.name), f"{prefix}{field.name}.")
+            inner = [getattr(layer, field.name) for layer in layers]
+            if prefix == "config." and field.name == "model":
+                inner = [layer.model for layer in group.model.by_layer]
+            _check_idle(getattr(group, field.name), f"{prefix}{field.name}.", inner)
 
 
 def _check_losses(config: Any) -> None:
-    """Raises ConfigError for a loss that the router cannot serve, or that needs another batch."""
+    """Raises ConfigError for a loss that a router cannot serve, that needs another batch, or whose
+    settings have no effect."""
     model, losses = config.model, all_kinds(config.loss)
-    if not model.num_moe_layers:
-        return
-    weights = coefficients(losses, model.declared_losses)
-    for moe in dict.fromkeys(model.moe_settings):
-        for name, weight in weights.items():
-            _check_served(moe, name, losses[name], weight)
-    whole = [name for name, w in weights.items() if w and not losses[name].additive]
-    alone = [name for name, weight in weights.items() if weight and losses[name].by_microbatch]
+    weights = coefficients(losses, [moe.route for moe in model.moe_settings])
+    if model.num_moe_layers:
+        _check_unused_losses(losses, weights)
+    moved = [name for name in weights if moves(losses[name], weights[name])]
+    for moe, name in itertools.product(dict.fromkeys(model.moe_settings), moved):
+        _check_served(moe, name, losses[name])
+    whole = [name for name in moved if not losses[name].additive]
+    alone = [name for name in moved if losses[name].by_microbatch]
     if whole and alone:
         raise ConfigError(
             f"config.loss.{alone[0]}.over='microbatch' cannot be kept beside config.loss.{whole[0]}"
             ", which needs the whole batch; set it to 'batch'."
         )
+    for name in moved:
+        controller = losses[name].controller and chosen(losses[name], "controller")
+        drops = model.moe.transforms or model.moe.tokens_per_pair or model.moe.backend == "capacity"
+        if controller and controller.reads_drops and not drops:
+            raise ConfigError(
+                f"config.loss.{name}.controller={losses[name].controller!r} moves by choices that "
+                "are dropped, and nothing drops any; set config.model.moe.transforms='capacity'."
+            )
 
 
-def _check_served(moe: Any, name: str, loss: Any, weight: float) -> None:
+def _check_unused_losses(losses: Any, weights: Any) -> None:
+    """Raises ConfigError for a setting of a loss that is not computed, unless it says so."""
+    for name in losses.keys() - weights.keys():
+        for path, field, value in walk(losses[name], f"config.loss.{name}."):
+            if value != field.default and not (field.name == "weight" and not value):
+                raise ConfigError(
+                    f"{path}={shown(field, value)} has no effect while no layer has the loss; "
+                    f"leave it at {shown(field, field.default)}, or set config.loss.{name}.weight."
+                )
+
+
+def _check_served(moe: Any, name: str, loss: Any) -> None:
     lacks = sorted(loss.needs - moe.route.gives)
-    if weight and lacks:
+    if lacks and (loss.weight != AUTO or name in moe.route.losses):
         raise ConfigError(
-            f"config.loss.{name}.weight={weight:g} needs {' and '.join(lacks)}, which "
+            f"config.loss.{name}.weight={_shown_weight(loss)} needs {' and '.join(lacks)}, which "
             f"config.model.moe.router={moe.router!r} does not give; set it to 0."
         )
+
+
+def _shown_weight(loss: Any) -> Any:
+    """The weight of a loss as people read it."""
+    return "auto" if loss.weight == AUTO else loss.weight

@@ -19,7 +19,7 @@ from dynmoe_jax.experts import (
     make_transport,
 )
 from dynmoe_jax.experts.weights import gated, swiglu
-from dynmoe_jax.mesh.axes import EXPERT, MODEL, mesh_sizes
+from dynmoe_jax.mesh.axes import EXPERT, MODEL, batch_devices, mesh_sizes
 from dynmoe_jax.mesh.sharding import by_token, split_columns, whole_parameter
 from dynmoe_jax.model.components import RouterState, added, compute_dtype, drawn, matrix
 from dynmoe_jax.model.inputs import TokenPositions
@@ -30,6 +30,7 @@ from dynmoe_jax.model.linear.products import times
 from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.routing import ExpertSlots, RouterInput, Routing, SoftSlots
+from dynmoe_jax.routing.router import READABLE
 from dynmoe_jax.routing.transforms import chain, dropped
 
 Weights = ExpertWeights | dict[str, Array]
@@ -82,6 +83,11 @@ class MoEFeedForward(nnx.Module):
         self.kind = model.moe.expert_kind
         self.moe, self.dtype = model.moe, compute_dtype(model)
         self.router = model.moe.route
+        if unknown := self.router.reads - READABLE:
+            raise config.ConfigError(
+                f"config.model.moe.router={model.moe.router!r} reads {', '.join(sorted(unknown))}, "
+                f"which nothing makes; a router may read {', '.join(sorted(READABLE))}."
+            )
         declared = self.router.parameters(D, E)
         self.router_names = tuple(declared)
         for name, parameter in declared.items():
@@ -188,6 +194,10 @@ class MoEFeedForward(nnx.Module):
             y_TD, more = self._softly(x_TD, routing, positions, weights)
         else:
             y_TD, more = self._experts(x_TD, kept, weights)
+            if kept.free_T is not None:
+                # A token without a weight may hold anything, and 0 * NaN is NaN.
+                free_T1 = kept.free_T[:, None]
+                y_TD += (free_T1 * jnp.where(free_T1 != 0, x_TD, 0)).astype(y_TD.dtype)
         if self.moe.shared_hidden_width:
             y_TD += self.shared(x_TD)
         return y_TD, MoERecord(routing, sums, dropped + more)
@@ -225,11 +235,15 @@ class MoEFeedForward(nnx.Module):
             x_TD = jnp.where(valid_T[:, None], x_TD, 0)
             x_ECD = jnp.einsum("tec,td->ecd", soft.dispatch_TEC, x_TD.astype(jnp.float32))
             slots_SD = x_ECD.reshape(-1, x_TD.shape[-1]).astype(x_TD.dtype)
-            return slots_SD, soft.slots_by_token()
+            # Slots of all devices together are divided among them again.
+            missing = -len(slots_SD) % batch_devices(mesh_sizes()) if whole else 0
+            slots_SD = jnp.pad(slots_SD, [(0, missing), (0, 0)])
+            return slots_SD, soft.slots_by_token(missing)
 
         def combine(arrays, _):
             combine_TEC, y_SD = arrays
-            y_ECD = y_SD.reshape(*combine_TEC.shape[1:], -1).astype(jnp.float32)
+            _, experts, places = combine_TEC.shape
+            y_ECD = y_SD[: experts * places].reshape(experts, places, -1).astype(jnp.float32)
             return jnp.einsum("tec,ecd->td", combine_TEC, y_ECD).astype(y_SD.dtype)
 
         valid_T = positions.segment_ids_BL.reshape(-1) > 0

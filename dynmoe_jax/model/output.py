@@ -47,7 +47,11 @@ def layer_sums(
     """The sums of the tokens of one device; None when nothing is trained."""
     if training is None:
         return None
-    losses = {name: loss.sums(routing, given, params) for name, loss in training.losses}
+    losses = {
+        name: loss.sums(routing, given, params)
+        for name, loss in training.losses
+        if loss.needs <= router.gives
+    }
     return LayerSums(routing.load_E, losses, router.measure(params, given, routing))
 
 
@@ -97,7 +101,8 @@ class LayerRouting:
     @property
     def probs(self) -> Float[Array, "N B L E"]:
         """Router probabilities."""
-        return self.by_layer.probs_TE.reshape(-1, *self.valid_BL.shape, self.by_layer.num_experts)
+        probs_NTE = self.by_layer.probs_TE
+        return probs_NTE.reshape(-1, *self.valid_BL.shape, probs_NTE.shape[-1])
 
 
 @jax.tree_util.register_dataclass
@@ -127,6 +132,9 @@ def routing_of_layers(
     if not records:
         return None
     routings = [record.routing for record in records]
+    if len(records) == 1:
+        exists_NE = jnp.ones((len(layers[0]), routings[0].num_experts), bool)
+        return LayerRouting(routings[0], valid_BL, records[0].dropped, exists_NE)
     exists_NE = _exists([routing.num_experts for routing in routings], layers)
     experts, scores = exists_NE.shape[1], max(r.probs_TE.shape[-1] for r in routings)
     slots = max(routing.slots for routing in routings)
@@ -178,7 +186,10 @@ def _exists(experts: Sequence[int], layers: Sequence[Sequence[int]]) -> Bool[np.
 
 
 def _padded(routing: Routing, experts: int, scores: int, slots: int) -> Routing:
-    """A routing with more columns: empty slots, and experts that do not exist."""
+    """A routing with more columns: empty slots, and experts that do not exist.
+
+    What not every layer has (``free_T``, ``extra``) is left out.
+    """
 
     def wider(x_X, width, fill):
         room = width - x_X.shape[-1]

@@ -37,6 +37,10 @@ class Hash(Router):
         """Names the rule."""
         return f"hash of the token id, {self.k} experts"
 
+    def advice(self, wish: str) -> str:
+        """Says that nothing is learned."""
+        return "choose a router that learns"
+
     def bounds(self, num_experts: int) -> Bounds:
         """K = k, and never less."""
         return Bounds(self.k, self.k, float(self.k), float(self.k))

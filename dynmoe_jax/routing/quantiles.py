@@ -16,9 +16,9 @@ def histogram(value_TM: Float[Array, "T M"], valid_T: Bool[Array, "T"]) -> Int[A
     return jnp.zeros(BINS, jnp.int32).at[bin_TM].add(counted_TM)
 
 
-def quantile(count_B: Int[Array, "B"], share: float) -> Float[Array, ""]:
+def quantile(count_B: Float[Array, "B"], share: float) -> Float[Array, ""]:
     """The number that ``share`` of all are below, linear within a bin."""
-    until_B = jnp.cumsum(count_B).astype(jnp.float32)
+    until_B = jnp.cumsum(count_B.astype(jnp.float32))
     wanted = share * until_B[-1]
     bin_ = jnp.argmax(until_B >= wanted)
     before = until_B[bin_] - count_B[bin_]

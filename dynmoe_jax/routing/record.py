@@ -133,19 +133,34 @@ class SoftSlots:
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.dispatch_TEC.shape[1]
+        return self.dispatch_TEC.shape[-2]
 
     @property
-    def load_E(self) -> Int[Array, "E"]:
-        """Rows that each expert computes: its slots, whatever tokens there are."""
-        _, experts, places = self.dispatch_TEC.shape
-        return jnp.full(experts, places, jnp.int32)
+    def slots(self) -> int:
+        """K = E: every token is in a slot of every expert."""
+        return self.num_experts
 
-    def slots_by_token(self) -> Routing:
-        """The routing of the E C slots in place of tokens: each goes to its own expert."""
+    @property
+    def experts_per_token_T(self) -> Int[Array, "*T"]:
+        """E for all."""
+        return jnp.full(self.dispatch_TEC.shape[:-2], self.num_experts, jnp.int32)
+
+    @property
+    def load_E(self) -> Int[Array, "*N E"]:
+        """Rows that each expert computes: its slots, whatever tokens there are."""
+        *layers, _, experts, places = self.dispatch_TEC.shape
+        return jnp.full((*layers, experts), places, jnp.int32)
+
+    def slots_by_token(self, missing: int = 0) -> Routing:
+        """The routing of the E C slots in place of tokens: each goes to its own expert.
+
+        Args:
+          missing: empty slots behind them, which go nowhere.
+        """
         _, experts, places = self.dispatch_TEC.shape
-        expert_S1 = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), places)[:, None]
-        nothing_SE = jnp.zeros((experts * places, experts), jnp.float32)
+        expert_S = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), places)
+        expert_S1 = jnp.pad(expert_S, (0, missing), constant_values=experts)[:, None]
+        nothing_SE = jnp.zeros((experts * places + missing, experts), jnp.float32)
         ones_S1 = jnp.ones(expert_S1.shape, jnp.float32)
         return Routing(expert_S1, ones_S1, nothing_SE, nothing_SE, experts)
 

@@ -24,6 +24,9 @@ from dynmoe_jax.routing.losses.loss import (
 from dynmoe_jax.routing.record import Routing, fill_slots, masked_logits
 from dynmoe_jax.routing.router import Bounds, Router, RouterInput
 
+_RANGE = (1e-20, 1e6)
+"""Smallest and largest coefficient of the L1 loss."""
+
 
 @ROUTERS.register("relu")
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class ReLU(Router):
 
     def advice(self, wish: str) -> str:
         """Names what moves the coefficient of the loss."""
+        if wish == "balance":
+            return "lower config.loss.l1.sparsity.factor"
         return f"{'raise' if wish == 'fewer' else 'lower'} config.loss.l1.sparsity.factor"
 
     def bounds(self, num_experts: int) -> Bounds:
@@ -123,4 +128,5 @@ class Sparsity(Controller):
         used = jnp.sum(counts.load_NE) / (jnp.maximum(counts.tokens, 1) * experts)
         wanted = jnp.sum(counts.expected_N) / experts
         factor = jnp.where(used > wanted, self.factor, 1 / self.factor)
-        return state_of(coefficient=state["coefficient"] * factor)
+        # Bounded, so that it finds back from a target that could not be met for long.
+        return state_of(coefficient=jnp.clip(state["coefficient"] * factor, *_RANGE))

@@ -13,6 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 
+READABLE = frozenset({"noise", "token_ids"})
+"""All that a router may read by naming it in ``reads``."""
+
 Params = Mapping[str, Array]
 """Parameters or state of a router, by name."""
 
@@ -63,8 +66,6 @@ class RouterInput:
       key_T: a key of each token, for noise: a function of seed, step, layer, row of the batch and
         position.  None in inference, and unless the router reads ``"noise"``.
       token_id_T: None unless the router reads ``"token_ids"``.
-      previous_logits_TE: of the MoE layer before, zeros in the first; None unless the router reads
-        ``"previous_logits"``.
       expected: experts per token that the router aims at, see :class:`Bounds`.
       length: L, tokens of one sequence; sequences follow each other in T.
       training: False when evaluating or generating.
@@ -76,7 +77,6 @@ class RouterInput:
     state: Params = dataclasses.field(default_factory=dict)
     key_T: UInt32[Array, "T 2"] | None = None
     token_id_T: Int[Array, "T"] | None = None
-    previous_logits_TE: Float[Array, "T E"] | None = None
     expected: float = dataclasses.field(default=1.0, metadata={"static": True})
     length: int = dataclasses.field(default=0, metadata={"static": True})
     training: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -106,11 +106,12 @@ class Router:
         refuses others unless ``config.model.moe.allow_non_causal``.
       group: the tokens that one choice may look at: ``"token"``, ``"sequence"``, or ``"batch"``
         (all devices' together; of a microbatch, where there are several).
-      reads: fields of :class:`RouterInput` beyond x, logits and state: ``"noise"``,
-        ``"token_ids"``, ``"previous_logits"``.  Nothing else is made.
+      reads: fields of :class:`RouterInput` beyond x, logits and state: ``"noise"`` and
+        ``"token_ids"``, see :data:`READABLE`.  Nothing else is made.
       losses: default coefficients of the routing losses by name; 0: logged, and not weighed.
       gives: facts that losses ask for: ``"distribution"`` (probs_TE are non-negative and sum to
-        1), ``"logits"``, ``"counts"`` (expert_TK), and names of :attr:`Routing.extra`.
+        1), ``"softmax"`` (they are that of logits_TE), ``"logits"``, ``"counts"`` (expert_TK), and
+        names of :attr:`Routing.extra`.
       logits: None for the layer's own, ``norm(x) @ router_DE``; else a method (params, x_TD,
         num_experts) -> logits_TE.
     """
@@ -119,7 +120,7 @@ class Router:
     group: ClassVar[str] = "token"
     reads: ClassVar[frozenset[str]] = frozenset()
     losses: ClassVar[Mapping[str, float]] = {"balance": 1e-2, "entropy": 1e-4, "router_z": 0.0}
-    gives: ClassVar[frozenset[str]] = frozenset({"distribution", "logits", "counts"})
+    gives: ClassVar[frozenset[str]] = frozenset({"distribution", "softmax", "logits", "counts"})
     logits: ClassVar[Callable[[Any, Params, Array, int], Array] | None] = None
 
     def obstacle(self, num_experts: int) -> str | None:
@@ -131,7 +132,9 @@ class Router:
         return f"{type(self).__name__}({settings})"
 
     def advice(self, wish: str) -> str:
-        """Says what to change for ``"fewer"`` or ``"more"`` experts per token."""
+        """Says what to change for ``"fewer"`` or ``"more"`` experts per token, or ``"balance"``."""
+        if wish == "balance":
+            return "raise config.loss.balance.weight"
         return "change the settings of the router"
 
     def bounds(self, num_experts: int) -> Bounds:

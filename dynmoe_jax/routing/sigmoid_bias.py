@@ -29,6 +29,7 @@ class SigmoidBias(Router):
     k: int = model_setting(2, "experts per token", unit="experts", low=1, per_layer=True)
     rate: float = free_setting(1e-3, "step of the bias after an update (u); 0 freezes it", low=0.0)
     losses: ClassVar = {"balance": 0.0}
+    gives = frozenset({"distribution", "logits", "counts"})
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says so where a token cannot have k experts."""
@@ -39,6 +40,10 @@ class SigmoidBias(Router):
     def describe(self) -> str:
         """Names the rule."""
         return f"top-{self.k} of sigmoid scores with a balancing bias"
+
+    def advice(self, wish: str) -> str:
+        """Names the step of the bias; the number of experts is fixed."""
+        return "raise config.model.moe.sigmoid_bias.rate"
 
     def bounds(self, num_experts: int) -> Bounds:
         """K = k, and never less."""

@@ -59,8 +59,8 @@ class TopP(Router):
 
     experts_per_token: float = model_setting(
         0.0,
-        "budget: p moves so that tokens use so many experts on average, over all layers; 0 = none, "
-        "p stays the threshold",
+        "budget: p moves so that tokens use so many experts on average, over all layers with as "
+        "many experts; 0 = none, p stays the threshold",
         unit="experts",
         low=0.0,
     )
@@ -76,6 +76,8 @@ class TopP(Router):
                 f"experts_per_token={budget:g} must be 0, or 1 to "
                 f"config.model.moe.num_experts={num_experts}"
             )
+        if not budget and self.max_threshold != TopP.max_threshold:
+            return f"max_threshold={self.max_threshold:g} must go with top_p.experts_per_token"
         return None
 
     def describe(self) -> str:
@@ -87,6 +89,8 @@ class TopP(Router):
     def advice(self, wish: str) -> str:
         """Names the entropy loss, the learning rate and the threshold."""
         p = f"config.model.moe.top_p.threshold={self.threshold:g}"
+        if wish == "balance":
+            return super().advice(wish)
         if wish == "fewer":
             return (
                 "raise config.loss.entropy.weight or config.optimizer.learning_rate, or lower " + p
@@ -135,7 +139,8 @@ class TopP(Router):
         """
         if not self.experts_per_token:
             return state_N, None
-        count_B = jnp.sum(seen_N["mass_B"], axis=0)
+        # Of many layers together more than 32 bits count.
+        count_B = jnp.sum(seen_N["mass_B"].astype(jnp.float32), axis=0)
         experts = params_N["router_DE"].shape[-1]
         p = quantile(count_B, (self.experts_per_token - 1) / max(experts - 1, 1))
         p = jnp.clip(p, 0.0, self.max_threshold)

@@ -68,13 +68,13 @@ def make_gradients(
             return of_batch(lambda trained: _add_up(lambda part: part_sums(trained, part), split))
 
         def weights(part):
-            """What the objective and the routing losses of a part are means over."""
+            """Divisors of the means of a part: the objective's and the routing losses'."""
             return jnp.sum(loss.objective.loss_weights(part)), jnp.sum(valid(part), dtype=float)
 
         whole = weights(batch)
 
         def of_part(part):
-            shares = jax.tree.map(lambda a, b: a / jnp.maximum(b, 1), weights(part), whole)
+            shares = jax.tree.map(lambda a, b: a / jnp.where(b > 0, b, 1), weights(part), whole)
             return of_batch(lambda trained: sums(trained, part), shares)
 
         return _add_up(of_part, split)

@@ -105,6 +105,11 @@ def _folder(cfg: config.Config) -> Path:
 
 def _with_model(cfg: config.Config, model: config.Model) -> config.Config:
     """``cfg`` with what decides what a model is; lengths of both are allowed."""
+    if cfg.model.layers not in ("", model.layers):
+        raise config.ConfigError(
+            f"config.model.layers={cfg.model.layers!r} cannot differ from {model.layers!r} of the "
+            "model in config.train.init_from; leave it empty."
+        )
     settings = config.to_dict(cfg)
     own: tuple[str, ...] = ()
     if model.linear == "dense" and chosen(cfg.model, "linear").begins_dense:

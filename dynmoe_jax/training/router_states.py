@@ -11,6 +11,7 @@ from flax import nnx
 
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.output import by_program, in_layer_order
+from dynmoe_jax.routing import Router
 
 
 def with_next_states(
@@ -58,9 +59,11 @@ def with_next_states(
 
 
 def _by_router(feed_forwards: Sequence[MoEFeedForward]) -> list[list[int]]:
-    """Numbers of the feed-forwards whose router has a state, those of one router together."""
+    """Numbers of the feed-forwards whose router has something to do after an update, those of one
+    router and number of experts together."""
     groups: dict[Any, list[int]] = {}
     for i, layer in enumerate(feed_forwards):
-        if layer.state_names:
+        own = type(layer.router).next_state is not Router.next_state
+        if layer.state_names or own:
             groups.setdefault((layer.router, layer.moe.num_experts), []).append(i)
     return list(groups.values())

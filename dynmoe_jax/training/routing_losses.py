@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
@@ -14,7 +15,7 @@ from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.output import LayerSums, in_layer_order, padded
 from dynmoe_jax.registry import all_kinds, chosen
 from dynmoe_jax.routing.controllers import Controller, LayerCounts
-from dynmoe_jax.routing.losses import RoutingLoss, coefficients
+from dynmoe_jax.routing.losses import RoutingLoss, coefficients, moves
 
 Controllers = dict[str, dict[str, Array]]
 """States of controllers, by the name of the loss."""
@@ -26,14 +27,14 @@ class RoutingLosses:
 
     Attributes:
       losses: (name, loss) of those that are computed.
-      weights: the coefficient of each; 0: it is logged alone.
+      weights: the coefficient of each in the MoE layers, in order; 0: it is logged alone.
       controllers: (name, controller) of losses whose coefficient moves.
       layers: numbers of the MoE layers, those together that are computed by one program.
       expected: experts per token that their routers aim at, likewise.
     """
 
     losses: tuple[tuple[str, RoutingLoss], ...]
-    weights: Mapping[str, float]
+    weights: Mapping[str, tuple[float, ...]]
     controllers: Mapping[str, Controller]
     layers: Sequence[Sequence[int]]
     expected: Sequence[float]
@@ -46,22 +47,21 @@ class RoutingLosses:
             for layer in decoder.moe_feed_forwards
         ]
         kinds = all_kinds(cfg.loss)
-        weights = coefficients(kinds, cfg.model.declared_losses)
+        weights = coefficients(kinds, [moe.route for moe in cfg.model.moe_settings])
         losses = tuple((name, kinds[name]) for name in weights)
-        controllers = {name: chosen(loss, "controller") for name, loss in losses}
-        controllers = {name: found for name, found in controllers.items() if found}
+        controllers = {name: chosen(loss, "controller") for name, loss in losses if loss.controller}
         return cls(losses, weights, controllers, decoder.moe_layers, expected)
 
     @property
     def additive(self) -> bool:
         """Whether the loss of the batch is the mean of those of its microbatches."""
-        return all(loss.additive for name, loss in self.losses if self.weights[name])
+        return all(loss.additive for name, loss in self.losses if moves(loss, self.weights[name]))
 
     def initial(self) -> Controllers:
         """States of the controllers before the first step."""
         count = sum(map(len, self.layers))
         return {
-            name: controller.initial(self.weights[name], count)
+            name: controller.initial(max(self.weights[name]), count)
             for name, controller in self.controllers.items()
         }
 
@@ -69,11 +69,15 @@ class RoutingLosses:
         self, states: Controllers, step: Int[Array, ""]
     ) -> dict[str, Float[Array, "*N"] | float]:
         """The coefficient of every loss at a step: a number, or one for each layer."""
-        controlled = {
-            name: controller.coefficient(self.weights[name], states[name], step)
-            for name, controller in self.controllers.items()
-        }
-        return dict(self.weights) | controlled
+        found = {}
+        for name, weights in self.weights.items():
+            # One number where all layers have the same.
+            found[name] = weights[0] if len(set(weights)) == 1 else jnp.array(weights)
+            if name in self.controllers:
+                now = self.controllers[name].coefficient(max(weights), states[name], step)
+                of_N = np.array([bool(weight) for weight in weights])
+                found[name] = now if of_N.all() or not of_N.any() else jnp.where(of_N, now, 0.0)
+        return found
 
     def values(
         self, sums: Sequence[LayerSums], tokens: Float[Array, ""]
@@ -84,12 +88,14 @@ class RoutingLosses:
           sums: of the layers that are computed by one program, with a leading axis n.
           tokens: valid tokens, at least 1.
         """
-        if not sums:
-            return {name: jnp.zeros(1) for name, _ in self.losses}
+
+        def value(name, loss, each):
+            if name in each.losses:
+                return loss.value(each.losses[name], tokens)
+            return jnp.zeros(each.load_E.shape[0])  # its router does not give what the loss needs
+
         return {
-            name: in_layer_order(
-                [loss.value(each.losses[name], tokens) for each in sums], self.layers
-            )
+            name: in_layer_order([value(name, loss, each) for each in sums], self.layers)
             for name, loss in self.losses
         }
 

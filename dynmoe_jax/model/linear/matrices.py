@@ -17,7 +17,7 @@ from dynmoe_jax.model.linear.kind import LinearKind
 from dynmoe_jax.registry import chosen
 
 _PURPOSE = 0x6C696E65
-"""Of the keys of what kinds add: the draws of all other parameters stay what they are without."""
+"""Number folded into the keys of what kinds add, so that all other draws stay what they are."""
 
 
 @dataclasses.dataclass(frozen=True)

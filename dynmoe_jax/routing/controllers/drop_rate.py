@@ -21,6 +21,7 @@ class DropRate(Controller):
     largest: float = free_setting(0.01, "largest coefficient (a_max)", above=0.0)
     memory: float = free_setting(0.99, "share of the old coefficient (b)", low=0.0, high=0.9999)
     per_layer = True
+    reads_drops = True
 
     def initial(self, weight, layers):
         """The coefficient that the settings name, in every layer."""

@@ -1,6 +1,6 @@
 """Losses that shape a router, one file each; importing the room registers them."""
 
 from dynmoe_jax.routing.losses import balance, entropy, router_z
-from dynmoe_jax.routing.losses.loss import RoutingLoss, coefficients
+from dynmoe_jax.routing.losses.loss import RoutingLoss, coefficients, moves
 
-__all__ = ["RoutingLoss", "balance", "coefficients", "entropy", "router_z"]
+__all__ = ["RoutingLoss", "balance", "coefficients", "entropy", "moves", "router_z"]

@@ -30,7 +30,7 @@ class Entropy(RoutingLoss):
     )
     controller: str = controller_setting()
     label = "entropy [nats]"
-    needs = frozenset({"distribution", "logits"})
+    needs = frozenset({"softmax", "logits"})
 
     def sums(self, routing, given, params):
         """Entropies, nats."""

@@ -7,7 +7,7 @@ idle on all others is not overloaded.
 Axis legend: T tokens, E experts; * axes in front (layers).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from dynmoe_jax.fields import AUTO, free_setting
 from dynmoe_jax.registry import CONTROLLERS, choice
-from dynmoe_jax.routing.router import Params, RouterInput
+from dynmoe_jax.routing.router import Params, Router, RouterInput
 
 weight_setting = partial(free_setting, AUTO, low=0.0, auto=True)
 """Declares the coefficient of a loss; auto: what the router declares."""
@@ -39,6 +39,7 @@ class RoutingLoss:
 
     Attributes:
       weight: coefficient; AUTO: what the router declares in ``losses``.
+      controller: who moves it, see :func:`controller_setting`.
       label: name beside the axis of its picture; empty: that of the registry.
       needs: facts that the router has to give, see :attr:`dynmoe_jax.routing.router.Router.gives`.
       additive: whether the loss of a batch is the mean of those of its microbatches, weighted by
@@ -48,6 +49,7 @@ class RoutingLoss:
     """
 
     weight: float
+    controller = ""
     label: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = True
@@ -77,17 +79,33 @@ def over_tokens(value_TX: Float[Array, "T X"], valid_T: Bool[Array, "T"]) -> Flo
 
 
 def coefficients(
-    losses: Mapping[str, RoutingLoss], declared: Mapping[str, float]
-) -> dict[str, float]:
-    """Coefficients of the losses that are computed, by name: weighed ones, and declared ones.
+    losses: Mapping[str, RoutingLoss], routers: Sequence[Router]
+) -> dict[str, tuple[float, ...]]:
+    """Coefficients by layer of the losses that are computed, by name.
+
+    Computed are those that are weighed, those that a router declares (0: logged alone), and those
+    whose controller the settings name.  Left at auto, a layer has what its own router declares.
 
     Args:
       losses: all of them.
-      declared: by the router.
+      routers: of the MoE layers, in order.
     """
     found = {}
     for name, loss in losses.items():
-        weight = declared.get(name, 0.0) if loss.weight == AUTO else loss.weight
-        if weight or name in declared:
-            found[name] = weight
+        weights = [loss.weight] * len(routers)
+        if loss.weight == AUTO:
+            weights = [router.losses.get(name, 0.0) for router in routers]
+        declared = any(name in router.losses for router in routers)
+        if routers and (any(weights) or declared or _names_controller(loss)):
+            found[name] = tuple(weights)
     return found
+
+
+def moves(loss: RoutingLoss, weights: Sequence[float]) -> bool:
+    """Whether a loss changes gradients: it is weighed, or its controller may weigh it."""
+    return any(weights) or _names_controller(loss)
+
+
+def _names_controller(loss: RoutingLoss) -> bool:
+    """Whether the settings name a controller that the loss does not have by itself."""
+    return bool(loss.controller) and loss.controller != type(loss).controller

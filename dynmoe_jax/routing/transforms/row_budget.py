@@ -46,7 +46,8 @@ class RowBudget(Transform):
             return routing
         kept_TK = _most_probable(routing, bound)
         expert_TK = jnp.where(kept_TK, routing.expert_TK, routing.num_experts)
-        return used_first(dataclasses.replace(routing, expert_TK=expert_TK))
+        weight_TK = jnp.where(kept_TK, routing.weight_TK, 0.0)
+        return used_first(dataclasses.replace(routing, expert_TK=expert_TK, weight_TK=weight_TK))
 
 
 def _most_probable(routing: Routing, bound: int) -> Bool[Array, "T K"]:

@@ -74,9 +74,9 @@ class CollapseWatch:
         if self._model.layers:
             setting = "config.model.layers or config.model.moe.num_experts say"
         return (
-            f"{_listed(unused_NE)} for at least {self._after:,} steps; raise "
-            "config.loss.balance.weight, lower config.optimizer.learning_rate, or have fewer "
-            f"experts than {setting}."
+            f"{_listed(unused_NE)} for at least {self._after:,} steps; "
+            f"{self._moe.route.advice('balance')}, lower config.optimizer.learning_rate, or have "
+            f"fewer experts than {setting}."
         )
 
     def _at_an_end(self, step: int, mean: float) -> dict[str, str]:

@@ -24,6 +24,7 @@ from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console
 from dynmoe_jax.data import BATCH_ARRAYS, DataError, kept_tokenizer
 from dynmoe_jax.model import decoder_structure
+from dynmoe_jax.registry import chosen
 from dynmoe_jax.runs.formatting import printable
 from dynmoe_jax.training.health.nan_report import (
     ArrayCheck,
@@ -33,7 +34,7 @@ from dynmoe_jax.training.health.nan_report import (
     check_state,
 )
 from dynmoe_jax.training.health.rescue import ARRAYS, FOLDER, SETTINGS
-from dynmoe_jax.training.objectives import Batch
+from dynmoe_jax.training.objectives import Batch, Objective
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import StepGradients, TrainState, init_state
 
@@ -62,7 +63,8 @@ def replay(workdir: Path, step: int | None = None) -> list[ArrayCheck]:
     forward, nll_BL = check_forward(decoder, batch, cfg.loss)
     bad_forward = _show("Forward", forward)
     _print_sequences(workdir, batch, np.asarray(nll_BL))
-    gradients, parts = _gradients(cfg, state, batch)
+    objective = chosen(cfg.train, "objective").prepared(kept_tokenizer(workdir))
+    gradients, parts = _gradients(cfg, objective, state, batch)
     bad_loss = _show("Loss", check_loss(parts))
     bad_backward = _show(
         "Gradients, from the last layer back", check_backward(gradients, cfg.model)
@@ -108,10 +110,10 @@ def _load(folder: Path) -> tuple[config.Config, TrainState, Batch]:
     return cfg, arrays["state"], arrays["batch"]
 
 
-def _gradients(cfg: config.Config, state: TrainState, batch: Batch):
+def _gradients(cfg: config.Config, objective: Objective, state: TrainState, batch: Batch):
     """(gradients by parameter, parts of the loss), of the whole batch at once."""
     train = dataclasses.replace(cfg.train, microbatches=1)
-    step = StepGradients(dataclasses.replace(cfg, train=train))
+    step = StepGradients(dataclasses.replace(cfg, train=train), objective)
     gradients, (parts, _) = jax.jit(step)(state, batch)
     return gradients, parts
 

@@ -55,7 +55,8 @@ class StepRecorder:
             rows = (np.sum(load_NE, axis=-1) - values["dropped_N"]).astype(float).tolist()
         flops = training_flops(cfg.model, tokens, cfg.data.seq_len, rows)
         others = [name for name in values if name not in (*SCALARS, *COUNTS, *_ROWS)]
-        record = {name: float(values[name]) for name in (*SCALARS[:2], *others, *SCALARS[2:])}
+        names = [*SCALARS[:2], *others, *SCALARS[2:]]
+        record = {name: float(values[name]) for name in names if name in values}
         record |= {name: int(values[name]) for name in COUNTS}
         record |= _routing_record(load_NE, self._exists(load_NE), int(values["tokens"]))
         record |= {

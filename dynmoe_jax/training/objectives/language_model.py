@@ -37,5 +37,5 @@ class LanguageModel(Objective):
 
     def value(self, sums):
         """The mean, and ``lm_loss``, which has no z-loss in it."""
-        divisor = jnp.maximum(sums["weight"], 1)
+        divisor = jnp.where(sums["weight"] > 0, sums["weight"], 1)
         return sums["cross_entropy"] / divisor, {"lm_loss": sums["nll"] / divisor}

@@ -85,7 +85,7 @@ class ResponseOnly(Objective):
 
     def value(self, sums):
         """The mean over the tokens of responses."""
-        divisor = jnp.maximum(sums["weight"], 1)
+        divisor = jnp.where(sums["weight"] > 0, sums["weight"], 1)
         return sums["cross_entropy"] / divisor, {"lm_loss": sums["nll"] / divisor}
 
 
