@@ -10,10 +10,11 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
+from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.registry import ROUTERS
-from dynmoe_jax.routing import Bounds, ExpertSlots, Router, SoftSlots
+from dynmoe_jax.routing import Bounds, ExpertSlots, Router, SoftSlots, TopK
 from dynmoe_jax.routing.record import softmax_scores
 
 B, L, D, E, F, C = 8, 6, 8, 4, 8, 2
@@ -144,3 +145,78 @@ def test_gradients_and_eight_devices(model):
         eight = jax.jit(compute)(params, jax.device_put(logits_TE, batch_sharding(mesh)))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(eight), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftOverBatch(Soft):
+    """One slot of every expert for all sequences of all devices together."""
+
+    group = "batch"
+
+    def __call__(self, params, given):
+        """Mixes T tokens."""
+        return super().__call__(params, dataclasses.replace(given, length=len(given.valid_T)))
+
+
+def test_slots_of_all_devices_need_not_divide_among_them():
+    with ROUTERS.temporarily("toy_over_batch", SoftOverBatch):
+        moe = config.MoE(router="toy_over_batch", num_experts=E, hidden_width=F,
+                         allow_non_causal=True)  # fmt: skip
+        layer = MoEFeedForward(config.Model(width=D, init_std=0.5, moe=moe), rngs=nnx.Rngs(0))
+        structure, params = nnx.split(layer)
+        x_TD, logits_TE, positions = inputs()
+
+        def compute(params, logits_TE):
+            return nnx.merge(structure, params)(x_TD, logits_TE, positions)[0]
+
+        alone = jax.jit(compute)(params, logits_TE)
+        mesh = make_mesh(config.Mesh(data=8), B)
+        with jax.set_mesh(mesh):
+            eight = jax.jit(compute)(jax.device_put(params, state_shardings(params, mesh)),
+                                     jax.device_put(logits_TE, batch_sharding(mesh)))  # fmt: skip
+    np.testing.assert_allclose(alone, eight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_tells_the_routing_of_either_kind(model):
+    small = dataclasses.replace(
+        model, num_heads=1, num_kv_heads=1, head_width=8, vocab_size=16, max_seq_len=L
+    )
+    decoder = Decoder(small, rngs=nnx.Rngs(0))
+    routing = decoder(jnp.zeros((2, L), jnp.int32)).routing
+    experts_NBL = np.asarray(routing.experts_per_token)
+    wanted = C * E / L if "choice" in model.moe.router else E
+    np.testing.assert_allclose(experts_NBL.mean(), wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(TopK):
+    """Top-k whose experts share the output with the token itself."""
+
+    def __call__(self, params, given):
+        """Routes T tokens."""
+        routing = super().__call__(params, given)
+        return dataclasses.replace(routing, free_T=jnp.where(given.valid_T, 0.5, 0.0))
+
+
+def test_what_is_free_is_added():
+    x_TD, logits_TE, positions = inputs()
+    outputs = []
+    for kind in (TopK, Identity):
+        with ROUTERS.temporarily("toy", kind):
+            moe = config.MoE(router="toy", num_experts=E, hidden_width=F)
+            layer = MoEFeedForward(config.Model(width=D, moe=moe), rngs=nnx.Rngs(0))
+            outputs.append(layer(x_TD, logits_TE, positions)[0])
+    valid_T = np.asarray(positions.segment_ids_BL).reshape(-1) > 0
+    np.testing.assert_allclose((outputs[1] - outputs[0])[valid_T], 0.5 * x_TD[valid_T], rtol=1e-5)
+    assert np.all(np.isfinite(outputs[1]))
+
+
+def test_a_router_that_reads_what_nothing_makes_is_refused():
+    class Curious(TopK):
+        reads = frozenset({"the_future"})
+
+    with (
+        ROUTERS.temporarily("toy", dataclasses.dataclass(frozen=True)(Curious)),
+        pytest.raises(config.ConfigError, match="reads the_future, which nothing makes"),
+    ):
+        MoEFeedForward(config.Model(moe=config.MoE(router="toy")), rngs=nnx.Rngs(0))

@@ -70,3 +70,8 @@ def test_quantiles_of_bins_are_those_of_the_numbers():
     count_B = histogram(jnp.asarray(values), jnp.ones(4000, bool))
     for share in (0.01, 0.3, 0.5, 0.99):
         np.testing.assert_allclose(quantile(count_B, share), np.quantile(values, share), atol=2e-3)
+
+
+def test_more_masses_than_32_bits_count_are_counted():
+    # 24 layers of 1.4 million tokens and 64 experts have two billion.
+    np.testing.assert_allclose(quantile(jnp.full(1000, 3e6), 0.5), 0.5, atol=1e-3)

@@ -128,3 +128,18 @@ def test_prepared_marks_are_no_settings():
     assert isinstance(prepared, _WithIds)
     settings = [f.name for f in dataclasses.fields(prepared) if "help" in f.metadata]
     assert settings == ["begin", "end"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Faint(ResponseOnly):
+    """Responses whose tokens weigh very little."""
+
+    def loss_weights(self, batch):
+        """A thousandth each."""
+        return 1e-3 * super().loss_weights(batch)
+
+
+def test_a_mean_does_not_depend_on_what_all_positions_weigh(decoder):
+    x_BLD = jax.random.normal(jax.random.key(1), (4, 8, 8))
+    means = [value(kind(), decoder, x_BLD, batch()) for kind in (ResponseOnly, Faint)]
+    np.testing.assert_allclose(*means, rtol=1e-5)

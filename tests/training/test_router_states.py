@@ -182,3 +182,40 @@ def test_a_pattern_that_finds_nothing_is_refused():
     init, _ = parts(settings({}, trainable="nothing_like_this"))
     with pytest.raises(config.ConfigError, match=r"config\.train\.trainable='nothing_like_this'"):
         jax.eval_shape(init, jax.random.key(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetful(TopK):
+    """Top-k without a state, whose router begins anew after every update."""
+
+    def next_state(self, params_N, state_N, seen_N):
+        """Zeros."""
+        return state_N, {"router_DE": jnp.zeros_like(params_N["router_DE"])}
+
+
+def test_a_router_without_a_state_may_revise_its_parameters():
+    with ROUTERS.temporarily("forgetful", Forgetful):
+        state, _ = steps(settings({"router": "forgetful"}), 1)
+    flat = {path[-1]: leaf[...] for path, leaf in state.params.flat_state()}
+    np.testing.assert_array_equal(flat["router_DE"], 0)
+    moments = [x for p, x in jax.tree.leaves_with_path(state.optimizer) if "router_DE" in str(p)]
+    assert moments
+    assert all(not np.any(moment) for moment in moments)
+
+
+def test_a_dense_model_takes_no_notice_of_weights_of_routing_losses():
+    loss = config.Loss(balance={"weight": 0.01, "controller": "linear"})
+    _, metrics = steps(settings({"every_n_layers": 0}, loss=loss), 1)
+    assert np.isfinite(metrics["loss"])
+    assert metrics["loss"] == metrics["lm_loss"]
+
+
+def test_layers_of_unlike_routers_have_their_own_losses():
+    cfg = settings({}, loss=config.Loss(balance={"weight": config.AUTO}))
+    model = dataclasses.replace(cfg.model, layers="0:moe.router=relu")
+    cfg = dataclasses.replace(cfg, model=model)
+    _, metrics = steps(cfg, 1)
+    # Of two layers each loss is that of one, and the mean counts the other as 0.
+    parts = 1e-8 * metrics["l1_loss"] + 1e-2 * metrics["balance_loss"]
+    parts += 1e-4 * metrics["entropy_loss"] + metrics["lm_loss"]
+    np.testing.assert_allclose(metrics["loss"], parts, rtol=1e-6)
