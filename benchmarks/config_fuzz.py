@@ -23,6 +23,7 @@ from jax.stages import Compiled, Traced
 from benchmarks.command import run
 from dynmoe_jax import config
 from dynmoe_jax.data import BATCH_ARRAYS
+from dynmoe_jax.registry import ROUTERS
 from dynmoe_jax.training.objectives import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
@@ -63,13 +64,18 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def choosing(path: str) -> dict[str, str]:
-    """The settings that choose the kind that a setting belongs to; none for those of no kind."""
+    """The settings that choose the kind that a setting belongs to, or the router that declares its
+    loss; none for other settings."""
     found, group, prefix = {}, config.Config(), ""
     for name in path.split(".")[:-1]:
         for field in dataclasses.fields(group):
             if name in (field.metadata.get("registry") or ()):
                 found[f"{prefix}{field.name}"] = name
         group, prefix = getattr(group, name), f"{prefix}{name}."
+    loss = path.split(".")[1] if path.startswith("loss.") else ""
+    routers = [router for router, kind in ROUTERS.items() if loss in kind.losses]
+    if routers and loss not in config.MoE().route.losses:
+        found["model.moe.router"] = routers[0]
     return found
 
 

@@ -200,14 +200,6 @@ def _check_losses(config: Any) -> None:
             f"config.loss.{alone[0]}.over='microbatch' cannot be kept beside config.loss.{whole[0]}"
             ", which needs the whole batch; set it to 'batch'."
         )
-    for name in moved:
-        controller = losses[name].controller and chosen(losses[name], "controller")
-        drops = model.moe.transforms or model.moe.tokens_per_pair or model.moe.backend == "capacity"
-        if controller and controller.reads_drops and not drops:
-            raise ConfigError(
-                f"config.loss.{name}.controller={losses[name].controller!r} moves by choices that "
-                "are dropped, and nothing drops any; set config.model.moe.transforms='capacity'."
-            )
 
 
 def _check_unused_losses(losses: Any, weights: Any) -> None:

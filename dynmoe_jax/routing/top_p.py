@@ -76,8 +76,6 @@ class TopP(Router):
                 f"experts_per_token={budget:g} must be 0, or 1 to "
                 f"config.model.moe.num_experts={num_experts}"
             )
-        if not budget and self.max_threshold != TopP.max_threshold:
-            return f"max_threshold={self.max_threshold:g} must go with top_p.experts_per_token"
         return None
 
     def describe(self) -> str:

@@ -39,11 +39,9 @@ class Controller:
 
     Attributes:
       per_layer: whether each layer has a coefficient of its own.
-      reads_drops: whether it moves by dropped choices alone.
     """
 
     per_layer: ClassVar[bool] = False
-    reads_drops: ClassVar[bool] = False
 
     def initial(self, weight: float, layers: int) -> dict[str, Array]:
         """State before the first step.

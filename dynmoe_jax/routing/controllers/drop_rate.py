@@ -15,13 +15,15 @@ from dynmoe_jax.routing.controllers.controller import Controller, share_dropped,
 @CONTROLLERS.register("drop_rate")
 @dataclasses.dataclass(frozen=True)
 class DropRate(Controller):
-    """a_l <- b a_l + (1 - b) min(xi d_l, a_max), d_l the share that layer l has dropped."""
+    """a_l <- b a_l + (1 - b) min(xi d_l, a_max), d_l the share that layer l has dropped.
+
+    Where nothing can be dropped (no capacity, no row budget) the coefficient goes to 0.
+    """
 
     gain: float = free_setting(0.2, "coefficient for each share that is dropped (xi)", above=0.0)
     largest: float = free_setting(0.01, "largest coefficient (a_max)", above=0.0)
     memory: float = free_setting(0.99, "share of the old coefficient (b)", low=0.0, high=0.9999)
     per_layer = True
-    reads_drops = True
 
     def initial(self, weight, layers):
         """The coefficient that the settings name, in every layer."""

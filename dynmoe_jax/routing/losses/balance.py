@@ -71,7 +71,7 @@ class Balance(RoutingLoss):
         return {
             "chosen_E": chosen_E(routing.chosen_TE),
             "first_E": chosen_E(first.chosen_TE),
-            "probs_E": over_tokens(routing.probs_TE[:, : routing.num_experts], given.valid_T),
+            "probs_E": over_tokens(routing.probs_TE[..., : routing.num_experts], given.valid_T),
         }
 
     def value(self, sums, tokens):

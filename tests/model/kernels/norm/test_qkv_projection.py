@@ -116,7 +116,7 @@ def test_other_platforms_and_split_heads_take_plain_products(monkeypatch):
     monkeypatch.setattr(qkv_projection, "projected_by_kernels", None)
     assert_close(jax.tree.leaves(on_tpu(*inputs)), jax.tree.leaves(wanted), 1e-5)
     mesh = jax.make_mesh((1, 1, 1, 2), MESH_AXES, (AxisType.Auto,) * 4)
-    monkeypatch.setattr(qkv_projection, "forked", lambda norm, x: (x, norm(x)))
+    monkeypatch.setattr(qkv_projection, "forked", lambda norm, x, plain: (x, norm(x)))
     with compile_for(V5P), jax.set_mesh(mesh):
         split = jax.jit(on_tpu)(*inputs)
     assert_close(jax.tree.leaves(split), jax.tree.leaves(wanted), 1e-5)
