@@ -79,6 +79,11 @@ def from_stored(settings: Mapping[str, Any]) -> Any:
     return dataclasses.replace(fields.build(current("Config"), settings), kept=kept)
 
 
+def kept_groups(config: Any) -> dict[str, dict[str, Any]]:
+    """Stored groups of kinds that nobody has imported, by dotted path."""
+    return {path: json.loads(text) for path, text in config.kept}
+
+
 def _move(settings: dict[str, Any]) -> None:
     """Gives settings the names that they have now."""
     values = {old: _taken(settings, old) for old in _former_names()}

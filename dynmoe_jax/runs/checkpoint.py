@@ -381,6 +381,12 @@ def check_not_imported(workdir: Path) -> None:
 
 def check_compatible(saved: config.Config, current: config.Config, workdir: Path) -> None:
     """Raises ConfigError if the run in ``workdir`` cannot go on with other settings."""
+    for path, stored in config.kept_groups(saved).items():
+        if path.startswith("loss.") and stored.get("weight") not in (None, 0, config.AUTO):
+            raise config.ConfigError(
+                f"config.{path}.weight={stored['weight']} of the run in {workdir} is of a loss "
+                "that is not there; name its file with --plugin=FILE."
+            )
     old = {path: value for path, _, value in config.walk(saved)}
     for path, field, value in config.walk(current):
         before = old.get(path, field.default)

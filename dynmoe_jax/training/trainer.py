@@ -1,6 +1,7 @@
 """Training of one run, told from top to bottom: settings, data, state, step, loop, results."""
 
 import contextlib
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def train(cfg: config.Config, workdir: Path) -> int:
     check_not_imported(workdir)
     cfg = with_initial_model(cfg, workdir)
     check_same_settings(cfg)
+    if begun := saved_config(workdir):  # what the run has of kinds that are not imported stays
+        cfg = dataclasses.replace(cfg, kept=begun.kept)
     if agreement.on_first(lambda: _is_complete(cfg, workdir)):
         return 0
     mesh, memory = check_run(cfg)

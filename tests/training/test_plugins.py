@@ -24,6 +24,7 @@ from dynmoe_jax.routing.losses import RoutingLoss
 from dynmoe_jax.routing.losses.loss import controller_setting, over_tokens, weight_setting
 from dynmoe_jax.routing.record import used_first
 from dynmoe_jax.routing.transforms import Transform
+from dynmoe_jax.runs.checkpoint import check_compatible, saved_config
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.load import load_run
 from dynmoe_jax.runs.metrics_file import read_metrics
@@ -238,6 +239,14 @@ def test_a_run_without_its_kind_is_refused_in_a_sentence(run, monkeypatch):
     monkeypatch.delitem(ROUTERS._kinds, "toy_router")
     with pytest.raises(config.ConfigError, match=r"router='toy_router' must be one of .*--plugin"):
         load_run(run)
+
+
+def test_a_run_with_a_loss_that_is_not_imported_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.delitem(LOSSES._kinds, "toy_loss")
+    saved = saved_config(run)
+    assert config.kept_groups(saved)["loss.toy_loss"]["weight"] == 0.5
+    with pytest.raises(config.ConfigError, match=r"toy_loss\.weight=0\.5 .* --plugin=FILE"):
+        check_compatible(saved, saved, tmp_path)
 
 
 def test_the_router_of_the_documentation_trains_and_writes_by_plugin(tmp_path, corpus):
