@@ -21,7 +21,7 @@ from dynmoe_jax import config
 from dynmoe_jax.model import decoder_shapes
 from dynmoe_jax.model.decoder import keep_record
 from dynmoe_jax.model.layer import LayerOutput
-from dynmoe_jax.training.objective import TrainingLoss
+from dynmoe_jax.training.loss import TrainingLoss
 
 LAYERS, EXPERTS, TOP = 58, 256, 8
 

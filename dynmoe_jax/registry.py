@@ -54,6 +54,9 @@ class Registry(Mapping[str, type]):
             frozen = dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
             if not name.isidentifier() or not frozen:
                 raise ValueError(f"{self.family} {name!r} must be a frozen dataclass with a name.")
+            if inspect.isabstract(kind):
+                missing = ", ".join(sorted(kind.__abstractmethods__))
+                raise ValueError(f"{self.family} {name!r} has to define {missing}.")
             if name in self._kinds:
                 raise ValueError(f"{self.family} {name!r} is registered already.")
             self._kinds[name] = kind

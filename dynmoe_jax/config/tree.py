@@ -19,9 +19,6 @@ from dynmoe_jax.config import model, settings
 from dynmoe_jax.fields import ConfigError, walk
 from dynmoe_jax.registry import complete, names_in
 
-GROUPS = ("Config", "Loss", "Train")
-"""Classes of :mod:`.settings` that have groups of kinds somewhere in them."""
-
 
 def current(name: str) -> type:
     """The class of a group of settings, with all kinds that are registered by now."""

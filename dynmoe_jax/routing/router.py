@@ -3,6 +3,7 @@
 Axis legend: T tokens, E experts, K slots per token, D model width, N MoE layers of one router.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -95,7 +96,7 @@ class RouterInput:
         return jax.vmap(of_token)(self.key_T)
 
 
-class Router:
+class Router(abc.ABC):
     """A router: a frozen dataclass whose fields are its settings.
 
     Derive from it, and write :meth:`bounds` and :meth:`__call__`; everything else has the answer of
@@ -125,6 +126,7 @@ class Router:
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says why the settings do not fit the number of experts: "NAME=VALUE must …"."""
+        return None
 
     def describe(self) -> str:
         """Names the rule in a few words, for reports and tables."""
@@ -137,9 +139,9 @@ class Router:
             return "raise config.loss.balance.weight"
         return "change the settings of the router"
 
+    @abc.abstractmethod
     def bounds(self, num_experts: int) -> Bounds:
         """Bounds on the experts of a token."""
-        raise NotImplementedError
 
     def parameters(self, width: int, num_experts: int) -> dict[str, Parameter]:
         """Parameters of the router in one layer, by name."""
@@ -149,9 +151,9 @@ class Router:
         """State of the router in one layer, which no gradient changes."""
         return {}
 
+    @abc.abstractmethod
     def __call__(self, params: Params, given: RouterInput) -> Routing | ExpertSlots | SoftSlots:
         """Routes T tokens; tokens that are not valid (padding) get no expert at all."""
-        raise NotImplementedError
 
     def on_logits(
         self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]

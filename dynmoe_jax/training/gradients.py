@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynmoe_jax import config
-from dynmoe_jax.training.objective import BatchSums, TrainingLoss
+from dynmoe_jax.training.loss import BatchSums, TrainingLoss
 from dynmoe_jax.training.objectives import Batch
 from dynmoe_jax.training.objectives.objective import valid
 from dynmoe_jax.training.trainable import split_trainable
@@ -69,7 +69,9 @@ def make_gradients(
 
         def weights(part):
             """Divisors of the means of a part: the objective's and the routing losses'."""
-            return jnp.sum(loss.objective.loss_weights(part)), jnp.sum(valid(part), dtype=float)
+            return jnp.sum(loss.objective.loss_weights(part), dtype=float), jnp.sum(
+                valid(part), dtype=float
+            )
 
         whole = weights(batch)
 

@@ -18,7 +18,7 @@ from dynmoe_jax.model import Decoder, decoder_shapes
 from dynmoe_jax.model.inputs import noise_key
 from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.health.guard import Guard, new_guard, watch
-from dynmoe_jax.training.objective import TrainingLoss
+from dynmoe_jax.training.loss import TrainingLoss
 from dynmoe_jax.training.objectives import Batch, Objective
 from dynmoe_jax.training.router_states import with_next_states
 from dynmoe_jax.training.routing_losses import Controllers, RoutingLosses

@@ -9,7 +9,7 @@ from dynmoe_jax import command_line, config
 from dynmoe_jax.console import console
 from dynmoe_jax.fields import model_setting
 from dynmoe_jax.registry import ROUTERS
-from dynmoe_jax.routing import TopP
+from dynmoe_jax.routing import Router, TopP
 
 FILE = '''"""A router of one's own."""
 
@@ -51,6 +51,13 @@ def refusal(*arguments):
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_a_kind_that_leaves_out_a_method_is_refused_by_name():
+    unfinished = dataclasses.dataclass(frozen=True)(type("Unfinished", (Router,), {}))
+    with pytest.raises(ValueError, match="router 'unfinished' has to define __call__, bounds"):
+        ROUTERS.register("unfinished")(unfinished)
+    assert "unfinished" not in ROUTERS
 
 
 @pytest.mark.parametrize("spelling", ["--plugin={}", "--plugin {}"])

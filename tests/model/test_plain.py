@@ -14,7 +14,7 @@ from dynmoe_jax.hardware.target import Target, compile_for
 from dynmoe_jax.model import decoder_shapes
 from dynmoe_jax.model.kernels.attention.choice import attention_of
 from dynmoe_jax.training.gradients import make_gradients
-from dynmoe_jax.training.objective import TrainingLoss
+from dynmoe_jax.training.loss import TrainingLoss
 
 B, L = 4, 256
 # Widths that all kernels for TPU know, and as many tokens as those for CPU want.

@@ -3,6 +3,7 @@
 Axis legend: E experts, R rows of one expert, D model width, F hidden width of an expert.
 """
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ Arrays = Mapping[str, Array]
 """Arrays of experts by the names of their parameters."""
 
 
-class ExpertKind:
+class ExpertKind(abc.ABC):
     """A kind of expert: a frozen dataclass whose fields are its settings.
 
     Derive from it, and write :meth:`parameters`, :meth:`apply` and :meth:`flops_per_row`: any such
@@ -35,6 +36,7 @@ class ExpertKind:
     stored_dense: ClassVar[bool] = False
     splits_hidden: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def parameters(self, width: int, num_experts: int, hidden_width: int) -> dict[str, Parameter]:
         """Parameters of all experts of one layer by name, in the order in which they are drawn.
 
@@ -43,8 +45,8 @@ class ExpertKind:
           num_experts: E; every shape begins with it, and every name's axes with the letter.
           hidden_width: F.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def apply(self, weights: Arrays, x_RD: Float[Array, "R D"]) -> Float[Array, "R D"]:
         """Computes rows, each by itself, in plain JAX.
 
@@ -53,8 +55,7 @@ class ExpertKind:
           x_RD: rows, in the compute type.  For a row of zeros, which fills empty slots of the
             capacity backend, values and derivatives have to be finite.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def flops_per_row(self, width: int, hidden_width: int) -> float:
         """FLOPs of the matrix products of one row, forward (a multiply-add is two)."""
-        raise NotImplementedError

@@ -4,6 +4,7 @@ Axis legend: D model width, H query heads, G key/value heads, W head width, F hi
 leading axes of an input.
 """
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ MATRICES = ("query_DHW", "key_DGW", "value_DGW", "output_HWD", "gate_up_D2F", "d
 """Names of all matrices that have a kind: of attention, and of the dense feed-forward."""
 
 
-class LinearKind:
+class LinearKind(abc.ABC):
     """A kind of matrix: a frozen dataclass whose fields are its settings.
 
     Attributes:
@@ -35,7 +36,9 @@ class LinearKind:
 
     def obstacle(self) -> str | None:
         """Says why the settings do not fit any model: "NAME=VALUE must …"."""
+        return None
 
+    @abc.abstractmethod
     def parameters(self, name: str, shape: tuple[int, ...]) -> dict[str, Parameter]:
         """Parameters that stand for a matrix, by name; names end in axes, so that sharding follows.
 
@@ -46,8 +49,8 @@ class LinearKind:
           name: of the matrix, one of :data:`MATRICES`.
           shape: its axes, as the name has them.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def dense(self, name: str, arrays: Arrays) -> Float[Array, "..."]:
         """The whole matrix, float32, differentiable.
 
@@ -55,7 +58,6 @@ class LinearKind:
           name: of the matrix.
           arrays: of its parameters.
         """
-        raise NotImplementedError
 
 
 def input_axes(name: str) -> int:

@@ -3,6 +3,7 @@
 Axis legend: N MoE layers, E experts.
 """
 
+import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ class LayerCounts:
     tokens: Float[Array, ""]
 
 
-class Controller:
+class Controller(abc.ABC):
     """A rule for the coefficient of a loss: a frozen dataclass whose fields are its settings.
 
     Its state lies in the checkpoint; a skipped update leaves it as it was.  A schedule is a
@@ -52,11 +53,11 @@ class Controller:
         """
         return {}
 
+    @abc.abstractmethod
     def coefficient(
         self, weight: float, state: dict[str, Array], step: Int[Array, ""]
     ) -> Float[Array, "*N"]:
         """The coefficient of this step: one, or one for each layer."""
-        raise NotImplementedError
 
     def update(self, state: dict[str, Array], counts: LayerCounts) -> dict[str, Array]:
         """The state after an applied update, of the counts of the whole batch."""

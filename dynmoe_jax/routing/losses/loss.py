@@ -7,6 +7,7 @@ idle on all others is not overloaded.
 Axis legend: T tokens, E experts; * axes in front (layers).
 """
 
+import abc
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ def controller_setting(default: str = "") -> Any:
     )
 
 
-class RoutingLoss:
+class RoutingLoss(abc.ABC):
     """A routing loss: a frozen dataclass whose fields are its settings, ``weight`` the first.
 
     Attributes:
@@ -55,13 +56,14 @@ class RoutingLoss:
     additive: ClassVar[bool] = True
     by_microbatch: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def sums(self, routing: Any, given: RouterInput, params: Params) -> Mapping[str, Array]:
         """Sums over the valid tokens of one layer; padding counts nowhere.
 
         A loss of parameters alone returns itself times the number of valid tokens.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def value(self, sums: Mapping[str, Array], tokens: Float[Array, ""]) -> Float[Array, "*"]:
         """The loss of each layer.
 
@@ -69,7 +71,6 @@ class RoutingLoss:
           sums: of all tokens; axes in front of their own are layers.
           tokens: valid ones, at least 1.
         """
-        raise NotImplementedError
 
 
 def over_tokens(value_TX: Float[Array, "T X"], valid_T: Bool[Array, "T"]) -> Float[Array, "X"]:

@@ -3,6 +3,7 @@
 Axis legend: T tokens, E experts, K slots per token.
 """
 
+import abc
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from dynmoe_jax.routing.record import Routing
 from dynmoe_jax.routing.router import RouterInput
 
 
-class Transform:
+class Transform(abc.ABC):
     """A change of a routing: a frozen dataclass whose fields are its settings.
 
     Transforms follow each other in the order of ``config.model.moe.transforms``; losses and
@@ -27,9 +28,9 @@ class Transform:
     causal: ClassVar[bool] = True
     group: ClassVar[str] = "token"
 
+    @abc.abstractmethod
     def __call__(self, routing: Routing, given: RouterInput) -> Routing:
         """The routing that experts compute; used slots first, as any routing promises."""
-        raise NotImplementedError
 
     def row_bound(self, tokens: int, rows: int, num_experts: int) -> int:
         """Most (token, expert) pairs of T tokens, given that they were at most ``rows`` before."""

@@ -8,7 +8,7 @@ import jax
 from dynmoe_jax import config
 from dynmoe_jax.console import warn
 from dynmoe_jax.training.health.collapse import CollapseWatch
-from dynmoe_jax.training.objective import Batch
+from dynmoe_jax.training.loss import Batch
 
 _WARNED_SKIPS = 20
 """Streaks of skipped updates that are worth a line each; metrics.jsonl counts all."""

@@ -21,7 +21,7 @@ from dynmoe_jax.runs.summary import HeldOut
 from dynmoe_jax.training.health.anomalies import Anomaly, AnomalyWatch
 from dynmoe_jax.training.log.hardware import peak_flops_per_second
 from dynmoe_jax.training.log.progress import TrainingProgress
-from dynmoe_jax.training.objective import Batch
+from dynmoe_jax.training.loss import Batch
 
 SCALARS = ("loss", "lm_loss", "grad_norm", "learning_rate")
 COUNTS = ("skipped_updates", "skipped_in_a_row", "spike_steps")

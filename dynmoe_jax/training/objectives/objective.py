@@ -3,10 +3,10 @@
 Axis legend: B batch, L positions.
 """
 
+import abc
 from collections.abc import Mapping
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dynmoe_jax import config
@@ -18,7 +18,7 @@ Batch = dict[str, Array]
 ``loss_weights``, float32, where an objective makes them."""
 
 
-class Objective:
+class Objective(abc.ABC):
     """An objective: a frozen dataclass whose fields are its settings.
 
     Attributes:
@@ -37,10 +37,11 @@ class Objective:
         """
         return self
 
-    def loss_weights(self, batch: Batch) -> Float[Array, "B L"]:
+    def loss_weights(self, batch: Batch) -> Bool[Array, "B L"] | Float[Array, "B L"]:
         """Weight of the loss at each position; padding has none."""
-        return valid(batch).astype(jnp.float32)
+        return valid(batch)
 
+    @abc.abstractmethod
     def sums(
         self, decoder: Decoder, x_BLD: Float[Array, "B L D"], batch: Batch, loss: config.Loss
     ) -> Mapping[str, Array]:
@@ -52,11 +53,10 @@ class Objective:
           batch: the batch.
           loss: settings of the loss.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def value(self, sums: Mapping[str, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
         """(the value, its parts by name, for metrics)."""
-        raise NotImplementedError
 
 
 def valid(batch: Batch) -> Bool[Array, "B L"]:

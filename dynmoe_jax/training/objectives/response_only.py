@@ -14,14 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.fields import run_setting
-from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
 from dynmoe_jax.registry import OBJECTIVES
-from dynmoe_jax.training.objectives.objective import Batch, Objective, valid
+from dynmoe_jax.training.objectives.language_model import LanguageModel
+from dynmoe_jax.training.objectives.objective import Batch, valid
 
 
 @OBJECTIVES.register("response_only")
 @dataclasses.dataclass(frozen=True)
-class ResponseOnly(Objective):
+class ResponseOnly(LanguageModel):
     """Mean cross entropy of the tokens behind a mark, up to another one, in each document.
 
     The second mark is learned with the response, so that the model learns to end.  A document
@@ -64,29 +64,6 @@ class ResponseOnly(Objective):
         ended_BL = _latest(_ends_here(tokens_BL, end, first_BL), position_L)
         inside_BL = (begun_BL >= first_BL) & (begun_BL > ended_BL)
         return (inside_BL & valid(batch)).astype(jnp.float32)
-
-    def sums(self, decoder, x_BLD, batch, loss):
-        """Cross entropies and likelihoods of the responses, and how many tokens they have."""
-        weight_BL = self.loss_weights(batch)
-        cross_entropy, nll_BL = cross_entropy_sums(
-            x_BLD,
-            decoder.output_DV,
-            batch["targets"],
-            weight_BL,
-            z_weight=loss.z_weight,
-            chunk_tokens=loss.chunk_tokens,
-            plain=decoder.config.plain,
-        )
-        return {
-            "cross_entropy": cross_entropy,
-            "nll": jnp.sum(weight_BL * nll_BL),
-            "weight": jnp.sum(weight_BL),
-        }
-
-    def value(self, sums):
-        """The mean over the tokens of responses."""
-        divisor = jnp.where(sums["weight"] > 0, sums["weight"], 1)
-        return sums["cross_entropy"] / divisor, {"lm_loss": sums["nll"] / divisor}
 
 
 @dataclasses.dataclass(frozen=True)
