@@ -69,9 +69,8 @@ def make_gradients(
 
         def weights(part):
             """Divisors of the means of a part: the objective's and the routing losses'."""
-            return jnp.sum(loss.objective.loss_weights(part), dtype=float), jnp.sum(
-                valid(part), dtype=float
-            )
+            weights_BL = loss.objective.loss_weights(part), valid(part)
+            return [jnp.sum(weight_BL, dtype=float) for weight_BL in weights_BL]
 
         whole = weights(batch)
 

@@ -149,6 +149,14 @@ class RoutingLossOfTheirs(RoutingLoss):
 
     weight: float = free_setting(0.0, "of the loss", low=0.0)
 
+    def sums(self, routing, given, params):
+        """Nothing."""
+        return {}
+
+    def value(self, sums, tokens):
+        """Zero."""
+        return 0.0
+
 
 def test_a_stored_run_that_needs_a_kind_is_refused_without_it():
     with ROUTERS.temporarily("own", OwnRouter):
