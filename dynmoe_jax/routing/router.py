@@ -155,6 +155,10 @@ class Router(abc.ABC):
     def __call__(self, params: Params, given: RouterInput) -> Routing | ExpertSlots | SoftSlots:
         """Routes T tokens; tokens that are not valid (padding) get no expert at all."""
 
+    def shown(self, state: Params) -> dict[str, Array]:
+        """Numbers of one layer's state, by name, that metrics and report show."""
+        return {}
+
     def on_logits(
         self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]
     ) -> Routing | ExpertSlots | SoftSlots:
