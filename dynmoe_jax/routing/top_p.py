@@ -107,6 +107,10 @@ class TopP(Router):
         """The threshold, where a budget moves it."""
         return {"threshold": jnp.float32(self.threshold)} if self.experts_per_token else {}
 
+    def shown(self, state):
+        """p, where a budget moves it."""
+        return dict(state)
+
     def __call__(self, params, given: RouterInput) -> Routing:
         """Routes T tokens; equal probabilities are taken in the order of the experts' ids."""
         valid_T = given.valid_T

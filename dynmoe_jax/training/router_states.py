@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.output import by_program, in_layer_order
@@ -56,6 +58,27 @@ def with_next_states(
     for i, name in revised:
         getattr(marked.moe_feed_forwards[i], name).set_value(True)
     return variables, nnx.state(marked)
+
+
+def shown_states(structure: nnx.GraphDef, params: nnx.State) -> dict[str, Float[Array, "N"]]:
+    """Numbers of the routers' states that people see, by name, one for each MoE layer.
+
+    NaN where the router of a layer has no number of that name.
+    """
+    decoder = nnx.merge(structure, params)
+    parts = []
+    for layer in decoder.moe_feed_forwards:
+        state = {name: getattr(layer, name)[...] for name in layer.state_names}
+        # Without a state there is nothing that a layer of it could be told from another by.
+        parts.append(jax.vmap(layer.router.shown)(state) if state else {})
+    layers = decoder.moe_layers
+    nothing = [jnp.full(len(numbers), jnp.nan) for numbers in layers]
+    return {
+        name: in_layer_order(
+            [part.get(name, none) for part, none in zip(parts, nothing, strict=True)], layers
+        )
+        for name in sorted({name for part in parts for name in part})
+    }
 
 
 def _by_router(feed_forwards: Sequence[MoEFeedForward]) -> list[list[int]]:

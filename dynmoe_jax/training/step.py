@@ -20,7 +20,7 @@ from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.health.guard import Guard, new_guard, watch
 from dynmoe_jax.training.loss import TrainingLoss
 from dynmoe_jax.training.objectives import Batch, Objective
-from dynmoe_jax.training.router_states import with_next_states
+from dynmoe_jax.training.router_states import shown_states, with_next_states
 from dynmoe_jax.training.routing_losses import Controllers, RoutingLosses
 from dynmoe_jax.training.trainable import split_trainable
 
@@ -91,7 +91,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    Metrics stay on the device: scalars by name, ``load_NE`` and ``dropped_N``.
+    Metrics stay on the device: scalars by name, ``load_NE``, ``dropped_N``, and what the routers'
+    states were in this step, ``router_NAME_N``.
 
     Where the loss or a gradient is not finite, parameters, router states, optimizer and controllers
     stay bit for bit what they were, and the optimizer counts no step; the training step and the
@@ -133,6 +134,8 @@ def make_train_step(
         coefficients = loss.routing.coefficients(state.controllers, state.step)
         for name in loss.routing.controllers:
             metrics[f"{name}_coefficient"] = jnp.mean(coefficients[name])
+        for name, value_N in shown_states(structure, state.params).items():
+            metrics[f"router_{name}_N"] = value_N
         return TrainState(state.step + 1, params, optimizer_state, guard, controllers), metrics
 
     return train_step

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
+from dynmoe_jax.model import decoder_shapes
 from dynmoe_jax.registry import ROUTERS
 from dynmoe_jax.routing import TopK
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
+from dynmoe_jax.training.router_states import shown_states
 from dynmoe_jax.training.step import init_state, make_train_step
 
 B, L, V = 8, 12, 32
@@ -219,3 +222,22 @@ def test_layers_of_unlike_routers_have_their_own_losses():
     parts = 1e-8 * metrics["l1_loss"] + 1e-2 * metrics["balance_loss"]
     parts += 1e-4 * metrics["entropy_loss"] + metrics["lm_loss"]
     np.testing.assert_allclose(metrics["loss"], parts, rtol=1e-6)
+
+
+def test_metrics_show_the_states_of_the_step_by_layer():
+    state, metrics = steps(settings(CASES["budget"]), count=2)
+    before, _ = steps(settings(CASES["budget"]), count=1)
+    layer = nnx.merge(nnx.graphdef(decoder_shapes(settings(CASES["budget"]).model)), before.params)
+    used_N = layer.moe_feed_forwards[0].threshold[...]
+    np.testing.assert_array_equal(metrics["router_threshold_N"], used_N)
+    assert used_N.shape == (2,) and np.all(used_N != 0.4)
+
+
+def test_a_router_without_the_number_shows_nothing_in_its_layer():
+    cfg = settings(CASES["budget"])
+    layers = "1:moe.router=top_k"
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layers=layers))
+    decoder = decoder_shapes(cfg.model)
+    init, _ = parts(cfg)
+    shown = shown_states(nnx.graphdef(decoder), init(jax.random.key(0)).params)
+    np.testing.assert_allclose(shown["threshold"], [0.4, np.nan])

@@ -24,6 +24,7 @@ def training_pictures(history: History, summary: Summary, canvas: Canvas) -> dic
         "experts": _experts,
         "experts_by_layer": _experts_by_layer,
         "imbalance": _imbalance,
+        "states": _states,
         "optimizer": _optimizer,
         "speed": _speed,
     }
@@ -203,6 +204,31 @@ def _imbalance(history: History, summary: Summary, canvas: Canvas) -> Picture | 
         "Is the work shared? Load of the busiest expert",
         "How many times the mean load the busiest expert of a layer carries; 1 is an even load. "
         "Healthy: below about 2 to 3 after the start. A steady climb means that experts die.",
+    )
+
+
+def _states(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
+    """Numbers of the routers' states: their mean over layers, and its range."""
+    del summary
+    names = history.by_layer("router_")
+    if not names:
+        return None
+    figure, axes = canvas.figure(len(names), height=max(3.1, 1.15 * len(names)))
+    for axis, name, color in zip(axes, names, itertools.cycle(_LOSS_COLORS), strict=False):
+        values = history.layers(f"{name}_by_layer")
+        known = np.where(np.isnan(values).all(1)[:, None], 0, values)
+        low, high = thin(np.nanmin(known, 1)), thin(np.nanmax(known, 1))
+        axis.fill_between(thin(history.steps), low, high, color=light(color), alpha=0.2, linewidth=0)
+        _curve(axis, history, history.scalar(name), color)
+        label = name.removeprefix("router_").replace("_", " ")
+        _finish(axis, label, bottom=axis is axes[-1])
+    figure.align_ylabels(axes)
+    return canvas.picture(
+        figure,
+        "What have the routers come to? Their states",
+        "Numbers that routers keep besides their parameters and change after each update: lines "
+        "are means over layers, bands reach from the lowest layer to the highest. Healthy: they "
+        "move at first and then settle.",
     )
 
 

@@ -24,6 +24,7 @@ _SECTIONS = (
     ("Learning", ("loss", "auxiliary")),
     (_COUNTS, ("experts", "experts_by_layer", "layers", "histogram")),
     ("Load of the experts", ("load", "imbalance")),
+    ("Routers", ("states",)),
     ("Optimiser and speed", ("optimizer", "speed")),
 )
 

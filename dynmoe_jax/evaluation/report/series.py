@@ -39,6 +39,16 @@ class History:
             row[: len(values)] = values
         return np.where(np.isfinite(table), table, np.nan)
 
+    def by_layer(self, prefix: str) -> list[str]:
+        """Metrics that begin so and have a number for each layer, in the order of the lines."""
+        ending = "_by_layer"
+        names = dict.fromkeys(name for line in self.metrics for name in line)
+        return [
+            name.removesuffix(ending)
+            for name in names
+            if name.startswith(prefix) and name.endswith(ending)
+        ]
+
     def has(self, name: str) -> bool:
         """Whether there is anything to draw: a finite number other than zero."""
         return bool(np.any(np.nan_to_num(self.scalar(name))))

@@ -27,7 +27,8 @@ SCALARS = ("loss", "lm_loss", "grad_norm", "learning_rate")
 COUNTS = ("skipped_updates", "skipped_in_a_row", "spike_steps")
 _ROWS = ("tokens", "rows_dropped", "load_NE", "dropped_N")
 """Metrics of a step: numbers, counts, and those that others are made of.  Whatever else a step
-reports, such as routing losses and their coefficients, has a number of its own."""
+reports, such as routing losses and their coefficients, has a number of its own, or one for each
+MoE layer (``…_N``)."""
 
 
 class StepRecorder:
@@ -55,8 +56,13 @@ class StepRecorder:
             rows = (np.sum(load_NE, axis=-1) - values["dropped_N"]).astype(float).tolist()
         flops = training_flops(cfg.model, tokens, cfg.data.seq_len, rows)
         others = [name for name in values if name not in (*SCALARS, *COUNTS, *_ROWS)]
+        of_layers = [name for name in others if np.ndim(values[name])]
+        others = [name for name in others if name not in of_layers]
         names = [*SCALARS[:2], *others, *SCALARS[2:]]
         record = {name: float(values[name]) for name in names if name in values}
+        for name in of_layers:
+            value_N, name = values[name], name.removesuffix("_N")
+            record |= {name: float(np.nanmean(value_N)), f"{name}_by_layer": value_N.tolist()}
         record |= {name: int(values[name]) for name in COUNTS}
         record |= _routing_record(load_NE, self._exists(load_NE), int(values["tokens"]))
         record |= {
