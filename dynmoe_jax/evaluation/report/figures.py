@@ -218,7 +218,9 @@ def _states(history: History, summary: Summary, canvas: Canvas) -> Picture | Non
         values = history.layers(f"{name}_by_layer")
         known = np.where(np.isnan(values).all(1)[:, None], 0, values)
         low, high = thin(np.nanmin(known, 1)), thin(np.nanmax(known, 1))
-        axis.fill_between(thin(history.steps), low, high, color=light(color), alpha=0.2, linewidth=0)
+        axis.fill_between(
+            thin(history.steps), low, high, color=light(color), alpha=0.2, linewidth=0
+        )
         _curve(axis, history, history.scalar(name), color)
         label = name.removeprefix("router_").replace("_", " ")
         _finish(axis, label, bottom=axis is axes[-1])
