@@ -225,12 +225,13 @@ def test_layers_of_unlike_routers_have_their_own_losses():
 
 
 def test_metrics_show_the_states_of_the_step_by_layer():
-    state, metrics = steps(settings(CASES["budget"]), count=2)
+    _, metrics = steps(settings(CASES["budget"]), count=2)
     before, _ = steps(settings(CASES["budget"]), count=1)
     layer = nnx.merge(nnx.graphdef(decoder_shapes(settings(CASES["budget"]).model)), before.params)
     used_N = layer.moe_feed_forwards[0].threshold[...]
     np.testing.assert_array_equal(metrics["router_threshold_N"], used_N)
-    assert used_N.shape == (2,) and np.all(used_N != 0.4)
+    assert used_N.shape == (2,)
+    assert np.all(used_N != 0.4)
 
 
 def test_a_router_without_the_number_shows_nothing_in_its_layer():
