@@ -69,7 +69,8 @@ class MoE:
     )
     allow_non_causal: bool = model_setting(
         False,
-        "accept a router that looks at later tokens: such a model cannot generate text",
+        "accept a router that looks at later tokens, in training or always: a model that always "
+        "does cannot generate text",
     )
     saved_rows_per_token: float = free_setting(
         AUTO,
@@ -217,6 +218,17 @@ class Model:
     def moe_settings(self) -> tuple[MoE, ...]:
         """The settings of every MoE layer, in order; empty in a dense model."""
         return tuple(layer.model.moe for layer in self.by_layer if layer.is_moe)
+
+    @property
+    def looks_ahead(self) -> str:
+        """Says why the model cannot write or score text, in a sentence; empty if it can."""
+        names = (moe.router for moe in self.moe_settings if not moe.route.causal)
+        name = next(names, "")
+        return name and (
+            f"config.model.moe.router={name!r} looks at later tokens: the model cannot write text, "
+            "and its loss on text is no measure of one that can, since the routing knows what is "
+            "asked for; train one with a causal router, such as top_p, for that."
+        )
 
     @property
     def routers(self) -> tuple[Router, ...]:

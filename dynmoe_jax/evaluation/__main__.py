@@ -91,6 +91,8 @@ def evaluate(asked: argparse.Namespace) -> int:
     tasks = _check(asked, names)
     with opened_run(asked.workdir, best=asked.best) as run:
         cfg, imported = run.config, run.imported
+        if cfg.model.looks_ahead:
+            raise config.ConfigError(cfg.model.looks_ahead)
         tokenizer = for_rows(run.tokenizer(), cfg.model.vocab_size)
         decoder = without_budget(run.decoder())
     window = choose_window(asked.window, cfg, imported)

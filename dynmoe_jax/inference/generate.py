@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
+from dynmoe_jax.config import ConfigError
 from dynmoe_jax.data import check_ids
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.inference.decoding import DecodeState, decode, prefill_prompts, split_layers
@@ -76,7 +77,12 @@ class Generator:
           decoder: the model.
           copy_layers: hold the layers' parameters a second time, in the form that decodes fastest
             (see :mod:`dynmoe_jax.model.kv_cache`).  Without, programs compile sooner, run slower.
+
+        Raises:
+          ConfigError: the router looks at later tokens.
         """
+        if decoder.config.looks_ahead:
+            raise ConfigError(decoder.config.looks_ahead)
         self._structure, self._params = nnx.split(decoder)
         self._rows = decoder.config.vocab_size
         self._whole = _on_every_device(self._params)

@@ -77,6 +77,9 @@ class Writer:
           room: positions of a prompt and its text; 0 = ``config.model.max_seq_len``.
           copy_layers: see :class:`Generator`.
           begin_with_bos: whether BOS stands before a prompt; None: as the tokenizer says.
+
+        Raises:
+          ConfigError: the router looks at later tokens.
         """
         self.generator = Generator(decoder, copy_layers=copy_layers)
         self._room = room or decoder.config.max_seq_len

@@ -291,12 +291,15 @@ def _stacked(run: Run[LayerSettings], rngs: nnx.Rngs) -> LayerGroup:
 
 def _check_causal(model: config.Model) -> None:
     for moe in dict.fromkeys(model.moe_settings):
-        if not moe.route.causal and not moe.allow_non_causal:
-            raise config.ConfigError(
-                f"config.model.moe.router={moe.router!r} looks at later tokens, which a decoder "
-                "cannot when it generates; use a causal router such as top_p, or set "
-                "config.model.moe.allow_non_causal."
-            )
+        if moe.allow_non_causal or (moe.route.causal and moe.route.causal_in_training):
+            continue
+        where = (
+            "in training; " if moe.route.causal else "which a decoder cannot when it generates; "
+        )
+        raise config.ConfigError(
+            f"config.model.moe.router={moe.router!r} looks at later tokens, {where}use a causal "
+            "router such as top_p, or set config.model.moe.allow_non_causal."
+        )
 
 
 def decoder_structure(model: config.Model) -> nnx.GraphDef:

@@ -103,8 +103,13 @@ class Router(abc.ABC):
     a router without state and noise.  Knows no weights of experts, no mesh, no transport.
 
     Attributes:
-      causal: whether, at inference, a token's routing is independent of later tokens; a decoder
-        refuses others unless ``config.model.moe.allow_non_causal``.
+      causal: whether, at inference, a token's routing is independent of later tokens.  Generation,
+        the evaluation command and held-out evaluation route as at inference.  Without it a model
+        trains and reports its held-out loss; it writes no sample, and generation and the
+        evaluation command are refused.
+      causal_in_training: whether it is so in training as well.  A router with ``causal`` alone
+        generates and is evaluated.  A decoder refuses routers that lack either, unless
+        ``config.model.moe.allow_non_causal``.
       group: the tokens that one choice may look at: ``"token"``, ``"sequence"``, or ``"batch"``
         (all devices' together; of a microbatch, where there are several).
       reads: fields of :class:`RouterInput` beyond x, logits and state: ``"noise"`` and
@@ -118,6 +123,7 @@ class Router(abc.ABC):
     """
 
     causal: ClassVar[bool] = True
+    causal_in_training: ClassVar[bool] = True
     group: ClassVar[str] = "token"
     reads: ClassVar[frozenset[str]] = frozenset()
     losses: ClassVar[Mapping[str, float]] = {"balance": 1e-2, "entropy": 1e-4, "router_z": 0.0}

@@ -80,8 +80,17 @@ class Summary:
     mfu: float  # share of the hardware's peak; NaN where the peak is unknown
     # By activity: "data preparation", "compile", "data waiting", "step", "evaluation"; and "total".
     seconds: dict[str, float]
-    sample: Sample
+    sample: Sample | None  # None where it was left out
     paths: dict[str, str]  # what is there -> path relative to the run's folder
+    # What the run does without (sample, generation, evaluation) -> why.
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def reasons(self) -> list[str]:
+        """What was left out and why, a sentence for each reason."""
+        names_by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            names_by_reason.setdefault(reason, []).append(name)
+        return [f"No {', '.join(names)}: {why}" for why, names in names_by_reason.items()]
 
     @property
     def total_seconds(self) -> float:
@@ -121,9 +130,13 @@ def read_summary(workdir: Path) -> Summary | None:
 def _build(record: dict[str, Any]) -> Summary:
     heldout, sample = record.pop("heldout"), record.pop("sample")
     domains = {name: DomainResult(**domain) for name, domain in heldout.pop("domains").items()}
-    pieces = [(text, experts) for text, experts in sample.pop("pieces")]
+    if isinstance(sample, dict):
+        pieces = [(text, experts) for text, experts in sample.pop("pieces")]
+        sample = Sample(**sample, pieces=pieces)
+    else:  # null is read as NaN
+        sample = None
     return Summary(
         **record,
         heldout=HeldOut(**heldout, domains=domains),
-        sample=Sample(**sample, pieces=pieces),
+        sample=sample,
     )

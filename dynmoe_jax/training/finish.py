@@ -22,6 +22,9 @@ from dynmoe_jax.runs.summary import HeldOut, Sample, Summary, write_summary
 from dynmoe_jax.training.log.seconds import Seconds
 from dynmoe_jax.training.log.summary_tables import print_summary
 
+NEED_CAUSALITY = ("sample", "generation", "evaluation")
+"""What a run does without where a router looks at later tokens also at inference."""
+
 
 def sample(cfg: config.Config, params: nnx.State, tokenizer: Tokenizer) -> Sample:
     """Continues ``evaluation.prompt``."""
@@ -55,8 +58,10 @@ def finish_run(
 
     All processes sample, process 0 does the rest.
     """
-    with seconds.of("evaluation"):
-        written = sample(cfg, params, tokenizer)
+    reason, written = cfg.model.looks_ahead, None
+    if not reason:
+        with seconds.of("evaluation"):
+            written = sample(cfg, params, tokenizer)
     if not agreement.is_first():
         return
     metrics = read_metrics(workdir)
@@ -81,6 +86,7 @@ def finish_run(
         seconds=seconds.by_activity(),
         sample=written,
         paths=paths,
+        left_out=dict.fromkeys(NEED_CAUSALITY, reason) if reason else {},
     )
     write_report(workdir, cfg, metrics, summary)
     write_summary(workdir, summary)

@@ -173,6 +173,22 @@ class LookAhead(TopP):
     causal = False
 
 
+@dataclasses.dataclass(frozen=True)
+class LookAheadInTraining(TopP):
+    """A router that looks at later tokens while it is trained."""
+
+    causal_in_training = False
+
+
+def test_router_that_looks_ahead_in_training_alone_is_refused_and_may_write(small):
+    with ROUTERS.temporarily("ahead", LookAheadInTraining):
+        with pytest.raises(config.ConfigError, match="looks at later tokens, in training; use"):
+            parameter_shapes(small(router="ahead"))
+        assert not small(router="ahead", allow_non_causal=True).looks_ahead
+    with ROUTERS.temporarily("ahead", LookAhead):
+        assert "'ahead' looks at later tokens" in small(router="ahead").looks_ahead
+
+
 def test_router_that_looks_ahead_is_refused_unless_it_is_asked_for(small):
     with ROUTERS.temporarily("ahead", LookAhead):
         with pytest.raises(config.ConfigError, match="router='ahead' looks at later tokens"):

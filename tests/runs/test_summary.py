@@ -225,3 +225,18 @@ def test_compact_numbers_round_into_the_next_unit(number, text):
 def test_durations_round_into_the_next_unit(seconds, text):
     assert duration(seconds) == text
     assert "60" not in clock(seconds)
+
+
+def test_what_was_left_out_is_said_with_its_reason(tmp_path):
+    reason = "config.model.moe.router='ahead' looks at later tokens: it cannot write."
+    left_out = {"sample": reason, "generation": reason}
+    write_summary(tmp_path, make_summary(sample=None, left_out=left_out))
+    found = read_summary(tmp_path)
+    assert (found.sample, found.left_out) == (None, left_out)
+    assert found.reasons() == [f"No sample, generation: {reason}"]
+    assert [str(line) for line in summary_tables._sample(found)] == found.reasons()
+    # A summary of before there was anything to leave out.
+    record = json.loads((tmp_path / "summary.json").read_text())
+    del record["left_out"]
+    (tmp_path / "summary.json").write_text(json.dumps(record))
+    assert read_summary(tmp_path).left_out == {}

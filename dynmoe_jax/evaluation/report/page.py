@@ -61,6 +61,7 @@ def write_report(
         *(section(title, [pictures.get(p) for p in names]) for title, names in _SECTIONS),
         _domains(summary),
         _sample(summary.sample),
+        "".join(f'<p class="soft">{escaped(reason)}</p>' for reason in summary.reasons()),
         _time(summary),
         _settings(config),
     ]
@@ -157,7 +158,9 @@ def _domains(summary: Summary) -> str:
     return f"<h2>Held-out text by domain</h2>{table}"
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: Sample | None) -> str:
+    if sample is None:
+        return ""
     text, key = coloured(sample.pieces or [(sample.text, math.nan)])
     return (
         "<h2>Sample</h2><p class='soft'>The prompt in bold, then what the model wrote.</p>"

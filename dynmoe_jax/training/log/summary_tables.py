@@ -132,6 +132,8 @@ def _seconds(summary: Summary) -> Table:
 
 def _sample(summary: Summary) -> list[Text]:
     sample = summary.sample
+    if sample is None:
+        return [Text(reason, style="yellow") for reason in summary.reasons()]
     text = Text(printable(sample.prompt), style="bold")
     text.append(printable(sample.text), style="not bold")
     return [Text("Sample", style="bold"), text]
