@@ -92,7 +92,7 @@ class MoEFeedForward(nnx.Module):
         self.router_names = tuple(declared)
         for name, parameter in declared.items():
             setattr(self, name, drawn(rngs, parameter, model.init_std))
-        state = self.router.initial_state(E)
+        state = self.router.layer_state(D, E)
         self.state_names = tuple(state)
         for name, array in state.items():
             setattr(self, name, RouterState(array))

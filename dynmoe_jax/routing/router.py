@@ -157,6 +157,10 @@ class Router(abc.ABC):
         """State of the router in one layer, which no gradient changes."""
         return {}
 
+    def layer_state(self, width: int, num_experts: int) -> dict[str, Array]:
+        """The same of a layer of that width, for a state that needs it: sums of tokens."""
+        return self.initial_state(num_experts)
+
     @abc.abstractmethod
     def __call__(self, params: Params, given: RouterInput) -> Routing | ExpertSlots | SoftSlots:
         """Routes T tokens; tokens that are not valid (padding) get no expert at all."""
@@ -194,8 +198,9 @@ class Router(abc.ABC):
           seen_N: their sums of :meth:`measure` over the whole batch.
 
         Returns:
-          the new states; new values of parameters, by name, whose moments then become 0 (None:
-          parameters stay as the optimizer made them).
+          the new states; new values of parameters, by name (None: parameters stay as the optimizer
+          made them).  Where these differ from the old ones, number by number, the optimizer's
+          moments become 0.
         """
         return state_N, None
 

@@ -29,12 +29,12 @@ def with_next_states(
       measured: sums of the routers, in the order of ``Decoder.moe_layers``.
 
     Returns:
-      the variables; a tree like them of bools, True for a parameter that the router has revised,
-      whose moments are then 0; None if there is none.
+      the variables; a tree like them of bools, True for the numbers of parameters that the router
+      has revised, whose moments are then 0; None if no router revises any.
     """
     # Copies of the variables, which are written to below.
     decoder = nnx.merge(structure, jax.tree.map(lambda x: x, params))
-    revised: set[tuple[int, str]] = set()
+    revised: dict[tuple[int, str], Any] = {}
     feed_forwards, numbers = decoder.moe_feed_forwards, decoder.moe_layers
     for members in _by_router(feed_forwards):
         router = feed_forwards[members[0]].router
@@ -47,16 +47,18 @@ def with_next_states(
         seen_N = in_layer_order([measured[i] for i in members], of_members)
         state_N, new_params = router.next_state(params_N, state_N, seen_N)
         for name, value_N in {**state_N, **(new_params or {})}.items():
-            for layer, value in zip(layers, by_program(value_N, of_members), strict=True):
-                getattr(layer, name)[...] = value
-        revised |= {(i, name) for i in members for name in new_params or {}}
+            for i, value in zip(members, by_program(value_N, of_members), strict=True):
+                variable = getattr(feed_forwards[i], name)
+                if name in params_N:
+                    revised[i, name] = value != variable[...]
+                variable[...] = value
     variables = nnx.state(decoder)
     if not revised:
         return variables, None
     marks = jax.tree.map(lambda _: False, variables)
     marked = nnx.merge(structure, marks)
-    for i, name in revised:
-        getattr(marked.moe_feed_forwards[i], name).set_value(True)
+    for (i, name), mark in revised.items():
+        getattr(marked.moe_feed_forwards[i], name).set_value(mark)
     return variables, nnx.state(marked)
 
 

@@ -142,11 +142,11 @@ def make_train_step(
 
 
 def _without_moments(optimizer, optimizer_state, revised: nnx.State, cfg: config.Config):
-    """The optimizer's state with zeros for the moments of the parameters that are marked."""
+    """The optimizer's state with zeros for the moments of the numbers that are marked."""
     marks, _ = split_trainable(revised, cfg.train.trainable)
     return optax.tree_utils.tree_map_params(
         optimizer,
-        lambda moment, mark: jnp.zeros_like(moment) if mark else moment,
+        lambda moment, mark: moment if mark is False else jnp.where(mark, 0, moment),
         optimizer_state,
         marks,
     )

@@ -20,12 +20,13 @@ def given(router: Router, logits_TE, valid_T=None, *, training=False, params=Non
     read = {name: arrays[name] for name, fact in reads.items() if fact in router.reads}
     x_TD = jax.random.normal(jax.random.key(1), (tokens, D)) if x_TD is None else x_TD
     if router.logits is not None:
-        logits_TE = router.logits(params or {}, x_TD, experts)
+        params = params_of(router, experts, x_TD.shape[1]) if params is None else params
+        logits_TE = router.logits(params, x_TD, experts)
     return RouterInput(
         x_TD,
         logits_TE,
         valid_T,
-        router.initial_state(experts),
+        router.layer_state(x_TD.shape[1], experts),
         expected=router.bounds(experts).expected,
         length=tokens,
         training=training,

@@ -13,9 +13,13 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def router_for(name):
-    """A router of logits alone that gives what the loss needs."""
+    """A router of each token's logits alone that gives what the loss needs."""
     needs = LOSSES[name].needs
-    return next(kind() for kind in ROUTERS.values() if needs <= kind.gives and not kind.reads)
+    return next(
+        router
+        for router in (kind() for kind in ROUTERS.values())
+        if needs <= router.gives and not router.reads and router.group == "token"
+    )
 
 
 def draw(seed=0):

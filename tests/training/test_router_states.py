@@ -206,6 +206,25 @@ def test_a_router_without_a_state_may_revise_its_parameters():
     assert all(not np.any(moment) for moment in moments)
 
 
+@dataclasses.dataclass(frozen=True)
+class Partly(TopK):
+    """Top-k whose router begins anew for the first expert alone after every update."""
+
+    def next_state(self, params_N, state_N, seen_N):
+        """Zeros for one expert."""
+        return state_N, {"router_DE": params_N["router_DE"].at[..., 0].set(0)}
+
+
+def test_numbers_that_a_router_leaves_alone_keep_their_moments():
+    with ROUTERS.temporarily("partly", Partly):
+        state, _ = steps(settings({"router": "partly"}), 1)
+    moments = [x for p, x in jax.tree.leaves_with_path(state.optimizer) if "router_DE" in str(p)]
+    assert moments
+    for moment in moments:
+        assert not np.any(moment[..., 0])
+        assert np.all(moment[..., 1:])
+
+
 def test_a_dense_model_takes_no_notice_of_weights_of_routing_losses():
     loss = config.Loss(balance={"weight": 0.01, "controller": "linear"})
     _, metrics = steps(settings({"every_n_layers": 0}, loss=loss), 1)
