@@ -306,12 +306,17 @@ class MoEFeedForward(nnx.Module):
         return routing, kept, sums, jnp.sum(dropped_M)
 
     def _read(self, x_TD, logits_TE, positions) -> dict[str, Array]:
-        """The arrays of tokens that the router reads, by their names in :class:`RouterInput`."""
+        """The arrays of tokens that router and losses read, by their names in
+        :class:`RouterInput`."""
         read = {"valid_T": positions.segment_ids_BL.reshape(-1) > 0, "logits_TE": logits_TE}
         read["x_TD"] = x_TD
-        if "token_ids" in self.router.reads:
-            read["token_id_T"] = positions.token_ids_BL.reshape(-1)
         training = positions.training
+        losses = () if training is None else training.losses
+        reads = self.router.reads.union(*(loss.reads for _, loss in losses))
+        if "token_ids" in reads:
+            read["token_id_T"] = positions.token_ids_BL.reshape(-1)
+        if "segments" in reads:
+            read["segment_id_T"] = positions.segment_ids_BL.reshape(-1)
         if "noise" in self.router.reads and training is not None and training.key is not None:
             read["key_T"] = training.key_T(positions.segment_ids_BL.shape[1])
         return read

@@ -5,6 +5,7 @@ weights of experts.
 """
 
 from dynmoe_jax.routing import controllers, losses, transforms
+from dynmoe_jax.routing.block_ffn import BlockFFN
 from dynmoe_jax.routing.hashing import Hash
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 from dynmoe_jax.routing.relu import ReLU
@@ -14,6 +15,7 @@ from dynmoe_jax.routing.top_k import TopK
 from dynmoe_jax.routing.top_p import TopP, top_p_slots
 
 __all__ = [
+    "BlockFFN",
     "Bounds",
     "ExpertSlots",
     "Hash",

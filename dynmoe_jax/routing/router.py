@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 
-READABLE = frozenset({"noise", "token_ids"})
-"""All that a router may read by naming it in ``reads``."""
+READABLE = frozenset({"noise", "segments", "token_ids"})
+"""All that a router or a routing loss may read by naming it in ``reads``."""
 
 Params = Mapping[str, Array]
 """Parameters or state of a router, by name."""
@@ -67,6 +67,8 @@ class RouterInput:
       key_T: a key of each token, for noise: a function of seed, step, layer, row of the batch and
         position.  None in inference, and unless the router reads ``"noise"``.
       token_id_T: None unless the router reads ``"token_ids"``.
+      segment_id_T: document of each token, within its sequence; 0: padding.  None unless the router
+        or a loss reads ``"segments"``.
       expected: experts per token that the router aims at, see :class:`Bounds`.
       length: L, tokens of one sequence; sequences follow each other in T.
       training: False when evaluating or generating.
@@ -78,6 +80,7 @@ class RouterInput:
     state: Params = dataclasses.field(default_factory=dict)
     key_T: UInt32[Array, "T 2"] | None = None
     token_id_T: Int[Array, "T"] | None = None
+    segment_id_T: Int[Array, "T"] | None = None
     expected: float = dataclasses.field(default=1.0, metadata={"static": True})
     length: int = dataclasses.field(default=0, metadata={"static": True})
     training: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -112,8 +115,8 @@ class Router(abc.ABC):
         ``config.model.moe.allow_non_causal``.
       group: the tokens that one choice may look at: ``"token"``, ``"sequence"``, or ``"batch"``
         (all devices' together; of a microbatch, where there are several).
-      reads: fields of :class:`RouterInput` beyond x, logits and state: ``"noise"`` and
-        ``"token_ids"``, see :data:`READABLE`.  Nothing else is made.
+      reads: fields of :class:`RouterInput` beyond x, logits and state: ``"noise"``,
+        ``"segments"`` and ``"token_ids"``, see :data:`READABLE`.  Nothing else is made.
       losses: default coefficients of the routing losses by name; 0: logged, and not weighed.
       gives: facts that losses ask for: ``"distribution"`` (probs_TE are non-negative and sum to
         1), ``"softmax"`` (they are that of logits_TE), ``"logits"``, ``"counts"`` (expert_TK), and

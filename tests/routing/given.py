@@ -10,14 +10,29 @@ from dynmoe_jax.routing import Router, RouterInput
 T, E, D = 24, 8, 4
 
 
-def given(router: Router, logits_TE, valid_T=None, *, training=False, params=None, x_TD=None):
-    """The input that a layer would make of logits, for any router."""
+def given(
+    router: Router,
+    logits_TE,
+    valid_T=None,
+    *,
+    training=False,
+    params=None,
+    x_TD=None,
+    length=0,
+    reads=frozenset(),
+):
+    """The input that a layer would make of logits, for any router (and a loss that reads more)."""
     tokens, experts = logits_TE.shape
     valid_T = jnp.ones(tokens, bool) if valid_T is None else valid_T
     keys_T2 = jax.vmap(lambda i: jax.random.key_data(jax.random.key(i)))(jnp.arange(tokens))
-    reads = {"key_T": "noise", "token_id_T": "token_ids"}
-    arrays = {"key_T": keys_T2, "token_id_T": jnp.arange(tokens) * 7 + 3}
-    read = {name: arrays[name] for name, fact in reads.items() if fact in router.reads}
+    facts = {"key_T": "noise", "segment_id_T": "segments", "token_id_T": "token_ids"}
+    arrays = {
+        "key_T": keys_T2,
+        "segment_id_T": valid_T.astype(jnp.int32),
+        "token_id_T": jnp.arange(tokens) * 7 + 3,
+    }
+    reads = router.reads | reads
+    read = {name: arrays[name] for name, fact in facts.items() if fact in reads}
     x_TD = jax.random.normal(jax.random.key(1), (tokens, D)) if x_TD is None else x_TD
     if router.logits is not None:
         params = params_of(router, experts, x_TD.shape[1]) if params is None else params
@@ -28,7 +43,7 @@ def given(router: Router, logits_TE, valid_T=None, *, training=False, params=Non
         valid_T,
         router.layer_state(x_TD.shape[1], experts),
         expected=router.bounds(experts).expected,
-        length=tokens,
+        length=length or tokens,
         training=training,
         **read,
     )

@@ -9,6 +9,9 @@ from dynmoe_jax.registry import LOSSES, ROUTERS
 from dynmoe_jax.routing import RouterInput
 from tests.routing.given import E, T, given, params_of
 
+LENGTH = 6
+"""Tokens of a sequence; a batch is cut between sequences alone."""
+
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -26,16 +29,16 @@ def draw(seed=0):
     return jax.random.normal(jax.random.key(seed), (T, E))
 
 
-def parts_of(name, logits_TE, valid_T):
-    router = router_for(name)
-    seen: RouterInput = given(router, logits_TE, valid_T, training=True)
+def parts_of(name, logits_TE, valid_T, length=LENGTH):
+    router, reads = router_for(name), LOSSES[name].reads
+    seen: RouterInput = given(router, logits_TE, valid_T, training=True, length=length, reads=reads)
     params = params_of(router)
     return LOSSES[name]().sums(router(params, seen), seen, params)
 
 
-def value_of(name, logits_TE, valid_T):
+def value_of(name, logits_TE, valid_T, length=LENGTH):
     tokens = jnp.maximum(jnp.sum(valid_T), 1)
-    return LOSSES[name]().value(parts_of(name, logits_TE, valid_T), tokens)
+    return LOSSES[name]().value(parts_of(name, logits_TE, valid_T, length), tokens)
 
 
 @every_loss
@@ -47,7 +50,8 @@ def test_a_router_gives_what_the_loss_needs(name):
 def test_sums_add_up_over_parts_of_a_batch(name):
     logits_TE, valid_T = draw(), jnp.arange(T) % 4 != 1
     whole = parts_of(name, logits_TE, valid_T)
-    halves = [parts_of(name, logits_TE[i::2], valid_T[i::2]) for i in range(2)]
+    parts = zip(jnp.split(logits_TE, 2), jnp.split(valid_T, 2), strict=True)
+    halves = [parts_of(name, *part) for part in parts]
     together = jax.tree.map(jnp.add, *halves)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -68,11 +72,13 @@ def test_additive_as_declared(name):
 
 @every_loss
 def test_padding_counts_nowhere(name):
-    valid_T = jnp.arange(T) % 3 != 0
+    # At the end of every sequence, so that without it neighbors stay neighbors.
+    valid_T = jnp.arange(T) % LENGTH < LENGTH - 2
     logits_TE = draw()
     poisoned_TE = jnp.where(valid_T[:, None], logits_TE, jnp.nan)
     value, gradient = jax.value_and_grad(lambda z: value_of(name, z, valid_T))(poisoned_TE)
-    kept = value_of(name, logits_TE[valid_T], jnp.ones(int(valid_T.sum()), bool))
+    all_T = jnp.ones(int(valid_T.sum()), bool)
+    kept = value_of(name, logits_TE[valid_T], all_T, LENGTH - 2)
     np.testing.assert_allclose(value, kept, rtol=1e-5)
     assert np.all(np.isfinite(gradient))
     assert np.all(np.asarray(gradient)[~np.asarray(valid_T)] == 0)

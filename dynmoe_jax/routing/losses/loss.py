@@ -43,6 +43,8 @@ class RoutingLoss(abc.ABC):
       controller: who moves it, see :func:`controller_setting`.
       label: name beside the axis of its picture; empty: that of the registry.
       needs: facts that the router has to give, see :attr:`dynmoe_jax.routing.router.Router.gives`.
+      reads: fields of :class:`~dynmoe_jax.routing.router.RouterInput` that it needs beyond those
+        which the router reads, likewise.
       additive: whether the loss of a batch is the mean of those of its microbatches, weighted by
         tokens.  If not, the gradient sees the sums of the whole batch first.
       by_microbatch: whether the settings (``over="microbatch"``) ask for the loss of each
@@ -53,6 +55,7 @@ class RoutingLoss(abc.ABC):
     controller = ""
     label: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = True
     by_microbatch: ClassVar[bool] = False
 
