@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynmoe_jax.fields import model_setting
+from dynmoe_jax.fields import free_setting, model_setting, setting
 from dynmoe_jax.registry import ROUTERS
-from dynmoe_jax.routing.quantiles import histogram, quantile
-from dynmoe_jax.routing.record import Routing, fill_slots, softmax_scores
-from dynmoe_jax.routing.router import Bounds, Router, RouterInput
+from dynmoe_jax.routing.budget import RULES, Budget
+from dynmoe_jax.routing.normalize import normalized_logits
+from dynmoe_jax.routing.record import Routing, fill_slots, masked_logits
+from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
 
 EXPECTED_EXPERTS = 1.76
 """Mean experts of a token that the paper reports for its trained model (table 2;
@@ -56,25 +57,61 @@ class TopP(Router):
         "divide the combine weights by their sum (the paper does not)",
         formerly=("model.moe.renormalize",),
     )
-
-    experts_per_token: float = model_setting(
+    min_experts: int = model_setting(
+        1, "experts that a token uses at the least", unit="experts", low=1
+    )
+    max_experts: int = model_setting(
+        0, "experts that a token uses at the most; 0 = as many as p asks for", unit="experts", low=0
+    )
+    normalize_logits: bool = model_setting(
+        False,
+        "standardize the logits of each token and scale them by a factor that each layer learns "
+        "(DTop-p)",
+    )
+    logit_scale: float = model_setting(
+        1.0, "that factor in a new model (theta), with normalize_logits", above=0.0
+    )
+    experts_per_token: float = setting(
         0.0,
         "budget: p moves so that tokens use so many experts on average, over all layers with as "
         "many experts; 0 = none, p stays the threshold",
+        defines_model=True,
+        fixed_in_run=False,
         unit="experts",
         low=0.0,
+    )
+    budget_rule: str = model_setting(
+        "quantile",
+        "how p is moved: to the quantile that would have held the budget in the last batch, or by "
+        "a proportional-integral controller",
+        choices=RULES,
     )
     max_threshold: float = model_setting(
         0.7, "largest p that a budget may come to", above=0.0, high=1.0
     )
+    proportional_gain: float = free_setting(
+        0.5, "p per error of the newest batch, in shares of the experts (K_p)", low=0.0
+    )
+    integral_gain: float = free_setting(
+        0.5,
+        "p per sum of errors (K_i); without normalize_logits more than 0.5 may oscillate",
+        low=0.0,
+    )
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says so where no p gives so many experts."""
-        budget = self.experts_per_token
-        if budget and not 1 <= budget <= num_experts:
+        fewest, most, budget = self.min_experts, self.max_experts, self.experts_per_token
+        of_experts = f"config.model.moe.num_experts={num_experts}"
+        for name, count in (("min_experts", fewest), ("max_experts", most)):
+            if count > num_experts:
+                return f"{name}={count} must be at most {of_experts}"
+        if most and fewest > most:
+            return f"min_experts={fewest} must be at most max_experts={most}"
+        if budget and not fewest <= budget <= (most or num_experts):
+            least = "1" if fewest == 1 else f"min_experts={fewest}"
             return (
-                f"experts_per_token={budget:g} must be 0, or 1 to "
-                f"config.model.moe.num_experts={num_experts}"
+                f"experts_per_token={budget:g} must be 0, or {least} to "
+                f"{f'max_experts={most}' if most and budget <= num_experts else of_experts}"
             )
         return None
 
@@ -97,15 +134,26 @@ class TopP(Router):
 
     def bounds(self, num_experts: int) -> Bounds:
         """K of :func:`top_p_slots`, and what the paper's model uses."""
-        if budget := self.experts_per_token:
-            slots = top_p_slots(num_experts, max(self.threshold, self.max_threshold))
-            return Bounds(slots, 1, budget, budget + 0.25)
-        slots = top_p_slots(num_experts, self.threshold)
-        return Bounds(slots, 1, min(EXPECTED_EXPERTS, num_experts), USUAL_ROWS)
+        fewest, budget = self.min_experts, self.experts_per_token
+        highest = max(self.threshold, self.max_threshold) if budget else self.threshold
+        slots = max(top_p_slots(num_experts, highest), fewest)
+        slots = min(slots, self.max_experts or num_experts)
+        if budget:
+            return Bounds(slots, fewest, budget, budget + 0.25)
+        expected, usual = max(EXPECTED_EXPERTS, fewest), max(USUAL_ROWS, fewest)
+        return Bounds(slots, fewest, min(expected, self.max_experts or num_experts), usual)
+
+    def parameters(self, width: int, num_experts: int) -> dict[str, Parameter]:
+        """The matrix, and the scale of normalized logits."""
+        declared = super().parameters(width, num_experts)
+        if self.normalize_logits:
+            init = lambda key, shape: jnp.full(shape, self.logit_scale)  # noqa: E731
+            declared["logit_scale"] = Parameter((), init, decay=False)
+        return declared
 
     def initial_state(self, num_experts: int):
-        """The threshold, where a budget moves it."""
-        return {"threshold": jnp.float32(self.threshold)} if self.experts_per_token else {}
+        """The threshold, and what its rule needs, where a budget moves it."""
+        return self._budget(num_experts).initial() if self.experts_per_token else {}
 
     def shown(self, state):
         """p, where a budget moves it."""
@@ -114,7 +162,10 @@ class TopP(Router):
     def __call__(self, params, given: RouterInput) -> Routing:
         """Routes T tokens; equal probabilities are taken in the order of the experts' ids."""
         valid_T = given.valid_T
-        probs_TE, logits_TE = softmax_scores(given.logits_TE, valid_T)
+        logits_TE = masked_logits(given.logits_TE, valid_T)
+        if self.normalize_logits:
+            logits_TE = normalized_logits(logits_TE, params.get("logit_scale", self.logit_scale))
+        probs_TE = jax.nn.softmax(logits_TE, axis=-1)
         slots = self.bounds(probs_TE.shape[-1]).slots
         sorted_TK, expert_TK = jax.lax.top_k(jax.lax.stop_gradient(probs_TE), slots)
         # Shifted, not "cumsum minus own": the threshold is compared with the very sums that the
@@ -122,30 +173,35 @@ class TopP(Router):
         mass_TK = jnp.cumsum(sorted_TK, axis=-1)
         mass_before_TK = jnp.pad(mass_TK[:, :-1], ((0, 0), (1, 0)))
         threshold = given.state.get("threshold", self.threshold)
-        keep_TK = (mass_before_TK <= threshold) & valid_T[:, None]
+        keep_TK = mass_before_TK <= threshold
+        if self.min_experts > 1:
+            keep_TK |= jnp.arange(slots) < self.min_experts
+        keep_TK &= valid_T[:, None]
         return fill_slots(probs_TE, logits_TE, expert_TK, keep_TK, renormalize=self.renormalize)
 
+    def shown(self, state):
+        """p, where a budget moves it."""
+        return {name: value for name, value in state.items() if name == "threshold"}
+
     def measure(self, params, given: RouterInput, routing: Routing):
-        """Histogram of the cumulative probabilities before the last expert's, for the budget."""
+        """Sums for the budget."""
         if not self.experts_per_token:
             return {}
-        sorted_TE = -jnp.sort(-jax.lax.stop_gradient(routing.probs_TE), axis=-1)
-        mass_TM = jnp.cumsum(sorted_TE, axis=-1)[:, :-1]
-        return {"mass_B": histogram(mass_TM, given.valid_T)}
+        return self._budget(routing.num_experts).measure(given, routing)
 
     def next_state(self, params_N, state_N, seen_N):
-        """The p that would have kept the budget in this batch, over all layers.
-
-        A token uses 1 + #{m < E : mass of its m most probable experts <= p}, so the mean is the
-        budget a where p is the (a - 1) / (E - 1) quantile of those masses: no gains to tune.
-        """
+        """The p of the budget's rule, over all layers."""
         if not self.experts_per_token:
             return state_N, None
-        # Of many layers together more than 32 bits count.
-        count_B = jnp.sum(seen_N["mass_B"].astype(jnp.float32), axis=0)
-        experts = params_N["router_DE"].shape[-1]
-        p = quantile(count_B, (self.experts_per_token - 1) / max(experts - 1, 1))
-        p = jnp.clip(p, 0.0, self.max_threshold)
-        # A batch of padding alone says nothing.
-        p_N = jnp.where(jnp.sum(count_B) > 0, p, state_N["threshold"])
-        return {"threshold": p_N}, None
+        return self._budget(params_N["router_DE"].shape[-1]).next(state_N, seen_N), None
+
+    def _budget(self, num_experts: int) -> Budget:
+        return RULES[self.budget_rule](
+            self.experts_per_token,
+            num_experts,
+            self.min_experts,
+            self.max_experts or num_experts,
+            start=self.threshold,
+            highest=self.max_threshold,
+            gains=(self.proportional_gain, self.integral_gain),
+        )

@@ -390,8 +390,19 @@ def check_compatible(saved: config.Config, current: config.Config, workdir: Path
     old = {path: value for path, _, value in config.walk(saved)}
     for path, field, value in config.walk(current):
         before = old.get(path, field.default)
-        if value != before and field.metadata["fixed_in_run"]:
+        if value == before:
+            continue
+        of_model = field.metadata["defines_model"]
+        if field.metadata["fixed_in_run"] or (of_model and _states(saved) != _states(current)):
             raise config.ConfigError(
                 f"config.{path}={value!r} differs from {before!r} of the checkpoint in "
                 f"{workdir}; set it back, or start a new run with another --workdir."
             )
+
+
+def _states(cfg: config.Config) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of the states of all routers: a setting that may change must leave them."""
+    return [
+        {name: array.shape for name, array in moe.route.initial_state(moe.num_experts).items()}
+        for moe in cfg.model.moe_settings
+    ]

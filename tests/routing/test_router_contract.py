@@ -19,6 +19,10 @@ from tests.routing.given import D, E, T, given, params_of, replace
 
 CASES = {name: kind() for name, kind in ROUTERS.items()}
 CASES["top_p with a budget"] = ROUTERS["top_p"](experts_per_token=1.76)
+CASES["top_p with a controller"] = ROUTERS["top_p"](
+    experts_per_token=1.76, budget_rule="proportional_integral", normalize_logits=True
+)
+CASES["top_p within limits"] = ROUTERS["top_p"](min_experts=2, max_experts=3)
 TOKEN_CHOICE = {
     name: router
     for name, router in CASES.items()

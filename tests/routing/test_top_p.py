@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dynmoe_jax.routing import TopP, top_p_slots
+from dynmoe_jax.routing import RouterInput, TopP, top_p_slots
 
 T, E = 16, 8
 THRESHOLDS = [0.05, 0.2, 0.4, 0.5, 0.63, 0.8, 0.95, 0.99]
@@ -207,3 +207,53 @@ def test_half_precision_logits_are_routed_in_float32():
     assert half.probs_TE.dtype == half.logits_TE.dtype == half.weight_TK.dtype == jnp.float32
     np.testing.assert_array_equal(half.expert_TK, full.expert_TK)
     np.testing.assert_array_equal(half.weight_TK, full.weight_TK)
+
+
+def test_fewest_and_most_experts_of_a_token():
+    logits_TE = jax.random.normal(jax.random.key(0), (T, E)) * jnp.linspace(0.1, 6, T)[:, None]
+    free, held = TopP(0.6), TopP(0.6, min_experts=2, max_experts=3)
+    alone, within = free.on_logits(logits_TE, ALL), held.on_logits(logits_TE, ALL)
+    used_T = np.asarray(alone.experts_per_token_T)
+    assert used_T.min() == 1
+    assert used_T.max() > 3
+    np.testing.assert_array_equal(within.experts_per_token_T, np.clip(used_T, 2, 3))
+    np.testing.assert_array_equal(within.expert_TK[:, :2], np.argsort(-logits_TE, axis=-1)[:, :2])
+    assert (held.bounds(E).slots, held.bounds(E).fewest) == (3, 2)
+
+
+def test_normalized_logits_route_alike_whatever_the_scale_of_the_router():
+    router = TopP(0.5, normalize_logits=True)
+    logits_TE = jax.random.normal(jax.random.key(0), (T, E))
+    params = {"logit_scale": jnp.float32(2.0)}
+
+    def route(logits_TE):
+        return router(params, RouterInput(None, logits_TE, ALL))
+
+    one, other = route(logits_TE), route(7.0 * logits_TE - 3.0)
+    np.testing.assert_array_equal(one.expert_TK, other.expert_TK)
+    np.testing.assert_allclose(one.probs_TE, other.probs_TE, atol=1e-5)
+    wanted_TE = (logits_TE - logits_TE.mean(-1, keepdims=True)) / logits_TE.std(-1, keepdims=True)
+    np.testing.assert_allclose(one.probs_TE, jax.nn.softmax(2 * wanted_TE), atol=1e-5)
+    slope = jax.grad(lambda p: jnp.sum(router(p, RouterInput(None, logits_TE, ALL)).weight_TK))
+    assert abs(float(slope(params)["logit_scale"])) > 1e-3
+    declared = TopP(normalize_logits=True, logit_scale=3.0).parameters(4, E)["logit_scale"]
+    assert declared.shape == ()
+    assert declared.init(jax.random.key(0), ()) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"min_experts": 3, "max_experts": 2}, "min_experts=3 must be at most max_experts=2"),
+        (
+            {"min_experts": 2, "experts_per_token": 1.5},
+            "experts_per_token=1.5 must be 0, or min_experts=2 to config.model.moe.num_experts=8",
+        ),
+        (
+            {"max_experts": 2, "experts_per_token": 2.5},
+            "experts_per_token=2.5 must be 0, or 1 to max_experts=2",
+        ),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(settings, refusal):
+    assert TopP(**settings).obstacle(E) == refusal

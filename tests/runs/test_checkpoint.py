@@ -118,6 +118,16 @@ def test_every_setting_that_makes_another_model_or_stream_is_refused(settings, c
     check_compatible(settings, change(settings, train__steps=50, mesh__data=8), tmp_path)
 
 
+def test_a_budget_may_change_and_not_begin(settings, change, tmp_path):
+    """A budget that begins in the middle would have no threshold in the checkpoint."""
+    name = "model__moe__top_p__experts_per_token"
+    held, other = (change(settings, **{name: budget}) for budget in (1.5, 2.5))
+    check_compatible(held, other, tmp_path)
+    refusal = r"config\.model\.moe\.top_p\.experts_per_token=1\.5 differs from 0\.0 of"
+    with pytest.raises(config.ConfigError, match=refusal):
+        check_compatible(settings, held, tmp_path)
+
+
 def test_run_is_loaded_for_use(workdir, state, settings, tokenizer):
     cfg, decoder, loaded = load_run(str(workdir))
     assert cfg == settings
