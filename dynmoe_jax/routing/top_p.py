@@ -179,10 +179,6 @@ class TopP(Router):
         keep_TK &= valid_T[:, None]
         return fill_slots(probs_TE, logits_TE, expert_TK, keep_TK, renormalize=self.renormalize)
 
-    def shown(self, state):
-        """p, where a budget moves it."""
-        return {name: value for name, value in state.items() if name == "threshold"}
-
     def measure(self, params, given: RouterInput, routing: Routing):
         """Sums for the budget."""
         if not self.experts_per_token:
