@@ -193,6 +193,9 @@ def _check_losses(config: Any) -> None:
     moved = [name for name in weights if moves(losses[name], weights[name])]
     for moe, name in itertools.product(dict.fromkeys(model.moe_settings), moved):
         _check_served(moe, name, losses[name])
+    for moe, name in itertools.product(dict.fromkeys(model.moe_settings), weights):
+        if obstacle := losses[name].obstacle(moe.num_experts):
+            raise ConfigError(f"config.loss.{name}.{obstacle}.")
     whole = [name for name in moved if not losses[name].additive]
     alone = [name for name in moved if losses[name].by_microbatch]
     if whole and alone:

@@ -402,7 +402,8 @@ def check_compatible(saved: config.Config, current: config.Config, workdir: Path
 
 def _states(cfg: config.Config) -> list[dict[str, tuple[int, ...]]]:
     """Shapes of the states of all routers: a setting that may change must leave them."""
+    width = cfg.model.width
     return [
-        {name: array.shape for name, array in moe.route.initial_state(moe.num_experts).items()}
+        {n: x.shape for n, x in moe.route.layer_state(width, moe.num_experts).items()}
         for moe in cfg.model.moe_settings
     ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynmoe_jax import config
 from dynmoe_jax.routing import RouterInput, Routing, TopK, TopP
 from dynmoe_jax.routing.losses import RoutingLoss
 from dynmoe_jax.routing.losses.balance import Balance
@@ -238,3 +239,99 @@ def test_a_loss_may_read_the_gates_and_has_their_gradient():
     gradient = jax.jit(jax.grad(of_logits))(logits_TE)
     p_T = jnp.max(jax.nn.softmax(logits_TE), axis=-1)
     np.testing.assert_allclose(jnp.max(gradient, axis=-1), p_T * (1 - p_T) / T, rtol=1e-5)
+
+
+# ── What balance is asked of ─────────────────────────────────────────────────────────────────────
+
+
+def halves():
+    """Two shards whose routers are confident of the other half of the experts each."""
+    half = jnp.arange(T) % (E // 2)
+    return [route(TopK(1), 60.0 * jax.nn.one_hot(half + i * E // 2, E)) for i in range(2)]
+
+
+def gradient_of_first(loss, logits_TE, over_both):
+    """Gradient of the probabilities of one shard, alone or as a part of the batch."""
+    other = sums_of(loss, halves()[1], ALL)
+
+    def value(logits_TE):
+        # Nearly even probabilities, so that softmax has a slope, and the choices of the shard.
+        chosen = dataclasses.replace(halves()[0], probs_TE=jax.nn.softmax(logits_TE))
+        sums = sums_of(loss, chosen, ALL)
+        if over_both:
+            return loss.value(jax.tree.map(jnp.add, sums, other), 2 * T)
+        return loss.value(sums, T)
+
+    return jax.jit(jax.grad(value))(logits_TE)
+
+
+def test_halves_that_complement_each_other_are_balanced_together_and_not_alone():
+    one, other = halves()
+    loss = Balance()
+    for half in (one, other):
+        np.testing.assert_allclose(value_of(loss, half, ALL), 2.0, rtol=1e-6)
+    together = jax.tree.map(jnp.add, *(sums_of(loss, half, ALL) for half in (one, other)))
+    np.testing.assert_allclose(loss.value(together, 2 * T), 1.0, rtol=1e-6)
+    both = jax.tree.map(lambda *x: jnp.concatenate(x), one, other)
+    np.testing.assert_allclose(value_of(loss, both, jnp.ones(2 * T, bool)), 1.0, rtol=1e-6)
+    lean_TE = jax.random.normal(jax.random.key(0), (T, E))
+    np.testing.assert_allclose(gradient_of_first(loss, lean_TE, True), 0, atol=1e-7)
+    assert np.max(np.abs(gradient_of_first(loss, lean_TE, False))) > 1e-2
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def by_sequence(loss, routing, valid_T, length):
+    given = RouterInput(None, routing.logits_TE, valid_T, length=length)
+    sums = loss.sums(routing, given, {})
+    return loss.value(sums, jnp.maximum(jnp.sum(valid_T), 1))
+
+
+@pytest.mark.parametrize("counts", ["sum", "per_choice", "first_choice_only"])
+def test_balance_of_sequences_is_the_mean_of_each_ones(counts):
+    """Weighed by their valid tokens; one of padding alone counts nothing."""
+    logits_TE = jax.random.normal(jax.random.key(6), (3 * T, E))
+    valid_T = jnp.ones(3 * T, bool).at[T + 5 :].set(False)
+    routing = route(TopP(0.5), logits_TE, valid_T)
+    loss = Balance(counts=counts, over="sequence")
+    parts = [(slice(0, T), 8), (slice(T, T + 5), 5)]
+    wanted = sum(
+        n * value_of(Balance(counts=counts), jax.tree.map(lambda x, p=p: x[p], routing), ALL[:n])
+        for p, n in parts
+    )
+    np.testing.assert_allclose(by_sequence(loss, routing, valid_T, T), wanted / 13, rtol=1e-5)
+    assert loss.additive
+    assert not loss.by_microbatch
+    # Sequences that complement each other are not balanced, though all together are.
+    both = jax.tree.map(lambda *x: jnp.concatenate(x), *halves())
+    all_T = jnp.ones(2 * T, bool)
+    np.testing.assert_allclose(by_sequence(loss, both, all_T, T), 2, rtol=1e-6)
+    np.testing.assert_allclose(by_sequence(loss, both, all_T, 2 * T), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("groups", [0, 2, 4])
+def test_even_load_of_groups_is_one(k, groups):
+    loss = Balance(counts="per_choice", groups=groups)
+    np.testing.assert_allclose(value_of(loss, even_routing(k), ALL), 1.0, rtol=1e-6)
+
+
+def test_balance_of_groups_by_hand():
+    routing = route(TopP(0.5), jax.random.normal(jax.random.key(7), (T, E)))
+    f_E, q_E = np.mean(routing.chosen_TE, axis=0), np.mean(routing.probs_TE, axis=0)
+    mean = [E * (f_E[0] + f_E[1]) / 2, E * (f_E[2] + f_E[3]) / 2]
+    wanted = mean[0] * (q_E[0] + q_E[1]) + mean[1] * (q_E[2] + q_E[3])
+    np.testing.assert_allclose(value_of(Balance(groups=2), routing, ALL), wanted, rtol=1e-5)
+    # One expert in each group: the loss of experts.
+    alone, each = (value_of(Balance(groups=g), routing, ALL) for g in (0, E))
+    np.testing.assert_allclose(each, alone, rtol=1e-6)
+    # Two experts of one group that share its load unevenly are none of its business.
+    uneven = route(TopK(1), 60.0 * jax.nn.one_hot(2 * (jnp.arange(T) % 2), E))
+    np.testing.assert_allclose(value_of(Balance(groups=2), uneven, ALL), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(value_of(Balance(), uneven, ALL), 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [3, 1])
+def test_groups_that_do_not_divide_the_experts_are_refused(groups):
+    model = config.Model(moe=config.MoE(num_experts=4))
+    with pytest.raises(config.ConfigError, match=rf"config\.loss\.balance\.groups={groups} "):
+        config.Config(model=model, loss=config.Loss(balance={"groups": groups}))

@@ -59,6 +59,10 @@ class RoutingLoss(abc.ABC):
     additive: ClassVar[bool] = True
     by_microbatch: ClassVar[bool] = False
 
+    def obstacle(self, num_experts: int) -> str | None:
+        """Says why the settings do not fit the number of experts: "NAME=VALUE must …"."""
+        return None
+
     @abc.abstractmethod
     def sums(self, routing: Any, given: RouterInput, params: Params) -> Mapping[str, Array]:
         """Sums over the valid tokens of one layer; padding counts nowhere.
