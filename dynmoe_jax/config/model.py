@@ -46,6 +46,20 @@ class MoE:
     shared_gate: bool = model_setting(
         False, "weigh the shared expert by a sigmoid of the token (Qwen2-MoE)", per_layer=True
     )
+    adjugate_width: int = model_setting(
+        0,
+        "hidden width of the expert that each group of experts has besides, used once by a token "
+        "that uses any of the group (Grove MoE); 0 = none",
+        unit="units",
+        low=0,
+        per_layer=True,
+    )
+    adjugate_group: int = model_setting(
+        2, "experts of a group that has such an expert; must divide num_experts", low=1
+    )
+    adjugate_scale: float = model_setting(
+        0.05, "the output of adjugate experts is multiplied by this", above=0.0
+    )
     backend: str = free_setting(
         "auto", "expert compute", choices=("auto", "reference", "capacity", "grouped")
     )

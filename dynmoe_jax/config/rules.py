@@ -106,6 +106,15 @@ def _check_experts(moe: Any) -> None:
     if obstacle := moe.route.obstacle(moe.num_experts):
         raise ConfigError(f"config.model.moe.{moe.router}.{obstacle}.")
     _check_shared(moe)
+    _check_adjugates(moe)
+
+
+def _check_adjugates(moe: Any) -> None:
+    if moe.adjugate_width and moe.num_experts % moe.adjugate_group:
+        raise ConfigError(
+            f"config.model.moe.adjugate_group={moe.adjugate_group} must divide "
+            f"config.model.moe.num_experts={moe.num_experts}."
+        )
 
 
 def _check_shared(moe: Any) -> None:

@@ -94,15 +94,22 @@ def check_divides(model: config.Model, sizes: Mapping[str, int]) -> None:
 
 def _check_layer(layer: LayerSettings, sizes: Mapping[str, int], where: str) -> None:
     model, moe = layer.model, layer.model.moe
+    groups = moe.num_experts // moe.adjugate_group
     if layer.is_moe and moe.num_experts % sizes["expert"]:
         raise config.ConfigError(
             f"config.mesh.expert={sizes['expert']} must divide "
             f"config.model.moe.num_experts={moe.num_experts}{where}."
         )
+    if layer.is_moe and moe.adjugate_width and groups % sizes["expert"]:
+        raise config.ConfigError(
+            f"config.mesh.expert={sizes['expert']} must divide the {groups} groups of "
+            f"config.model.moe.adjugate_group={moe.adjugate_group} experts{where}."
+        )
     split = {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
     if layer.is_moe:
         if moe.expert_kind.splits_hidden:
             split["moe.hidden_width"] = moe.hidden_width
+            split["moe.adjugate_width"] = moe.adjugate_width
         split["moe.shared_hidden_width"] = moe.shared_hidden_width
     else:
         split["hidden_width"] = model.hidden_width

@@ -21,6 +21,7 @@ from dynmoe_jax.experts import (
 from dynmoe_jax.experts.weights import gated, swiglu
 from dynmoe_jax.mesh.axes import EXPERT, MODEL, batch_devices, mesh_sizes
 from dynmoe_jax.mesh.sharding import by_token, split_columns, whole_parameter
+from dynmoe_jax.model.adjugate import AdjugateExperts
 from dynmoe_jax.model.components import RouterState, added, compute_dtype, drawn, matrix
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.norm.norm import forked
@@ -106,6 +107,7 @@ class MoEFeedForward(nnx.Module):
             self.shared_down_FD = matrix(rngs, (shared, D), model.init_std)
         if model.moe.shared_gate:
             self.shared_router_D1 = matrix(rngs, (D, 1), model.init_std)
+        self.adjugates = AdjugateExperts(model, rngs=rngs) if model.moe.adjugate_width else None
         self.plain = model.plain
         self.backend = make_backend(model.moe, plain=model.plain)
         self.transforms = chosen(model.moe, "transforms")
@@ -198,6 +200,9 @@ class MoEFeedForward(nnx.Module):
                 # A token without a weight may hold anything, and 0 * NaN is NaN.
                 free_T1 = kept.free_T[:, None]
                 y_TD += (free_T1 * jnp.where(free_T1 != 0, x_TD, 0)).astype(y_TD.dtype)
+            if self.adjugates is not None:
+                adjugate_TD, adjugates_dropped = self.adjugates(x_TD, kept, self.row_bound)
+                y_TD, more = y_TD + adjugate_TD, more + adjugates_dropped
         if self.moe.shared_hidden_width:
             y_TD += self.shared(x_TD)
         return y_TD, MoERecord(routing, sums, dropped + more)
@@ -295,6 +300,12 @@ class MoEFeedForward(nnx.Module):
 
         whole = self.router.group == "batch"
         routing, sums = by_token(choose, tokens, shared, whole)
+        if self.adjugates is not None and isinstance(routing, SoftSlots):
+            raise config.ConfigError(
+                f"config.model.moe.adjugate_width={self.moe.adjugate_width} belongs to groups of "
+                f"chosen experts, and config.model.moe.router={self.moe.router!r} chooses nobody; "
+                "leave it at 0."
+            )
         if self.transforms and isinstance(routing, SoftSlots):
             raise config.ConfigError(
                 f"config.model.moe.transforms={self.moe.transforms!r} changes who is chosen, and "

@@ -1,5 +1,6 @@
 """Model FLOPs, counted from the experts really used, never from a static k."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from dynmoe_jax import config
 from dynmoe_jax.config.layers import LayerSettings
 from dynmoe_jax.experts.layer_cost import expert_flops
+from dynmoe_jax.model.adjugate import expected_adjugates
 
 
 def forward_flops(
@@ -21,13 +23,14 @@ def forward_flops(
       model: the architecture.
       tokens: positions computed, padding included.
       length: L, positions per sequence.
-      rows: (token, expert) pairs computed in each MoE layer; or summed over them, where their
-        experts are equally wide.
+      rows: (token, expert) pairs computed in each MoE layer; or summed over them, where each has
+        an equal part or their experts are equally wide.  Rows of adjugate experts follow from
+        these, as if any two experts met in a token alike.
     """
     head = 2 * model.width * model.vocab_size
     layers = Counter(model.by_layer)
     per_token = sum(count * _of_token(layer, length) for layer, count in layers.items())
-    return tokens * (per_token + head) + _of_experts(model, rows)
+    return tokens * (per_token + head) + _of_experts(model, tokens, rows)
 
 
 def _of_token(layer: LayerSettings, length: int) -> float:
@@ -45,18 +48,22 @@ def _of_token(layer: LayerSettings, length: int) -> float:
     return projections + scores + router + expert_flops(1, model.width, moe.shared_hidden_width)
 
 
-def _of_experts(model: config.Model, rows: float | Sequence[float]) -> float:
-    """FLOPs of the routed experts."""
-    per_row = [
-        moe.expert_kind.flops_per_row(model.width, moe.hidden_width) for moe in model.moe_settings
-    ]
-    if len(set(per_row)) > 1:
-        return sum(count * flops for count, flops in zip(rows, per_row, strict=True))
-    return _total(rows) * per_row[0] if per_row else 0.0
+def _of_experts(model: config.Model, tokens: float, rows: float | Sequence[float]) -> float:
+    """FLOPs of the routed experts, and of those that their groups have besides."""
+    layers = model.moe_settings
+    if not isinstance(rows, Sequence):
+        rows = [rows / max(len(layers), 1)] * len(layers)
+    flops = 0.0
+    for moe, count in zip(layers, rows, strict=True):
+        flops += count * _per_row(model, moe)
+        if moe.adjugate_width and tokens:
+            narrow = dataclasses.replace(moe, hidden_width=moe.adjugate_width)
+            flops += tokens * expected_adjugates(moe, count / tokens) * _per_row(model, narrow)
+    return flops
 
 
-def _total(rows: float | Sequence[float]) -> float:
-    return float(sum(rows)) if isinstance(rows, Sequence) else rows
+def _per_row(model: config.Model, moe: config.MoE) -> float:
+    return moe.expert_kind.flops_per_row(model.width, moe.hidden_width)
 
 
 def training_flops(

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 from dynmoe_jax import config
+from dynmoe_jax.model.adjugate import adjugates_of, expected_adjugates
 from dynmoe_jax.model.decoder import decoder_shapes, parameter_shapes
 
 
@@ -39,6 +40,11 @@ def active_parameters(model: config.Model, experts_per_token: float | Sequence[f
         mean = means[0] if len(set(means)) == 1 else sum(means) / len(means)
         rest -= size
         used += size * mean / moe.num_experts
+        if layer.adjugates is not None:
+            narrow = layer.adjugates
+            size = sum(math.prod(getattr(narrow, name).shape) for name in narrow.names)
+            rest -= size
+            used += size * expected_adjugates(moe, mean) / adjugates_of(moe)
     return rest + round(used)
 
 

@@ -18,6 +18,7 @@ from dynmoe_jax import config
 from dynmoe_jax.experts import saved_rows_per_token
 from dynmoe_jax.experts.layer_cost import expert_weight_bytes, layer_cost
 from dynmoe_jax.mesh.make_mesh import state_shardings
+from dynmoe_jax.model.adjugate import adjugates_of, expected_adjugates
 from dynmoe_jax.planning.compile import compile_step, state_shapes, with_shardings
 from dynmoe_jax.planning.gpu.roofline import GpuRoofline
 from dynmoe_jax.planning.hlo.collectives import Transfer
@@ -155,6 +156,8 @@ class _Step:
         scores = 2 * T * self.cfg.data.seq_len * model.num_heads * model.head_width
         router = 2 * T * model.width * (moe.num_experts + moe.shared_gate)
         of_experts = T * self.experts, moe.num_experts // self.sizes["expert"], moe.hidden_width
+        groups = adjugates_of(moe) // self.sizes["expert"]
+        of_adjugates = T * expected_adjugates(moe, self.experts), groups, moe.adjugate_width
         shared = "model.feed_forward: MoEFeedForward.shared"
         parts = [
             self._part("model.attention: Attention", "projections", model.num_layers, self._heads),
@@ -170,6 +173,9 @@ class _Step:
             ),
             self._feed_forward(
                 "experts.parallel.shard: apply_experts", "experts", sparse, of_experts
+            ),
+            self._feed_forward(
+                "model.adjugate: AdjugateExperts", "adjugate experts", sparse, of_adjugates
             ),
             self._feed_forward(shared, "shared expert", sparse, (T, 1, moe.shared_hidden_width)),
             self._part(
@@ -258,6 +264,10 @@ class _Step:
             _BYTES,
         )
         shared = expert_weight_bytes(1, model.width, moe.shared_hidden_width // tensor, _BYTES)
+        groups = adjugates_of(moe) // self.sizes["expert"]
+        narrow = moe.adjugate_width
+        experts += expert_weight_bytes(groups, model.width, narrow // tensor, _BYTES)
+        kept += expected_adjugates(moe, self.experts) * narrow
         dense = expert_weight_bytes(1, model.width, model.hidden_width // tensor, _BYTES)
         kinds = [
             (model.num_layers - sparse, float(model.hidden_width), dense),
