@@ -210,6 +210,11 @@ class Decoder(nnx.Module):
         return [layer.feed_forward for layer in layers if layer.is_moe]
 
     @property
+    def keeps_router_cache(self) -> bool:
+        """Whether the routing of a token depends on those before it in its row."""
+        return any(layer.router.keeps_cache for layer in self.moe_feed_forwards)
+
+    @property
     def moe_layers(self) -> list[range]:
         """Numbers of the MoE layers, those together that are computed by one program."""
         return [

@@ -31,7 +31,7 @@ from dynmoe_jax.model.linear.products import times
 from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.routing import ExpertSlots, RouterInput, Routing, SoftSlots
-from dynmoe_jax.routing.router import READABLE
+from dynmoe_jax.routing.router import READABLE, Params
 from dynmoe_jax.routing.transforms import chain, dropped
 
 Weights = ExpertWeights | dict[str, Array]
@@ -191,7 +191,7 @@ class MoEFeedForward(nnx.Module):
           positions: of the tokens; one that is not valid uses no expert.
           weights: what :meth:`weights` returned.
         """
-        routing, kept, sums, dropped = self.route(x_TD, logits_TE, positions)
+        routing, kept, sums, dropped, cache = self.route(x_TD, logits_TE, positions)
         if isinstance(routing, SoftSlots):
             y_TD, more = self._softly(x_TD, routing, positions, weights)
         else:
@@ -205,7 +205,7 @@ class MoEFeedForward(nnx.Module):
                 y_TD, more = y_TD + adjugate_TD, more + adjugates_dropped
         if self.moe.shared_hidden_width:
             y_TD += self.shared(x_TD)
-        return y_TD, MoERecord(routing, sums, dropped + more)
+        return y_TD, MoERecord(routing, sums, dropped + more, cache)
 
     def _experts(
         self, x_TD: Float[Array, "T D"], kept: Routing, weights: Weights | None
@@ -264,8 +264,9 @@ class MoEFeedForward(nnx.Module):
 
     def route(
         self, x_TD: Float[Array, "T D"], logits_TE: Float[Array, "T E"], positions: TokenPositions
-    ) -> tuple[Routing, Routing, LayerSums, Int[Array, ""]]:
-        """(routing, the same behind the transforms, sums over tokens, pairs that those dropped).
+    ) -> tuple[Routing, Routing, LayerSums, Int[Array, ""], Params]:
+        """(routing, the same behind the transforms, sums over tokens, pairs that those dropped,
+        the router's cache with these tokens).
 
         The router sees the tokens of one device, or, where its ``group`` says so, those of all.
         """
@@ -291,7 +292,8 @@ class MoEFeedForward(nnx.Module):
             if isinstance(routing, ExpertSlots):
                 routing = routing.by_token()
             sums = layer_sums(self.router, params, seen, routing, training)
-            return routing, jax.tree.map(lambda x: x[None], sums)
+            cache = self.router.next_cache(params, seen, routing) if seen.cache else {}
+            return routing, jax.tree.map(lambda x: x[None], sums), cache
 
         def transform(arrays, state):
             tokens, routing = arrays
@@ -299,7 +301,7 @@ class MoEFeedForward(nnx.Module):
             return kept, dropped(routing, kept)[None]
 
         whole = self.router.group == "batch"
-        routing, sums = by_token(choose, tokens, shared, whole)
+        routing, sums, cache = by_token(choose, tokens, shared, whole)
         if self.adjugates is not None and isinstance(routing, SoftSlots):
             raise config.ConfigError(
                 f"config.model.moe.adjugate_width={self.moe.adjugate_width} belongs to groups of "
@@ -312,15 +314,15 @@ class MoEFeedForward(nnx.Module):
                 f"config.model.moe.router={self.moe.router!r} chooses nobody; leave it empty."
             )
         if not self.transforms:
-            return routing, routing, sums, jnp.zeros((), jnp.int32)
+            return routing, routing, sums, jnp.zeros((), jnp.int32), cache
         kept, dropped_M = by_token(transform, (tokens, routing), state)
-        return routing, kept, sums, jnp.sum(dropped_M)
+        return routing, kept, sums, jnp.sum(dropped_M), cache
 
     def _read(self, x_TD, logits_TE, positions) -> dict[str, Array]:
         """The arrays of tokens that router and losses read, by their names in
         :class:`RouterInput`."""
         read = {"valid_T": positions.segment_ids_BL.reshape(-1) > 0, "logits_TE": logits_TE}
-        read["x_TD"] = x_TD
+        read |= {"x_TD": x_TD, "cache": positions.router_cache}
         training = positions.training
         losses = () if training is None else training.losses
         reads = self.router.reads.union(*(loss.reads for _, loss in losses))

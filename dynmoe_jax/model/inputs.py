@@ -69,6 +69,8 @@ class TokenPositions:
         documents, for heads of ``config.model.head_width``.
       token_ids_BL: ids, for routers that read them.
       training: None when evaluating or generating.
+      router_cache: of the layer's router, for the sequences' earlier tokens, see
+        :meth:`~dynmoe_jax.routing.router.Router.initial_cache`; empty unless it is carried.
       other_rotary: tables for the heads of layers that differ, by their width.
     """
 
@@ -76,12 +78,14 @@ class TokenPositions:
     rotary_BLR: Float[Array, "B L R"]
     token_ids_BL: Int[Array, "B L"] | None = None
     training: TrainingInput | None = None
+    router_cache: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     other_rotary: Mapping[int, Float[Array, "B L R"]] = dataclasses.field(default_factory=dict)
 
     def of_heads(self, width: int) -> "TokenPositions":
         """The inputs of attention with heads of that width; every array is [B, L, ...]."""
         rotary_BLR = self.other_rotary.get(width, self.rotary_BLR)
-        return dataclasses.replace(self, rotary_BLR=rotary_BLR, other_rotary={}, training=None)
+        without = {"training": None, "router_cache": {}, "other_rotary": {}}
+        return dataclasses.replace(self, rotary_BLR=rotary_BLR, **without)
 
     def at_layer(self, layer: Int[Array, ""] | int) -> "TokenPositions":
         """The inputs of a layer by its number."""

@@ -1,4 +1,5 @@
-"""The KV cache: keys and values are kept, so that every position is computed once.
+"""The KV cache: keys and values are kept, so that every position is computed once; and so is what
+routers ask for of earlier tokens (:meth:`~dynmoe_jax.routing.router.Router.initial_cache`).
 
 Two passes keep them or use them.  :func:`prefill` computes whole contexts, by the attention that
 training uses, and keeps the keys and values of every layer.  :func:`decode_step` computes positions
@@ -26,14 +27,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dynmoe_jax.mesh.axes import axes_of
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.decoder import Decoder
 from dynmoe_jax.model.layer import Layer
 from dynmoe_jax.model.output import in_layer_order
+from dynmoe_jax.model.stacks import stacks_of
 
 LayerKV = Any
 """(key_BSGW, value_BSGW) of every layer, nested as the parameters are: over stacks, over groups (a
 tuple, or a leading axis of the arrays), over the layers of a group."""
+
+RouterCaches = Any
+"""Caches of the layers' routers by name, see
+:meth:`~dynmoe_jax.routing.router.Router.initial_cache`, nested alike; mostly empty."""
 
 
 Attend = Callable[..., tuple[Array, Any]]
@@ -45,17 +52,19 @@ class Cache(Protocol):
 
     Attributes:
       kv: of every layer, see :data:`LayerKV`.
+      routers: caches of the routers, see :data:`RouterCaches`; None: they keep none.
       step_shape: [B, C] of the tokens that one step of decoding computes, one for each sequence.
     """
 
     kv: LayerKV
+    routers: RouterCaches | None
     step_shape: tuple[int, int]
 
     def behind(self, count: int) -> tuple[Int[Array, "B C"], Attend]:
         """(positions in their texts of the next ``count`` tokens of a row, how they attend)."""
 
-    def filled(self, kv: LayerKV, count: int) -> "Cache":
-        """The cache with the keys and values that ``count`` tokens of a row have added."""
+    def filled(self, kv: LayerKV, routers: RouterCaches, count: int) -> "Cache":
+        """The cache with what ``count`` tokens of a row have added."""
 
 
 @jax.tree_util.register_dataclass
@@ -65,11 +74,13 @@ class KVCache:
 
     Attributes:
       kv: of every layer.
+      routers: caches of the layers' routers.
       start_B: the first slot of each sequence.
       end: one behind the last filled slot.
     """
 
     kv: LayerKV
+    routers: RouterCaches
     start_B: Int[Array, "B"]
     end: Int[Array, ""]
 
@@ -92,9 +103,9 @@ class KVCache:
 
         return slot_C - self.start_B[:, None], attend
 
-    def filled(self, kv: LayerKV, count: int) -> "KVCache":
+    def filled(self, kv: LayerKV, routers: RouterCaches, count: int) -> "KVCache":
         """The cache with ``count`` more slots."""
-        return KVCache(kv, self.start_B, self.end + count)
+        return KVCache(kv, routers, self.start_B, self.end + count)
 
 
 def prefill(
@@ -120,10 +131,11 @@ def prefill(
 
     nothing = [[None for _ in stack.layers] for stack in decoder.stacks]
     stacks = stacked(decoder)
-    x_BPD, kv, experts = apply_layers(
-        decoder, stacks, tokens_BP, segment_ids_BP, positions_BP, nothing, attend
+    routers = router_caches(decoder, tokens_BP.shape)
+    x_BPD, kv, routers, experts = apply_layers(
+        decoder, stacks, tokens_BP, segment_ids_BP, positions_BP, nothing, attend, routers
     )
-    return x_BPD, KVCache(kv, start_B, jnp.int32(tokens_BP.shape[1])), experts
+    return x_BPD, KVCache(kv, routers, start_B, jnp.int32(tokens_BP.shape[1])), experts
 
 
 def decode_step(
@@ -152,10 +164,11 @@ def decode_step(
     """
     count = tokens_BC.shape[1]
     positions_BC, attend = cache.behind(count)
-    x_BCD, kv, experts = apply_layers(
-        decoder, stacks, tokens_BC, valid_BC.astype(jnp.int32), positions_BC, cache.kv, attend
+    segment_ids_BC = valid_BC.astype(jnp.int32)
+    x_BCD, kv, routers, experts = apply_layers(
+        decoder, stacks, tokens_BC, segment_ids_BC, positions_BC, cache.kv, attend, cache.routers
     )
-    return x_BCD, cache.filled(kv, count), experts
+    return x_BCD, cache.filled(kv, routers, count), experts
 
 
 def stacked(decoder: Decoder) -> list[nnx.State]:
@@ -188,22 +201,34 @@ def unstacked(decoder: Decoder) -> list[tuple[nnx.State, ...]]:
 def with_room(cache: KVCache, slots: int) -> KVCache:
     """The cache with free slots behind its own, up to ``slots``."""
 
-    def widen(slots_BSGW):
-        room = slots - slots_BSGW.shape[-3]
-        return jnp.pad(slots_BSGW, [(0, 0)] * (slots_BSGW.ndim - 3) + [(0, room), (0, 0), (0, 0)])
+    def widen(array, axis):
+        room = [(0, 0)] * array.ndim
+        room[axis] = (0, slots - array.shape[axis])
+        return jnp.pad(array, room)
 
-    return dataclasses.replace(cache, kv=jax.tree.map(widen, cache.kv))
+    def widen_router(path, array):
+        axes = axes_of(path[-1].key)
+        return widen(array, axes.index("S") - len(axes)) if "S" in axes else array
+
+    return dataclasses.replace(
+        cache,
+        kv=jax.tree.map(partial(widen, axis=-3), cache.kv),
+        routers=jax.tree.map_with_path(widen_router, cache.routers),
+    )
 
 
 def repeated(cache: KVCache, times: int) -> KVCache:
     """Each sequence ``times`` times, side by side; of a cache with stacked layers."""
-    kv = jax.tree.map(lambda a: jnp.repeat(a, times, axis=-4), cache.kv)
-    return KVCache(kv, jnp.repeat(cache.start_B, times), cache.end)
+    again = partial(jnp.repeat, repeats=times, axis=1)  # axis 0 is that of the layers
+    kv, routers = jax.tree.map(again, (cache.kv, cache.routers))
+    return KVCache(kv, routers, jnp.repeat(cache.start_B, times), cache.end)
 
 
 def unstacked_cache(cache: KVCache) -> KVCache:
     """A cache of stacked layers, nested like :func:`unstacked` parameters."""
-    return dataclasses.replace(cache, kv=[_parted(kv) for kv in cache.kv])
+    pairs = [_parted(pair) for pair in zip(cache.kv, cache.routers, strict=True)]
+    kv, routers = ([tuple(part[i] for part in parts) for parts in pairs] for i in range(2))
+    return dataclasses.replace(cache, kv=kv, routers=routers)
 
 
 def _parted(tree) -> tuple:
@@ -212,8 +237,31 @@ def _parted(tree) -> tuple:
     return tuple(jax.tree.map(lambda a, i=i: a[i], tree) for i in range(parts))
 
 
+def router_caches(decoder: Decoder, shape: tuple[int, int]) -> RouterCaches:
+    """Caches of the routers before the first of [B, S] tokens, for stacked layers."""
+
+    def of_layer(layer: Layer, repeats: int):
+        feed_forward = layer.feed_forward
+        if not layer.is_moe:
+            return {}
+        cache = feed_forward.router.initial_cache(*shape, feed_forward.moe.num_experts)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), cache)
+
+    return [
+        [of_layer(layer, of.run.repeats) for layer in stack.layers]
+        for of, stack in zip(stacks_of(decoder.config), decoder.stacks, strict=True)
+    ]
+
+
 def apply_layers(
-    decoder: Decoder, stacks, tokens_BL, segment_ids_BL, positions_BL, kv, attend: Attend
+    decoder: Decoder,
+    stacks,
+    tokens_BL,
+    segment_ids_BL,
+    positions_BL,
+    kv,
+    attend: Attend,
+    routers: RouterCaches | None = None,
 ):
     """Embeds, passes all layers, norms.
 
@@ -225,49 +273,62 @@ def apply_layers(
       positions_BL: positions within the documents.
       kv: what ``attend`` gets of each layer, nested like the parameters.
       attend: attention of a layer.
+      routers: caches of the routers, nested alike; None: each row is a sequence from its start.
+
+    Returns:
+      the normed residual stream; the new ``kv`` and ``routers``; experts of each position, by
+      layer.
     """
     positions = decoder.positions(segment_ids_BL, positions_BL, tokens_BL)
+    if routers is None:
+        routers = [[{} for _ in stack.layers] for stack in decoder.stacks]
+        routers = [
+            tuple(empty for _ in params) if isinstance(params, tuple) else empty
+            for empty, params in zip(routers, stacks, strict=True)
+        ]
 
-    def one_layer(layer: Layer, x_BLD, kv):
+    def one_layer(layer: Layer, x_BLD, kv, router_cache):
         def mix(attention, heads, positions):
             projected = attention.heads_apart(heads, positions.rotary_BLR)
             mixed_BLHW, new_kv = attend(layer, kv, *projected)
             return attention.project_back(mixed_BLHW), new_kv
 
-        out = layer(x_BLD, positions, mix)
+        out = layer(x_BLD, dataclasses.replace(positions, router_cache=router_cache), mix)
         routing = out.routing
         used_BL = routing and routing.experts_per_token_T.reshape(tokens_BL.shape)
-        return out.x_BLD, out.kv, used_BL
+        return out.x_BLD, out.kv, out.moe.router_cache if out.moe else {}, used_BL
 
     def one_group(structure, x_BLD, inputs):
-        params, kv = inputs
-        new, experts_MBL = [], []
-        for layer, kv_of_layer in zip(nnx.merge(structure, params).layers, kv, strict=True):
-            x_BLD, kv_of_layer, used_BL = one_layer(layer, x_BLD, kv_of_layer)
+        params, kv, routers = inputs
+        new, new_routers, experts_MBL = [], [], []
+        layers = nnx.merge(structure, params).layers
+        for layer, *caches in zip(layers, kv, routers, strict=True):
+            x_BLD, kv_of_layer, router_cache, used_BL = one_layer(layer, x_BLD, *caches)
             new.append(kv_of_layer)
+            new_routers.append(router_cache)
             experts_MBL += [] if used_BL is None else [used_BL]
-        return x_BLD, (new, experts_MBL)
+        return x_BLD, (new, new_routers, experts_MBL)
 
-    x_BLD, all_kv, all_experts = decoder.embed(tokens_BL), [], []
-    for stack, params, kv_of_stack in zip(decoder.stacks, stacks, kv, strict=True):
+    x_BLD, all_kv, all_routers, all_experts = decoder.embed(tokens_BL), [], [], []
+    for stack, *inputs in zip(decoder.stacks, stacks, kv, routers, strict=True):
         step = partial(one_group, nnx.split(stack)[0])
-        if not isinstance(params, tuple):
-            x_BLD, (new, experts_MNBL) = jax.lax.scan(step, x_BLD, (params, kv_of_stack))
+        if not isinstance(inputs[0], tuple):
+            x_BLD, (new, new_routers, experts_MNBL) = jax.lax.scan(step, x_BLD, tuple(inputs))
             all_experts += experts_MNBL
         else:
-            new, of_groups = [], []
-            for inputs in zip(params, kv_of_stack, strict=True):
-                x_BLD, (new_of_group, experts_MBL) = step(x_BLD, inputs)
-                new.append(new_of_group)
-                of_groups.append(experts_MBL)
-            new = tuple(new)
-            all_experts += [jnp.stack(used) for used in zip(*of_groups, strict=True)]
+            of_groups = []
+            for of_group in zip(*inputs, strict=True):
+                x_BLD, results = step(x_BLD, of_group)
+                of_groups.append(results)
+            new, new_routers, experts = zip(*of_groups, strict=True)
+            all_experts += [jnp.stack(used) for used in zip(*experts, strict=True)]
         all_kv.append(new)
+        all_routers.append(new_routers)
     if all_experts:
         experts_NBL = in_layer_order(all_experts, decoder.moe_layers)
     else:
         experts_NBL = jnp.zeros((0, *tokens_BL.shape), jnp.int32)
-    return decoder.norm(x_BLD), all_kv, experts_NBL
+    return decoder.norm(x_BLD), all_kv, all_routers, experts_NBL
 
 
 def _attend(

@@ -64,11 +64,13 @@ class MoERecord:
       routing: what its router decided.
       sums: over its tokens, by device; None outside of training.
       dropped: (token, expert) pairs that a transform, a capacity or an exchange left out.
+      router_cache: with these tokens, where one was given.
     """
 
     routing: Routing
     sums: LayerSums | None
     dropped: Int[Array, ""]
+    router_cache: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass

@@ -6,10 +6,12 @@ weights of experts.
 
 from dynmoe_jax.routing import controllers, losses, transforms
 from dynmoe_jax.routing.block_ffn import BlockFFN
+from dynmoe_jax.routing.expert_threshold import ExpertThreshold
 from dynmoe_jax.routing.hashing import Hash
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 from dynmoe_jax.routing.relu import ReLU
 from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
+from dynmoe_jax.routing.seq_top_k import SeqTopK
 from dynmoe_jax.routing.sigmoid_bias import SigmoidBias
 from dynmoe_jax.routing.top_k import TopK
 from dynmoe_jax.routing.top_p import TopP, top_p_slots
@@ -18,12 +20,14 @@ __all__ = [
     "BlockFFN",
     "Bounds",
     "ExpertSlots",
+    "ExpertThreshold",
     "Hash",
     "Parameter",
     "ReLU",
     "Router",
     "RouterInput",
     "Routing",
+    "SeqTopK",
     "SigmoidBias",
     "SoftSlots",
     "TopK",

@@ -69,6 +69,8 @@ class RouterInput:
       token_id_T: None unless the router reads ``"token_ids"``.
       segment_id_T: document of each token, within its sequence; 0: padding.  None unless the router
         or a loss reads ``"segments"``.
+      cache: of the sequences' earlier tokens while generating, see :meth:`Router.initial_cache`;
+        empty where sequences are there from their first token.
       expected: experts per token that the router aims at, see :class:`Bounds`.
       length: L, tokens of one sequence; sequences follow each other in T.
       training: False when evaluating or generating.
@@ -81,6 +83,7 @@ class RouterInput:
     key_T: UInt32[Array, "T 2"] | None = None
     token_id_T: Int[Array, "T"] | None = None
     segment_id_T: Int[Array, "T"] | None = None
+    cache: Params = dataclasses.field(default_factory=dict)
     expected: float = dataclasses.field(default=1.0, metadata={"static": True})
     length: int = dataclasses.field(default=0, metadata={"static": True})
     training: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -171,6 +174,29 @@ class Router(abc.ABC):
     def shown(self, state: Params) -> dict[str, Array]:
         """Numbers of one layer's state, by name, that metrics and report show."""
         return {}
+
+    def initial_cache(self, batch: int, length: int, num_experts: int) -> dict[str, Array]:
+        """What a layer keeps of sequences while it generates, before their first token.
+
+        For a router whose choice at inference depends on earlier tokens of a sequence; a KV cache
+        carries it.  Names end in axes, which begin with B; where S is among them, the array has
+        room for so many tokens, zeros where none has come.
+
+        Args:
+          batch: B, sequences.
+          length: S, tokens that there is room for.
+          num_experts: E.
+        """
+        return {}
+
+    def next_cache(self, params: Params, given: RouterInput, routing: Any) -> Params:
+        """``given.cache`` with the tokens that were routed."""
+        return given.cache
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the choice at inference depends on earlier tokens of the sequence."""
+        return type(self).initial_cache is not Router.initial_cache
 
     def on_logits(
         self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]

@@ -34,9 +34,7 @@ class SeqTopK(Router):
     scores rise would use K experts for every token.
     """
 
-    k: int = model_setting(
-        2, "mean experts per token", unit="experts", low=1, per_layer=True
-    )
+    k: int = model_setting(2, "mean experts per token", unit="experts", low=1, per_layer=True)
     min_experts: int = model_setting(
         1, "experts that a token uses at the least", unit="experts", low=0
     )

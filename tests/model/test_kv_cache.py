@@ -30,6 +30,11 @@ MODELS = {
         "attention_bias": True,
         "qk_norm": True,
     },
+    "sequences_and_thresholds": {
+        "router": "seq_top_k",
+        "layers": "1:moe.router=expert_threshold",
+        "allow_non_causal": True,
+    },
     "dense_tied": {"every_n_layers": 0, "tie_embeddings": True},
 }
 TOKENS_BL = np.random.default_rng(0).integers(0, 32, (2, 8)).astype(np.int32)
@@ -66,9 +71,9 @@ def model(request, small, draw):
     return nnx.split(draw(small(**MODELS[request.param])))
 
 
-@pytest.fixture(scope="module")
-def top_p(small, draw):
-    return nnx.split(draw(small()))
+@pytest.fixture(scope="module", params=["top_p", "sequences_and_thresholds"])
+def routed(request, small, draw):
+    return nnx.split(draw(small(**MODELS[request.param])))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -110,11 +115,11 @@ def test_layers_in_a_scan_give_the_same(model):
         np.testing.assert_array_equal(experts_NBC, wanted_NBL[:, :, CONTEXT:])
 
 
-def test_several_positions_at_once_behind_contexts_of_different_lengths(top_p):
-    context_BPV, cache, context_NBP = read_context(*top_p, TOKENS_BL[:, :CONTEXT], START_B)
-    logits_BCV, _, experts_NBC = go_on(*top_p, None, TOKENS_BL[:, CONTEXT:], cache)
+def test_several_positions_at_once_behind_contexts_of_different_lengths(routed):
+    context_BPV, cache, context_NBP = read_context(*routed, TOKENS_BL[:, :CONTEXT], START_B)
+    logits_BCV, _, experts_NBC = go_on(*routed, None, TOKENS_BL[:, CONTEXT:], cache)
     for row, start in enumerate(START_B):
-        alone_1LV, alone_N1L = whole(*top_p, TOKENS_BL[row : row + 1, start:])
+        alone_1LV, alone_N1L = whole(*routed, TOKENS_BL[row : row + 1, start:])
         actual_LV = np.concatenate([context_BPV[row, start:], logits_BCV[row]])
         np.testing.assert_allclose(actual_LV, alone_1LV[0], **TOLERANCE)
         actual_NL = np.concatenate([context_NBP[:, row, start:], experts_NBC[:, row]], axis=1)
@@ -122,12 +127,12 @@ def test_several_positions_at_once_behind_contexts_of_different_lengths(top_p):
         assert not np.any(context_NBP[:, row, :start])  # what fills up uses no experts
 
 
-def test_a_context_is_read_once_for_many_continuations(top_p):
-    _, cache, _ = read_context(*top_p, TOKENS_BL[:, :CONTEXT], START_B)
+def test_a_context_is_read_once_for_many_continuations(routed):
+    _, cache, _ = read_context(*routed, TOKENS_BL[:, :CONTEXT], START_B)
     endings_BC = np.array([[1, 2], [3, 4], [5, 6], [7, 8]], np.int32)
-    together_BCV = go_on(*top_p, None, endings_BC, repeated(cache, 2))[0]
-    first_BCV = go_on(*top_p, None, endings_BC[::2], cache)[0]
-    second_BCV = go_on(*top_p, None, endings_BC[1::2], cache)[0]
+    together_BCV = go_on(*routed, None, endings_BC, repeated(cache, 2))[0]
+    first_BCV = go_on(*routed, None, endings_BC[::2], cache)[0]
+    second_BCV = go_on(*routed, None, endings_BC[1::2], cache)[0]
     np.testing.assert_allclose(together_BCV[::2], first_BCV, **TOLERANCE)
     np.testing.assert_allclose(together_BCV[1::2], second_BCV, **TOLERANCE)
     assert np.abs(first_BCV - second_BCV).max() > 1e-2

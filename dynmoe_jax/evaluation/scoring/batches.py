@@ -54,12 +54,16 @@ class _PackedTree:
     start: int
 
 
-def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[list[_PackedTree]]]:
+def make_batches(
+    requests: Sequence[Request], batch_tokens: int, alone: bool = False
+) -> list[list[list[_PackedTree]]]:
     """Packs requests into batches of rows, longest rows first.
 
     Args:
       requests: what is asked.
       batch_tokens: tokens of a batch; a text that is longer has a batch of its own.
+      alone: every request has a row of its own, for a model whose routers see the earlier tokens of
+        a row.
 
     Returns:
       batches, of rows, of packed trees; :func:`lay_out` makes arrays of one.
@@ -67,7 +71,8 @@ def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[li
     texts = [request.read for request in requests]
     contexts = [len(request.tokens) - request.scored for request in requests]
     trees = []
-    for group in group_texts(texts, contexts, most=batch_tokens):
+    groups = group_texts(texts, contexts, most=batch_tokens)
+    for group in ([i] for i in range(len(texts))) if alone else groups:
         trees.append((build_tree([texts[i] for i in group]), group))
     trees.sort(key=lambda pair: -len(pair[0].tokens))
     rows: list[list[_PackedTree]] = []
@@ -76,7 +81,7 @@ def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[li
     for tree, group in trees:
         size = len(tree.tokens)
         found = bisect.bisect_left(room, (size, -1))
-        if found < len(room):
+        if found < len(room) and not alone:
             left, row = room.pop(found)
         else:
             row, left = len(rows), row_length(size)

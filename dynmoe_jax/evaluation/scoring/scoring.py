@@ -40,6 +40,7 @@ class Scorer:
     def __init__(self, decoder: Decoder, batch_tokens: int, max_length: int):
         self._structure, self._params = nnx.split(decoder)
         self._rows = decoder.config.vocab_size
+        self._alone = decoder.keeps_router_cache
         self.batch_tokens = batch_tokens
         self.max_length = max_length
         self.tokens_asked = 0
@@ -57,7 +58,7 @@ class Scorer:
             check_ids(request.tokens, self._rows)
         requests = [self._cut(request) for request in requests]
         pending = None
-        for rows in make_batches(requests, self.batch_tokens):
+        for rows in make_batches(requests, self.batch_tokens, self._alone):
             for batch in lay_out(rows, requests, self.batch_tokens):
                 # The next batch is on its way before this one is read.
                 running = batch, self._run(batch)

@@ -18,7 +18,14 @@ from jaxtyping import Array, Bool, Float, Int
 from dynmoe_jax.evaluation.scoring.tree_attention import tree_attention
 from dynmoe_jax.inference.decoding import DecodeState, first_draw
 from dynmoe_jax.inference.sampling import Draw
-from dynmoe_jax.model.kv_cache import Attend, LayerKV, apply_layers, stacked
+from dynmoe_jax.model.kv_cache import (
+    Attend,
+    LayerKV,
+    RouterCaches,
+    apply_layers,
+    router_caches,
+    stacked,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +36,8 @@ class TreeKVCache:
     Attributes:
       prompts: of the prompts' tokens, [B, L, G, W].
       own: of the decoded tokens, [B, Q, M, G, W]; both nested as the layers are.
+      routers: caches of the layers' routers; a router that keeps one has every prompt in a row of
+        its own, so that Q is 1.
       count: decoded tokens of each sequence that are there.
       sees_BQL: the path of each sequence's prompt.
       depths_BQ: positions of the prompts' last tokens.
@@ -36,6 +45,7 @@ class TreeKVCache:
 
     prompts: LayerKV
     own: LayerKV
+    routers: RouterCaches
     count: Int[Array, ""]
     sees_BQL: Bool[Array, "B Q L"]
     depths_BQ: Int[Array, "B Q"]
@@ -67,10 +77,10 @@ class TreeKVCache:
 
         return self.depths_BQ + self.count + 1, attend
 
-    def filled(self, kv: LayerKV, count: int) -> "TreeKVCache":
+    def filled(self, kv: LayerKV, routers: RouterCaches, count: int) -> "TreeKVCache":
         """The cache with one more token of each sequence."""
         del count
-        return dataclasses.replace(self, own=kv, count=self.count + 1)
+        return dataclasses.replace(self, own=kv, routers=routers, count=self.count + 1)
 
 
 @partial(jax.jit, static_argnames=("structure", "room"))
@@ -113,15 +123,18 @@ def prefill_trees(
         return mixed_BLHW, (key_BLGW, value_BLGW)
 
     nothing = [[None for _ in stack.layers] for stack in decoder.stacks]
-    x_BLD, prompts, experts_NBL = apply_layers(
-        decoder, stacked(decoder), tokens_BL, segment_ids_BL, positions_BL, nothing, attend
+    rows, length = tokens_BL.shape
+    routers = router_caches(decoder, (rows, length + room))
+    texts = tokens_BL, segment_ids_BL, positions_BL
+    x_BLD, prompts, routers, experts_NBL = apply_layers(
+        decoder, stacked(decoder), *texts, nothing, attend, routers
     )
     x_BQD = jnp.take_along_axis(x_BLD, leaves_BQ[..., None], axis=1)
     experts_NBQ = jnp.take_along_axis(experts_NBL, leaves_BQ[None], axis=2)
     layers, sequences = len(experts_NBQ), leaves_BQ.size
     state = first_draw(
         decoder,
-        _cache(prompts, ends_BL, leaves_BQ, positions_BL, room),
+        _cache(prompts, routers, ends_BL, leaves_BQ, positions_BL, room),
         x_BQD.reshape(sequences, -1),
         experts_NBQ.reshape(layers, sequences).T,
         active_BQ.reshape(sequences),
@@ -133,7 +146,9 @@ def prefill_trees(
     return state, experts_NBL.reshape(layers, tokens_BL.size)
 
 
-def _cache(prompts: LayerKV, ends_BL, leaves_BQ, positions_BL, room: int) -> TreeKVCache:
+def _cache(
+    prompts: LayerKV, routers: RouterCaches, ends_BL, leaves_BQ, positions_BL, room: int
+) -> TreeKVCache:
     batch, sequences = leaves_BQ.shape
 
     def own(prompts_BLGW):  # after the axis of the groups
@@ -144,6 +159,7 @@ def _cache(prompts: LayerKV, ends_BL, leaves_BQ, positions_BL, room: int) -> Tre
     return TreeKVCache(
         prompts=prompts,
         own=jax.tree.map(own, prompts),
+        routers=routers,
         count=jnp.int32(0),
         sees_BQL=(node_L <= leaf_BQ1) & (leaf_BQ1 < ends_BL[:, None, :]),
         depths_BQ=jnp.take_along_axis(positions_BL, leaves_BQ, axis=1),

@@ -83,6 +83,7 @@ class TreeWriter:
     ):
         self._structure, self._params = nnx.split(decoder)
         self._rows = decoder.config.vocab_size
+        self._alone = decoder.keeps_router_cache
         self._batch_tokens = batch_tokens
         self._draw, self._end_ids = Draw.greedy(vocab_size), frozenset((eos_id, *end_ids))
         self.tokens_asked = 0
@@ -114,7 +115,7 @@ class TreeWriter:
         numbers = list(so_far)
         # The token that follows is not known; the last one of a request is never read.
         requests = [Request((*prompts[i].tokens, *so_far[i], 0), 1) for i in numbers]
-        for rows in make_batches(requests, self._batch_tokens):
+        for rows in make_batches(requests, self._batch_tokens, self._alone):
             for batch in lay_out(rows, requests, self._batch_tokens):
                 owners = [numbers[index] for index, _, _ in batch.requests]
                 yield self._write_batch(batch, owners, prompts, so_far, room)
