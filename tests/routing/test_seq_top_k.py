@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing import SeqTopK
-from tests.routing.given import given, replace
+from dynmoe_jax.routing import RouterInput, SeqTopK
 
 B, L, E = 3, 8, 4
 ROUTER = SeqTopK(k=2, extra=1)
+
+
+choose = jax.jit(lambda router, seen: router({}, seen), static_argnums=0)
 
 
 def draw(seed=0, batch=B, length=L):
@@ -17,9 +19,10 @@ def draw(seed=0, batch=B, length=L):
 
 
 def route(logits_TE, valid_T=None, *, training, length=L, router=ROUTER, cache=None):
-    seen = replace(given(router, logits_TE, valid_T, training=training), length=length)
-    seen = replace(seen, cache=cache or {})
-    return router({}, seen), seen
+    valid_T = jnp.ones(len(logits_TE), bool) if valid_T is None else valid_T
+    cache = cache or {}
+    seen = RouterInput(None, logits_TE, valid_T, cache=cache, length=length, training=training)
+    return choose(router, seen), seen
 
 
 def used(logits_TE, valid_T=None, **options):
