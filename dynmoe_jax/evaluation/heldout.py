@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
+from dynmoe_jax.evaluation.routing.gather import TokenUse
 from dynmoe_jax.model.kernels.cross_entropy.chunked import cross_entropy_sums
 from dynmoe_jax.model.layer import LayerOutput
 from dynmoe_jax.model.output import in_layer_order, padded
-from dynmoe_jax.routing import statistics
+from dynmoe_jax.routing import Routing, statistics
 from dynmoe_jax.runs.summary import DomainResult, HeldOut
+
+
+Watch = Callable[[str, dict[str, np.ndarray], TokenUse, np.ndarray], None]
+"""``(domain, batch, use of experts by its tokens, load_NE)``."""
 
 
 @jax.tree_util.register_dataclass
@@ -32,18 +38,33 @@ class Sums:
       tokens: targets.
       load_NE: tokens that chose each expert.
       histogram_NK: tokens by number of experts, 0 to K.
+      by_token: of each token of the batch, which does not add up; None in a dense model.
     """
 
     nll: Float[Array, ""]
     tokens: Int[Array, ""]
     load_NE: Int[Array, "N E"]
     histogram_NK: Int[Array, "N K+1"]
+    by_token: TokenUse | None = None
 
 
-def _counts(valid_BL, output: LayerOutput) -> tuple[Int[Array, "E"], Int[Array, "K+1"]]:
-    """(load of each expert, tokens by number of experts) of one layer."""
+def _counts(valid_BL, output: LayerOutput) -> tuple[Array, ...]:
+    """Counts of one layer: load of each expert, tokens by number of experts; and of each token
+    the experts chosen, the first choice, the experts left behind the transforms."""
     routing = output.moe.routing
-    return routing.load_E, statistics.count_histogram(routing, valid_BL.reshape(-1))
+    histogram_K = statistics.count_histogram(routing, valid_BL.reshape(-1))
+    of_token = (routing.experts_per_token_T, _first_choice(routing), output.moe.kept_T)
+    return routing.load_E, histogram_K, *(x_T.astype(jnp.int16) for x_T in of_token)
+
+
+def _first_choice(routing: Any) -> Int[Array, "T"]:
+    """The expert of the largest weight, of equal ones the one chosen first; -1: none."""
+    if not isinstance(routing, Routing):  # tokens of soft slots choose nobody
+        return jnp.full_like(routing.experts_per_token_T, -1)
+    weight_TK = jnp.where(routing.used_TK, routing.weight_TK, -jnp.inf)
+    slot_T1 = jnp.argmax(weight_TK, axis=-1, keepdims=True)
+    expert_T = jnp.take_along_axis(routing.expert_TK, slot_T1, axis=-1)[..., 0]
+    return jnp.where(routing.experts_per_token_T > 0, expert_T, -1)
 
 
 def make_eval_step(structure: nnx.GraphDef, loss: config.Loss) -> Callable[..., Sums]:
@@ -64,13 +85,16 @@ def make_eval_step(structure: nnx.GraphDef, loss: config.Loss) -> Callable[..., 
             chunk_tokens=loss.chunk_tokens,
             plain=decoder.config.plain,
         )
+        by_token = None
         if counts:
-            loads, histograms = zip(*counts, strict=True)
-            load_NE = in_layer_order(padded(loads), decoder.moe_layers)
-            histogram_NK = in_layer_order(padded(histograms), decoder.moe_layers)
+            load_NE, histogram_NK, *uses = (
+                in_layer_order(padded(parts), decoder.moe_layers)
+                for parts in zip(*counts, strict=True)
+            )
+            by_token = TokenUse(nll_BL, *(use.reshape(-1, *nll_BL.shape) for use in uses))
         else:
             load_NE = histogram_NK = jnp.zeros((0, 1), jnp.int32)
-        return Sums(jnp.sum(nll_BL), jnp.sum(valid_BL), load_NE, histogram_NK)
+        return Sums(jnp.sum(nll_BL), jnp.sum(valid_BL), load_NE, histogram_NK, by_token)
 
     return eval_step
 
@@ -91,6 +115,7 @@ def evaluate(
     token_bytes_V: np.ndarray,
     place: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]] = jax.device_put,
     experts_N: Sequence[int] = (),
+    watch: Watch | None = None,
 ) -> HeldOut:
     """Evaluates a model on every domain's held-out batches.
 
@@ -104,9 +129,12 @@ def evaluate(
       token_bytes_V: bytes that each token stands for.
       place: puts a host batch on the devices.
       experts_N: experts of each MoE layer, where layers differ.
+      watch: is shown the tokens of every batch, domain after domain; not of a dense model.
     """
     domains = {
-        name: _sum_domain(partial(eval_step, params), batches, token_bytes_V, place)
+        name: _sum_domain(
+            partial(eval_step, params), batches, token_bytes_V, place, watch and partial(watch, name)
+        )
         for name, batches in batches_by_domain.items()
     }
     total = _Domain(
@@ -127,10 +155,14 @@ def evaluate(
     )
 
 
-def _sum_domain(run, batches, token_bytes_V, place) -> _Domain:
+def _sum_domain(run, batches, token_bytes_V, place, watch=None) -> _Domain:
     total = None
     for batch in batches:
-        sums = jax.tree.map(np.float64, jax.device_get(run(place(batch))))
+        found = run(place(batch))
+        by_token, found = found.by_token, dataclasses.replace(found, by_token=None)
+        sums = jax.tree.map(np.float64, jax.device_get(found))
+        if watch and by_token is not None:
+            watch(batch, jax.device_get(by_token), sums.load_NE)
         targets = batch["targets"][batch["segment_ids"] > 0]
         counts_V = np.bincount(targets, minlength=len(token_bytes_V))
         part = _Domain(sums, int(token_bytes_V[targets].sum()), counts_V)

@@ -205,7 +205,8 @@ class MoEFeedForward(nnx.Module):
                 y_TD, more = y_TD + adjugate_TD, more + adjugates_dropped
         if self.moe.shared_hidden_width:
             y_TD += self.shared(x_TD)
-        return y_TD, MoERecord(routing, sums, dropped + more, cache)
+        kept_T = kept.experts_per_token_T
+        return y_TD, MoERecord(routing, sums, dropped + more, kept_T, cache)
 
     def _experts(
         self, x_TD: Float[Array, "T D"], kept: Routing, weights: Weights | None

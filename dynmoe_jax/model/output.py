@@ -64,12 +64,14 @@ class MoERecord:
       routing: what its router decided.
       sums: over its tokens, by device; None outside of training.
       dropped: (token, expert) pairs that a transform, a capacity or an exchange left out.
+      kept_T: experts of each token that the transforms have left.
       router_cache: with these tokens, where one was given.
     """
 
     routing: Routing
     sums: LayerSums | None
     dropped: Int[Array, ""]
+    kept_T: Int[Array, "T"]
     router_cache: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
 
