@@ -1,8 +1,9 @@
-"""Evaluates a run: tasks of lm-evaluation-harness, experts per task, perplexity of any text.
+"""Evaluates a run: tasks of lm-evaluation-harness, perplexity of any text, analysis of routing.
 
     python -m dynmoe_jax.evaluation --workdir=runs/mine \\
         --tasks=piqa,hellaswag,arc_easy,commonsense_qa,bbh --data_dir=items
     python -m dynmoe_jax.evaluation --workdir=runs/mine --perplexity='text:notes/*.md'
+    python -m dynmoe_jax.evaluation --workdir=runs/mine --routing
 
 Tasks need the extra: pip install 'dynmoe_jax[eval]'.  Results are in WORKDIR/evaluation, unless
 --output names another folder.  An evaluation that is stopped goes on with the same command.
@@ -10,6 +11,7 @@ Tasks need the extra: pip install 'dynmoe_jax[eval]'.  Results are in WORKDIR/ev
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -25,20 +27,25 @@ from dynmoe_jax.data.sources.registry import check_sources, read_documents
 from dynmoe_jax.data.tokenizers.endings import ends_of
 from dynmoe_jax.evaluation import perplexity
 from dynmoe_jax.evaluation.harness import answers
+from dynmoe_jax.evaluation.routing.analyze import analyze, packed, read_by_domain
+from dynmoe_jax.evaluation.routing.page import print_analysis, write_analysis
+from dynmoe_jax.evaluation.routing.record import FILE_NAME as ROUTING_RECORD
 from dynmoe_jax.evaluation.scoring.scoring import Scorer
 from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.evaluation.window import choose_window
-from dynmoe_jax.model import Decoder, decoder_structure
+from dynmoe_jax.model import Decoder, decoder_structure, variable_shapes
 from dynmoe_jax.registry import chosen, names_in, with_choice
 from dynmoe_jax.runs.compilation import compiled_programs_kept
 from dynmoe_jax.runs.disk import DiskError, disk_errors
 from dynmoe_jax.runs.errors import CheckpointError
-from dynmoe_jax.runs.load import opened_run
+from dynmoe_jax.runs.load import OpenedRun, opened_run
 from dynmoe_jax.runs.records import to_json, write_atomically
+from dynmoe_jax.runs.text import load_text
 
 FOLDER = "evaluation"
 BATCH_TOKENS = {"cpu": 2048}
 BATCH_TOKENS_OTHER = 1 << 15
+HELD_OUT = "held out"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +63,14 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="items of each task, or documents of each domain, at the most")
     add("--num_fewshot", type=int, help="examples before each question; a task's own by default")
     add("--perplexity", default="", metavar="SOURCES", help="as config.data.sources")
+    add(
+        "--routing",
+        nargs="?",
+        const=HELD_OUT,
+        metavar="SOURCES",
+        help="analyze who uses how many experts and which ones: of the run's held-out text, or of "
+        "SOURCES as in config.data.sources",
+    )
     add(
         "--window",
         type=int,
@@ -91,15 +106,18 @@ def evaluate(asked: argparse.Namespace) -> int:
     tasks = _check(asked, names)
     with opened_run(asked.workdir, best=asked.best) as run:
         cfg, imported = run.config, run.imported
-        if cfg.model.looks_ahead:
+        if cfg.model.looks_ahead and (names or asked.perplexity):
             raise config.ConfigError(cfg.model.looks_ahead)
+        if asked.routing:
+            _routing(asked, run)
+        if not names and not asked.perplexity:
+            return 0
         tokenizer = for_rows(run.tokenizer(), cfg.model.vocab_size)
         decoder = without_budget(run.decoder())
     window = choose_window(asked.window, cfg, imported)
     stride = asked.stride or max(1, window // 2)
     perplexity.check_stride(window, stride)
-    default = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_OTHER)
-    scorer = Scorer(decoder, asked.batch_tokens or default, window)
+    scorer = Scorer(decoder, asked.batch_tokens or _batch_tokens(), window)
     folder = asked.output or asked.workdir / FOLDER
     kept = answers.AnswerFile(
         folder / answers.FILE_NAME,
@@ -113,6 +131,64 @@ def evaluate(asked: argparse.Namespace) -> int:
             _tasks(asked, tasks, decoder, scorer, tokenizer, kept, folder)
     kept.close()
     return 0
+
+
+def _batch_tokens() -> int:
+    """Tokens of one call, unless --batch_tokens says."""
+    return BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_OTHER)
+
+
+def _routing(asked: argparse.Namespace, run: OpenedRun) -> None:
+    """Analyzes the routing of the run's model, as it is, budgets of experts included."""
+    cfg = run.config
+    if not cfg.model.moe_settings:
+        raise config.ConfigError("--routing analyzes experts, and this model has none.")
+    if run.imported and asked.routing == HELD_OUT:
+        raise config.ConfigError(
+            "--routing has no held-out text of an imported model; name some: --routing=SOURCES."
+        )
+    length = choose_window(asked.window, cfg, run.imported)
+    if asked.routing == HELD_OUT:
+        prepared, tokenizer = load_text(cfg, run.workdir, run.checkpoints.position(run.step))
+        documents = {domain: prepared.open_heldout(domain) for domain in prepared.domains}
+    else:
+        tokenizer = for_rows(run.tokenizer(), cfg.model.vocab_size)
+        documents = read_by_domain(read_documents(_sources(asked.routing, cfg)), asked.limit)
+    if not documents:
+        raise DataError(f"--routing={asked.routing!r} gives no document; name another source.")
+    # As many rows as in training, where tokens of a batch may take each other's places.
+    trained = cfg.train.batch_size // cfg.train.microbatches
+    rows = max(1, (asked.batch_tokens or _batch_tokens()) // length)
+    rows = rows if run.imported or asked.batch_tokens else min(rows, trained)
+    shapes = variable_shapes(cfg.model)
+    opened = [
+        dataclasses.replace(run, step=step)
+        for step in run.checkpoints.steps()
+        if step <= run.step and run.checkpoints.config(step).model == cfg.model
+    ]
+    folder = asked.output or asked.workdir / FOLDER
+    with compiled_programs_kept(cfg.train, asked.workdir), disk_errors(folder):
+        record = analyze(
+            cfg.model,
+            cfg.loss,
+            checkpoints=[(each.step, functools.partial(each.params, shapes)) for each in opened],
+            batches=lambda: packed(documents, tokenizer, length, rows, asked.limit),
+            length=length,
+            tokenizer=tokenizer,
+        )
+        title = f"{asked.workdir.resolve().name} – routing"
+        page = write_analysis(folder, title, record)
+    for sentence in record["left_out"]:
+        warn(sentence)
+    print_analysis(record)
+    console.print(f" results   {folder / ROUTING_RECORD}", soft_wrap=True, markup=False)
+    console.print(f" page      {page}", soft_wrap=True, markup=False)
+
+
+def _sources(sources: str, cfg: config.Config) -> config.Data:
+    """Settings of sources, whose records have the fields of the run's own."""
+    fields = {"text_field": cfg.data.text_field, "domain_field": cfg.data.domain_field}
+    return config.Data(sources=sources, **fields)
 
 
 def without_budget(decoder: Decoder) -> Decoder:
@@ -135,8 +211,12 @@ def _check(asked: argparse.Namespace, names: list[str]) -> dict:
         value, least = getattr(asked, name), 0 if name == "num_fewshot" else 1
         if value is not None and value < least:
             raise config.ConfigError(f"--{name}={value} must be at least {least}.")
-    if not names and not asked.perplexity:
-        raise config.ConfigError("There is nothing to evaluate; name --tasks or --perplexity.")
+    if not names and not asked.perplexity and not asked.routing:
+        raise config.ConfigError(
+            "There is nothing to evaluate; name --tasks, --perplexity or --routing."
+        )
+    if asked.routing and asked.routing != HELD_OUT:
+        check_sources(config.Data(sources=asked.routing))
     if asked.perplexity:
         check_sources(config.Data(sources=asked.perplexity))
     if not names:
@@ -152,13 +232,13 @@ def _check(asked: argparse.Namespace, names: list[str]) -> dict:
 
 
 def _perplexity(asked, cfg, scorer, tokenizer, kept, folder, window, stride) -> None:
-    sources = config.Data(
-        sources=asked.perplexity,
-        text_field=cfg.data.text_field,
-        domain_field=cfg.data.domain_field,
-    )
     found = perplexity.measure(
-        read_documents(sources), scorer, tokenizer, kept, stride=stride, limit=asked.limit
+        read_documents(_sources(asked.perplexity, cfg)),
+        scorer,
+        tokenizer,
+        kept,
+        stride=stride,
+        limit=asked.limit,
     )
     if not found:
         raise DataError(

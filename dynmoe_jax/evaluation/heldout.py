@@ -23,7 +23,6 @@ from dynmoe_jax.model.output import in_layer_order, padded
 from dynmoe_jax.routing import Routing, statistics
 from dynmoe_jax.runs.summary import DomainResult, HeldOut
 
-
 Watch = Callable[[str, dict[str, np.ndarray], TokenUse, np.ndarray], None]
 """``(domain, batch, use of experts by its tokens, load_NE)``."""
 
@@ -133,7 +132,11 @@ def evaluate(
     """
     domains = {
         name: _sum_domain(
-            partial(eval_step, params), batches, token_bytes_V, place, watch and partial(watch, name)
+            partial(eval_step, params),
+            batches,
+            token_bytes_V,
+            place,
+            watch and partial(watch, name),
         )
         for name, batches in batches_by_domain.items()
     }

@@ -1,6 +1,7 @@
 """End of a run: a sample, the table, the report."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -53,10 +54,21 @@ def finish_run(
     heldout: HeldOut,
     tokenizer: Tokenizer,
     seconds: Seconds,
+    routing: dict[str, Any] | None = None,
 ) -> None:
     """Samples, writes ``summary.json`` and ``report.html``, and prints the closing table.
 
     All processes sample, process 0 does the rest.
+
+    Args:
+      cfg: all settings.
+      workdir: the run's folder.
+      step: steps done.
+      params: of the model.
+      heldout: its evaluation.
+      tokenizer: of the text.
+      seconds: of the run so far.
+      routing: analysis of the held-out text, if there is one.
     """
     reason, written = cfg.model.looks_ahead, None
     if not reason:
@@ -88,7 +100,7 @@ def finish_run(
         paths=paths,
         left_out=dict.fromkeys(NEED_CAUSALITY, reason) if reason else {},
     )
-    write_report(workdir, cfg, metrics, summary)
+    write_report(workdir, cfg, metrics, summary, routing)
     write_summary(workdir, summary)
     console.print()
     print_summary(summary, workdir)

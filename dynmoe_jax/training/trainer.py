@@ -195,7 +195,8 @@ def _train(run: Run) -> int:
 
         with contextlib.suppress(Stopped):
             if _evaluates(done, cfg) and log.owes_heldout(done):
-                heldout = log.complete(done, partial(evaluate, state.params))
+                evaluates = partial(evaluate, state.params, done == cfg.train.steps)
+                heldout = log.complete(done, evaluates)
             for step in range(done + 1, cfg.train.steps + 1):
                 with seconds.of("data waiting"):
                     batch = feed.place(next(batches))
@@ -210,10 +211,11 @@ def _train(run: Run) -> int:
                 heldout = None
                 with checkpoints.saving(step, step == cfg.train.steps, save):
                     if _evaluates(step, cfg):
-                        heldout = log.read_with_heldout(pending, partial(evaluate, state.params))
+                        evaluates = partial(evaluate, state.params, step == cfg.train.steps)
+                        heldout = log.read_with_heldout(pending, evaluates)
                 checkpoints.check()
                 stop.check()
-            heldout = heldout or evaluate(state.params)
+            heldout = heldout or evaluate(state.params, analyze=True)
         log.read(pending)
         act()
         if stop.requested:
@@ -226,7 +228,7 @@ def _train(run: Run) -> int:
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────
     # Outside the mesh: the sample is one sequence, which a data axis cannot split.
-    finish_run(cfg, run.workdir, step, state.params, heldout, tokenizer, seconds)
+    finish_run(cfg, run.workdir, step, state.params, heldout, tokenizer, seconds, evaluate.routing)
     return 0
 
 

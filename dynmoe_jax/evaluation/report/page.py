@@ -1,6 +1,7 @@
 """The report of a run: one HTML page that needs nothing but itself."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dynmoe_jax.evaluation.report.parts import coloured, escaped, page, section,
 from dynmoe_jax.evaluation.report.routing_figures import routing_pictures
 from dynmoe_jax.evaluation.report.series import History
 from dynmoe_jax.evaluation.report.theme import Canvas, figure_style
+from dynmoe_jax.evaluation.routing.page import analysis_parts
 from dynmoe_jax.runs.formatting import compact, decimals, duration, percent
 from dynmoe_jax.runs.records import write_atomically
 from dynmoe_jax.runs.summary import Sample, Summary
@@ -30,7 +32,11 @@ _SECTIONS = (
 
 
 def write_report(
-    workdir: Path, config: Config, metrics: list[dict[str, Any]], summary: Summary
+    workdir: Path,
+    config: Config,
+    metrics: list[dict[str, Any]],
+    summary: Summary,
+    routing: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes ``report.html`` into ``workdir``.
 
@@ -40,6 +46,7 @@ def write_report(
       metrics: the lines of metrics.jsonl, as :func:`~dynmoe_jax.runs.metrics_file.read_metrics`
         gives them; any of them may lack names or hold NaN.
       summary: the run's results.
+      routing: analysis of the held-out text, see :mod:`dynmoe_jax.evaluation.routing.record`.
 
     Returns:
       the path of the page.
@@ -59,6 +66,7 @@ def write_report(
         _cards(summary),
         f'<p class="soft">{escaped(fixed)}</p>' if fixed else "",
         *(section(title, [pictures.get(p) for p in names]) for title, names in _SECTIONS),
+        *(analysis_parts(routing, canvas) if routing else ()),
         _domains(summary),
         _sample(summary.sample),
         "".join(f'<p class="soft">{escaped(reason)}</p>' for reason in summary.reasons()),

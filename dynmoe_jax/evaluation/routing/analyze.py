@@ -4,7 +4,7 @@ Axis letters: N MoE layers, X the first tokens that were read, E experts.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -16,7 +16,7 @@ from dynmoe_jax import config
 from dynmoe_jax.console import stage
 from dynmoe_jax.data import Batch, Tokenizer
 from dynmoe_jax.data.packing import pack
-from dynmoe_jax.data.sources.document import Document
+from dynmoe_jax.data.sources.document import Broken, Document
 from dynmoe_jax.evaluation.heldout import evaluate, make_eval_step
 from dynmoe_jax.evaluation.routing import statistics
 from dynmoe_jax.evaluation.routing.gather import RoutingSums, TokenUse
@@ -41,9 +41,7 @@ class Analysis:
       tokenizer: of the text.
     """
 
-    def __init__(
-        self, model: config.Model, domains: list[str], length: int, tokenizer: Tokenizer
-    ):
+    def __init__(self, model: config.Model, domains: list[str], length: int, tokenizer: Tokenizer):
         settings = model.moe_settings
         experts_N = [moe.num_experts for moe in settings]
         slots_N = [moe.route.bounds(moe.num_experts).slots for moe in settings]
@@ -65,7 +63,7 @@ class Analysis:
 
     def record(self) -> dict[str, Any]:
         """What the sums say."""
-        return to_record(self.sums, left_out(self._model))
+        return to_record(self.sums, self._model.looks_ahead)
 
     @property
     def first_NX(self) -> Int[np.ndarray, "N X"]:
@@ -76,18 +74,6 @@ class Analysis:
     def document_X(self) -> Int[np.ndarray, "X"]:
         """Their documents."""
         return np.concatenate(self._numbers)
-
-
-def left_out(model: config.Model) -> list[str]:
-    """Sentences about what the routers of a model make no sense of."""
-    said = []
-    for name, router in {moe.router: moe.route for moe in model.moe_settings}.items():
-        if not router.causal:
-            said.append(
-                f"config.model.moe.router={name!r} looks at later tokens, so what it does here "
-                "depends on the batch: correlations with surprise are not those of generation."
-            )
-    return said
 
 
 def agreement(
@@ -124,7 +110,8 @@ def agreement(
 def analyze(
     model: config.Model,
     loss: config.Loss,
-    checkpoints: Iterable[tuple[int, Callable[[], nnx.State]]],
+    *,
+    checkpoints: Sequence[tuple[int, Callable[[], nnx.State]]],
     batches: Batches,
     length: int,
     tokenizer: Tokenizer,
@@ -142,7 +129,6 @@ def analyze(
     """
     step = make_eval_step(decoder_structure(model), loss)
     pairs, before = [], None
-    checkpoints = list(checkpoints)
     for number, read in checkpoints:
         last = number == checkpoints[-1][0]
         title = f"Routing held-out text, step {number:,}"
@@ -180,30 +166,39 @@ def _first(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
 
 
 def packed(
-    documents: Iterable[Document],
+    by_domain: Mapping[str, Sequence[Mapping[str, bytes]]],
     tokenizer: Tokenizer,
     length: int,
     batch_size: int,
+    limit: int | None = None,
 ) -> dict[str, Iterator[Batch]]:
-    """Batches of documents by domain, as those of held-out text."""
-    by_domain: dict[str, list[dict[str, bytes]]] = {}
-    for document in documents:
-        entry = {"text": document.text.encode(), "origin": document.origin.encode()}
-        by_domain.setdefault(document.domain, []).append(entry)
+    """Batches of every domain's documents; the last one is filled up with padding.
+
+    Args:
+      by_domain: documents, each with a ``text`` and an ``origin`` in UTF-8.
+      tokenizer: of the text.
+      length: L, positions of a row.
+      batch_size: rows.
+      limit: documents of each domain at the most.
+    """
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return {
-        domain: iter(
-            pack(grain.MapDataset.source(texts), tokenizer, length).batch(batch_size, batch_fn=pad)
-        )
-        for domain, texts in sorted(by_domain.items())
-    }
+
+    def batches(documents):
+        rows = pack(grain.MapDataset.source(documents)[:limit], tokenizer, length)
+        return iter(rows.batch(batch_size, batch_fn=pad))
+
+    return {domain: batches(documents) for domain, documents in by_domain.items() if len(documents)}
 
 
-def limited_to(documents: Iterable, limit: int | None) -> Iterator[Document]:
-    """So many documents of each domain, without what is broken."""
-    taken: dict[str, int] = {}
+def read_by_domain(
+    documents: Iterable[Document | Broken], limit: int | None
+) -> dict[str, list[dict[str, bytes]]]:
+    """The documents of a source by domain, so many of each; what is broken is left out."""
+    found: dict[str, list[dict[str, bytes]]] = {}
     for document in documents:
         if isinstance(document, Document):
-            taken[document.domain] = taken.get(document.domain, 0) + 1
-            if limit is None or taken[document.domain] <= limit:
-                yield document
+            of_domain = found.setdefault(document.domain, [])
+            if limit is None or len(of_domain) < limit:
+                text, origin = document.text.encode(), document.origin.encode()
+                of_domain.append({"text": text, "origin": origin})
+    return dict(sorted(found.items()))

@@ -100,7 +100,7 @@ def _surprise(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
         ("by_surprise_of_predicted_token", "of_predicted_token", "predicted next", "blue"),
         ("by_surprise_of_token_itself", "of_token_itself", "read", "orange"),
     ):
-        parts = experts[key]
+        parts = experts.get(key, [])
         if len(parts) > 1:
             x = [max(part["surprise"], 1e-3) for part in parts]
             label = f"token that is {name} (rank correlation {_estimate(correlation[where])})"

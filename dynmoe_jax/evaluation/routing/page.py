@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dynmoe_jax.console import console, titled_table
 from dynmoe_jax.evaluation.report.parts import escaped, page, section, table_of
 from dynmoe_jax.evaluation.report.theme import Canvas, figure_style
 from dynmoe_jax.evaluation.routing.figures import fixed_count, routing_pictures
@@ -42,6 +43,40 @@ def analysis_parts(record: Mapping[str, Any], canvas: Canvas) -> Iterable[str]:
     if not fixed_count(record):
         parts.append(_tokens(record["experts_per_token"]["by_token"]))
     return parts
+
+
+def print_analysis(record: Mapping[str, Any]) -> None:
+    """The figures of a page that fit on a few lines."""
+    table = titled_table("Routing")
+    table.add_column("")
+    table.add_column("95 % interval", justify="right")
+    every = record["experts_per_token"]["all"]
+    rows = [("experts per token", _with_interval(every["mean"], every))]
+    for name, key in (("predicted", "of_predicted_token"), ("itself", "of_token_itself")):
+        if found := record["correlation_with_surprise"].get(key):
+            rows.append(
+                (f"rank correlation of experts with surprise of the token {name}",
+                 _with_interval(found["spearman"], found))
+            )  # fmt: skip
+    if layers := record["context_independence_by_layer"]:
+        share = sum(layer["token"] for layer in layers) / len(layers)
+        chance = sum(layer["shuffled"] for layer in layers) / len(layers)
+        text = f"{decimals(share, 3)} (chance {decimals(chance, 3)})"
+        rows.append(("context independence", text))
+    for pair in record.get("agreement", []):
+        shares = [part["mean"] for part in pair["by_layer"]]
+        text = percent(sum(shares) / len(shares))
+        rows.append((f"same first choice at step {pair['from']:,} and {pair['to']:,}", text))
+    if record["dropped"]["dropped"]:
+        rows.append(("choices dropped", percent(record["dropped"]["rate"])))
+    for row in rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+
+
+def _with_interval(value: float, part: Mapping[str, float]) -> str:
+    return f"{decimals(value, 3)} ({decimals(part['low'], 3)} to {decimals(part['high'], 3)})"
 
 
 def _tokens(tokens: Mapping[str, Any]) -> str:

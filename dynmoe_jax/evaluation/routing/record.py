@@ -5,7 +5,6 @@ replicates.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,18 +28,26 @@ OFTEN = 20
 _SURPRISE_PARTS = 12
 
 
-def to_record(sums: RoutingSums, left_out: Sequence[str] = ()) -> dict[str, Any]:
+def to_record(sums: RoutingSums, looks_ahead: str | None = None) -> dict[str, Any]:
     """The record; numbers that nothing is known of are NaN.
 
     Args:
       sums: of the pass.
-      left_out: sentences about what is not in it.
+      looks_ahead: says so of a model whose routing depends on later tokens, which is no ground for
+        words about surprise.
     """
+    left_out, chosen = [], bool(sums.first_NDE.any())
+    if looks_ahead:
+        left_out.append(f"No surprise: {looks_ahead}")
+    if not chosen:
+        left_out.append(
+            "No specialization, context independence and agreement: no token chooses an expert."
+        )
     return {
         "tokens": sums.tokens,
         "documents": sums.documents,
         "confidence": statistics.CONFIDENCE,
-        "left_out": list(left_out),
+        "left_out": left_out,
         "experts_per_token": {
             "fixed": sums.fixed,
             "all": sums.overall.estimates()[0].record(),
@@ -49,13 +56,19 @@ def to_record(sums: RoutingSums, left_out: Sequence[str] = ()) -> dict[str, Any]
             "by_token": _by_token(sums),
             "by_position": _by_position(sums),
             "by_place_in_word": _by_place_in_word(sums),
-            "by_surprise_of_predicted_token": _by_surprise(sums, "predicted"),
-            "by_surprise_of_token_itself": _by_surprise(sums, "own"),
+            **(
+                {}
+                if looks_ahead
+                else {
+                    "by_surprise_of_predicted_token": _by_surprise(sums, "predicted"),
+                    "by_surprise_of_token_itself": _by_surprise(sums, "own"),
+                }
+            ),
         },
-        "correlation_with_surprise": _correlations(sums),
+        "correlation_with_surprise": {} if looks_ahead else _correlations(sums),
         "load_by_layer": _loads(sums),
-        "specialization_by_layer": _specialization(sums),
-        "context_independence_by_layer": _context_independence(sums),
+        "specialization_by_layer": _specialization(sums) if chosen else [],
+        "context_independence_by_layer": _context_independence(sums) if chosen else [],
         "dropped": _dropped(sums),
     }
 
@@ -86,7 +99,9 @@ def _by_token(sums: RoutingSums) -> dict[str, Any]:
         numbers = [int(number) for number in numbers]
         return [
             {"id": int(ids[number]), "text": sums.words.text(int(ids[number]))} | estimate.record()
-            for number, estimate in zip(numbers, means.estimates([[n] for n in numbers]), strict=True)
+            for number, estimate in zip(
+                numbers, means.estimates([[n] for n in numbers]), strict=True
+            )
         ]
 
     return {
