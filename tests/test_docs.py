@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from dynmoe_jax import command_line, config, registry
 from dynmoe_jax.mesh.axes import batch_devices
 from dynmoe_jax.mesh.make_mesh import check_divides, mesh_shape
-from dynmoe_jax.registry import LOSSES
+from dynmoe_jax.registry import LOSSES, ROUTERS
 from dynmoe_jax.runs.summary import DomainResult, HeldOut, Sample, Summary
 from dynmoe_jax.training.log.metric_logger import COUNTS, SCALARS
 
@@ -83,11 +85,61 @@ def test_every_registered_kind_is_listed():
     rows = [
         f"| {kinds.family} | `{name}` | {kind.__doc__.splitlines()[0].rstrip('.')} |"
         for kinds in vars(registry).values()
-        if isinstance(kinds, registry.Registry)
+        if isinstance(kinds, registry.Registry) and kinds is not ROUTERS
         for name, kind in kinds.items()
     ]
     missing = [row.replace("``", "`") for row in rows if row.replace("``", "`") not in text]
     assert not missing, "\n".join(missing)
+
+
+def presets() -> dict[str, list[str]]:
+    """Config files of models that stay small, by the router that they choose."""
+    found = {}
+    for path in [ROOT / "configs/quickstart.py", *sorted((ROOT / "configs/routers").glob("*.py"))]:
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        router = config.from_config_dict(module.get_config()).model.moe.router
+        link = f"[{path.stem}](../{path.relative_to(ROOT).as_posix()})"
+        found.setdefault(router, []).append(link)
+    return found
+
+
+def test_every_router_has_its_row():
+    """Whatever the registry knows of a router stands in its row; the formula is its author's."""
+    lines = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8").splitlines()
+    known, wrong = presets(), []
+    for name, kind in ROUTERS.items():
+        router = kind()
+        words = {True: "yes", False: "no"}
+        causal = words[router.causal]
+        if router.causal and not router.causal_in_training:
+            causal = "at inference"
+        states = ", ".join(f"`{part}`" for part in router.layer_state(64, 16)) or "–"
+        source = inspect.getsource(inspect.getmodule(kind))
+        papers = ", ".join(dict.fromkeys(re.findall(r"arXiv (\d{4}\.\d{5})", source))) or "–"
+        row = [
+            f"`{name}`",
+            kind.__doc__.splitlines()[0].rstrip(".").replace("``", "`"),
+            "FORMULA",
+            states,
+            str(router.bounds(16).slots),
+            causal,
+            papers,
+            ", ".join(known.get(name, ["–"])),
+        ]
+        found = [
+            line.strip("| ").split(" | ") for line in lines if line.startswith(f"| `{name}` |")
+        ]
+        cells = found[0] if found else []
+        # Behind a state may stand, in parentheses, that of other settings.
+        same = len(cells) == len(row) and all(
+            wanted == cell
+            or (i == 2 and cell not in ("", "FORMULA"))
+            or (i == 3 and cell.startswith(f"{wanted} ("))
+            for i, (wanted, cell) in enumerate(zip(row, cells, strict=True))
+        )
+        if not same:
+            wrong.append("| " + " | ".join(row) + " |")
+    assert not wrong, "rows that docs/routers.md lacks:\n" + "\n".join(wrong)
 
 
 def test_commands_for_clusters_fit_the_devices_that_they_are_for(monkeypatch):
