@@ -130,9 +130,7 @@ def settings(vocabulary: int, length: int, batch: int, steps: int, **sizes) -> c
     return dataclasses.replace(
         config.Config(),
         model=model,
-        loss=config.Loss(
-            balance={"weight": ALPHA}, entropy={"weight": 1e-4, "controller": "held"}
-        ),
+        loss=config.Loss(balance={"weight": ALPHA}, entropy={"weight": 1e-4, "controller": "held"}),
         data=config.Data(seq_len=length),
         train=config.Train(batch_size=batch, steps=steps),
         optimizer=config.Optimizer(learning_rate=5e-3, warmup_steps=20),
@@ -267,13 +265,9 @@ def answers(trained: Trained, uncertain_ABL: np.ndarray | None) -> Iterator[str]
         arm = trained.of(name)
         if uncertain_ABL is not None:
             masks = uncertain_ABL[: len(SEEDS)]
-            gap = [
-                e[m].mean() - e[~m].mean() for e, m in zip(arm.experts_ABL, masks, strict=True)
-            ]
+            gap = [e[m].mean() - e[~m].mean() for e, m in zip(arm.experts_ABL, masks, strict=True)]
             yield f"{name}: uncertain less certain positions {interval(np.array(gap))} experts"
-        each = [
-            correlation(e, s) for e, s in zip(arm.experts_ABL, arm.surprise_ABL, strict=True)
-        ]
+        each = [correlation(e, s) for e, s in zip(arm.experts_ABL, arm.surprise_ABL, strict=True)]
         shown = ", ".join(f"{r:+.3f} ({a:+.3f} to {b:+.3f})" for r, a, b in each)
         yield f"{name}: correlation of experts with surprise {shown}"
 

@@ -5,7 +5,7 @@ import itertools
 from typing import Any
 
 from dynmoe_jax.fields import AUTO, ConfigError, shown, walk
-from dynmoe_jax.registry import LINEARS, all_kinds, chosen, idle_kinds, names_in
+from dynmoe_jax.registry import EXPERTS, LINEARS, all_kinds, chosen, idle_kinds, names_in
 from dynmoe_jax.routing.losses import coefficients, moves
 
 
@@ -201,9 +201,9 @@ def _check_losses(config: Any) -> None:
         _check_unused_losses(losses, weights)
     moved = [name for name in weights if moves(losses[name], weights[name])]
     for moe, name in itertools.product(dict.fromkeys(model.moe_settings), moved):
-        _check_served(moe, name, losses[name])
+        _check_served(moe, name, losses[name], model.width)
     for moe, name in itertools.product(dict.fromkeys(model.moe_settings), weights):
-        if obstacle := losses[name].obstacle(moe.num_experts):
+        if obstacle := losses[name].obstacle(moe.num_experts, model.width):
             raise ConfigError(f"config.loss.{name}.{obstacle}.")
     whole = [name for name in moved if not losses[name].additive]
     alone = [name for name in moved if losses[name].by_microbatch]
@@ -225,8 +225,13 @@ def _check_unused_losses(losses: Any, weights: Any) -> None:
                 )
 
 
-def _check_served(moe: Any, name: str, loss: Any) -> None:
-    lacks = sorted(loss.needs - moe.route.gives)
+def _check_served(moe: Any, name: str, loss: Any, width: int) -> None:
+    gives = moe.route.gives | moe.route.parameters(width, moe.num_experts).keys()
+    # The kinds of experts, whose parameters all have an axis E, are registered by a room above.
+    known = moe.experts in EXPERTS
+    if known:
+        gives |= moe.expert_kind.parameters(width, moe.num_experts, moe.hidden_width).keys()
+    lacks = sorted(need for need in loss.needs - gives if known or "_E" not in need)
     if lacks and (loss.weight != AUTO or name in moe.route.losses):
         raise ConfigError(
             f"config.loss.{name}.weight={_shown_weight(loss)} needs {' and '.join(lacks)}, which "

@@ -23,7 +23,7 @@ from dynmoe_jax.mesh.axes import EXPERT, MODEL, batch_devices, mesh_sizes
 from dynmoe_jax.mesh.sharding import by_token, split_columns, whole_parameter
 from dynmoe_jax.model.adjugate import AdjugateExperts
 from dynmoe_jax.model.components import RouterState, added, compute_dtype, drawn, matrix
-from dynmoe_jax.model.inputs import TokenPositions
+from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.router_logits import norm_and_logits
 from dynmoe_jax.model.linear.matrices import Matrices
@@ -303,6 +303,8 @@ class MoEFeedForward(nnx.Module):
 
         whole = self.router.group == "batch"
         routing, sums, cache = by_token(choose, tokens, shared, whole)
+        if training is not None:
+            sums = self._with_losses_of_experts(sums, routing, given(tokens, state), training)
         if self.adjugates is not None and isinstance(routing, SoftSlots):
             raise config.ConfigError(
                 f"config.model.moe.adjugate_width={self.moe.adjugate_width} belongs to groups of "
@@ -318,6 +320,25 @@ class MoEFeedForward(nnx.Module):
             return routing, routing, sums, jnp.zeros((), jnp.int32), cache
         kept, dropped_M = by_token(transform, (tokens, routing), state)
         return routing, kept, sums, jnp.sum(dropped_M), cache
+
+    def _with_losses_of_experts(
+        self, sums: LayerSums, routing: Routing, seen: RouterInput, training: TrainingInput
+    ) -> LayerSums:
+        """The sums with those of losses that need parameters of experts, of all devices at once."""
+        names = set(self.expert_names)
+        losses = [(name, loss) for name, loss in training.losses if loss.needs & names]
+        if not losses:
+            return sums
+        if training.key is not None:
+            seen = dataclasses.replace(seen, layer_key=training.layer_key())
+        experts = {name: getattr(self, name)[...] for name in self.expert_names}
+        params = self.router_parameters() | experts
+        found = {
+            name: jax.tree.map(lambda x: x[None], loss.sums(routing, seen, params))
+            for name, loss in losses
+            if loss.needs <= self.router.gives | params.keys()
+        }
+        return dataclasses.replace(sums, losses={**sums.losses, **found})
 
     def _read(self, x_TD, logits_TE, positions) -> dict[str, Array]:
         """The arrays of tokens that router and losses read, by their names in

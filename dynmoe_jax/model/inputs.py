@@ -36,6 +36,12 @@ class TrainingInput:
         """The inputs of another layer."""
         return dataclasses.replace(self, layer=layer)
 
+    def layer_key(self) -> UInt32[Array, "2"]:
+        """A key of seed, step and layer alone."""
+        key = jax.random.fold_in(jax.random.wrap_key_data(self.key), self.layer)
+        # Rows of the batch, whose keys follow from this one, are fewer.
+        return jax.random.key_data(jax.random.fold_in(key, 2**31 - 1))
+
     def key_T(self, length: int) -> UInt32[Array, "T 2"]:
         """A key of each token: of seed, step, layer, row of the batch and position.
 

@@ -50,7 +50,7 @@ def layer_sums(
     losses = {
         name: loss.sums(routing, given, params)
         for name, loss in training.losses
-        if loss.needs <= router.gives
+        if loss.needs <= router.gives | params.keys()
     }
     return LayerSums(routing.load_E, losses, router.measure(params, given, routing))
 

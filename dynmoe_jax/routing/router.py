@@ -66,6 +66,8 @@ class RouterInput:
       state: of the router in this layer; see :meth:`Router.initial_state`.
       key_T: a key of each token, for noise: a function of seed, step, layer, row of the batch and
         position.  None in inference, and unless the router reads ``"noise"``.
+      layer_key: a key of seed, step and layer, for losses of parameters of experts that read
+        ``"noise"``; None otherwise.
       token_id_T: None unless the router reads ``"token_ids"``.
       segment_id_T: document of each token, within its sequence; 0: padding.  None unless the router
         or a loss reads ``"segments"``.
@@ -81,6 +83,7 @@ class RouterInput:
     valid_T: Bool[Array, "T"]
     state: Params = dataclasses.field(default_factory=dict)
     key_T: UInt32[Array, "T 2"] | None = None
+    layer_key: UInt32[Array, "2"] | None = None
     token_id_T: Int[Array, "T"] | None = None
     segment_id_T: Int[Array, "T"] | None = None
     cache: Params = dataclasses.field(default_factory=dict)

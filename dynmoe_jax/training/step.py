@@ -74,7 +74,9 @@ class StepGradients:
         self.structure = nnx.graphdef(decoder)
         self.loss = TrainingLoss.of(cfg, decoder, objective)
         self._seed, self._compute = cfg.seed, make_gradients(cfg, self.structure, self.loss)
-        self._draws = any("noise" in layer.router.reads for layer in decoder.moe_feed_forwards)
+        readers = [layer.router for layer in decoder.moe_feed_forwards]
+        readers += [loss for _, loss in self.loss.routing.losses]
+        self._draws = any("noise" in each.reads for each in readers)
 
     def __call__(self, state: TrainState, batch: Batch):
         """Computes the gradients of the trainable parameters at a step."""

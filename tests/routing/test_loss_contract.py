@@ -12,6 +12,9 @@ from tests.routing.given import E, T, given, params_of
 LENGTH = 6
 """Tokens of a sequence; a batch is cut between sequences alone."""
 
+OF_EXPERTS = {"gate_up_ED2F": 0.5 * jax.random.normal(jax.random.key(9), (E, 4, 6))}
+"""Parameters of experts that losses may need."""
+
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -21,7 +24,9 @@ def router_for(name):
     return next(
         router
         for router in (kind() for kind in ROUTERS.values())
-        if needs <= router.gives and not router.reads and router.group == "token"
+        if needs <= router.gives | params_of(router).keys() | OF_EXPERTS.keys()
+        and not router.reads
+        and router.group == "token"
     )
 
 
@@ -33,7 +38,7 @@ def parts_of(name, logits_TE, valid_T, length=LENGTH):
     router, reads = router_for(name), LOSSES[name].reads
     seen: RouterInput = given(router, logits_TE, valid_T, training=True, length=length, reads=reads)
     params = params_of(router)
-    return LOSSES[name]().sums(router(params, seen), seen, params)
+    return LOSSES[name]().sums(router(params, seen), seen, params | OF_EXPERTS)
 
 
 def value_of(name, logits_TE, valid_T, length=LENGTH):

@@ -4,8 +4,10 @@ from dynmoe_jax.routing.losses import (
     activation_locality,
     balance,
     chunk_sparsity,
+    coupling,
     entropy,
     router_z,
+    simbal,
 )
 from dynmoe_jax.routing.losses.loss import RoutingLoss, coefficients, moves
 
@@ -15,7 +17,9 @@ __all__ = [
     "balance",
     "chunk_sparsity",
     "coefficients",
+    "coupling",
     "entropy",
     "moves",
     "router_z",
+    "simbal",
 ]

@@ -59,7 +59,7 @@ class Balance(RoutingLoss):
     label = "load balance"
     needs = frozenset({"distribution", "counts"})
 
-    def obstacle(self, num_experts: int) -> str | None:
+    def obstacle(self, num_experts, width):
         """Says so where experts cannot be divided."""
         if self.groups and num_experts % self.groups:
             return (

@@ -42,7 +42,9 @@ class RoutingLoss(abc.ABC):
       weight: coefficient; AUTO: what the router declares in ``losses``.
       controller: who moves it, see :func:`controller_setting`.
       label: name beside the axis of its picture; empty: that of the registry.
-      needs: facts that the router has to give, see :attr:`dynmoe_jax.routing.router.Router.gives`.
+      needs: facts that the router has to give, see :attr:`dynmoe_jax.routing.router.Router.gives`,
+        and names of parameters of router and experts.  A loss that needs those of experts is
+        computed once, with all tokens, and ``given.layer_key`` if it reads ``"noise"``.
       reads: fields of :class:`~dynmoe_jax.routing.router.RouterInput` that it needs beyond those
         which the router reads, likewise.
       additive: whether the loss of a batch is the mean of those of its microbatches, weighted by
@@ -59,8 +61,8 @@ class RoutingLoss(abc.ABC):
     additive: ClassVar[bool] = True
     by_microbatch: ClassVar[bool] = False
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says why the settings do not fit the number of experts: "NAME=VALUE must …"."""
+    def obstacle(self, num_experts: int, width: int) -> str | None:
+        """Says why the settings do not fit a layer with so many experts: "NAME=VALUE must …"."""
         return None
 
     @abc.abstractmethod
@@ -84,6 +86,11 @@ def over_tokens(value_TX: Float[Array, "T X"], valid_T: Bool[Array, "T"]) -> Flo
     """The sum over the valid tokens."""
     # where, not a product: a padding token may hold NaN.
     return jnp.sum(jnp.where(valid_T[:, None], value_TX, 0.0), axis=-2)
+
+
+def times_tokens(loss: Float[Array, ""], given: RouterInput) -> Float[Array, ""]:
+    """A loss of parameters alone, times the valid tokens that it stands for."""
+    return loss * jnp.sum(given.valid_T, dtype=jnp.float32)
 
 
 def coefficients(
