@@ -27,7 +27,7 @@ SEVERAL_SEEDS = ("dense", "top_1", "top_2", "top_p", "top_p_budget", "relu", "si
 
 def flags_of(name: str) -> list[str]:
     """Flags of ``train.py`` for a case."""
-    own = {key: value for key, value in CASES[name].items()}
+    own = CASES[name]
     flags = [f"--config.model.{key}={value}" for key, value in own.items()]
     if own.get("moe.router") not in (None, "top_p"):
         # quickstart sets it for top-p; other routers have no such loss, or their own weight.

@@ -14,7 +14,6 @@ in turns).
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
