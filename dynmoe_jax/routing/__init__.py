@@ -13,6 +13,7 @@ from dynmoe_jax.routing.relu import ReLU
 from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
 from dynmoe_jax.routing.seq_top_k import SeqTopK
 from dynmoe_jax.routing.sigmoid_bias import SigmoidBias
+from dynmoe_jax.routing.top_any import TopAny
 from dynmoe_jax.routing.top_k import TopK
 from dynmoe_jax.routing.top_p import TopP, top_p_slots
 
@@ -30,6 +31,7 @@ __all__ = [
     "SeqTopK",
     "SigmoidBias",
     "SoftSlots",
+    "TopAny",
     "TopK",
     "TopP",
     "controllers",
