@@ -14,9 +14,10 @@ from dynmoe_jax.routing.losses.loss import RoutingLoss, controller_setting, weig
 @LOSSES.register("diversity")
 @dataclasses.dataclass(frozen=True)
 class Diversity(RoutingLoss):
-    """|V^T V - I|_F + mean_e |w_e|, V the vectors of length 1, over the experts that are there.
+    """How far experts' vectors are from orthogonal ones, and their mean length.
 
-    The first keeps experts from being alike, the second their vectors from growing.
+    ``|V^T V - I|_F + mean_e |w_e|``, V the vectors w_e at length 1, over the experts that are
+    there.  The first term keeps experts from being alike, the second their vectors from growing.
     """
 
     weight: float = weight_setting(help="of the diversity loss of experts' vectors")
