@@ -4,7 +4,7 @@
 
 DynMoE (arXiv 2405.14297): a token uses every expert whose vector it is like enough, each weighed
 by 1/n.  Experts that no token of 50 steps has used are removed, and one is added where tokens had
-none: the paper's period of 900 updates, recorded from 300 to 600, scaled to this run.  Expect about
+none: the paper waits, records and rests for 300 updates each, scaled to this run.  Expect about
 half of the experts per token at the start, whose cosine is positive; `router_live_experts` says how
 many there are.
 """
@@ -17,7 +17,7 @@ def get_config():
     settings = quickstart()
     moe = settings.model.moe
     moe.router = "top_any"
-    moe.top_any.period, moe.top_any.record_from, moe.top_any.record_until = 150, 50, 100
+    moe.top_any.wait = moe.top_any.window = moe.top_any.rest = 50
     # Scores are no softmax.
     settings.loss.entropy.weight = 0.0
     return settings

@@ -31,10 +31,11 @@ class TopAny(Router):
     is that of (s_e - threshold_e) / n for the experts that are used, without that of the count n.
     A token that no expert takes has none in training, and at inference that of its largest score.
 
-    ``config.model.moe.num_experts`` are places.  In every ``period`` of updates, what experts get
-    is recorded from ``record_from`` to ``record_until``.  Then experts without a token in that time
-    are removed, and if any token had no expert, one place gets a new one, whose vector is the
-    direction of the sum of those tokens; its feed-forward is that which lies in the place.
+    ``config.model.moe.num_experts`` are places.  Again and again, ``wait`` updates pass, in
+    ``window`` more it is recorded what experts get, and ``rest`` follow.  At the end of the window
+    experts without a token in it are removed, and if any token had no expert, one place gets a new
+    one, whose vector is the direction of the sum of those tokens; its feed-forward is that which
+    lies in the place.
     """
 
     scale: float = model_setting(
@@ -44,27 +45,23 @@ class TopAny(Router):
     initial_experts: int = model_setting(
         0, "experts that are there at the start; 0 = one in each place", unit="experts", low=0
     )
-    period: int = free_setting(
-        900, "updates after which recording begins anew; 0 = experts neither come nor go", low=0
+    wait: int = free_setting(300, "updates before what is recorded", low=0, high=1e8)
+    window: int = free_setting(
+        300,
+        "updates that are recorded, after which experts are removed or added; 0 = they never are",
+        low=0,
+        high=1e8,
     )
-    record_from: int = free_setting(300, "updates of a period before what is recorded", low=0)
-    record_until: int = free_setting(
-        600, "updates of a period after which experts are removed or added", low=1
-    )
+    rest: int = free_setting(300, "updates behind it, before all begins anew", low=0, high=1e8)
     losses: ClassVar = {"diversity": 1e-2, "balance": 0.0}
     gives = frozenset({"distribution", "counts", "expert_vectors"})
 
     def obstacle(self, num_experts: int) -> str | None:
-        """Says so where there are not so many places, or nothing would be recorded."""
+        """Says so where there are not so many places."""
         if self.initial_experts > num_experts:
             return (
                 f"initial_experts={self.initial_experts} must be at most "
                 f"config.model.moe.num_experts={num_experts}"
-            )
-        if self.period and not self.record_from < self.record_until <= self.period:
-            return (
-                f"record_until={self.record_until} must be above record_from={self.record_from} "
-                f"and at most period={self.period}"
             )
         return None
 
@@ -159,17 +156,18 @@ class TopAny(Router):
 
     def next_state(self, params_N, state_N, seen_N):
         """Records, and at the end of that removes experts and adds one, in each layer."""
-        if not self.period:
+        if not self.window:
             return state_N, None
         step = jax.vmap(self._next_of_layer)
         router = {name: params_N[name] for name in ("router_DE", "threshold_E")}
         return step(router, state_N, seen_N)
 
     def _next_of_layer(self, params, state, seen):
-        phase = state["updates"] % self.period
-        recorded = (phase >= self.record_from) & (phase < self.record_until)
+        end = self.wait + self.window
+        phase = state["updates"] % (end + self.rest)
+        recorded = (phase >= self.wait) & (phase < end)
         total = {name: state[name] + jnp.where(recorded, seen[name], 0) for name in seen}
-        ends = phase + 1 == self.record_until
+        ends = phase + 1 == end
         live_E = state["live_E"] > 0
         used_E = live_E & (total["routed_E"] > 0)
         # Where nobody got anything, all stay.

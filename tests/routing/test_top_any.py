@@ -11,7 +11,7 @@ from dynmoe_jax.registry import LOSSES
 from dynmoe_jax.routing import RouterInput, TopAny
 
 T, E, D = 20, 4, 8
-ROUTER = TopAny(period=3, record_from=0, record_until=2)
+ROUTER = TopAny(wait=0, window=2, rest=1)
 VECTORS_DE = jnp.eye(D)[:, :E]
 
 
@@ -172,7 +172,7 @@ def test_an_expert_that_nobody_uses_is_removed_and_learns_nothing_more():
 
 
 def test_nothing_is_recorded_outside_of_its_time_and_all_stay_where_nobody_got_anything():
-    router = TopAny(period=4, record_from=1, record_until=3)
+    router = TopAny(wait=1, window=2, rest=1)
     stack = partial(jax.tree.map, lambda x: x[None])
     only_first = {"routed_E": jnp.array([1, 0, 0, 0]), "unrouted": jnp.int32(0),
                   "unrouted_D": jnp.zeros(D)}  # fmt: skip
@@ -191,7 +191,7 @@ def test_nothing_is_recorded_outside_of_its_time_and_all_stay_where_nobody_got_a
     assert live(others, only_first, only_first, others) == [every, every, first, first]
     assert live(only_first, only_first, others, others) == [every, every, every, every]
     assert live(others, nothing, nothing, nothing) == [every] * 4
-    assert TopAny(period=0).next_state({}, state_of(), nothing)[1] is None
+    assert TopAny(window=0).next_state({}, state_of(), nothing)[1] is None
 
 
 def test_diversity_is_that_of_the_experts_that_are_there():
@@ -208,9 +208,3 @@ def test_diversity_is_that_of_the_experts_that_are_there():
     # Orthogonal vectors, as at the start, have a slope that is finite.
     slope = jax.grad(lambda w: loss.sums(routing, seen, {"router_DE": w})["diversity"])(VECTORS_DE)
     assert np.all(np.isfinite(slope))
-
-
-def test_a_time_of_recording_that_does_not_fit_is_refused():
-    refusal = TopAny(period=500).obstacle(E)
-    assert refusal == "record_until=600 must be above record_from=300 and at most period=500"
-    assert TopAny(period=0, record_until=1).obstacle(E) is None

@@ -29,7 +29,7 @@ def runs(settings, change, traced_once, tmp_path_factory):
         seq_top_k={"k": 1, "extra": 1},
         expert_threshold={"warmup_steps": 2, "decay": 0.8},
         # Places are emptied and filled after steps 2 and 5.
-        top_any={"period": 3, "record_from": 1, "record_until": 2, "initial_experts": 3},
+        top_any={"wait": 1, "window": 1, "rest": 1, "initial_experts": 3},
     )
     model = dataclasses.replace(
         settings.model,
