@@ -253,6 +253,24 @@ def _check_override(name: str, text: str | None) -> None:
         ) from None
 
 
+def free_settings(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """(values by name of every ``--config.NAME=VALUE``, the other arguments).
+
+    Raises:
+      ConfigError: a value is missing.
+    """
+    found, rest = {}, []
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--config."):
+            rest.append(argument)
+            continue
+        if not equals:
+            raise config.ConfigError(f"{name} needs a value; write {name}=VALUE.")
+        found[name.removeprefix("--config.")] = text
+    return found, rest
+
+
 def _without_auto(arguments: Sequence[str]) -> list[str]:
     """The arguments with the number that stands for ``auto`` in ``--config.NAME=auto``."""
     settings = config.walk(config.Config())

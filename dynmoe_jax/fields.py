@@ -90,6 +90,18 @@ def shown(field: dataclasses.Field, value: Any) -> Any:
     return "auto" if field.metadata["auto"] and value == AUTO else value
 
 
+def from_text(field: dataclasses.Field, text: str) -> Any:
+    """The text as a value of the setting's type; the text itself if it is none."""
+    if field.metadata["auto"] and text == "auto":
+        return AUTO
+    if field.type is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return field.type(text)
+    except ValueError:
+        return text
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The name among several that is most like another one."""
     return difflib.get_close_matches(name, list(names), 1, 0.0)[0]

@@ -17,6 +17,7 @@ from dynmoe_jax.config.tree import (
     to_config_dict,
     to_dict,
     unknown_setting,
+    with_free_settings,
 )
 from dynmoe_jax.fields import AUTO, ConfigError, shown, walk
 
@@ -46,6 +47,7 @@ __all__ = [
     "to_dict",
     "unknown_setting",
     "walk",
+    "with_free_settings",
 ]
 
 

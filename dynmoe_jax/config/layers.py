@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dynmoe_jax.fields import AUTO, ConfigError, check_value, nearest, walk
+from dynmoe_jax.fields import ConfigError, check_value, from_text, nearest, walk
 from dynmoe_jax.registry import idle_kinds
 
 FEED_FORWARD = "feed_forward"
@@ -173,21 +173,9 @@ def _value(model: Any, declared: dict[str, dataclasses.Field], name: str, text: 
         near = nearest(name, [*own, FEED_FORWARD])
         raise _wrong(model, f"names {name!r}, which does not exist; write {near} if you mean that")
     field = declared[name]
-    value = _read(field, text)
+    value = from_text(field, text)
     check_value(name, field, value, prefix=f"In config.model.layers={model.layers!r}, ")
     return value
-
-
-def _read(field: dataclasses.Field, text: str) -> Any:
-    """The text as a value of the setting's type; the text itself if it is none."""
-    if field.metadata["auto"] and text == "auto":
-        return AUTO
-    if field.type is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    try:
-        return field.type(text)
-    except ValueError:
-        return text
 
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────

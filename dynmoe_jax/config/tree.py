@@ -76,6 +76,36 @@ def from_stored(settings: Mapping[str, Any]) -> Any:
     return dataclasses.replace(fields.build(current("Config"), settings), kept=kept)
 
 
+def with_free_settings(config: Any, changes: Mapping[str, str]) -> Any:
+    """The Config of a stored run with other values of what is no part of its model.
+
+    Such are choices of how it is computed, and what a router may choose at inference.
+
+    Args:
+      config: of the run.
+      changes: values, as people write them, by dotted path.
+
+    Raises:
+      ConfigError: a setting does not exist, is part of the model or has nothing to do with it, or
+        its value cannot be.
+    """
+    declared = {path: field for path, field, _ in walk(config)}
+    settings = to_dict(config)
+    for path, text in changes.items():
+        if path not in declared:
+            raise unknown_setting(path)
+        field = declared[path]
+        if not path.startswith("model.") or field.metadata["defines_model"]:
+            why = "is part of the model" if field.metadata["defines_model"] else "is of training"
+            raise ConfigError(
+                f"config.{path}={text} cannot be said of a run that is stored, because it {why}; "
+                "leave it out, or train a run with it."
+            )
+        *groups, name = path.split(".")
+        _inside(settings, groups)[name] = fields.from_text(field, text)
+    return from_stored(settings) if changes else config
+
+
 def kept_groups(config: Any) -> dict[str, dict[str, Any]]:
     """Stored groups of kinds that nobody has imported, by dotted path."""
     return {path: json.loads(text) for path, text in config.kept}

@@ -6,7 +6,9 @@
     python -m dynmoe_jax.evaluation --workdir=runs/mine --routing
 
 Tasks need the extra: pip install 'dynmoe_jax[eval]'.  Results are in WORKDIR/evaluation, unless
---output names another folder.  An evaluation that is stopped goes on with the same command.
+--output names another folder.  --config.model.NAME=VALUE changes what is no part of the model, such
+as the experts per token of a router that leaves them open (config.model.moe.dense.k).  An
+evaluation that is stopped goes on with the same command.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import jax
 from flax import nnx
 
 from dynmoe_jax import config
-from dynmoe_jax.command_line import exit_code
+from dynmoe_jax.command_line import exit_code, free_settings
 from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import DataError, Tokenizer, for_rows
 from dynmoe_jax.data.sources.registry import check_sources, read_documents
@@ -104,7 +106,7 @@ def evaluate(asked: argparse.Namespace) -> int:
     """
     names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
     tasks = _check(asked, names)
-    with opened_run(asked.workdir, best=asked.best) as run:
+    with opened_run(asked.workdir, best=asked.best, settings=asked.settings) as run:
         cfg, imported = run.config, run.imported
         if cfg.model.looks_ahead and (names or asked.perplexity):
             raise config.ConfigError(cfg.model.looks_ahead)
@@ -246,7 +248,8 @@ def _perplexity(asked, cfg, scorer, tokenizer, kept, folder, window, stride) -> 
         )
     perplexity.print_perplexity(found)
     path = folder / perplexity.FILE_NAME
-    record = {"sources": asked.perplexity, **perplexity.to_record(found, window, stride)}
+    record = {"sources": asked.perplexity, "settings": asked.settings}
+    record |= perplexity.to_record(found, window, stride)
     write_atomically(path, to_json(record, indent=2) + "\n")
     console.print(f" results   {path}", soft_wrap=True, markup=False)
 
@@ -282,7 +285,9 @@ def main() -> int:
     """Returns the exit code."""
 
     def program() -> int:
-        asked = parser().parse_args()
+        settings, arguments = free_settings(sys.argv[1:])
+        asked = parser().parse_args(arguments)
+        asked.settings = settings
         for name in ("workdir", "data_dir", "output"):
             if getattr(asked, name) is not None:
                 setattr(asked, name, getattr(asked, name).expanduser())

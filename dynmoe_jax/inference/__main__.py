@@ -32,7 +32,9 @@ def main() -> int:
     def program() -> int:
         asked = parse(sys.argv[1:], interactive=sys.stdin.isatty())
         with stage("Loading the model"):
-            cfg, decoder, tokenizer = load_run(asked.workdir, best=asked.best)
+            cfg, decoder, tokenizer = load_run(
+                asked.workdir, best=asked.best, settings=asked.settings
+            )
         writer = Writer(
             decoder,
             tokenizer,

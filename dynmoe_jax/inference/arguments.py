@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dynmoe_jax.command_line import free_settings
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.data.sources.files import shown
 from dynmoe_jax.fields import walk
@@ -18,7 +19,9 @@ _ABOUT = """Continues texts with a trained model.
 
   python -m dynmoe_jax.inference --workdir=runs/quickstart --prompt="def main("
 
-Without a prompt, on a terminal, it asks for one after another; Ctrl-D ends it."""
+Without a prompt, on a terminal, it asks for one after another; Ctrl-D ends it.
+--config.model.NAME=VALUE changes what is no part of the model, such as the experts per token of a
+router that leaves them open (config.model.moe.dense.k)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Arguments:
 
     Attributes:
       workdir: folder of the run.
+      settings: other values of free settings of the model, by dotted path.
       best: take the checkpoint with the lowest held-out loss.
       prompts: texts to continue; None to ask for them.
       sampling: how tokens are drawn.
@@ -40,6 +44,7 @@ class Arguments:
     """
 
     workdir: Path
+    settings: dict[str, str]
     best: bool
     prompts: list[str] | None
     sampling: Sampling
@@ -71,6 +76,7 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
       ConfigError: a flag is unknown, its value cannot be, or there is nothing to continue.
     """
     parser = _parser()
+    settings, argv = free_settings(argv)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         raise _unknown(parser, unknown[0])
@@ -101,6 +107,7 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
         )
     return Arguments(
         workdir=Path(flags.workdir).expanduser(),
+        settings=settings,
         best=flags.best,
         prompts=prompts or None,
         sampling=sampling,

@@ -239,23 +239,20 @@ class MoEFeedForward(nnx.Module):
             x_TD, valid_T, soft = arrays
             # A token that is padding may hold anything, and 0 * NaN is NaN.
             x_TD = jnp.where(valid_T[:, None], x_TD, 0)
-            x_ECD = jnp.einsum("tec,td->ecd", soft.dispatch_TEC, x_TD.astype(jnp.float32))
-            slots_SD = x_ECD.reshape(-1, x_TD.shape[-1]).astype(x_TD.dtype)
+            slots_SD = soft.slot_inputs(x_TD).astype(x_TD.dtype)
             # Slots of all devices together are divided among them again.
             missing = -len(slots_SD) % batch_devices(mesh_sizes()) if whole else 0
             slots_SD = jnp.pad(slots_SD, [(0, missing), (0, 0)])
             return slots_SD, soft.slots_by_token(missing)
 
         def combine(arrays, _):
-            combine_TEC, y_SD = arrays
-            _, experts, places = combine_TEC.shape
-            y_ECD = y_SD[: experts * places].reshape(experts, places, -1).astype(jnp.float32)
-            return jnp.einsum("tec,ecd->td", combine_TEC, y_ECD).astype(y_SD.dtype)
+            soft, y_SD = arrays
+            return soft.token_outputs(y_SD[: soft.num_slots]).astype(y_SD.dtype)
 
         valid_T = positions.segment_ids_BL.reshape(-1) > 0
         slots_SD, routing = by_token(dispatch, (x_TD, valid_T, soft), whole=whole)
         y_SD, dropped = self._experts(slots_SD, routing, weights)
-        return by_token(combine, (soft.combine_TEC, y_SD), whole=whole), dropped
+        return by_token(combine, (soft, y_SD), whole=whole), dropped
 
     def row_bound(self, tokens: int, rows: int) -> int:
         """Most rows of the tokens of a device that the transforms leave, of so many slots."""

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.model.inputs import TrainingInput
-from dynmoe_jax.routing import Router, RouterInput, Routing
+from dynmoe_jax.routing import Router, RouterInput, Routing, SoftSlots
 
 
 @jax.tree_util.register_dataclass
@@ -136,6 +136,8 @@ def routing_of_layers(
     if not records:
         return None
     routings = [record.routing for record in records]
+    if len(records) > 1:
+        routings = [r.by_token() if isinstance(r, SoftSlots) else r for r in routings]
     if len(records) == 1:
         exists_NE = jnp.ones((len(layers[0]), routings[0].num_experts), bool)
         return LayerRouting(routings[0], valid_BL, records[0].dropped, exists_NE)

@@ -6,6 +6,8 @@ weights of experts.
 
 from dynmoe_jax.routing import controllers, losses, transforms
 from dynmoe_jax.routing.block_ffn import BlockFFN
+from dynmoe_jax.routing.dense import Dense
+from dynmoe_jax.routing.expert_choice import ExpertChoice
 from dynmoe_jax.routing.expert_threshold import ExpertThreshold
 from dynmoe_jax.routing.hashing import Hash
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
@@ -13,6 +15,7 @@ from dynmoe_jax.routing.relu import ReLU
 from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
 from dynmoe_jax.routing.seq_top_k import SeqTopK
 from dynmoe_jax.routing.sigmoid_bias import SigmoidBias
+from dynmoe_jax.routing.soft import Soft, Sphero
 from dynmoe_jax.routing.top_any import TopAny
 from dynmoe_jax.routing.top_k import TopK
 from dynmoe_jax.routing.top_p import TopP, top_p_slots
@@ -20,6 +23,8 @@ from dynmoe_jax.routing.top_p import TopP, top_p_slots
 __all__ = [
     "BlockFFN",
     "Bounds",
+    "Dense",
+    "ExpertChoice",
     "ExpertSlots",
     "ExpertThreshold",
     "Hash",
@@ -30,7 +35,9 @@ __all__ = [
     "Routing",
     "SeqTopK",
     "SigmoidBias",
+    "Soft",
     "SoftSlots",
+    "Sphero",
     "TopAny",
     "TopK",
     "TopP",

@@ -119,16 +119,19 @@ class SoftSlots:
     """Soft routing: every slot of every expert holds a mean of all tokens (arXiv 2308.00951).
 
     Attributes:
-      dispatch_TEC: share of each token in a slot, float32; sums to 1 over tokens.
+      dispatch_TEC: share of each token in a slot, float32; sums to 1 over the tokens of a group.
       combine_TEC: share of a slot's output in each token's, float32.
       probs_TE: router scores, float32: the shares of the experts' slots together.
       logits_TE: likewise of the logits.
+      length: tokens of a group, which follow each other in T; every group has its own C slots of
+        every expert, and its tokens no others.  0: all tokens are one group.
     """
 
-    dispatch_TEC: Float[Array, "T E C"]
-    combine_TEC: Float[Array, "T E C"]
-    probs_TE: Float[Array, "T E"]
-    logits_TE: Float[Array, "T E"]
+    dispatch_TEC: Float[Array, "*T E C"]
+    combine_TEC: Float[Array, "*T E C"]
+    probs_TE: Float[Array, "*T E"]
+    logits_TE: Float[Array, "*T E"]
+    length: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def num_experts(self) -> int:
@@ -141,6 +144,12 @@ class SoftSlots:
         return self.num_experts
 
     @property
+    def num_slots(self) -> int:
+        """S, the slots of all experts in all groups."""
+        tokens, experts, places = self.dispatch_TEC.shape[-3:]
+        return experts * places * (tokens // self.length if self.length else 1)
+
+    @property
     def experts_per_token_T(self) -> Int[Array, "*T"]:
         """E for all."""
         return jnp.full(self.dispatch_TEC.shape[:-2], self.num_experts, jnp.int32)
@@ -148,19 +157,43 @@ class SoftSlots:
     @property
     def load_E(self) -> Int[Array, "*N E"]:
         """Rows that each expert computes: its slots, whatever tokens there are."""
-        *layers, _, experts, places = self.dispatch_TEC.shape
-        return jnp.full((*layers, experts), places, jnp.int32)
+        *layers, _, experts, _ = self.dispatch_TEC.shape
+        return jnp.full((*layers, experts), self.num_slots // experts, jnp.int32)
+
+    def slot_inputs(self, x_TD: Float[Array, "T D"]) -> Float[Array, "S D"]:
+        """The means of tokens in all slots, float32: by group, expert and place."""
+        mixed = jnp.einsum("glec,gld->gecd", *map(self._grouped, (self.dispatch_TEC, x_TD)))
+        return mixed.reshape(-1, x_TD.shape[-1])
+
+    def token_outputs(self, y_SD: Float[Array, "S D"]) -> Float[Array, "T D"]:
+        """The sum of the slots' outputs for each token, float32; undoes :meth:`slot_inputs`."""
+        _, experts, places = self.combine_TEC.shape
+        y_GECD = y_SD.astype(jnp.float32).reshape(-1, experts, places, y_SD.shape[-1])
+        y_GLD = jnp.einsum("glec,gecd->gld", self._grouped(self.combine_TEC), y_GECD)
+        return y_GLD.reshape(-1, y_SD.shape[-1])
+
+    def _grouped(self, x_TX: Float[Array, "T *X"]) -> Float[Array, "G L *X"]:
+        length = self.length or len(x_TX)
+        return x_TX.astype(jnp.float32).reshape(-1, length, *x_TX.shape[1:])
+
+    def by_token(self) -> Routing:
+        """The routing of tokens that use all experts, in the order of their numbers."""
+        weight_TE = jnp.sum(self.combine_TEC, axis=-1)
+        experts = self.num_experts
+        expert_TE = jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32), weight_TE.shape)
+        return Routing(expert_TE, weight_TE, self.probs_TE, self.logits_TE, experts)
 
     def slots_by_token(self, missing: int = 0) -> Routing:
-        """The routing of the E C slots in place of tokens: each goes to its own expert.
+        """The routing of all slots in place of tokens: each goes to its own expert.
 
         Args:
           missing: empty slots behind them, which go nowhere.
         """
         _, experts, places = self.dispatch_TEC.shape
         expert_S = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), places)
+        expert_S = jnp.tile(expert_S, self.num_slots // len(expert_S))
         expert_S1 = jnp.pad(expert_S, (0, missing), constant_values=experts)[:, None]
-        nothing_SE = jnp.zeros((experts * places + missing, experts), jnp.float32)
+        nothing_SE = jnp.zeros((len(expert_S1), experts), jnp.float32)
         ones_S1 = jnp.ones(expert_S1.shape, jnp.float32)
         return Routing(expert_S1, ones_S1, nothing_SE, nothing_SE, experts)
 

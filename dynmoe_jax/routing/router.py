@@ -27,7 +27,7 @@ class Bounds:
 
     Attributes:
       slots: K, the smallest provable bound for one token.
-      fewest: experts that a token uses at the least.
+      fewest: experts that a token uses at the least, in training.
       expected: the mean to expect of a trained model, for transports and plans.
       usual_rows: the mean that memory is laid out for; more than it is computed, but slower.
     """

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -22,7 +22,7 @@ from dynmoe_jax.runs.text import load_tokenizer
 
 
 def load_run(
-    workdir: Path | str, *, best: bool = False
+    workdir: Path | str, *, best: bool = False, settings: Mapping[str, str] | None = None
 ) -> tuple[config.Config, Decoder, Tokenizer]:
     """A trained model, ready to use, on the first device.
 
@@ -30,17 +30,19 @@ def load_run(
       workdir: the run's folder.
       best: take the checkpoint with the lowest held-out loss, if one has any, not the newest
         (see ``config.checkpoint.keep_best``).
+      settings: other values of free settings of the model, such as how many experts a router that
+        leaves it open uses at inference; see :func:`dynmoe_jax.config.with_free_settings`.
 
     Returns:
       the run's settings, its decoder and its tokenizer, which refuses text with an id that the
       model has no embedding of.
 
     Raises:
-      ConfigError: there is no checkpoint in ``workdir``.
+      ConfigError: there is no checkpoint in ``workdir``, or a setting cannot be changed.
       CheckpointError: none of its checkpoints can be read.
       DataError: the tokenizer is not the one that the model was trained with.
     """
-    with opened_run(workdir, best=best) as run:
+    with opened_run(workdir, best=best, settings=settings) as run:
         tokenizer = for_rows(run.tokenizer(), run.config.model.vocab_size)
         return run.config, run.decoder(), tokenizer
 
@@ -51,7 +53,7 @@ class OpenedRun:
 
     Attributes:
       workdir: the run's folder.
-      config: the run's settings.
+      config: the run's settings, but for those that were changed.
       step: of the checkpoint.
       checkpoints: all of the run.
     """
@@ -87,7 +89,9 @@ class OpenedRun:
 
 
 @contextlib.contextmanager
-def opened_run(workdir: Path | str, *, best: bool = False) -> Iterator[OpenedRun]:
+def opened_run(
+    workdir: Path | str, *, best: bool = False, settings: Mapping[str, str] | None = None
+) -> Iterator[OpenedRun]:
     """Opens the checkpoint that :func:`load_run` reads; arguments and errors as there."""
     workdir = Path(workdir)
     if unusable(str(workdir)):
@@ -104,4 +108,5 @@ def opened_run(workdir: Path | str, *, best: bool = False) -> Iterator[OpenedRun
             warn(damaged_sentence(bad, damage, step))
         if best:
             step = checkpoints.best_step() or step
-        yield OpenedRun(workdir, checkpoints.config(step), step, checkpoints)
+        cfg = config.with_free_settings(checkpoints.config(step), settings or {})
+        yield OpenedRun(workdir, cfg, step, checkpoints)

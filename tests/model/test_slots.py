@@ -14,68 +14,27 @@ from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.registry import ROUTERS
-from dynmoe_jax.routing import Bounds, ExpertSlots, Router, SoftSlots, TopK
-from dynmoe_jax.routing.record import softmax_scores
+from dynmoe_jax.routing import ExpertChoice, TopK
 
 B, L, D, E, F, C = 8, 6, 8, 4, 8, 2
 
 
-@dataclasses.dataclass(frozen=True)
-class ExpertChoice(Router):
-    """Every expert takes the C best tokens of each sequence."""
-
-    causal = False
-    group = "sequence"
-
-    def bounds(self, num_experts):
-        """Any number of experts."""
-        return Bounds(num_experts, 0, C * num_experts / L, num_experts)
-
-    def __call__(self, params, given):
-        """Routes T tokens."""
-        probs_TE, logits_TE = softmax_scores(given.logits_TE, given.valid_T)
-        open_TE = jnp.where(given.valid_T[:, None], probs_TE, -1.0)
-        scores_BEL = jnp.moveaxis(open_TE.reshape(-1, given.length, E), 1, 2)
-        best_BEC, at_BEC = jax.lax.top_k(scores_BEL, C)
-        first_B11 = given.length * jnp.arange(scores_BEL.shape[0])[:, None, None]
-        token_BEC = jnp.where(best_BEC >= 0, first_B11 + at_BEC, probs_TE.shape[0])
-        flat = lambda x_BEC: jnp.moveaxis(x_BEC, 0, 1).reshape(E, -1)  # noqa: E731
-        return ExpertSlots(flat(token_BEC), flat(jnp.maximum(best_BEC, 0)), probs_TE, logits_TE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Soft(Router):
-    """One slot of every expert for each sequence."""
-
-    causal = False
-    group = "sequence"
-    losses = {}  # noqa: RUF012
-
-    def bounds(self, num_experts):
-        """All experts."""
-        return Bounds(num_experts, num_experts, num_experts, num_experts)
-
-    def __call__(self, params, given):
-        """Mixes T tokens."""
-        probs_TE, logits_TE = softmax_scores(given.logits_TE, given.valid_T)
-        sequences = logits_TE.shape[0] // given.length
-        of_T = jnp.repeat(jnp.arange(sequences), given.length)
-        own_TC = of_T[:, None] == jnp.arange(sequences)
-        open_TEC = (own_TC & given.valid_T[:, None])[:, None, :]
-        spread_TEC = jnp.where(open_TEC, jnp.exp(logits_TE)[..., None], 0.0)
-        dispatch_TEC = spread_TEC / jnp.maximum(jnp.sum(spread_TEC, axis=0), 1e-9)
-        return SoftSlots(dispatch_TEC, jnp.where(open_TEC, probs_TE[..., None], 0.0), probs_TE,
-                         logits_TE)  # fmt: skip
-
-
-KINDS = {"toy_expert_choice": ExpertChoice, "toy_soft": Soft}
+KINDS = {
+    "expert_choice": {"expert_choice": {"experts_per_token": C * E / L}},
+    "soft": {"soft": {"slots": 1}},
+}
 
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    with ROUTERS.temporarily(request.param, KINDS[request.param]):
-        moe = config.MoE(router=request.param, num_experts=E, hidden_width=F, allow_non_causal=True)
-        yield config.Model(num_layers=1, width=D, init_std=0.5, moe=moe)
+    return model_of(request.param, **KINDS[request.param])
+
+
+def model_of(router, **settings):
+    moe = config.MoE(
+        router=router, num_experts=E, hidden_width=F, allow_non_causal=True, **settings
+    )
+    return config.Model(num_layers=1, width=D, init_std=0.5, moe=moe)
 
 
 def inputs():
@@ -104,7 +63,8 @@ def wanted(layer, x_TD, logits_TE, positions):
             if not len(there):
                 continue
             if isinstance(layer.router, ExpertChoice):
-                for t in there[np.argsort(-probs_BLE[b, there, e])][:C]:
+                capacity = max(1, len(there) * C // L)
+                for t in there[np.argsort(-probs_BLE[b, there, e])][:capacity]:
                     y = silu_expert(layer, e, x_BLD[b, t : t + 1])[0]
                     y_BLD[b, t] += probs_BLE[b, t, e] * y
             else:
@@ -147,33 +107,21 @@ def test_gradients_and_eight_devices(model):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@dataclasses.dataclass(frozen=True)
-class SoftOverBatch(Soft):
-    """One slot of every expert for all sequences of all devices together."""
-
-    group = "batch"
-
-    def __call__(self, params, given):
-        """Mixes T tokens."""
-        return super().__call__(params, dataclasses.replace(given, length=len(given.valid_T)))
-
-
 def test_slots_of_all_devices_need_not_divide_among_them():
-    with ROUTERS.temporarily("toy_over_batch", SoftOverBatch):
-        moe = config.MoE(router="toy_over_batch", num_experts=E, hidden_width=F,
-                         allow_non_causal=True)  # fmt: skip
-        layer = MoEFeedForward(config.Model(width=D, init_std=0.5, moe=moe), rngs=nnx.Rngs(0))
-        structure, params = nnx.split(layer)
-        x_TD, logits_TE, positions = inputs()
+    layer = MoEFeedForward(model_of("soft", soft={"group": "batch"}), rngs=nnx.Rngs(0))
+    structure, params = nnx.split(layer)
+    x_TD, logits_TE, positions = inputs()
 
-        def compute(params, logits_TE):
-            return nnx.merge(structure, params)(x_TD, logits_TE, positions)[0]
+    def compute(params, logits_TE):
+        return nnx.merge(structure, params)(x_TD, logits_TE, positions)[0]
 
-        alone = jax.jit(compute)(params, logits_TE)
-        mesh = make_mesh(config.Mesh(data=8), B)
-        with jax.set_mesh(mesh):
-            eight = jax.jit(compute)(jax.device_put(params, state_shardings(params, mesh)),
-                                     jax.device_put(logits_TE, batch_sharding(mesh)))  # fmt: skip
+    alone = jax.jit(compute)(params, logits_TE)
+    mesh = make_mesh(config.Mesh(data=8), B)
+    with jax.set_mesh(mesh):
+        eight = jax.jit(compute)(
+            jax.device_put(params, state_shardings(params, mesh)),
+            jax.device_put(logits_TE, batch_sharding(mesh)),
+        )
     np.testing.assert_allclose(alone, eight, rtol=1e-4, atol=1e-5)
 
 

@@ -19,15 +19,16 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def router_for(name):
-    """A router of each token's logits alone that gives what the loss needs."""
+    """A router of each token's logits alone that gives what the loss needs, and chooses."""
     needs = LOSSES[name].needs
-    return next(
+    fitting = [
         router
         for router in (kind() for kind in ROUTERS.values())
         if needs <= router.gives | params_of(router).keys() | OF_EXPERTS.keys()
         and not router.reads
         and router.group == "token"
-    )
+    ]
+    return min(fitting, key=lambda router: router.bounds(E).fewest == E)
 
 
 def draw(seed=0):
@@ -113,5 +114,5 @@ def test_layers_in_front_are_left_alone(name):
     np.testing.assert_allclose(
         loss.value(stacked, jnp.float32(T)),
         [loss.value(sums, jnp.float32(T)) for sums in (one, two)],
-        rtol=1e-6,
+        rtol=1e-5,
     )

@@ -7,6 +7,7 @@ from dynmoe_jax.routing.losses import (
     coupling,
     diversity,
     entropy,
+    mutual_information,
     router_z,
     simbal,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "diversity",
     "entropy",
     "moves",
+    "mutual_information",
     "router_z",
     "simbal",
 ]
