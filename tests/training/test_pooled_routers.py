@@ -38,7 +38,7 @@ def runs(settings, change, traced_once, tmp_path_factory):
         layers="1:moe.router=expert_threshold;2:moe.router=top_any",
         kernels="plain",
     )
-    cfg = change(settings, model=model, train__steps=STEPS, evaluation__sample_tokens=0)
+    cfg = change(settings, model=model, train__steps=STEPS)
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
 
@@ -71,4 +71,5 @@ def test_metrics_show_the_states_and_rows_are_those_of_the_budget(runs):
     assert all(line["experts_per_token_by_layer"][0] == 1 for line in lines)
     assert len({line["router_cut"] for line in lines}) == STEPS
     assert all(2 <= line["router_live_experts"] <= 4 for line in lines)
-    assert np.isfinite(read_summary(runs[1]).heldout.loss)
+    summary = read_summary(runs[1])
+    assert np.isfinite(summary.heldout.loss)
