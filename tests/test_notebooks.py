@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, and their two forms say the same."""
 
 import os
+import re
 from pathlib import Path
 
 import jupytext
@@ -10,6 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+SHOWN = {
+    "01_quickstart": (2, 'experts">', 2),
+    "02_write_your_own_router": (4, "experts per token", 1),
+}
+"""Of each notebook: its pictures, and how many pieces of HTML have such a text."""
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -53,9 +61,20 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [output.data for output in outputs if "data" in output]
-    assert sum("image/png" in data for data in shown) == 2
-    assert sum('experts">' in data.get("text/html", "") for data in shown) == 2
-    assert (tmp_path / "run" / "report.html").exists()
+    pictures, text, pieces = SHOWN[path.stem]
+    assert sum("image/png" in data for data in shown) == pictures
+    assert sum(text in data.get("text/html", "") for data in shown) == pieces
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "What the choice of experts depends on" in report
+
+
+def test_the_router_of_the_notebook_is_that_of_the_documents():
+    cells = nbformat.read(ROOT / "notebooks" / "02_write_your_own_router.ipynb", as_version=4).cells
+    (written,) = [cell.source for cell in cells if cell.source.startswith("%%writefile")]
+    page = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert written.split("\n", 1)[1] == code.rstrip()
+    assert len(code.splitlines()) <= 40
 
 
 def _with_one_device(flags):

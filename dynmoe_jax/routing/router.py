@@ -204,7 +204,7 @@ class Router(abc.ABC):
     def on_logits(
         self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]
     ) -> Routing | ExpertSlots | SoftSlots:
-        """Routes by logits alone, with the initial state and without noise."""
+        """Routes one sequence by logits alone, with the initial state and without noise."""
         experts = logits_TE.shape[-1]
         given = RouterInput(
             None,
@@ -212,6 +212,7 @@ class Router(abc.ABC):
             valid_T,
             self.initial_state(experts),
             expected=self.bounds(experts).expected,
+            length=logits_TE.shape[0],
         )
         return self({}, given)
 
