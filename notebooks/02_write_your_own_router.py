@@ -154,7 +154,8 @@ assert all(one <= other for one, other in zip(most, bound, strict=True))
 #
 # Minus the gradient on the logits: where a loss pushes them. Red goes up, blue goes down. Each loss
 # of the package is shown with the first router that gives what it needs: Top-P, where that does. A
-# loss of the router's parameters alone leaves the logits in peace.
+# loss of the router's parameters alone leaves the logits in peace; those of experts' parameters are
+# left out.
 
 # %%
 WIDTH = 32
@@ -186,7 +187,7 @@ def push(loss, router):
 shown = {}
 for name, kind in LOSSES.items():
     for router_name, router in candidates.items():
-        if kind.needs <= router.gives:
+        if kind.needs <= router.gives | params.keys():
             shown[f"{name}, {router_name}"] = push(kind(), router)
             break
 
@@ -269,14 +270,14 @@ cfg = config.from_config_dict(settings)
 exit_code = train(cfg, workdir)
 
 # %% [markdown]
-# `report.html` in the run's folder has every curve on one page, and what the choice of experts
-# depends on. Here is its part about the number of experts.
+# `report.html` in the run's folder has every curve on one page. Here is its part about what the
+# choice of experts depends on.
 
 # %%
 report = (workdir / "report.html").read_text(encoding="utf-8")
 style = re.search("<style>.*?</style>", report, re.DOTALL)[0]
 lead = re.search('<p class="lead">.*?</p>', report, re.DOTALL)[0]
-part = re.search("<h2>Experts per token</h2>.*?(?=<h2>)", report, re.DOTALL)[0]
+part = re.search("<h2>What the choice of experts.*?(?=<h2>)", report, re.DOTALL)[0]
 display(HTML(f"<div style='zoom: 0.7'>{style}{lead}{part}</div>"))
 
 # %% [markdown]

@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 SHOWN = {
     "01_quickstart": (2, 'experts">', 2),
-    "02_write_your_own_router": (4, "experts per token", 1),
+    "02_write_your_own_router": (4, "SecondIfClose", 1),
 }
 """Of each notebook: its pictures, and how many pieces of HTML have such a text."""
 

@@ -102,14 +102,13 @@ def _surprise(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     ):
         parts = experts.get(key, [])
         if len(parts) > 1:
-            x = [max(part["surprise"], 1e-3) for part in parts]
+            x = [part["surprise"] for part in parts]
             label = f"token that is {name} (rank correlation {_estimate(correlation[where])})"
             _with_band(axis, x, parts, color, label)
             drawn = True
     if not drawn:
         return None
     axis.autoscale(axis="y")
-    axis.set_xscale("log")
     axis.set(xlabel="surprise: loss in nats", ylabel="experts per token")
     legend(figure)
     return canvas.picture(

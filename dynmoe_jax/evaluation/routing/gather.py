@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.evaluation.routing.sums import REPLICATES, Documents, GroupedMeans
+from dynmoe_jax.evaluation.routing.sums import Documents, GroupedMeans
 from dynmoe_jax.evaluation.routing.words import Words
 
 TOKEN_IDS = 8192
@@ -29,8 +29,11 @@ WORD_PLACES = 5
 PLACES = 16
 """Parts of a row by which dropped choices are counted."""
 
-SURPRISE_EDGES = np.geomspace(1e-3, 16.0, 63)
+SURPRISE_EDGES = np.concatenate([np.geomspace(1e-3, 0.5, 16), np.linspace(0.75, 12.25, 47)])
 """Borders in nats between classes of surprise."""
+
+TOKENS_AT_ONCE = 1 << 14
+"""Tokens of several batches that are counted together."""
 
 _CLASSES = len(SURPRISE_EDGES) + 1
 _MOST_COUNTS = 96
@@ -79,6 +82,8 @@ class RoutingSums:
         layers, experts, spread = len(experts_N), max(experts_N), _CLASSES * _MOST_COUNTS
         self.layers, self.documents, self.tokens = layers, 0, 0
         self._least_N, self._most_N = np.full(layers, np.iinfo(np.int64).max), np.zeros(layers)
+        self._pending: list[tuple[np.ndarray, ...]] = []
+        self._domain = ""
         self.latest: tuple[np.ndarray, np.ndarray] = (np.zeros(0), np.zeros((layers, 0)))
         """Documents of the tokens of the batch before, and their first choices."""
         self.number_of_token: dict[int, int] = {}
@@ -122,37 +127,53 @@ class RoutingSums:
         token_T, position_T = batch["tokens"][valid_BL], batch["positions"][valid_BL]
         if not len(token_T):
             return
-        documents = self._documents(token_T, position_T)
-        experts_NT = np.asarray(use.experts_NBL)[:, valid_BL].astype(np.int64)
-        first_NT = np.asarray(use.first_NBL)[:, valid_BL].astype(np.int64)
+        places = len(self.kept_P)
+        place_BL = np.broadcast_to(np.arange(self.length) * places // self.length, valid_BL.shape)
+        number_T = self._documents(token_T, position_T)
+        layers = (np.asarray(x_NBL)[:, valid_BL].astype(np.int64)
+                  for x_NBL in (use.experts_NBL, use.first_NBL, use.kept_NBL))  # fmt: skip
         nll_T = np.asarray(use.nll_BL, np.float64)[valid_BL]
+        part = number_T, token_T, position_T, place_BL[valid_BL], nll_T, *layers
+        self.latest = number_T, part[-2]
+        self.load_NE += np.asarray(load_NE).astype(np.int64)
         self.tokens += len(token_T)
-        self.latest = documents.number_T + documents.first, first_NT
+        if self._pending and self._domain != domain:
+            self.flush()
+        self._domain = domain
+        self._pending.append(part)
+        if sum(len(part[0]) for part in self._pending) >= TOKENS_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Counts the batches that wait to be counted together, which is faster."""
+        if not self._pending:
+            return
+        arrays = (np.concatenate(parts, axis=-1) for parts in zip(*self._pending, strict=True))
+        number_T, token_T, position_T, place_T, nll_T, experts_NT, first_NT, kept_NT = arrays
+        self._pending = []
         self._least_N = np.minimum(self._least_N, experts_NT.min(axis=1))
         self._most_N = np.maximum(self._most_N, experts_NT.max(axis=1))
-        self.load_NE += np.asarray(load_NE).astype(np.int64)
-        number = self.domains.index(domain)
-        self._means(documents, number, token_T, position_T, experts_NT)
+        documents, domain = Documents.numbered(number_T), self.domains.index(self._domain)
+        self._means(documents, domain, token_T, position_T, experts_NT)
         self._surprise(documents, position_T, nll_T, experts_NT)
-        self._firsts(number, token_T, position_T, first_NT)
-        place_BL = np.broadcast_to(np.arange(self.length) * len(self.kept_P) // self.length,
-                                   valid_BL.shape)  # fmt: skip
-        kept_T = np.asarray(use.kept_NBL)[:, valid_BL].astype(np.int64).sum(axis=0)
-        for total_P, count_T in ((self.chosen_P, experts_NT.sum(axis=0)), (self.kept_P, kept_T)):
-            total_P += np.bincount(place_BL[valid_BL], count_T, len(total_P)).astype(np.int64)
+        self._firsts(domain, token_T, position_T, first_NT)
+        for total_P, count_NT in ((self.chosen_P, experts_NT), (self.kept_P, kept_NT)):
+            count_P = np.bincount(place_T, count_NT.sum(axis=0), len(total_P))
+            total_P += count_P.astype(np.int64)
 
     @property
     def fixed(self) -> bool:
         """Whether in every layer all tokens used as many experts."""
         return bool(np.all(self._least_N == self._most_N))
 
-    def _documents(self, token_T, position_T) -> Documents:
+    def _documents(self, token_T, position_T) -> np.ndarray:
+        """Numbers of the tokens' documents in all that was read."""
         # A document that goes on in the next row begins anew there, but not with BOS.
         begins_T = (position_T == 0) & (token_T == self._bos)
         number_T = self.documents - 1 + np.cumsum(begins_T)
         number_T = np.maximum(number_T, 0)
         self.documents = int(number_T[-1]) + 1
-        return Documents.numbered(number_T, REPLICATES)
+        return number_T
 
     def _means(self, documents, domain, token_T, position_T, experts_NT) -> None:
         mean_T = experts_NT.mean(axis=0)

@@ -36,6 +36,7 @@ def to_record(sums: RoutingSums, looks_ahead: str | None = None) -> dict[str, An
       looks_ahead: says so of a model whose routing depends on later tokens, which is no ground for
         words about surprise.
     """
+    sums.flush()
     left_out, chosen = [], bool(sums.first_NDE.any())
     if looks_ahead:
         left_out.append(f"No surprise: {looks_ahead}")
