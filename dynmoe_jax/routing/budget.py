@@ -1,6 +1,7 @@
 """Budgets of experts per token: rules that move the threshold p of top-p so that one is held.
 
-A rule has one p for all layers, and layers share the budget as their routers see fit.
+A rule has one p for all layers, and layers share the budget as their routers see fit.  The quantile
+is the default: it holds a budget closer, and at once (docs/measurements.md: budget-rules).
 
 Axis legend: T tokens, E experts, N MoE layers, M masses of a token, B bins.
 """
