@@ -34,7 +34,9 @@ class MoE:
         2816, "hidden width of one expert", unit="units", low=1, per_layer=True
     )
     routed_scale: float = model_setting(
-        1.0, "the routed experts' output is multiplied by this (DeepSeek-V2)", above=0.0
+        1.0,
+        "the routed experts' output is multiplied by this, free ones included (DeepSeek-V2)",
+        above=0.0,
     )
     shared_hidden_width: int = model_setting(
         0,

@@ -26,7 +26,7 @@ from dynmoe_jax.mesh.axes import on_one_device
 from dynmoe_jax.mesh.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.model.components import compute_dtype, matrix, rms_norm
 from dynmoe_jax.model.feed_forward import MoEFeedForward
-from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
+from dynmoe_jax.model.inputs import TokenPositions, TrainingInput, room_for_previous
 from dynmoe_jax.model.layer import Layer, LayerOutput
 from dynmoe_jax.model.output import DecoderOutput, LayerRouting, MoERecord, routing_of_layers
 from dynmoe_jax.model.periods import Run
@@ -78,7 +78,7 @@ class LayerGroup(nnx.Module):
         self.layers = nnx.List(Layer(of.model, of.is_moe, rngs=rngs) for of in period)
 
     def __call__(self, x_BLD, positions, taps: Taps, first: Int[Array, ""] | int, stacked=None):
-        """Returns (x_BLD, ``taps`` of every MoE layer).
+        """Returns (x_BLD, the tokens as the next group reads them, ``taps`` of every MoE layer).
 
         Args:
           x_BLD: the residual stream.
@@ -92,10 +92,10 @@ class LayerGroup(nnx.Module):
         for i, layer in enumerate(self.layers):
             place = stacked[len(tapped)] if stacked and layer.is_moe else None
             output = layer(x_BLD, positions.at_layer(first + i), stacked=place)
-            x_BLD = output.x_BLD
+            x_BLD, positions = output.x_BLD, positions.with_previous(output.previous_BLS)
             if layer.is_moe:
                 tapped.append(taps(output))
-        return x_BLD, tapped
+        return x_BLD, positions, tapped
 
 
 class Decoder(nnx.Module):
@@ -149,8 +149,19 @@ class Decoder(nnx.Module):
             width: rotary_table(positions_BL, width, self.config.rope_theta)
             for width in sorted(widths - {self.config.head_width})
         }
+        moe = [layer.model.moe for layer in self.config.by_layer if layer.is_moe]
+        previous_BLS = None
+        if scores := room_for_previous([(each.route, each.num_experts) for each in moe]):
+            previous_BLS = split_by_batch(jnp.zeros((*tokens_BL.shape, scores), jnp.float32))
         rotary_BLR = self.rotary(positions_BL)
-        return TokenPositions(segment_ids_BL, rotary_BLR, tokens_BL, training, other)
+        return TokenPositions(
+            segment_ids_BL,
+            rotary_BLR,
+            tokens_BL,
+            training,
+            other_rotary=other,
+            previous_BLS=previous_BLS,
+        )
 
     def hidden(
         self,
@@ -199,7 +210,7 @@ class Decoder(nnx.Module):
         positions = self.positions(segment_ids_BL, positions_BL, tokens_BL, training)
         x_BLD, records = self.embed(tokens_BL), []
         for stack in stacks_of(self.config):
-            x_BLD, tapped = self._scan(stack, x_BLD, positions, taps)
+            x_BLD, positions, tapped = self._scan(stack, x_BLD, positions, taps)
             records += tapped
         return self.norm(x_BLD), records
 
@@ -231,18 +242,20 @@ class Decoder(nnx.Module):
         positions: TokenPositions,
         taps: Taps,
     ):
-        """(x_BLD behind all groups of a stack, ``taps`` of its MoE layers, stacked)."""
+        """(x_BLD behind all groups of a stack, the tokens as the next stack reads them, ``taps`` of
+        its MoE layers, stacked)."""
         groups: LayerGroup = getattr(self, stack.name)
         structure, params = nnx.split(groups)
         whole = self._stacked_experts(groups)
         first, period = stack.first, len(stack.run.period)
 
-        def apply_group(x_BLD, inputs):
-            params, i = inputs
+        def apply_group(stream, inputs):
+            (x_BLD, previous_BLS), (params, i) = stream, inputs
             stacked = [matrices and StackedView(*matrices, i) for matrices in whole]
             group = nnx.merge(structure, params)
-            x_BLD, tapped = group(x_BLD, positions, taps, first + i * period, stacked)
-            return split_by_batch(x_BLD), tapped
+            before = positions.with_previous(previous_BLS)
+            x_BLD, behind, tapped = group(x_BLD, before, taps, first + i * period, stacked)
+            return jax.tree.map(split_by_batch, (x_BLD, behind.previous_BLS)), tapped
 
         policy = remat_policy(self.config.remat)
         if policy:
@@ -252,7 +265,9 @@ class Decoder(nnx.Module):
         # cpu-unlike-layers-compile).
         in_all = sum(each.run.repeats for each in stacks_of(self.config) if self.config.layers)
         unroll = groups_at_a_time(self.config, repeats, in_all)
-        return jax.lax.scan(apply_group, x_BLD, (params, jnp.arange(repeats)), unroll=unroll)
+        stream, inputs = (x_BLD, positions.previous_BLS), (params, jnp.arange(repeats))
+        (x_BLD, previous_BLS), tapped = jax.lax.scan(apply_group, stream, inputs, unroll=unroll)
+        return x_BLD, positions.with_previous(previous_BLS), tapped
 
     def _stacked_experts(self, groups: LayerGroup) -> list[tuple[Array, Array] | None]:
         """The matrices of all experts of each MoE layer of a period, where kernels read them in

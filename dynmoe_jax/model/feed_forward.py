@@ -196,10 +196,9 @@ class MoEFeedForward(nnx.Module):
             y_TD, more = self._softly(x_TD, routing, positions, weights)
         else:
             y_TD, more = self._experts(x_TD, kept, weights)
-            if kept.free_T is not None:
-                # A token without a weight may hold anything, and 0 * NaN is NaN.
-                free_T1 = kept.free_T[:, None]
-                y_TD += (free_T1 * jnp.where(free_T1 != 0, x_TD, 0)).astype(y_TD.dtype)
+            free_TD = self.router.free_output(self.router_parameters(), x_TD, kept)
+            if free_TD is not None:
+                y_TD += (self.moe.routed_scale * free_TD).astype(y_TD.dtype)
             if self.adjugates is not None:
                 adjugate_TD, adjugates_dropped = self.adjugates(x_TD, kept, self.row_bound)
                 y_TD, more = y_TD + adjugate_TD, more + adjugates_dropped
@@ -349,6 +348,8 @@ class MoEFeedForward(nnx.Module):
             read["token_id_T"] = positions.token_ids_BL.reshape(-1)
         if "segments" in reads:
             read["segment_id_T"] = positions.segment_ids_BL.reshape(-1)
+        if "previous_logits" in self.router.reads:
+            read["previous_logits_TE"] = positions.previous_TS(logits_TE.shape[-1])
         if "noise" in self.router.reads and training is not None and training.key is not None:
             read["key_T"] = training.key_T(positions.segment_ids_BL.shape[1])
         return read

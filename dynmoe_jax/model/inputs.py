@@ -1,15 +1,17 @@
 """Inputs of a layer beside the residual stream.
 
-Axis legend: B batch, L positions, R lanes of the rotary table.
+Axis legend: B batch, L positions, R lanes of the rotary table, S scores of a router: those of its
+experts, and of the free ones behind them.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from dynmoe_jax.routing import Router
 from dynmoe_jax.routing.losses import RoutingLoss
 
 
@@ -78,6 +80,8 @@ class TokenPositions:
       router_cache: of the layer's router, for the sequences' earlier tokens, see
         :meth:`~dynmoe_jax.routing.router.Router.initial_cache`; empty unless it is carried.
       other_rotary: tables for the heads of layers that differ, by their width.
+      previous_BLS: router logits of the MoE layer before, float32, with room for those of any
+        layer; zeros in front of the first.  None unless a router reads them.
     """
 
     segment_ids_BL: Int[Array, "B L"]
@@ -86,15 +90,45 @@ class TokenPositions:
     training: TrainingInput | None = None
     router_cache: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     other_rotary: Mapping[int, Float[Array, "B L R"]] = dataclasses.field(default_factory=dict)
+    previous_BLS: Float[Array, "B L S"] | None = None
 
     def of_heads(self, width: int) -> "TokenPositions":
         """The inputs of attention with heads of that width; every array is [B, L, ...]."""
         rotary_BLR = self.other_rotary.get(width, self.rotary_BLR)
-        without = {"training": None, "router_cache": {}, "other_rotary": {}}
-        return dataclasses.replace(self, rotary_BLR=rotary_BLR, **without)
+        # What is left out is for feed-forwards.
+        return TokenPositions(self.segment_ids_BL, rotary_BLR, self.token_ids_BL)
 
     def at_layer(self, layer: Int[Array, ""] | int) -> "TokenPositions":
         """The inputs of a layer by its number."""
         if self.training is None:
             return self
         return dataclasses.replace(self, training=self.training.at(layer))
+
+    def behind(self, logits_TS: Float[Array, "T S"]) -> "TokenPositions":
+        """The inputs of the layers behind an MoE layer with these router logits."""
+        if self.previous_BLS is None:
+            return self
+        *front, width = self.previous_BLS.shape
+        wide_TS = jnp.pad(logits_TS, [(0, 0), (0, width - logits_TS.shape[-1])])
+        return self.with_previous(wide_TS.reshape(*front, width))
+
+    def with_previous(self, previous_BLS: Float[Array, "B L S"] | None) -> "TokenPositions":
+        """The same tokens behind other logits."""
+        return dataclasses.replace(self, previous_BLS=previous_BLS)
+
+    def previous_TS(self, scores: int) -> Float[Array, "T S"]:
+        """The logits of the MoE layer before, for a router of so many scores: cut, or with zeros
+        behind them, where that layer had another number."""
+        return self.previous_BLS[..., :scores].reshape(-1, scores)
+
+
+def room_for_previous(routers: Sequence[tuple[Router, int]]) -> int:
+    """The most scores of a layer, which a logit of the layer before needs room for; 0 where no
+    router reads them.
+
+    Args:
+      routers: (router, number of experts) of every MoE layer.
+    """
+    if not any("previous_logits" in router.reads for router, _ in routers):
+        return 0
+    return max(experts + router.free_experts for router, experts in routers)

@@ -287,38 +287,43 @@ def apply_layers(
             for empty, params in zip(routers, stacks, strict=True)
         ]
 
-    def one_layer(layer: Layer, x_BLD, kv, router_cache):
+    def one_layer(layer: Layer, stream, kv, router_cache):
+        x_BLD, previous_BLS = stream
+        before = positions.with_previous(previous_BLS)
+
         def mix(attention, heads, positions):
             projected = attention.heads_apart(heads, positions.rotary_BLR)
             mixed_BLHW, new_kv = attend(layer, kv, *projected)
             return attention.project_back(mixed_BLHW), new_kv
 
-        out = layer(x_BLD, dataclasses.replace(positions, router_cache=router_cache), mix)
+        out = layer(x_BLD, dataclasses.replace(before, router_cache=router_cache), mix)
         routing = out.routing
         used_BL = routing and routing.experts_per_token_T.reshape(tokens_BL.shape)
-        return out.x_BLD, out.kv, out.moe.router_cache if out.moe else {}, used_BL
+        router_cache = out.moe.router_cache if out.moe else {}
+        return (out.x_BLD, out.previous_BLS), out.kv, router_cache, used_BL
 
-    def one_group(structure, x_BLD, inputs):
+    def one_group(structure, stream, inputs):
         params, kv, routers = inputs
         new, new_routers, experts_MBL = [], [], []
         layers = nnx.merge(structure, params).layers
         for layer, *caches in zip(layers, kv, routers, strict=True):
-            x_BLD, kv_of_layer, router_cache, used_BL = one_layer(layer, x_BLD, *caches)
+            stream, kv_of_layer, router_cache, used_BL = one_layer(layer, stream, *caches)
             new.append(kv_of_layer)
             new_routers.append(router_cache)
             experts_MBL += [] if used_BL is None else [used_BL]
-        return x_BLD, (new, new_routers, experts_MBL)
+        return stream, (new, new_routers, experts_MBL)
 
-    x_BLD, all_kv, all_routers, all_experts = decoder.embed(tokens_BL), [], [], []
+    stream = decoder.embed(tokens_BL), positions.previous_BLS
+    all_kv, all_routers, all_experts = [], [], []
     for stack, *inputs in zip(decoder.stacks, stacks, kv, routers, strict=True):
         step = partial(one_group, nnx.split(stack)[0])
         if not isinstance(inputs[0], tuple):
-            x_BLD, (new, new_routers, experts_MNBL) = jax.lax.scan(step, x_BLD, tuple(inputs))
+            stream, (new, new_routers, experts_MNBL) = jax.lax.scan(step, stream, tuple(inputs))
             all_experts += experts_MNBL
         else:
             of_groups = []
             for of_group in zip(*inputs, strict=True):
-                x_BLD, results = step(x_BLD, of_group)
+                stream, results = step(stream, of_group)
                 of_groups.append(results)
             new, new_routers, experts = zip(*of_groups, strict=True)
             all_experts += [jnp.stack(used) for used in zip(*experts, strict=True)]
@@ -328,7 +333,7 @@ def apply_layers(
         experts_NBL = in_layer_order(all_experts, decoder.moe_layers)
     else:
         experts_NBL = jnp.zeros((0, *tokens_BL.shape), jnp.int32)
-    return decoder.norm(x_BLD), all_kv, all_routers, experts_NBL
+    return decoder.norm(stream[0]), all_kv, all_routers, experts_NBL
 
 
 def _attend(

@@ -42,12 +42,15 @@ class LayerOutput:
       attended_BLD: the residual stream between attention and feed-forward.
       kv: whatever ``mix`` returned beside its sum, such as keys and values.
       moe: the record of an MoE layer; None in a dense layer.
+      previous_BLS: the router logits that the layers behind may read, see
+        :class:`~dynmoe_jax.model.inputs.TokenPositions`.
     """
 
     x_BLD: Float[Array, "B L D"]
     attended_BLD: Float[Array, "B L D"]
     kv: Any
     moe: MoERecord | None
+    previous_BLS: Float[Array, "B L S"] | None = None
 
     @property
     def routing(self) -> Routing | None:
@@ -98,4 +101,6 @@ class Layer(nnx.Module):
         x_BLD, record = self.feed_forward.added_to(
             attended_BLD, self.feed_forward_norm, positions, weights
         )
-        return LayerOutput(x_BLD, attended_BLD, kv, record)
+        if record:
+            positions = positions.behind(record.routing.logits_TE)
+        return LayerOutput(x_BLD, attended_BLD, kv, record, positions.previous_BLS)

@@ -31,7 +31,7 @@ def walk(
     positions = decoder.positions(batch["segment_ids"], batch["positions"], batch["tokens"])
     x_BLD, number = decoder.embed(batch["tokens"]), 0
     for structure, params in groups_of(decoder):
-        x_BLD, tapped = _compute_group(structure, taps, params, x_BLD, positions)
+        x_BLD, positions, tapped = _compute_group(structure, taps, params, x_BLD, positions)
         for result in tapped:
             yield number, result
             number += 1
@@ -50,6 +50,6 @@ def _compute_group(structure, taps, params, x_BLD, positions):
     tapped = []
     for layer in nnx.merge(structure, params).layers:
         output = layer(x_BLD, positions)
-        x_BLD = output.x_BLD
+        x_BLD, positions = output.x_BLD, positions.with_previous(output.previous_BLS)
         tapped.append(taps(output))
-    return x_BLD, tapped
+    return x_BLD, positions, tapped

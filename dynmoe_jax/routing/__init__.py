@@ -10,15 +10,19 @@ from dynmoe_jax.routing.dense import Dense
 from dynmoe_jax.routing.expert_choice import ExpertChoice
 from dynmoe_jax.routing.expert_threshold import ExpertThreshold
 from dynmoe_jax.routing.hashing import Hash
+from dynmoe_jax.routing.moe_plus_plus import MoEPlusPlus
+from dynmoe_jax.routing.null_experts import NullExperts
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 from dynmoe_jax.routing.relu import ReLU
 from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
 from dynmoe_jax.routing.seq_top_k import SeqTopK
+from dynmoe_jax.routing.shared_null import SharedNull
 from dynmoe_jax.routing.sigmoid_bias import SigmoidBias
 from dynmoe_jax.routing.soft import Soft, Sphero
 from dynmoe_jax.routing.top_any import TopAny
 from dynmoe_jax.routing.top_k import TopK
 from dynmoe_jax.routing.top_p import TopP, top_p_slots
+from dynmoe_jax.routing.zero_computation import ZeroComputation
 
 __all__ = [
     "BlockFFN",
@@ -28,12 +32,15 @@ __all__ = [
     "ExpertSlots",
     "ExpertThreshold",
     "Hash",
+    "MoEPlusPlus",
+    "NullExperts",
     "Parameter",
     "ReLU",
     "Router",
     "RouterInput",
     "Routing",
     "SeqTopK",
+    "SharedNull",
     "SigmoidBias",
     "Soft",
     "SoftSlots",
@@ -41,6 +48,7 @@ __all__ = [
     "TopAny",
     "TopK",
     "TopP",
+    "ZeroComputation",
     "controllers",
     "losses",
     "top_p_slots",

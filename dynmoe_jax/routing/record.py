@@ -28,7 +28,7 @@ class Routing:
       num_experts: E.
       free_T: weight of the token itself in the output, for experts that compute nothing (identity);
         None: there are none.
-      extra: arrays of tokens, [T, ...], that the losses of a family need, by name.
+      extra: arrays of tokens, [T, ...], that a family's losses or free experts need, by name.
       most_rows: bound on the used slots of all T tokens together; 0: they may all be used.
 
     The leading axis may have more axes in front of it (a stack over layers, or [B, L] in place of
@@ -219,6 +219,7 @@ def fill_slots(
     keep_TK: Bool[Array, "T K"],
     *,
     renormalize: bool,
+    free_experts: int = 0,
 ) -> Routing:
     """Builds a Routing from candidate experts and which of them are kept.
 
@@ -231,14 +232,17 @@ def fill_slots(
       expert_TK: candidate experts, no expert twice in a row.
       keep_TK: the candidates that are used.
       renormalize: divide the weights of a token by their sum.
+      free_experts: columns behind those of the experts; they fill no slot, whatever is kept.
     """
+    experts = probs_TE.shape[-1] - free_experts
+    keep_TK &= expert_TK < experts
     weight_TK = jnp.where(keep_TK, jnp.take_along_axis(probs_TE, expert_TK, axis=-1), 0.0)
     if renormalize:
         total_T1 = jnp.sum(weight_TK, axis=-1, keepdims=True)
         weight_TK = weight_TK / jnp.where(total_T1 > 0, total_T1, 1.0)
-    experts = probs_TE.shape[-1]
     expert_TK = jnp.where(keep_TK, expert_TK, experts).astype(jnp.int32)
-    return Routing(expert_TK, weight_TK, probs_TE, logits_TE, experts)
+    routing = Routing(expert_TK, weight_TK, probs_TE, logits_TE, experts)
+    return used_first(routing) if free_experts else routing
 
 
 def used_first(routing: Routing) -> Routing:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 
-READABLE = frozenset({"noise", "segments", "token_ids"})
+READABLE = frozenset({"noise", "previous_logits", "segments", "token_ids"})
 """All that a router or a routing loss may read by naming it in ``reads``."""
 
 Params = Mapping[str, Array]
@@ -73,6 +73,9 @@ class RouterInput:
         or a loss reads ``"segments"``.
       cache: of the sequences' earlier tokens while generating, see :meth:`Router.initial_cache`;
         empty where sequences are there from their first token.
+      previous_logits_TE: of the MoE layer before, as its :attr:`Routing.logits_TE`; zeros in the
+        first one, and cut or followed by zeros where that layer scores another number.  None
+        unless the router reads ``"previous_logits"``.
       expected: experts per token that the router aims at, see :class:`Bounds`.
       length: L, tokens of one sequence; sequences follow each other in T.
       training: False when evaluating or generating.
@@ -87,6 +90,7 @@ class RouterInput:
     token_id_T: Int[Array, "T"] | None = None
     segment_id_T: Int[Array, "T"] | None = None
     cache: Params = dataclasses.field(default_factory=dict)
+    previous_logits_TE: Float[Array, "T E"] | None = None
     expected: float = dataclasses.field(default=1.0, metadata={"static": True})
     length: int = dataclasses.field(default=0, metadata={"static": True})
     training: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -122,7 +126,10 @@ class Router(abc.ABC):
       group: the tokens that one choice may look at: ``"token"``, ``"sequence"``, or ``"batch"``
         (all devices' together; of a microbatch, where there are several).
       reads: fields of :class:`RouterInput` beyond x, logits and state: ``"noise"``,
-        ``"segments"`` and ``"token_ids"``, see :data:`READABLE`.  Nothing else is made.
+        ``"previous_logits"``, ``"segments"`` and ``"token_ids"``, see :data:`READABLE`.  Nothing
+        else is made.
+      free_experts: experts beside the E, which cost no row: their columns stand behind the others
+        in logits and probabilities, see :meth:`free_output`.
       losses: default coefficients of the routing losses by name; 0: logged, and not weighed.
       gives: facts that losses ask for: ``"distribution"`` (probs_TE are non-negative and sum to
         1), ``"softmax"`` (they are that of logits_TE), ``"logits"``, ``"counts"`` (expert_TK), and
@@ -138,6 +145,7 @@ class Router(abc.ABC):
     losses: ClassVar[Mapping[str, float]] = {"balance": 1e-2, "entropy": 1e-4, "router_z": 0.0}
     gives: ClassVar[frozenset[str]] = frozenset({"distribution", "softmax", "logits", "counts"})
     logits: ClassVar[Callable[[Any, Params, Array, int], Array] | None] = None
+    free_experts: ClassVar[int] = 0
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says why the settings do not fit the number of experts: "NAME=VALUE must …"."""
@@ -160,7 +168,7 @@ class Router(abc.ABC):
 
     def parameters(self, width: int, num_experts: int) -> dict[str, Parameter]:
         """Parameters of the router in one layer, by name."""
-        return {"router_DE": Parameter((width, num_experts))}
+        return {"router_DE": Parameter((width, num_experts + self.free_experts))}
 
     def initial_state(self, num_experts: int) -> dict[str, Array]:
         """State of the router in one layer, which no gradient changes."""
@@ -173,6 +181,19 @@ class Router(abc.ABC):
     @abc.abstractmethod
     def __call__(self, params: Params, given: RouterInput) -> Routing | ExpertSlots | SoftSlots:
         """Routes T tokens; tokens that are not valid (padding) get no expert at all."""
+
+    def free_output(
+        self, params: Params, x_TD: Float[Array, "T D"], routing: Routing
+    ) -> Float[Array, "T D"] | None:
+        """The sum of what experts that cost no row give each token, float32; None: there are none.
+
+        Of identity experts the token itself, times :attr:`Routing.free_T`.
+        """
+        if routing.free_T is None:
+            return None
+        # A token without a weight may hold anything, and 0 * NaN is NaN.
+        free_T1 = routing.free_T[:, None]
+        return free_T1 * jnp.where(free_T1 != 0, x_TD, 0)
 
     def shown(self, state: Params) -> dict[str, Array]:
         """Numbers of one layer's state, by name, that metrics and report show."""
@@ -205,7 +226,7 @@ class Router(abc.ABC):
         self, logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]
     ) -> Routing | ExpertSlots | SoftSlots:
         """Routes one sequence by logits alone, with the initial state and without noise."""
-        experts = logits_TE.shape[-1]
+        experts = logits_TE.shape[-1] - self.free_experts
         given = RouterInput(
             None,
             logits_TE,

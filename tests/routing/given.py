@@ -25,9 +25,16 @@ def given(
     tokens, experts = logits_TE.shape
     valid_T = jnp.ones(tokens, bool) if valid_T is None else valid_T
     keys_T2 = jax.vmap(lambda i: jax.random.key_data(jax.random.key(i)))(jnp.arange(tokens))
-    facts = {"key_T": "noise", "segment_id_T": "segments", "token_id_T": "token_ids"}
+    logits_TE = with_free(router, logits_TE)
+    facts = {
+        "key_T": "noise",
+        "previous_logits_TE": "previous_logits",
+        "segment_id_T": "segments",
+        "token_id_T": "token_ids",
+    }
     arrays = {
         "key_T": keys_T2,
+        "previous_logits_TE": jax.random.normal(jax.random.key(2), logits_TE.shape),
         "segment_id_T": valid_T.astype(jnp.int32),
         "token_id_T": jnp.arange(tokens) * 7 + 3,
     }
@@ -47,6 +54,13 @@ def given(
         training=training,
         **read,
     )
+
+
+def with_free(router: Router, logits_TE):
+    """Logits with columns for the experts of a router that cost no row, made of the others."""
+    columns = jnp.arange(router.free_experts)
+    more_TZ = 0.7 * logits_TE[:, (columns + 1) % logits_TE.shape[-1]] + 0.1 * columns
+    return jnp.concatenate([logits_TE, more_TZ], axis=-1)
 
 
 def params_of(router: Router, experts=E, width=D):

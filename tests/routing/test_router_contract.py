@@ -39,6 +39,12 @@ def draw(seed=0, tokens=T):
     return 3 * jax.random.normal(jax.random.key(seed), (tokens, E))
 
 
+def arrays_of(seen):
+    """The arrays of tokens that a router is given, by name."""
+    arrays = {field.name: getattr(seen, field.name) for field in dataclasses.fields(seen)}
+    return {name: array for name, array in arrays.items() if isinstance(array, jax.Array)}
+
+
 def route(router, seen):
     return router(params_of(router), seen)
 
@@ -100,9 +106,7 @@ def test_a_causal_router_does_not_look_at_later_tokens(router):
 def test_eight_devices_choose_as_one_does(router):
     # Sequences that lie on one device each.
     seen = replace(given(router, draw(tokens=32)), length=4)
-    names = [n for n in ("logits_TE", "valid_T", "x_TD", "key_T", "token_id_T") if
-             getattr(seen, n) is not None]  # fmt: skip
-    tokens = {name: getattr(seen, name) for name in names}
+    tokens = arrays_of(seen)
 
     def choose(tokens, state):
         return router(params_of(router), replace(seen, state=state, **tokens))
@@ -125,12 +129,7 @@ def test_what_is_measured_adds_up(router):
     params = params_of(router)
 
     def measured(part):
-        arrays = {
-            name: getattr(seen, name)[part]
-            for name in ("x_TD", "logits_TE", "valid_T", "key_T", "token_id_T")
-            if getattr(seen, name) is not None
-        }
-        cut = replace(seen, **arrays)
+        cut = replace(seen, **{name: array[part] for name, array in arrays_of(seen).items()})
         return router.measure(params, cut, router(params, cut))
 
     whole = measured(slice(0, T))

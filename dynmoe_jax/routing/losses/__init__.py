@@ -7,8 +7,10 @@ from dynmoe_jax.routing.losses import (
     coupling,
     diversity,
     entropy,
+    free_balance,
     mutual_information,
     router_z,
+    sequence_balance,
     simbal,
 )
 from dynmoe_jax.routing.losses.loss import RoutingLoss, coefficients, moves
@@ -22,8 +24,10 @@ __all__ = [
     "coupling",
     "diversity",
     "entropy",
+    "free_balance",
     "moves",
     "mutual_information",
     "router_z",
+    "sequence_balance",
     "simbal",
 ]
