@@ -23,7 +23,7 @@ from jax.stages import Compiled, Traced
 from benchmarks.command import run
 from dynmoe_jax import config
 from dynmoe_jax.data import BATCH_ARRAYS
-from dynmoe_jax.registry import ROUTERS
+from dynmoe_jax.registry import LOSSES, ROUTERS
 from dynmoe_jax.training.objectives import Batch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
@@ -63,9 +63,9 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def choosing(path: str) -> dict[str, str]:
+def choosing(path: str) -> dict[str, Any]:
     """The settings that choose the kind that a setting belongs to, or the router that declares its
-    loss; none for other settings."""
+    loss, or weigh a loss that none declares; none for other settings."""
     found, group, prefix = {}, config.Config(), ""
     for name in path.split(".")[:-1]:
         for field in dataclasses.fields(group):
@@ -76,6 +76,8 @@ def choosing(path: str) -> dict[str, str]:
     routers = [router for router, kind in ROUTERS.items() if loss in kind.losses]
     if routers and loss not in config.MoE().route.losses:
         found["model.moe.router"] = routers[0]
+    if loss in LOSSES and not routers and not path.endswith(".weight"):
+        found[f"loss.{loss}.weight"] = 1.0
     return found
 
 
