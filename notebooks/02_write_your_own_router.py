@@ -94,8 +94,9 @@ figure, axes = plt.subplots(rows, 4, figsize=(9, 2.6 * rows), layout="constraine
 for axis in axes.flat[len(of_logits) :]:
     axis.set_axis_off()
 for axis, (name, router) in zip(axes.flat, of_logits.items(), strict=False):
-    routing = router.on_logits(logits_TE, everyone_T)
-    weight_TE = combine_weights(routing)
+    weight_TE = jax.jit(
+        lambda logits_TE, router=router: combine_weights(router.on_logits(logits_TE, everyone_T))
+    )(logits_TE)
     axis.imshow(weight_TE, cmap="Blues", vmin=0, vmax=max(1e-6, float(weight_TE.max())))
     used = float((weight_TE > 0).sum(axis=1).mean())
     axis.set(xticks=[], yticks=[], xlabel=f"{used:.2f} experts per token")
@@ -122,7 +123,7 @@ axis.set(title=f"{used_E.sum()} experts", xlabel="experts, the most probable fir
 axis.legend()
 plt.show()
 
-routing = ROUTERS["top_p"](threshold=p).on_logits(logits_TE, everyone_T)
+routing = jax.jit(ROUTERS["top_p"](threshold=p).on_logits)(logits_TE, everyone_T)
 assert int(routing.experts_per_token_T[token]) == used_E.sum()
 
 # %% [markdown]
@@ -135,10 +136,10 @@ assert int(routing.experts_per_token_T[token]) == used_E.sum()
 
 # %%
 thresholds = np.linspace(0.02, 1.0, 50)
-flat_TE = 0.01 * jax.random.normal(jax.random.key(1), (4096, EXPERTS))
-prob_TE = -jnp.sort(-jax.nn.softmax(flat_TE), axis=-1)
-before_TE = jnp.cumsum(prob_TE, axis=-1) - prob_TE
-most = [int((before_TE <= threshold).sum(axis=-1).max()) for threshold in thresholds]
+flat_TE = np.exp(0.01 * np.random.default_rng(1).normal(size=(4096, EXPERTS)))
+prob_TE = -np.sort(-flat_TE / flat_TE.sum(axis=-1, keepdims=True), axis=-1)
+before_TE = np.cumsum(prob_TE, axis=-1) - prob_TE
+most = [(before_TE <= threshold).sum(axis=-1).max() for threshold in thresholds]
 
 figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
 bound = [top_p_slots(EXPERTS, float(threshold)) for threshold in thresholds]
@@ -181,7 +182,7 @@ def push(loss, router):
         sums = loss.sums(router(params, given), given, params)
         return jnp.sum(loss.value(sums, jnp.float32(TOKENS)))
 
-    return -jax.grad(value)(x_TD @ params["router_DE"])
+    return -jax.jit(jax.grad(value))(x_TD @ params["router_DE"])
 
 
 shown = {}
