@@ -5,7 +5,16 @@ from typing import Any
 
 from dynmoe_jax.config.layers import LayerSettings, layer_models
 from dynmoe_jax.fields import AUTO, free_setting, model_setting, setting
-from dynmoe_jax.registry import EXPERTS, LINEARS, ROUTERS, TRANSFORMS, choice, chosen, complete
+from dynmoe_jax.registry import (
+    EXPERTS,
+    LINEARS,
+    REGULARIZERS,
+    ROUTERS,
+    TRANSFORMS,
+    choice,
+    chosen,
+    complete,
+)
 from dynmoe_jax.routing import Router
 
 
@@ -40,7 +49,8 @@ class MoE:
     )
     shared_hidden_width: int = model_setting(
         0,
-        "hidden width of the expert that every token uses besides; 0 = none",
+        "hidden width of the expert that every token uses besides, such as shared experts "
+        "(DeepSeekMoE) or a dense branch (OpenMoE); 0 = none",
         unit="units",
         low=0,
         per_layer=True,
@@ -82,6 +92,21 @@ class MoE:
         many=True,
         defines_model=False,
         fixed_in_run=False,
+    )
+    regularizers: str = choice(
+        REGULARIZERS,
+        "",
+        "disturbances of the routing in training alone, in order, with commas between them",
+        many=True,
+        defines_model=False,
+        fixed_in_run=False,
+    )
+    normalized_logits: float = model_setting(
+        0.0,
+        "standard deviation that the router logits of every token are brought to, around a mean of "
+        "0 (Skywork-MoE: lambda = 1); 0 = they stay as they are",
+        low=0.0,
+        per_layer=True,
     )
     allow_non_causal: bool = model_setting(
         False,

@@ -105,6 +105,11 @@ def _check_moe(model: Any) -> None:
 def _check_experts(moe: Any) -> None:
     if obstacle := moe.route.obstacle(moe.num_experts):
         raise ConfigError(f"config.model.moe.{moe.router}.{obstacle}.")
+    fewest = moe.route.bounds(moe.num_experts).fewest
+    named = zip(names_in(moe.regularizers), chosen(moe, "regularizers"), strict=True)
+    for name, regularizer in named:
+        if obstacle := regularizer.obstacle(moe.num_experts, fewest):
+            raise ConfigError(f"config.model.moe.{name}.{obstacle}.")
     _check_shared(moe)
     _check_adjugates(moe)
 

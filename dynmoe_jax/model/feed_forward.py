@@ -4,6 +4,7 @@ Axis legend: B batch, L positions, T = B L tokens, D model width, E experts, F h
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,15 @@ from dynmoe_jax.model.adjugate import AdjugateExperts
 from dynmoe_jax.model.components import RouterState, added, compute_dtype, drawn, matrix
 from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
 from dynmoe_jax.model.kernels.norm.norm import forked
-from dynmoe_jax.model.kernels.norm.router_logits import norm_and_logits
+from dynmoe_jax.model.kernels.norm.router_logits import logits_of, norm_and_logits
 from dynmoe_jax.model.linear.matrices import Matrices
 from dynmoe_jax.model.linear.products import times
 from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.routing import ExpertSlots, RouterInput, Routing, SoftSlots
+from dynmoe_jax.routing.normalize import normalized_logits
+from dynmoe_jax.routing.record import masked_logits
+from dynmoe_jax.routing.regularizers import Regularizer
 from dynmoe_jax.routing.router import READABLE, Params
 from dynmoe_jax.routing.transforms import chain, dropped
 
@@ -83,8 +87,9 @@ class MoEFeedForward(nnx.Module):
         D, E, F = model.width, model.moe.num_experts, model.moe.hidden_width
         self.kind = model.moe.expert_kind
         self.moe, self.dtype = model.moe, compute_dtype(model)
-        self.router = model.moe.route
-        if unknown := self.router.reads - READABLE:
+        self.router, self.regularizers = model.moe.route, chosen(model.moe, "regularizers")
+        self.reads = self.router.reads.union(*(each.reads for each in self.regularizers))
+        if unknown := self.reads - READABLE:
             raise config.ConfigError(
                 f"config.model.moe.router={model.moe.router!r} reads {', '.join(sorted(unknown))}, "
                 f"which nothing makes; a router may read {', '.join(sorted(READABLE))}."
@@ -269,25 +274,31 @@ class MoEFeedForward(nnx.Module):
         """
         tokens = self._read(x_TD, logits_TE, positions)
         state = {name: getattr(self, name)[...] for name in self.state_names}
-        shared = self.router_parameters(), state
+        shared = self.router_parameters(), state, self._held(positions)
         length = positions.segment_ids_BL.shape[1]
         training = positions.training
 
-        def given(tokens, state):
+        regularizers = [each for each in self.regularizers if _applies(each, training)]
+
+        def given(tokens, state, held=None):
             return RouterInput(
                 **tokens,
+                **(held or {}),
                 state=state,
                 expected=self.router.bounds(self.moe.num_experts).expected,
                 length=length,
+                num_experts=self.moe.num_experts,
                 training=training is not None,
             )
 
         def choose(tokens, shared):
-            params, state = shared
-            seen = given(tokens, state)
+            params, state, held = shared
+            seen = self._seen(params, given(tokens, state, held), regularizers)
             routing = self.router(params, seen)
             if isinstance(routing, ExpertSlots):
                 routing = routing.by_token()
+            for regularizer in regularizers:
+                routing = regularizer.behind(routing, seen)
             sums = layer_sums(self.router, params, seen, routing, training)
             cache = self.router.next_cache(params, seen, routing) if seen.cache else {}
             return routing, jax.tree.map(lambda x: x[None], sums), cache
@@ -343,16 +354,44 @@ class MoEFeedForward(nnx.Module):
         read |= {"x_TD": x_TD, "cache": positions.router_cache}
         training = positions.training
         losses = () if training is None else training.losses
-        reads = self.router.reads.union(*(loss.reads for _, loss in losses))
+        reads = self.reads.union(*(loss.reads for _, loss in losses))
         if "token_ids" in reads:
             read["token_id_T"] = positions.token_ids_BL.reshape(-1)
         if "segments" in reads:
             read["segment_id_T"] = positions.segment_ids_BL.reshape(-1)
         if "previous_logits" in self.router.reads:
             read["previous_logits_TE"] = positions.previous_TS(logits_TE.shape[-1])
-        if "noise" in self.router.reads and training is not None and training.key is not None:
+        if "noise" in self.reads and _draws(training):
             read["key_T"] = training.key_T(positions.segment_ids_BL.shape[1])
         return read
+
+    def _held(self, positions: TokenPositions) -> dict[str, Array]:
+        """The step and a key that all its tokens share, where somebody reads them."""
+        training = positions.training
+        if "step" not in self.reads or not _draws(training):
+            return {}
+        return {"run_key": training.run_key(), "step": training.key.step}
+
+    def _seen(
+        self, params: dict[str, Array], given: RouterInput, regularizers: Sequence[Regularizer]
+    ) -> RouterInput:
+        """The input of the router: with normalized logits, and disturbed by the regularizers."""
+
+        def normalized(logits_TE):
+            if not self.moe.normalized_logits:
+                return logits_TE
+            masked_TE = masked_logits(logits_TE, given.valid_T)
+            return normalized_logits(masked_TE, self.moe.normalized_logits)
+
+        def scores(x_TD):
+            if self.router.logits is not None:
+                return normalized(self.router.logits(params, x_TD, self.moe.num_experts))
+            return normalized(logits_of(x_TD, params["router_DE"]))
+
+        given = dataclasses.replace(given, logits_TE=normalized(given.logits_TE))
+        for regularizer in regularizers:
+            given = regularizer(given, scores)
+        return given
 
     def shared(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes what the shared expert adds to every token."""
@@ -362,6 +401,16 @@ class MoEFeedForward(nnx.Module):
             return y_TD
         router_D1 = whole_parameter("shared_router_D1", self.shared_router_D1[...], self.dtype)
         return y_TD * jax.nn.sigmoid(x_TD @ router_D1)
+
+
+def _draws(training: TrainingInput | None) -> bool:
+    """Whether anything is drawn in this pass."""
+    return training is not None and training.key is not None
+
+
+def _applies(regularizer: Regularizer, training: TrainingInput | None) -> bool:
+    """Whether a regularizer is called in this pass."""
+    return training is not None and (_draws(training) or not regularizer.reads)
 
 
 def _swiglu_of_all(

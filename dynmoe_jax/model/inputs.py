@@ -14,6 +14,9 @@ from jaxtyping import Array, Float, Int, UInt32
 from dynmoe_jax.routing import Router
 from dynmoe_jax.routing.losses import RoutingLoss
 
+NOISE = frozenset({"noise", "step"})
+"""Inputs of routers that follow from the key of a step."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,7 @@ class TrainingInput:
 
     Attributes:
       losses: (name, routing loss) of those whose sums leave the layers.
-      key: of the step, from :func:`noise_key`; None: no router draws anything.
+      key: of the step, from :func:`noise_key`; None: no layer draws anything.
       row_B: rows of the sequences in the whole batch, whatever part of it this is.
       layer: number of the layer in the decoder.
     """
@@ -30,7 +33,7 @@ class TrainingInput:
     losses: tuple[tuple[str, RoutingLoss], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )
-    key: UInt32[Array, "2"] | None = None
+    key: "NoiseKey | None" = None
     row_B: Int[Array, "B"] | None = None
     layer: Int[Array, ""] | int = 0
 
@@ -40,7 +43,7 @@ class TrainingInput:
 
     def layer_key(self) -> UInt32[Array, "2"]:
         """A key of seed, step and layer alone."""
-        key = jax.random.fold_in(jax.random.wrap_key_data(self.key), self.layer)
+        key = jax.random.fold_in(jax.random.wrap_key_data(self.key.of_step), self.layer)
         # Rows of the batch, whose keys follow from this one, are fewer.
         return jax.random.key_data(jax.random.fold_in(key, 2**31 - 1))
 
@@ -49,7 +52,7 @@ class TrainingInput:
 
         The same on every mesh, and however the batch is cut into microbatches.
         """
-        base = jax.random.fold_in(jax.random.wrap_key_data(self.key), self.layer)
+        base = jax.random.fold_in(jax.random.wrap_key_data(self.key.of_step), self.layer)
 
         def of_token(row, position):
             return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(base, row), position))
@@ -58,12 +61,36 @@ class TrainingInput:
         keys_BL2 = jax.vmap(jax.vmap(of_token, (None, 0)), (0, None))(rows, positions)
         return keys_BL2.reshape(-1, 2)
 
+    def run_key(self) -> UInt32[Array, "2"]:
+        """A key of seed and layer, the same in every step."""
+        key = jax.random.fold_in(jax.random.wrap_key_data(self.key.of_run), self.layer)
+        return jax.random.key_data(key)
 
-def noise_key(seed: int, step: Int[Array, ""]) -> UInt32[Array, "2"]:
-    """The key of a step, from which all noise of routers follows; nothing of it is stored."""
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoiseKey:
+    """The keys from which all noise of a training step follows.
+
+    Attributes:
+      of_step: of seed and step.
+      of_run: of the seed alone, for draws that several steps share.
+      step: number of the step.
+    """
+
+    of_step: UInt32[Array, "2"]
+    of_run: UInt32[Array, "2"]
+    step: Int[Array, ""]
+
+
+def noise_key(seed: int, step: Int[Array, ""]) -> NoiseKey:
+    """The keys of a step; nothing of them is stored."""
     # A purpose of its own: parameters and samples draw from the seed as well.
     key = jax.random.fold_in(jax.random.key(seed), 0x6E6F6973)
-    return jax.random.key_data(jax.random.fold_in(key, step))
+    # Of its own again: a step must not have the number that draws of the run fold in.
+    run = jax.random.fold_in(jax.random.key(seed), 0x72756E73)
+    of_step = jax.random.fold_in(key, step)
+    return NoiseKey(jax.random.key_data(of_step), jax.random.key_data(run), step)
 
 
 @jax.tree_util.register_dataclass

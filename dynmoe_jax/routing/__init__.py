@@ -4,13 +4,14 @@ One file for each router; importing the room registers it.  Knows no transport, 
 weights of experts.
 """
 
-from dynmoe_jax.routing import controllers, losses, transforms
+from dynmoe_jax.routing import controllers, losses, regularizers, transforms
 from dynmoe_jax.routing.block_ffn import BlockFFN
 from dynmoe_jax.routing.dense import Dense
 from dynmoe_jax.routing.expert_choice import ExpertChoice
 from dynmoe_jax.routing.expert_threshold import ExpertThreshold
 from dynmoe_jax.routing.hashing import Hash
 from dynmoe_jax.routing.moe_plus_plus import MoEPlusPlus
+from dynmoe_jax.routing.noisy_top_k import NoisyTopK
 from dynmoe_jax.routing.null_experts import NullExperts
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 from dynmoe_jax.routing.relu import ReLU
@@ -33,6 +34,7 @@ __all__ = [
     "ExpertThreshold",
     "Hash",
     "MoEPlusPlus",
+    "NoisyTopK",
     "NullExperts",
     "Parameter",
     "ReLU",
@@ -51,6 +53,7 @@ __all__ = [
     "ZeroComputation",
     "controllers",
     "losses",
+    "regularizers",
     "top_p_slots",
     "transforms",
 ]

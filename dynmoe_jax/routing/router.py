@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 
-READABLE = frozenset({"noise", "previous_logits", "segments", "token_ids"})
-"""All that a router or a routing loss may read by naming it in ``reads``."""
+READABLE = frozenset({"noise", "previous_logits", "segments", "step", "token_ids"})
+"""All that a router, a regularizer or a routing loss may read by naming it in ``reads``."""
 
 Params = Mapping[str, Array]
 """Parameters or state of a router, by name."""
@@ -76,8 +76,12 @@ class RouterInput:
       previous_logits_TE: of the MoE layer before, as its :attr:`Routing.logits_TE`; zeros in the
         first one, and cut or followed by zeros where that layer scores another number.  None
         unless the router reads ``"previous_logits"``.
+      run_key: a key of the layer, the same in all steps: a function of seed and layer.  Like
+        ``step``, None in inference, and unless the router reads ``"step"``.
+      step: number of the training step.
       expected: experts per token that the router aims at, see :class:`Bounds`.
       length: L, tokens of one sequence; sequences follow each other in T.
+      num_experts: E; a router may score more than the experts.
       training: False when evaluating or generating.
     """
 
@@ -91,8 +95,11 @@ class RouterInput:
     segment_id_T: Int[Array, "T"] | None = None
     cache: Params = dataclasses.field(default_factory=dict)
     previous_logits_TE: Float[Array, "T E"] | None = None
+    run_key: UInt32[Array, "2"] | None = None
+    step: Int[Array, ""] | None = None
     expected: float = dataclasses.field(default=1.0, metadata={"static": True})
     length: int = dataclasses.field(default=0, metadata={"static": True})
+    num_experts: int = dataclasses.field(default=0, metadata={"static": True})
     training: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def draws(self, draw: Callable[[Array], Array], purpose: int = 0) -> Array:
@@ -107,6 +114,16 @@ class RouterInput:
             return draw(jax.random.fold_in(jax.random.wrap_key_data(key), purpose))
 
         return jax.vmap(of_token)(self.key_T)
+
+    def held_key(self, interval: int, purpose: int = 0) -> Array:
+        """A key of the layer that stays for ``interval`` steps, for draws that all tokens share.
+
+        Args:
+          interval: steps.
+          purpose: tells several draws of one layer from each other.
+        """
+        key = jax.random.fold_in(jax.random.wrap_key_data(self.run_key), purpose)
+        return jax.random.fold_in(key, self.step // interval)
 
 
 class Router(abc.ABC):
@@ -126,8 +143,8 @@ class Router(abc.ABC):
       group: the tokens that one choice may look at: ``"token"``, ``"sequence"``, or ``"batch"``
         (all devices' together; of a microbatch, where there are several).
       reads: fields of :class:`RouterInput` beyond x, logits and state: ``"noise"``,
-        ``"previous_logits"``, ``"segments"`` and ``"token_ids"``, see :data:`READABLE`.  Nothing
-        else is made.
+        ``"previous_logits"``, ``"segments"``, ``"step"`` and ``"token_ids"``, see :data:`READABLE`.
+        Nothing else is made.
       free_experts: experts beside the E, which cost no row: their columns stand behind the others
         in logits and probabilities, see :meth:`free_output`.
       losses: default coefficients of the routing losses by name; 0: logged, and not weighed.

@@ -1,20 +1,33 @@
-"""Top-k routing: Switch (k = 1, arXiv 2101.03961), GShard style (k = 2, arXiv 2006.16668)."""
+"""Top-k routing: Switch (k = 1, arXiv 2101.03961), GShard (k = 2, arXiv 2006.16668), Mixtral.
+
+Axis legend: T tokens, E experts, K = k slots per token.
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from dynmoe_jax.fields import model_setting
 from dynmoe_jax.registry import ROUTERS
-from dynmoe_jax.routing.record import Routing, fill_slots, softmax_scores
+from dynmoe_jax.routing.record import Routing, fill_slots, softmax_scores, used_first
 from dynmoe_jax.routing.router import Bounds, Router, RouterInput
+
+_TINY = 1e-9
+"""Added to the sum that renormalized weights are divided by, as GShard's code does."""
 
 
 @ROUTERS.register("top_k")
 @dataclasses.dataclass(frozen=True)
 class TopK(Router):
-    """Every token takes its k most probable experts, weighed by their probabilities."""
+    """Every token takes its k most probable experts, weighed by their probabilities.
+
+    GShard keeps a second expert by its weight g2 after renormalization: always, never, where g2 >
+    threshold, or with probability min(1, g2 / threshold).  An expert that is not kept leaves the
+    weight of the other as it was.  Where nothing is drawn (evaluation, generation), ``"random"``
+    keeps all.
+    """
 
     k: int = model_setting(
         2, "experts per token", unit="experts", low=1, formerly=("model.moe.top_k",), per_layer=True
@@ -24,6 +37,28 @@ class TopK(Router):
         "divide the combine weights by their sum (GShard, Mixtral)",
         formerly=("model.moe.renormalize",),
     )
+    softmax: str = model_setting(
+        "before",
+        "softmax over all experts before the choice, or over the chosen ones after it (Mixtral); "
+        "after is the same as before with renormalize",
+        choices=("before", "after"),
+    )
+    second: str = model_setting(
+        "all",
+        "which experts beyond a token's first are kept (GShard: random), by their weights",
+        choices=("all", "none", "threshold", "random"),
+    )
+    second_threshold: float = model_setting(
+        0.2,
+        "weight that a second expert is compared with, by threshold and random",
+        above=0.0,
+        high=1.0,
+    )
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Noise, for the coins of second experts."""
+        return frozenset({"noise"}) if self.second == "random" else frozenset()
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says so where a token cannot have k experts."""
@@ -33,15 +68,52 @@ class TopK(Router):
 
     def describe(self) -> str:
         """Names the rule."""
-        return f"top-{self.k}"
+        kept = {"all": "", "none": ", first kept"}
+        return f"top-{self.k}{kept.get(self.second, f', second by {self.second}')}"
 
     def bounds(self, num_experts: int) -> Bounds:
-        """K = k, and never less."""
-        return Bounds(self.k, self.k, float(self.k), float(self.k))
+        """K = k, and never less where all are kept."""
+        if self.second == "none":
+            return Bounds(1, 1, 1.0, 1.0)
+        fewest = self.k if self.second == "all" else 1
+        return Bounds(self.k, fewest, float(self.k), float(self.k))
 
     def __call__(self, params, given: RouterInput) -> Routing:
         """Routes T tokens; equal probabilities are taken in the order of the experts' ids."""
         probs_TE, logits_TE = softmax_scores(given.logits_TE, given.valid_T)
         _, expert_TK = jax.lax.top_k(jax.lax.stop_gradient(probs_TE), self.k)
         keep_TK = jnp.broadcast_to(given.valid_T[:, None], expert_TK.shape)
-        return fill_slots(probs_TE, logits_TE, expert_TK, keep_TK, renormalize=self.renormalize)
+        renormalize = self.renormalize and self.softmax == "before"
+        routing = fill_slots(probs_TE, logits_TE, expert_TK, keep_TK, renormalize=renormalize)
+        if self.softmax == "after":
+            weight_TK = jax.nn.softmax(jnp.take_along_axis(logits_TE, expert_TK, axis=-1), axis=-1)
+            routing = dataclasses.replace(routing, weight_TK=jnp.where(keep_TK, weight_TK, 0.0))
+        return routing if self.second == "all" else self._without_seconds(routing, given)
+
+    def _without_seconds(self, routing: Routing, given: RouterInput) -> Routing:
+        """Leaves out the experts behind a token's first that are not kept."""
+        if self.second == "none":
+            return dataclasses.replace(
+                routing,
+                expert_TK=routing.expert_TK[:, :1],
+                weight_TK=routing.weight_TK[:, :1],
+            )
+        kept_TK = self._kept(jax.lax.stop_gradient(routing.weight_TK), given)
+        kept_TK = routing.used_TK & kept_TK.at[:, 0].set(True)
+        return used_first(
+            dataclasses.replace(
+                routing,
+                expert_TK=jnp.where(kept_TK, routing.expert_TK, routing.num_experts),
+                weight_TK=jnp.where(kept_TK, routing.weight_TK, 0.0),
+            )
+        )
+
+    def _kept(self, weight_TK: Float[Array, "T K"], given: RouterInput) -> Bool[Array, "T K"]:
+        """Whether the weight of a slot is enough."""
+        g_TK = weight_TK / (jnp.sum(weight_TK, axis=-1, keepdims=True) + _TINY)
+        if self.second == "threshold":
+            return g_TK > self.second_threshold
+        if given.key_T is None:
+            return jnp.ones(g_TK.shape, bool)
+        u_TK = given.draws(lambda key: jax.random.uniform(key, (self.k,)))
+        return u_TK < g_TK / self.second_threshold

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.model.inputs import TrainingInput
+from dynmoe_jax.model.inputs import NoiseKey, TrainingInput
 from dynmoe_jax.model.layer import LayerOutput
 from dynmoe_jax.model.output import LayerSums
 from dynmoe_jax.registry import chosen
@@ -74,7 +74,7 @@ class TrainingLoss:
         """Whether the loss of the batch is the mean of those of its microbatches."""
         return self.objective.additive and self.routing.additive
 
-    def sums(self, decoder: Decoder, batch: Batch, key: Array | None = None) -> BatchSums:
+    def sums(self, decoder: Decoder, batch: Batch, key: NoiseKey | None = None) -> BatchSums:
         """The sums of a batch.
 
         Args:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder, decoder_shapes
-from dynmoe_jax.model.inputs import noise_key
+from dynmoe_jax.model.inputs import NOISE, noise_key
 from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.health.guard import Guard, new_guard, watch
 from dynmoe_jax.training.loss import TrainingLoss
@@ -74,9 +74,8 @@ class StepGradients:
         self.structure = nnx.graphdef(decoder)
         self.loss = TrainingLoss.of(cfg, decoder, objective)
         self._seed, self._compute = cfg.seed, make_gradients(cfg, self.structure, self.loss)
-        readers = [layer.router for layer in decoder.moe_feed_forwards]
-        readers += [loss for _, loss in self.loss.routing.losses]
-        self._draws = any("noise" in each.reads for each in readers)
+        readers = [*decoder.moe_feed_forwards, *(loss for _, loss in self.loss.routing.losses)]
+        self._draws = any(each.reads & NOISE for each in readers)
 
     def __call__(self, state: TrainState, batch: Batch):
         """Computes the gradients of the trainable parameters at a step."""

@@ -7,7 +7,7 @@ import pytest
 
 from dynmoe_jax.registry import LOSSES, ROUTERS
 from dynmoe_jax.routing import RouterInput
-from tests.routing.given import E, T, given, params_of
+from tests.routing.given import D, E, T, given, params_of, replace
 
 LENGTH = 6
 """Tokens of a sequence; a batch is cut between sequences alone."""
@@ -19,16 +19,18 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def router_for(name):
-    """A router of each token's logits alone that gives what the loss needs, and chooses."""
+    """A router that chooses and gives what the loss needs, of each token's logits alone if any."""
     needs = LOSSES[name].needs
     fitting = [
         router
         for router in (kind() for kind in ROUTERS.values())
         if needs <= router.gives | params_of(router).keys() | OF_EXPERTS.keys()
-        and not router.reads
-        and router.group == "token"
     ]
-    return min(fitting, key=lambda router: router.bounds(E).fewest == E)
+
+    def shortcomings(router):
+        return router.group != "token", len(router.reads), router.bounds(E).fewest == E
+
+    return min(fitting, key=shortcomings)
 
 
 def draw(seed=0):
@@ -37,7 +39,13 @@ def draw(seed=0):
 
 def parts_of(name, logits_TE, valid_T, length=LENGTH):
     router, reads = router_for(name), LOSSES[name].reads
-    seen: RouterInput = given(router, logits_TE, valid_T, training=True, length=length, reads=reads)
+    # Parts of a batch see what the whole does: the same tokens but for their logits, and no noise.
+    alike_TD = jnp.ones((len(logits_TE), D))
+    seen: RouterInput = given(
+        router, logits_TE, valid_T, training=True, x_TD=alike_TD, length=length, reads=reads
+    )
+    if "noise" in router.reads:
+        seen = replace(seen, key_T=None)
     params = params_of(router)
     return LOSSES[name]().sums(router(params, seen), seen, params | OF_EXPERTS)
 

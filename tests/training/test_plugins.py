@@ -6,23 +6,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from dynmoe_jax import config
-from dynmoe_jax.fields import model_setting, run_setting
+from dynmoe_jax.fields import free_setting, model_setting, run_setting
 from dynmoe_jax.inference.sampling import Sampling
 from dynmoe_jax.inference.writer import Writer
 from dynmoe_jax.interop.export_model import export_model
-from dynmoe_jax.registry import CONTROLLERS, LOSSES, OBJECTIVES, ROUTERS, TRANSFORMS
+from dynmoe_jax.registry import (
+    CONTROLLERS,
+    LOSSES,
+    OBJECTIVES,
+    REGULARIZERS,
+    ROUTERS,
+    TRANSFORMS,
+)
 from dynmoe_jax.routing import Parameter, TopK
 from dynmoe_jax.routing.controllers import Controller
 from dynmoe_jax.routing.controllers.controller import state_of
 from dynmoe_jax.routing.losses import RoutingLoss
 from dynmoe_jax.routing.losses.loss import controller_setting, over_tokens, weight_setting
 from dynmoe_jax.routing.record import used_first
+from dynmoe_jax.routing.regularizers import Regularizer
 from dynmoe_jax.routing.transforms import Transform
 from dynmoe_jax.runs.checkpoint import check_compatible, saved_config
 from dynmoe_jax.runs.errors import CheckpointError
@@ -117,6 +126,22 @@ class ToyTransform(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
+class ToyRegularizer(Regularizer):
+    """Adds noise to the logits, larger in every second step."""
+
+    size: float = free_setting(0.1, "of the noise", low=0.0)
+    reads = frozenset({"noise", "step"})
+
+    def __call__(self, given, scores):
+        """Adds it."""
+        noise_T1 = given.draws(lambda key: jax.random.normal(key, (1,)))
+        even_1 = jax.random.normal(given.held_key(2), (1,)) * (1 + given.step % 2)
+        scale_E = jnp.arange(given.num_experts)
+        logits_TE = given.logits_TE + self.size * scale_E * (noise_T1 + even_1)
+        return dataclasses.replace(given, logits_TE=logits_TE)
+
+
+@dataclasses.dataclass(frozen=True)
 class ToyObjective(language_model.LanguageModel):
     """A multiple of the cross entropy."""
 
@@ -133,6 +158,7 @@ TOYS = {
     LOSSES: ("toy_loss", ToyLoss),
     CONTROLLERS: ("toy_controller", ToyController),
     TRANSFORMS: ("toy_transform", ToyTransform),
+    REGULARIZERS: ("toy_regularizer", ToyRegularizer),
     OBJECTIVES: ("toy_objective", ToyObjective),
 }
 
@@ -155,6 +181,8 @@ def cfg(toys, settings):
             router="toy_router",
             toy_router={"k": 2, "offset": 0.25},
             transforms="toy_transform",
+            regularizers="toy_regularizer,jitter,expert_dropout",
+            expert_dropout={"rate": 0.25, "interval": 5},
         )
     }
     return dataclasses.replace(

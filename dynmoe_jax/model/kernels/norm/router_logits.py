@@ -48,14 +48,17 @@ def norm_and_logits(
     """
     if plain or not runs_on_tiles(x_BLD):
         x_BLD, normed_BLD = forked(norm, x_BLD, plain)
-        return x_BLD, normed_BLD, _logits(normed_BLD, router_DE)
+        return x_BLD, normed_BLD, logits_of(normed_BLD, router_DE)
     scale_D = norm.scale[...].astype(norm.dtype)
     x_BLD, normed_BLD, logits_BLE = logits_by_kernels(x_BLD, scale_D, router_DE, norm.epsilon)
     # Named, so that logits are kept, though the norm is not.
     return x_BLD, normed_BLD, checkpoint_name(logits_BLE, "logits")
 
 
-def _logits(normed_BLD, router_DE):
+def logits_of(
+    normed_BLD: Float[Array, "*T D"], router_DE: Float[Array, "D E"]
+) -> Float[Array, "*T E"]:
+    """The router's logits of tokens, by XLA."""
     # At full precision: accelerators multiply float32 in bfloat16 or TF32 by default.
     exact = jax.lax.Precision.HIGHEST
     return jnp.matmul(normed_BLD.astype(jnp.float32), router_DE, precision=exact)
@@ -72,7 +75,7 @@ def logits_by_kernels(
     """:func:`norm_and_logits`, with the kernels; ``interpret`` runs them on a CPU, for tests."""
     normed_BLD = on_tokens(partial(norm_of_tokens, epsilon, interpret), 1)(x_BLD, scale_D)
     normed_BLD = checkpoint_name(normed_BLD, COMPUTED_AGAIN)
-    return x_BLD, normed_BLD, _logits(normed_BLD, router_DE)
+    return x_BLD, normed_BLD, logits_of(normed_BLD, router_DE)
 
 
 def _forward(x_BLD, scale_D, router_DE, epsilon, interpret):
