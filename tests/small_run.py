@@ -2,7 +2,9 @@
 
 import dataclasses
 import glob
+import os
 import random
+import signal
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from dynmoe_jax.data import train_tokenizer
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.runs import checkpoint
 from dynmoe_jax.runs.text import TRAINED
+from dynmoe_jax.training import trainer
 from dynmoe_jax.training.step import TrainState
 
 _TEXT = "the a token chooses its experts router mass passes while self return 数据 é"
@@ -67,6 +70,18 @@ def _set(part, names, value):
     if len(names) > 1:
         value = _set(getattr(part, names[0]), names[1:], value)
     return dataclasses.replace(part, **{names[0]: value})
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Has somebody press Ctrl-C while a step is under way."""
+
+    class Interrupted(trainer.PendingStep):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            if self.number == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    patch.setattr(trainer, "PendingStep", Interrupted)
 
 
 @pytest.fixture(scope="session", name="change")

@@ -2,10 +2,12 @@
 
 import functools
 
+import jax
 import pytest
 
 from dynmoe_jax.evaluation.heldout import make_eval_step
-from dynmoe_jax.training import finish, heldout, start
+from dynmoe_jax.inference.generate import Generator
+from dynmoe_jax.training import finish, heldout, start, step
 from tests.small_run import (
     change_fixture,
     corpus,
@@ -32,7 +34,13 @@ def _eval_step(structure, loss):
     return make_eval_step(structure, loss)
 
 
-_STEPS = {}
+_SHAPES, _STEPS, _FIRST, _WRITING = {}, {}, {}, {}
+
+
+def _key(run):
+    cfg = run.cfg
+    shaping = (cfg.model, cfg.loss, cfg.optimizer, cfg.train, cfg.data.seq_len, run.mesh)
+    return repr((*shaping, run.mesh.device_ids.tolist()))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,18 +49,43 @@ def traced_once():
 
     To trace and lower them anew takes longer than all that such a run computes.
     """
-    compile_step = start._compile
+    placed_shapes, compile_step, first_state = (
+        start._placed_shapes, start._compile, start._first_state
+    )  # fmt: skip
+    generator_of = Generator.__init__
+
+    def shapes_of(run, init):
+        key = _key(run), init.func
+        if key not in _SHAPES:
+            _SHAPES[key] = placed_shapes(run, init)
+        return _SHAPES[key]
 
     def compiled(run, step, shapes):
-        cfg = run.cfg
-        shaping = (cfg.model, cfg.loss, cfg.optimizer, cfg.train, cfg.data.seq_len, run.mesh)
-        key = repr((*shaping, run.mesh.device_ids.tolist()))
+        key = _key(run)
         if key not in _STEPS:
             _STEPS[key] = compile_step(run, step, shapes)
         return _STEPS[key]
 
+    def first(run, done, init, optimizer, shapes):
+        # Tests that draw another first state do so anew.
+        if done or run.cfg.train.init_from or init.func is not step.init_state:
+            return first_state(run, done, init, optimizer, shapes)
+        key = _key(run)
+        if key not in _FIRST:
+            _FIRST[key] = jax.jit(init, out_shardings=start._shardings(shapes))
+        return _FIRST[key](jax.random.key(run.cfg.seed))
+
+    def generator(self, decoder, **keywords):
+        generator_of(self, decoder, **keywords)
+        lying = [str(leaf.sharding) for leaf in jax.tree.leaves((self._params, self._layers))]
+        key = self._structure, self._whole, self._layers is None, *lying
+        self._compiled = _WRITING.setdefault(key, {})
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "_placed_shapes", shapes_of)
         patch.setattr(start, "_compile", compiled)
+        patch.setattr(start, "_first_state", first)
+        patch.setattr(Generator, "__init__", generator)
         patch.setattr(heldout, "make_eval_step", _eval_step)
         yield
 

@@ -1,8 +1,8 @@
 """A toy of each kind goes the whole way: training, report, checkpoint, resuming, generation."""
 
 import dataclasses
+import functools
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynmoe_jax import config
+from dynmoe_jax import command_line, config
+from dynmoe_jax.command_line import EXIT_INTERRUPTED
 from dynmoe_jax.fields import free_setting, model_setting, run_setting
+from dynmoe_jax.inference import __main__ as writing
 from dynmoe_jax.inference.sampling import Sampling
 from dynmoe_jax.inference.writer import Writer
 from dynmoe_jax.interop.export_model import export_model
@@ -39,7 +41,8 @@ from dynmoe_jax.runs.load import load_run
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.summary import read_summary
 from dynmoe_jax.training.objectives import language_model
-from dynmoe_jax.training.trainer import train
+from dynmoe_jax.training.trainer import BAD_INPUT, train
+from tests.small_run import interrupt_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -248,19 +251,17 @@ def test_export_is_refused_in_a_sentence(run, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-def test_resuming_goes_on_as_if_it_had_not_stopped(cfg, run, tmp_path, change):
-    at_once = tmp_path / "at_once"
-    longer = change(cfg, train__steps=6, optimizer__schedule="constant")
-    shorter = change(longer, train__steps=4)  # of which warm-up is two, as of six
-    assert train(longer, at_once) == 0
+def test_resuming_goes_on_as_if_it_had_not_stopped(cfg, run, tmp_path, monkeypatch):
     parted = tmp_path / "parted"
-    assert train(shorter, parted) == 0
-    assert train(longer, parted) == 0
-    for path, value in _variables(at_once).items():
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert train(cfg, parted) == EXIT_INTERRUPTED
+    assert train(cfg, parted) == 0
+    for path, value in _variables(run).items():
         np.testing.assert_array_equal(value[...], _variables(parted)[path][...], err_msg=str(path))
-    last = [read_metrics(folder)[-1] for folder in (at_once, parted)]
+    last = [read_metrics(folder)[-1] for folder in (run, parted)]
     assert last[0]["loss"] == last[1]["loss"]
-    assert last[0]["toy_loss_coefficient"] == 16.0
+    assert last[1]["toy_loss_coefficient"] == 2.0
 
 
 def test_a_run_without_its_kind_is_refused_in_a_sentence(run, monkeypatch):
@@ -277,7 +278,22 @@ def test_a_run_with_a_loss_that_is_not_imported_is_refused(run, tmp_path, monkey
         check_compatible(saved, saved, tmp_path)
 
 
-def test_the_router_of_the_documentation_trains_and_writes_by_plugin(tmp_path, corpus):
+@pytest.fixture
+def forgotten():
+    """A call after which the router of the documentation is unknown; so it is in the end."""
+
+    def forget():
+        ROUTERS._kinds.pop("second_if_close", None)
+        for name in [name for name in sys.modules if name.startswith("dynmoe_jax_plugin_")]:
+            del sys.modules[name]
+
+    yield forget
+    forget()
+
+
+def test_the_router_of_the_documentation_trains_and_writes_by_plugin(
+    tmp_path, corpus, forgotten, monkeypatch, capsys
+):
     page = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(code.splitlines()) <= 45
@@ -292,18 +308,22 @@ def test_the_router_of_the_documentation_trains_and_writes_by_plugin(tmp_path, c
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in small.items()]
 
-    def command(*arguments):
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-        )
-        return done.returncode, done.stdout + done.stderr
+    def command(program, *arguments):
+        """Exit code of a command, as in a process of its own; what it said."""
+        forgotten()
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        code = program()
+        return code, capsys.readouterr().out
 
-    code, said = command("train.py", plugin, "--config=configs/quickstart.py", workdir, *flags)
+    training = functools.partial(command_line.run, train, "", BAD_INPUT)
+    settings = f"--config={ROOT / 'configs' / 'quickstart.py'}"
+    code, said = command(training, plugin, settings, workdir, *flags)
     assert code == 0, said
-    assert "second_if_close" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    inference = ("-m", "dynmoe_jax.inference", workdir, "--prompt=the", "--max_tokens=3")
-    code, said = command(*inference)
+    assert read_summary(tmp_path / "run").complete
+    inference = (workdir, "--prompt=the", "--max_tokens=3")
+    code, said = command(writing.main, *inference)
     assert code == 2
     assert "--plugin" in said
-    code, said = command(*inference, plugin)
+    code, said = command(writing.main, *inference, plugin)
     assert code == 0, said
+    assert "more written" in said

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from dynmoe_jax.runs.summary import read_summary
 from dynmoe_jax.runs.text import load_text
 from dynmoe_jax.training import feed, trainer
 from dynmoe_jax.training.trainer import train
+from tests.small_run import interrupt_at
 
 pytestmark = pytest.mark.slow
 
@@ -31,18 +31,6 @@ NAMES = (
     "rows_dropped tokens_per_second model_flops_per_second mfu seconds_step"
 )
 TIMES = {"tokens_per_second", "model_flops_per_second", "mfu", "seconds_step"}
-
-
-def interrupt_at(monkeypatch, step):
-    """Somebody presses Ctrl-C while the step is under way."""
-
-    class Interrupted(trainer.PendingStep):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            if self.number == step:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(trainer, "PendingStep", Interrupted)
 
 
 def without_times(workdir):

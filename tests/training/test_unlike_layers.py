@@ -1,8 +1,6 @@
 """Training of layers that differ: on a mesh, and a whole run from first step to generation."""
 
 import dataclasses
-import os
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +34,7 @@ from dynmoe_jax.training.health.nan_report import check_state
 from dynmoe_jax.training.log.metric_logger import StepRecorder
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import first_state, init_state, make_train_step
+from tests.small_run import interrupt_at
 
 pytestmark = pytest.mark.slow
 
@@ -56,14 +55,7 @@ def whole(cfg, traced_once, tmp_path_factory):
     """A run of three steps that was stopped after two, and went on from its checkpoint."""
     workdir = tmp_path_factory.mktemp("runs") / "unlike"
     with pytest.MonkeyPatch.context() as patch:
-
-        class Interrupted(trainer.PendingStep):
-            def __init__(self, *arguments):
-                super().__init__(*arguments)
-                if self.number == 2:
-                    os.kill(os.getpid(), signal.SIGINT)
-
-        patch.setattr(trainer, "PendingStep", Interrupted)
+        interrupt_at(patch, 2)
         assert trainer.train(cfg, workdir) == EXIT_INTERRUPTED
     assert trainer.train(cfg, workdir) == 0
     return workdir
