@@ -24,7 +24,6 @@ def given(
     """The input that a layer would make of logits, for any router (and a loss that reads more)."""
     tokens, experts = logits_TE.shape
     valid_T = jnp.ones(tokens, bool) if valid_T is None else valid_T
-    keys_T2 = jax.vmap(lambda i: jax.random.key_data(jax.random.key(i)))(jnp.arange(tokens))
     logits_TE = with_free(router, logits_TE)
     facts = {
         "key_T": "noise",
@@ -32,14 +31,17 @@ def given(
         "segment_id_T": "segments",
         "token_id_T": "token_ids",
     }
+    # Made only where they are read: drawing keys alone takes as long as many a router.
     arrays = {
-        "key_T": keys_T2,
-        "previous_logits_TE": jax.random.normal(jax.random.key(2), logits_TE.shape),
-        "segment_id_T": valid_T.astype(jnp.int32),
-        "token_id_T": jnp.arange(tokens) * 7 + 3,
+        "key_T": lambda: jax.vmap(lambda i: jax.random.key_data(jax.random.key(i)))(
+            jnp.arange(tokens)
+        ),
+        "previous_logits_TE": lambda: jax.random.normal(jax.random.key(2), logits_TE.shape),
+        "segment_id_T": lambda: valid_T.astype(jnp.int32),
+        "token_id_T": lambda: jnp.arange(tokens) * 7 + 3,
     }
     reads = router.reads | reads
-    read = {name: arrays[name] for name, fact in facts.items() if fact in reads}
+    read = {name: arrays[name]() for name, fact in facts.items() if fact in reads}
     x_TD = jax.random.normal(jax.random.key(1), (tokens, D)) if x_TD is None else x_TD
     if router.logits is not None:
         params = params_of(router, experts, x_TD.shape[1]) if params is None else params

@@ -1,6 +1,8 @@
 """States of routers and controllers in training: batches cut anyhow, skips, noise, resuming."""
 
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,30 +60,41 @@ def batch():
     return {k: jnp.asarray(v, jnp.int32) for k, v in (arrays | {"positions": positions}).items()}
 
 
+@functools.cache
 def parts(cfg):
+    """(first state of a key, next state and metrics), each compiled once."""
     schedule = make_schedule(cfg.optimizer, cfg.train.steps)
     optimizer = make_optimizer(cfg.optimizer, schedule)
     init = lambda key: init_state(cfg, optimizer, key)  # noqa: E731
-    return init, make_train_step(cfg, optimizer, schedule)
-
-
-def steps(cfg, count=2, devices=1, data=None):
-    """(state, metrics of the last step)."""
-    init, step = parts(cfg)
-    data = data or batch()
-    if devices == 1:
-        state, step = jax.jit(init)(jax.random.key(0)), jax.jit(step)
-        for _ in range(count):
-            state, metrics = step(state, data)
-        return state, metrics
+    step = make_train_step(cfg, optimizer, schedule)
+    if cfg.mesh == config.Mesh():
+        return jax.jit(init), jax.jit(step)
     mesh = make_mesh(cfg.mesh, B // cfg.train.microbatches)
     with jax.set_mesh(mesh):
         placed = state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-        state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
-        step, data = jax.jit(step), jax.device_put(data, batch_sharding(mesh))
+    return jax.jit(init, out_shardings=placed), jax.jit(step)
+
+
+@functools.cache
+def history(cfg, count=2):
+    """States before each step and after the last one, metrics of each step."""
+    alone = cfg.mesh == config.Mesh()
+    mesh = None if alone else make_mesh(cfg.mesh, B // cfg.train.microbatches)
+    with contextlib.nullcontext() if alone else jax.set_mesh(mesh):
+        init, step = parts(cfg)
+        data = batch() if alone else jax.device_put(batch(), batch_sharding(mesh))
+        states, metrics = [init(jax.random.key(0))], []
         for _ in range(count):
-            state, metrics = step(state, data)
-    return state, metrics
+            state, of_step = step(states[-1], data)
+            states.append(state)
+            metrics.append(of_step)
+    return states, metrics
+
+
+def steps(cfg, count=2):
+    """(state, metrics of the last step)."""
+    states, metrics = history(cfg, count)
+    return states[-1], metrics[-1]
 
 
 def moving(state):
@@ -96,7 +109,7 @@ def test_a_batch_cut_in_two_gives_the_same_new_state(case):
     whole, _ = steps(settings(CASES[case]))
     cut, _ = steps(settings(CASES[case], microbatches=2))
     assert moving(whole)
-    start = moving(jax.jit(parts(settings(CASES[case]))[0])(jax.random.key(0)))
+    start = moving(history(settings(CASES[case]))[0][0])
     for a, b, before in zip(moving(whole), moving(cut), start, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
         assert not np.array_equal(a, before)
@@ -106,7 +119,7 @@ def test_a_batch_cut_in_two_gives_the_same_new_state(case):
 def test_eight_devices_give_the_same_new_state(case):
     mesh = config.Mesh(data=2, expert=2, model=2)
     alone, one = steps(settings(CASES[case]))
-    together, eight = steps(settings(CASES[case], mesh=mesh), devices=8)
+    together, eight = steps(settings(CASES[case], mesh=mesh))
     np.testing.assert_allclose(one["loss"], eight["loss"], rtol=1e-5)
     for a, b in zip(moving(alone), moving(together), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -116,11 +129,11 @@ def test_a_skipped_update_leaves_states_as_they_were():
     cfg = settings(CASES["sigmoid_bias"], loss=config.Loss(balance={"weight": 0.01, "controller":
                                                            "drop_rate"}))  # fmt: skip
     init, step = parts(cfg)
-    state = jax.jit(init)(jax.random.key(0))
+    state = init(jax.random.key(0))
     poisoned = jax.tree.map(lambda x: x, state.params)
     poisoned["embedding_VD"][...] = jnp.full_like(poisoned["embedding_VD"][...], jnp.nan)
     state = dataclasses.replace(state, params=poisoned)
-    after, metrics = jax.jit(step)(state, batch())
+    after, metrics = step(state, batch())
     assert metrics["skipped_updates"] == 1
     assert after.step == 1
     for a, b in zip(moving(state), moving(after), strict=True):
@@ -146,30 +159,22 @@ def test_noise_is_the_same_however_the_batch_is_cut_and_new_in_every_step():
     with ROUTERS.temporarily("noisy", Noisy):
         moe = {"router": "noisy", "noisy": {"k": 1}}
         mesh = config.Mesh(data=2, expert=2, model=2)
-        loads = [
-            np.asarray(steps(cfg, 1, devices)[1]["load_NE"])
-            for cfg, devices in [
-                (settings(moe), 1),
-                (settings(moe, microbatches=2), 1),
-                (settings(moe, mesh=mesh), 8),
-            ]
-        ]
-        np.testing.assert_array_equal(loads[0], loads[1])
-        np.testing.assert_array_equal(loads[0], loads[2])
-        frozen = dataclasses.replace(settings(moe), optimizer=config.Optimizer(learning_rate=1e-30))
-        init, step = parts(frozen)
-        step, state = jax.jit(step), jax.jit(init)(jax.random.key(0))
-        state, first = step(state, batch())
-        state, second = step(state, batch())
+        # With parameters that stay as they are, another choice in the next step is one of noise.
+        frozen = config.Optimizer(learning_rate=1e-30)
+        whole, cut, spread = (
+            np.asarray(steps(dataclasses.replace(cfg, optimizer=frozen), 1)[1]["load_NE"])
+            for cfg in (settings(moe), settings(moe, microbatches=2), settings(moe, mesh=mesh))
+        )
+        np.testing.assert_array_equal(whole, cut)
+        np.testing.assert_array_equal(whole, spread)
+        _, (first, second) = history(dataclasses.replace(settings(moe), optimizer=frozen), 2)
         assert not np.array_equal(first["load_NE"], second["load_NE"])
         assert not np.array_equal(first["load_NE"][0], first["load_NE"][1])  # nor of two layers
 
 
 def test_only_trainable_parameters_move_and_have_moments():
     cfg = settings({}, trainable=r"router_DE")
-    init, _ = parts(cfg)
-    before = jax.jit(init)(jax.random.key(0))
-    after, _ = steps(cfg, 1)
+    (before, after), _ = history(cfg, 1)
     pairs = zip(before.params.flat_state(), after.params.flat_state(), strict=True)
     moved = {".".join(map(str, path)): not np.array_equal(a[...], b[...])
              for (path, a), (_, b) in pairs}  # fmt: skip
@@ -244,8 +249,7 @@ def test_layers_of_unlike_routers_have_their_own_losses():
 
 
 def test_metrics_show_the_states_of_the_step_by_layer():
-    _, metrics = steps(settings(CASES["budget"]), count=2)
-    before, _ = steps(settings(CASES["budget"]), count=1)
+    (_, before, _), (_, metrics) = history(settings(CASES["budget"]))
     layer = nnx.merge(nnx.graphdef(decoder_shapes(settings(CASES["budget"]).model)), before.params)
     used_N = layer.moe_feed_forwards[0].threshold[...]
     np.testing.assert_array_equal(metrics["router_threshold_N"], used_N)
