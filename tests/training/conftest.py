@@ -77,7 +77,7 @@ def traced_once():
 
     def generator(self, decoder, **keywords):
         generator_of(self, decoder, **keywords)
-        lying = [str(leaf.sharding) for leaf in jax.tree.leaves((self._params, self._layers))]
+        lying = [leaf.sharding for leaf in jax.tree.leaves((self._params, self._layers))]
         key = self._structure, self._whole, self._layers is None, *lying
         self._compiled = _WRITING.setdefault(key, {})
 
