@@ -4,8 +4,10 @@
 
 The shape is that of `benchmarks.train_step`.  Parameters and states of routers are set so that
 tokens use 2.00 +- 0.02 experts on average: where the number is no setting, the routers' matrices
-are scaled, or all logits of a router are shifted, until they do.  States are put back after each
-step, so that no rule moves them while they are timed.  All cases run in turns.
+are scaled, or the logits of all experts are shifted, until they do.  States are put back after each
+step, so that no rule moves them while they are timed.  All cases run in turns.  Routers that
+compute something else (all experts, slots, as many tokens for every expert) are compared by what
+they compute: time over FLOPs.
 """
 
 import argparse
@@ -27,24 +29,43 @@ from benchmarks.train_cases import PRESETS, Case, Preset
 from benchmarks.train_jax import TrainCase
 from dynmoe_jax.config import ConfigError, MoE
 from dynmoe_jax.hardware.huge_pages import restart_with_huge_pages
+from dynmoe_jax.model import decoder_shapes, decoder_structure
 from dynmoe_jax.model.components import RouterState
+from dynmoe_jax.model.inputs import noise_key
+from dynmoe_jax.training.loss import TrainingLoss
 
 LIMIT = 1.10
+SHARPEST = 4096.0
 MEAN, TOLERANCE = 2.0, 0.02
+BISECTIONS = 12
+PARTS = 4
+"""Of a batch whose routing is looked at, one after the other."""
+
+SHIFT = 0.02
+"""Largest weight that a router gives to what all embeddings have alike."""
 
 Knob = Callable[[nnx.State, jax.Array], nnx.State]
-"""Parameters, and how far to turn, from 0 to 1 -> parameters."""
+"""(parameters, from 0 to 1 how far to turn) -> parameters with which tokens use fewer experts."""
 
 
 def scale(params: nnx.State, turn: jax.Array) -> nnx.State:
-    """Multiplies the routers' matrices by 1 to 4096: sharper, so fewer experts."""
-    return _changed(params, "router_DE", lambda matrix: matrix * 4096.0**turn)
+    """Multiplies the routers' matrices: sharper, so fewer experts."""
+    return _changed(params, "router_DE", lambda matrix: matrix * SHARPEST**turn)
 
 
 def shift(params: nnx.State, turn: jax.Array) -> nnx.State:
-    """Lowers all logits: every embedding has the same first number, and every router weighs it."""
-    params = _changed(params, "embedding", lambda table: table.at[..., 0].set(1.0))
-    return _changed(params, "router_DE", lambda matrix: matrix.at[..., 0, :].set(-0.02 * turn))
+    """Lowers the logits of experts: all embeddings have the same first number, which routers weigh.
+
+    Of a router with more scores than experts, such as those of null experts, the others stay.
+    """
+    experts = PRESETS["cpu"].model.moe.num_experts
+
+    def lowered(matrix):
+        row_E = jnp.where(jnp.arange(matrix.shape[-1]) < experts, SHIFT * (1 - 2 * turn), 0.0)
+        return matrix.at[..., 0, :].set(row_E)
+
+    params = _changed(params, "embedding_VD", lambda table: table.at[:, 0].set(1.0))
+    return _changed(params, "router_DE", lowered)
 
 
 def _changed(params: nnx.State, name: str, change) -> nnx.State:
@@ -58,49 +79,102 @@ class Router:
     """A router at a mean of two experts.
 
     Attributes:
-      moe: its settings, beside ``router``.
+      moe: settings of the layer.
       knob: what is turned until the mean is right; None: the settings give it.
+      settle: steps after which the states are what they stay.
+      by_flops: compared by its own FLOPs, for routers that compute more, or drop.
     """
 
     moe: Mapping[str, object]
     knob: Knob | None = None
+    settle: int = 0
+    by_flops: bool = False
 
+
+_AHEAD = {"allow_non_causal": True}
 
 ROUTERS: dict[str, Router] = {
-    "top_k": Router({"top_k": {"k": 2}}),
-    "top_p": Router({}, scale),
-    "hash": Router({"hash": {"k": 2}}),
-    "sigmoid_bias": Router({"sigmoid_bias": {"k": 2}}),
-    "relu": Router({"relu": {"experts_per_token": 2.0}}, shift),
+    "top_k": Router({"router": "top_k", "top_k": {"k": 2}}),
+    "top_p": Router({"router": "top_p"}, scale),
+    "top_p_budget": Router({"router": "top_p", "top_p": {"experts_per_token": 2.0}}, settle=1),
+    "hash": Router({"router": "hash", "hash": {"k": 2}}),
+    "sigmoid_bias": Router({"router": "sigmoid_bias", "sigmoid_bias": {"k": 2}}),
+    "noisy_top_k": Router({"router": "noisy_top_k", "noisy_top_k": {"k": 2}}),
+    "relu": Router({"router": "relu", "relu": {"experts_per_token": 2.0}}, shift),
+    "block_ffn": Router({"router": "block_ffn", "block_ffn": {"experts_per_token": 2.0}}, shift),
+    "seq_top_k": Router({"router": "seq_top_k", "seq_top_k": {"k": 2}, **_AHEAD}),
+    "expert_threshold": Router(
+        {
+            "router": "expert_threshold",
+            "expert_threshold": {"experts_per_token": 2.0, "warmup_steps": 0},
+        },
+        settle=1,
+    ),
+    "top_any": Router({"router": "top_any"}, shift),
+    "null_experts": Router({"router": "null_experts", "null_experts": {"k": 4}}, shift),
+    "shared_null": Router({"router": "shared_null", "shared_null": {"k": 4}}, shift),
+    "moe_plus_plus": Router({"router": "moe_plus_plus", "moe_plus_plus": {"k": 3}}, shift),
+    "zero_computation": Router({"router": "zero_computation", "zero_computation": {"k": 3}}, shift),
+    "expert_choice": Router(
+        {"router": "expert_choice", "expert_choice": {"experts_per_token": 2.0}, **_AHEAD},
+        by_flops=True,
+    ),
+    "soft": Router({"router": "soft", "soft": {"slots": 64}, **_AHEAD}, by_flops=True),
+    "sphero": Router({"router": "sphero", "sphero": {"slots": 64}, **_AHEAD}, by_flops=True),
+    "dense": Router({"router": "dense"}, by_flops=True),
 }
-"""Routers that drop nothing, by their names in the registry."""
+"""Routers by what they are called here."""
 
 
 class RouterCase(TrainCase):
     """A training step whose routers are at the mean and stay there."""
 
     def __init__(self, preset: Preset, name: str):
-        self._knob = ROUTERS[name].knob
-        moe = dataclasses.replace(preset.model.moe, router=name, **_groups(ROUTERS[name].moe))
+        self._router, self._calls = ROUTERS[name], 0
         self._kept: nnx.State | None = None
-        super().__init__(preset, Case(moe, MEAN if self._knob else 0.0))
-        found = self.experts_per_token
-        if abs(found - MEAN) > TOLERANCE:
-            raise ConfigError(f"{name} uses {found:.3f} experts per token instead of {MEAN:g}.")
+        moe = dataclasses.replace(preset.model.moe, **_groups(self._router.moe))
+        super().__init__(preset, Case(moe, MEAN if self._router.knob else 0.0))
+        self()
+        self.experts_per_token = float(np.mean(np.sum(self._metrics["load_NE"], axis=-1)))
+        self.experts_per_token /= self.tokens
+        if abs(self.experts_per_token - MEAN) > TOLERANCE and not self._router.by_flops:
+            found = f"{self.experts_per_token:.3f}"
+            raise ConfigError(f"{name} uses {found} experts per token instead of {MEAN:g}.")
 
     def __call__(self) -> float:
-        """Takes one step from the states that were set; seconds."""
+        """Takes one step from the states that stay; seconds."""
         params = self._state.params
-        if self._kept is None:
+        if self._calls == self._router.settle:
             self._kept = jax.tree.map(jnp.copy, nnx.filter_state(params, RouterState))
         elif self._kept:
             kept = jax.tree.map(jnp.copy, self._kept)
-            merged = nnx.merge_state(params, kept)
-            self._state = dataclasses.replace(self._state, params=merged)
+            self._state = dataclasses.replace(self._state, params=nnx.merge_state(params, kept))
+        self._calls += 1
         return super().__call__()
 
-    def _turned(self, params: nnx.State, turn: jax.Array) -> nnx.State:
-        return self._knob(params, turn)
+    def _sharpen(self, cfg, mean: float) -> None:
+        """Turns the knob until the tokens of the batch use ``mean`` experts, as in training."""
+        structure = decoder_structure(cfg.model)
+        loss = TrainingLoss.of(cfg, decoder_shapes(cfg.model))
+        batch = self._batch | {"row": jnp.arange(len(self._batch["tokens"]))}
+        split = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), batch)
+
+        @jax.jit
+        def experts(params, turn):
+            decoder = nnx.merge(structure, self._router.knob(params, turn))
+
+            def of_part(part):
+                load_NE = loss.counts(loss.sums(decoder, part, noise_key(0, 0))).load_NE
+                return jnp.sum(load_NE) / load_NE.shape[0] / part["tokens"].size
+
+            return jnp.mean(jax.lax.map(of_part, split))
+
+        params, low, high = self._state.params, 0.0, 1.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if experts(params, middle) > mean else (low, middle)
+        turned = jax.jit(self._router.knob, donate_argnums=0)(params, (low + high) / 2)
+        self._state = dataclasses.replace(self._state, params=turned)
 
 
 def _groups(moe: Mapping[str, object]) -> dict[str, object]:
@@ -116,7 +190,6 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", choices=("cpu", "tiny"), default="cpu")
     parser.add_argument("--routers", default=",".join(ROUTERS), help="with commas between them")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each that count")
     parser.add_argument("--threads", type=int, default=2, help="cores")
@@ -128,20 +201,35 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(f"--routers={name} must be some of {', '.join(ROUTERS)}.")
     restart_with_huge_pages()
     pin_threads(asked.threads)
-    preset = PRESETS[asked.preset]
+    preset = PRESETS["cpu"]
     cases = {}
     for name in names:
         print(f"Compiling {name} …", file=sys.stderr, flush=True)
         cases[name] = RouterCase(preset, name)
     seconds = interleave(cases, asked.rounds, show_progress(asked.rounds), in_a_row=2)
-    rows, figures = [("router", "over top_k [quartiles]", "s", "experts")], []
+    rows, figures = [("router", "over top_k [quartiles]", "s", "experts", "FLOPs over top_k")], []
+    marks = []
     for name, case in cases.items():
         over, median = ratio(seconds[name], seconds["top_k"]), float(np.median(seconds[name]))
-        rows.append((name, str(over), f"{median:.3f}", f"{case.experts_per_token:.3f}"))
-        figures.append({"router": name, "seconds": median, "over_top_k": dataclasses.asdict(over)})
+        flops = case.flops / cases["top_k"].flops
+        experts = f"{case.experts_per_token:.3f}"
+        rows.append((name, str(over), f"{median:.3f}", experts, f"{flops:.2f}"))
+        if ROUTERS[name].by_flops:
+            marks.append(
+                Mark(f"{name}, over FLOPs", LIMIT, ratio(seconds[name] / flops, seconds["top_k"]))
+            )
+        elif name != "top_k":
+            marks.append(Mark(name, LIMIT, over))
+        figures.append(
+            {
+                "router": name,
+                "seconds": median,
+                "over_top_k": dataclasses.asdict(over),
+                "flops_over_top_k": flops,
+            }
+        )
     print("\n".join(columns(rows)))
-    for name in names[1:]:
-        print(Mark(name, LIMIT, ratio(seconds[name], seconds["top_k"])))
+    print("\n".join(map(str, marks)))
     with_machine("benchmarks.router_cost", {"routers": figures}, asked.json)
 
 

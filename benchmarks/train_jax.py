@@ -17,7 +17,6 @@ from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 
 BISECTIONS = 12
-SHARPEST = 4096.0
 PARTS = 4
 """Of a batch whose routing is looked at, one after the other: the forward pass keeps more than the
 step."""
@@ -83,15 +82,15 @@ class TrainCase:
         return time.perf_counter() - begin
 
     def _sharpen(self, cfg, mean: float) -> None:
-        """Turns the routers until the tokens of the batch use ``mean`` experts each."""
+        """Scales the routers until the tokens of the batch use ``mean`` experts each."""
         structure = decoder_structure(cfg.model)
         sequences = self._batch["tokens"].shape[0]
         parts = PARTS if sequences % PARTS == 0 else sequences
         batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), self._batch)
 
         @jax.jit
-        def experts(params, turn):
-            decoder = nnx.merge(structure, self._turned(params, turn))
+        def experts(params, scale):
+            decoder = nnx.merge(structure, _scaled(params, scale))
 
             def of_part(part):
                 layout = part["segment_ids"], part["positions"]
@@ -99,18 +98,17 @@ class TrainCase:
 
             return jnp.mean(jax.lax.map(of_part, batch))
 
-        params, low, high = self._state.params, 0.0, 1.0
+        params, low, high = self._state.params, 1.0, 4096.0
         for _ in range(BISECTIONS):
-            middle = (low + high) / 2
+            middle = (low * high) ** 0.5
             more = experts(params, middle) > mean
             low, high = (middle, high) if more else (low, middle)
-        turned = jax.jit(self._turned, donate_argnums=0)(params, (low + high) / 2)
-        self._state = dataclasses.replace(self._state, params=turned)
+        scaled = jax.jit(_scaled, donate_argnums=0)(params, (low * high) ** 0.5)
+        self._state = dataclasses.replace(self._state, params=scaled)
 
-    def _turned(self, params, turn):
-        """The parameters with all routers scaled, from 1 to ``SHARPEST`` times as ``turn`` goes
-        from 0 to 1."""
-        return jax.tree.map_with_path(
-            lambda path, x: x * SHARPEST**turn if "router_DE" in jax.tree_util.keystr(path) else x,
-            params,
-        )
+
+def _scaled(params, scale):
+    """The parameters with all routers multiplied by ``scale``."""
+    return jax.tree.map_with_path(
+        lambda path, x: x * scale if "router_DE" in jax.tree_util.keystr(path) else x, params
+    )
