@@ -1,8 +1,8 @@
-"""One null logit at the quickstart's size: up to 4 of 8 experts, those above the null logit.
+"""One null logit (arXiv 2601.15370): up to 4 of the quickstart's 8 experts, those above it.
 
     python train.py --config=configs/routers/shared_null.py --workdir=runs/shared_null
 
-Arxiv 2601.15370: the null logit stands in as many slots as make half of all slots null where the
+The null logit stands in as many slots as make half of all slots null where the
 load is even (``density``), so it is a threshold that each token has of its own.  Expect 2 experts
 per token on average, which the load-balancing loss holds, and tokens with none and with 4.
 """

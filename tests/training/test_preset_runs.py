@@ -1,6 +1,6 @@
 """Every preset of a router as a whole run: trained, stopped, continued, reported, written with.
 
-Each costs about ten compilations, so that all but two wait for ``--long``.
+Each costs about ten compilations, so that all but one run wait for ``--long``.
 """
 
 import dataclasses
@@ -27,14 +27,12 @@ from tests.small_run import interrupt_at
 pytestmark = pytest.mark.slow
 
 STEPS = 5
-ALWAYS = ("shared_null", "top_p_budget")
-presets = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.long]) for n in NAMES],
+ALWAYS = "shared_null"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == ALWAYS else [pytest.mark.long]) for n in NAMES]
 )
-
-
-@presets
 def test_a_run_of_a_preset_stops_goes_on_bit_for_bit_and_is_complete(
     name, settings, saved_state, tmp_path
 ):
@@ -72,7 +70,8 @@ def test_a_run_of_a_preset_stops_goes_on_bit_for_bit_and_is_complete(
     assert np.isfinite(summary.heldout.loss)
 
 
-@presets
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
 def test_a_step_on_eight_devices_is_that_on_one(name):
     cfg = dataclasses.replace(shrunk(name), mesh=config.Mesh(data=2, expert=2, model=2))
     schedule = make_schedule(cfg.optimizer, cfg.train.steps)
