@@ -62,37 +62,37 @@ class Published:
         return self.blocks(experts) + (1 if self.tied else 2) * self.embedding() + self.outside()
 
 
+def openmoe(layers, width, heads, head, experts, hidden, **more):
+    """A dense branch as wide as an expert, and dense layers as wide; tied embeddings."""
+    same = {"shared": hidden, "dense_hidden": hidden, "tied": True, **more}
+    return Published(
+        "openmoe", layers, width, heads, heads, head, 256000, experts, 2, hidden, **same
+    )
+
+
+# Active parameters of OpenMoE are those of its blocks.
 MODELS = {
     "mixtral_8x7b": Published(
         "mixtral", 32, 4096, 32, 8, 128, 32000, 8, 2, 14336, total=46.70, active=12.88
     ),
-    "deepseek_moe_16b": Published(
-        *("deepseek_moe", 28, 2048, 16, 16, 128, 102400, 64, 6, 1408),
-        **{"total": 16.37, "active": 2.82, "shared": 2816, "dense": 1, "dense_hidden": 10944},
+    "deepseek_moe_16b": dataclasses.replace(
+        Published("deepseek_moe", 28, 2048, 16, 16, 128, 102400, 64, 6, 1408, 16.37, 2.82),
+        shared=2816,
+        dense=1,
+        dense_hidden=10944,
     ),
-    "qwen1_5_moe_a2_7b": Published(
-        *("qwen1_5_moe", 24, 2048, 16, 16, 128, 151936, 60, 4, 1408),
-        **{"total": 14.31, "active": 2.69, "shared": 5632, "gate": True, "bias": True},
+    "qwen1_5_moe_a2_7b": dataclasses.replace(
+        Published("qwen1_5_moe", 24, 2048, 16, 16, 128, 151936, 60, 4, 1408, 14.31, 2.69),
+        shared=5632,
+        gate=True,
+        bias=True,
     ),
     "skywork_moe": Published(
         "skywork", 52, 4608, 36, 36, 128, 65536, 16, 2, 12288, total=146.4, active=22.7
     ),
-    # Active parameters of OpenMoE are those of its blocks.
-    "openmoe_base": Published(
-        *("openmoe", 12, 768, 12, 12, 64, 256000, 16, 2, 3072),
-        **{"total": 0.6496, "active": 0.156, "shared": 3072, "dense": 9, "dense_hidden": 3072},
-        tied=True,
-    ),
-    "openmoe_8b": Published(
-        *("openmoe", 24, 2048, 24, 24, 128, 256000, 32, 2, 8192),
-        **{"total": 8.78, "active": 2.21, "shared": 8192, "dense": 20, "dense_hidden": 8192},
-        tied=True,
-    ),
-    "openmoe_34b": Published(
-        *("openmoe", 32, 3072, 24, 24, 128, 256000, 32, 2, 12288),
-        **{"total": 34.6, "active": 6.64, "shared": 12288, "dense": 24, "dense_hidden": 12288},
-        tied=True,
-    ),
+    "openmoe_base": openmoe(12, 768, 12, 64, 16, 3072, dense=9, total=0.6496, active=0.156),
+    "openmoe_8b": openmoe(24, 2048, 24, 128, 32, 8192, dense=20, total=8.78, active=2.21),
+    "openmoe_34b": openmoe(32, 3072, 24, 128, 32, 12288, dense=24, total=34.6, active=6.64),
 }
 
 TOKENS = {

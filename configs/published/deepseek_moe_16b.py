@@ -7,11 +7,11 @@ r"""DeepSeekMoE 16B (arXiv 2401.06066): six of 64 fine experts and two shared on
 Parameters: 16,375,728,128 (16.37B in matrices), of which a token uses 2,828,650,496.
 Hardware: 262.0 GB of state shared by all devices, and activations (more microbatches: fewer).
 Cost: 2.01T tokens, 3.44e+22 FLOPs, about 24,000 H100 hours at 40% utilisation (arithmetic).
-From the paper: dimensions, 106,449 steps of 4608 sequences of 4096 tokens, peak learning rate
-4.2e-4 after 2000 steps, AdamW, initial standard deviation 0.006, the balance loss's coefficient of
-1e-3.  The two shared experts are one of twice their width, which computes the same.  The paper
-multiplies the learning rate by 0.316 after 80% and after 90% of the steps; here it falls as a
-cosine to the same tenth.
+From the paper: dimensions, 106,449 steps of "4.5K" sequences (4608 here) of 4096 tokens, peak
+learning rate 4.2e-4 after 2000 steps, AdamW, initial standard deviation 0.006, the balance loss's
+coefficient of 1e-3.  The two shared experts are one of twice their width, which computes the same.
+The paper multiplies the learning rate by 0.316 after 80% and after 90% of the steps; here it falls
+as a cosine to the same tenth.
 """
 
 from configs.published.shared import published_run
