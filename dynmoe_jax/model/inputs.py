@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from dynmoe_jax.routing import Router
 from dynmoe_jax.routing.losses import RoutingLoss
+from dynmoe_jax.routing.record import alive
 
 NOISE = frozenset({"noise", "step"})
 """Inputs of routers that follow from the key of a step."""
@@ -136,6 +137,8 @@ class TokenPositions:
         if self.previous_BLS is None:
             return self
         *front, width = self.previous_BLS.shape
+        # A dead expert's says nothing of the token.
+        logits_TS = jnp.where(alive(logits_TS), logits_TS, 0.0)
         wide_TS = jnp.pad(logits_TS, [(0, 0), (0, width - logits_TS.shape[-1])])
         return self.with_previous(wide_TS.reshape(*front, width))
 

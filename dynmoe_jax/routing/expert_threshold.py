@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dynmoe_jax.fields import free_setting, model_setting
 from dynmoe_jax.registry import ROUTERS
 from dynmoe_jax.routing.quantiles import histogram, quantile
-from dynmoe_jax.routing.record import Routing, fill_slots, masked_logits
+from dynmoe_jax.routing.record import Routing, alive, fill_slots, masked_logits
 from dynmoe_jax.routing.router import Bounds, Router, RouterInput
 
 
@@ -114,19 +114,23 @@ class ExpertThreshold(Router):
         return dataclasses.replace(routing, most_rows=min(most, routing.expert_TK.size))
 
     def measure(self, params, given: RouterInput, routing: Routing):
-        """Cut-offs of the microbatch, or what they are made of, and what the guard did."""
+        """Cut-offs of the microbatch, or what they are made of, and what the guard did.
+
+        Experts that no token may choose give no cut-off.
+        """
         logits_TE = jax.lax.stop_gradient(routing.logits_TE)
         tokens = jnp.sum(given.valid_T)
+        counts_TE = alive(logits_TE) & given.valid_T[:, None]
         if self.over == "batch":
-            counted = jax.vmap(lambda p_T: histogram(p_T[:, None], given.valid_T), in_axes=1)
-            cut = {"score_EB": counted(jax.nn.sigmoid(logits_TE))}
+            counted = jax.vmap(lambda p_T, counts_T: histogram(p_T[:, None], counts_T), in_axes=1)
+            cut = {"score_EB": counted(jax.nn.sigmoid(logits_TE), counts_TE)}
         else:
             sorted_TE = -jnp.sort(jnp.where(given.valid_T[:, None], -logits_TE, jnp.inf), axis=0)
             last = jnp.maximum(self._wanted(tokens, logits_TE.shape[1]) - 1, 0)
-            some = tokens > 0
+            some_E = jnp.any(counts_TE, axis=0)
             cut = {
-                "cut_E": jnp.where(some, sorted_TE[last], 0.0),
-                "microbatches": some.astype(jnp.int32),
+                "cut_E": jnp.where(some_E, sorted_TE[last], 0.0),
+                "microbatches_E": some_E.astype(jnp.int32),
             }
         left_TE = self._passes(logits_TE, given) & ~routing.chosen_TE
         left = jnp.where(self._warm(given.state), 0, jnp.sum(left_TE, dtype=jnp.int32))
@@ -142,18 +146,18 @@ class ExpertThreshold(Router):
             # Within the outermost bins there is no telling how large a logit is.
             half = 0.5 / count_NEB.shape[-1]
             cut_NE = jax.scipy.special.logit(jnp.clip(score_NE, half, 1 - half))
-            seen_N1 = jnp.sum(count_NEB[:, 0], axis=-1, keepdims=True) > 0
+            seen_NE = jnp.any(count_NEB > 0, axis=-1)
         else:
-            number_N1 = seen_N["microbatches"][:, None]
-            cut_NE, seen_N1 = seen_N["cut_E"] / jnp.maximum(number_N1, 1), number_N1 > 0
-        updates_N = state_N["updates"] + seen_N1[:, 0]
+            number_NE = seen_N["microbatches_E"]
+            cut_NE, seen_NE = seen_N["cut_E"] / jnp.maximum(number_NE, 1), number_NE > 0
+        updates_N = state_N["updates"] + jnp.any(seen_NE, axis=-1)
         # raw / (1 - beta^n) as a running mean, which the first update sets exactly.
         power_N1 = self.decay ** (jnp.maximum(updates_N, 1)[:, None] - 1.0)
         old_N1 = self.decay * (1 - power_N1) / (1 - self.decay * power_N1)
         mean_NE = old_N1 * state_N["cut_E"] + (1 - old_N1) * cut_NE
         held_back_N = seen_N["held_back"].astype(jnp.float32)
         return {
-            "cut_E": jnp.where(seen_N1, mean_NE, state_N["cut_E"]),
+            "cut_E": jnp.where(seen_NE, mean_NE, state_N["cut_E"]),
             "updates": updates_N,
             "held_back": held_back_N,
         }, None

@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+DEAD = -1e30
+"""Logit of an expert that no token may choose, such as one that expert dropout takes out: its
+probability is 0 exactly, and 0 times its logarithm is 0 as well."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +214,11 @@ def masked_logits(logits_TE: Float[Array, "T E"], valid_T: Bool[Array, "T"]) -> 
     """Logits in float32, zeros for padding tokens."""
     # Padding may hold NaN: masked after the softmax, its gradient would be 0 * NaN.
     return jnp.where(valid_T[:, None], logits_TE.astype(jnp.float32), 0.0)
+
+
+def alive(logits_TE: Float[Array, "*T E"]) -> Bool[Array, "*T E"]:
+    """Whether tokens may choose the expert of a logit; see :data:`DEAD`."""
+    return logits_TE > DEAD / 2
 
 
 def fill_slots(

@@ -10,8 +10,10 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.fields import ConfigError
+from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.registry import REGULARIZERS, ROUTERS
-from dynmoe_jax.routing import Routing, TopK, TopP
+from dynmoe_jax.routing import ExpertThreshold, Routing, TopK, TopP
+from dynmoe_jax.routing.record import DEAD
 from dynmoe_jax.routing.regularizers.expert_dropout import ExpertDropout
 from dynmoe_jax.routing.regularizers.jitter import Jitter
 from tests.routing.given import D, E, T, given, params_of, replace
@@ -151,3 +153,35 @@ def test_what_leaves_too_few_is_refused(settings, message):
     )
     with pytest.raises(ConfigError, match=message):
         config.Config(model=dataclasses.replace(config.Model(), moe=moe))
+
+
+def test_normalized_logits_are_those_of_the_living():
+    router, dropout = TopP(normalize_logits=True), ExpertDropout(0.5)
+    seen = seen_by(router)
+    alive_E = np.asarray(dropout.alive_E(seen, E))
+    routing = router(params_of(router), dropout(seen, scores))
+    living = replace(seen, logits_TE=seen.logits_TE[:, alive_E])
+    wanted = router(params_of(router), living)
+    np.testing.assert_allclose(routing.probs_TE[:, alive_E], wanted.probs_TE, rtol=1e-5)
+    np.testing.assert_array_equal(routing.probs_TE[:, ~alive_E], 0)
+
+
+def test_the_next_layer_reads_no_logit_of_a_dead_expert():
+    positions = TokenPositions(jnp.ones((1, 2), int), jnp.zeros((1, 2, 4)))
+    positions = positions.with_previous(jnp.zeros((1, 2, 4)))
+    behind = positions.behind(jnp.array([[1.0, DEAD, -2.0], [DEAD, 3.0, 4.0]]))
+    np.testing.assert_array_equal(behind.previous_BLS[0], [[1, 0, -2, 0], [0, 3, 4, 0]])
+
+
+@pytest.mark.parametrize("over", ["microbatch", "batch"])
+def test_a_dead_expert_keeps_its_cut_off(over):
+    router, dropout = ExpertThreshold(decay=0.5, warmup_steps=0, over=over), ExpertDropout(0.5)
+    seen, first = seen_by(router), jnp.arange(E, dtype=jnp.float32)
+    seen = replace(seen, state=seen.state | {"cut_E": first, "updates": jnp.int32(3)})
+    alive_E = np.asarray(dropout.alive_E(seen, E))
+    disturbed = dropout(seen, scores)
+    measured = router.measure({}, disturbed, router({}, disturbed))
+    stack = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
+    state, _ = router.next_state({}, stack(seen.state), stack(measured))
+    np.testing.assert_array_equal(state["cut_E"][0, ~alive_E], first[~alive_E])
+    assert np.all(state["cut_E"][0, alive_E] != first[alive_E])

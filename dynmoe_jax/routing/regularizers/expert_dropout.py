@@ -15,12 +15,9 @@ from jaxtyping import Array, Bool
 
 from dynmoe_jax.fields import ConfigError, free_setting
 from dynmoe_jax.registry import REGULARIZERS
-from dynmoe_jax.routing.record import Routing, used_first
+from dynmoe_jax.routing.record import DEAD, Routing, used_first
 from dynmoe_jax.routing.regularizers.regularizer import Regularizer
 from dynmoe_jax.routing.router import RouterInput
-
-DEAD = -1e30
-"""Logit of a dead expert: its probability is 0 exactly, and 0 times its logarithm is 0 as well."""
 
 _PURPOSE = 0x64726F70
 """Tells its draws from those of others."""
