@@ -10,7 +10,7 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.model.inputs import TrainingInput, noise_key
-from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing import RouterInput, Soft
 from dynmoe_jax.routing.losses.coupling import Coupling
 from dynmoe_jax.routing.losses.simbal import SimBal
 from tests.training.test_router_states import batch, parts, settings
@@ -89,6 +89,21 @@ def test_coupling_is_its_formula(slack):
     # It does not depend on the tokens, and padding alone counts nothing.
     assert found == value_of(Coupling(slack=slack), params, jnp.arange(4) < 2)
     assert value_of(Coupling(), params, jnp.zeros(3, bool)) == 0
+
+
+def test_rows_of_free_experts_are_coupled_with_nothing():
+    params = drawn()
+    more_DS = jnp.append(params["router_DE"], jnp.ones((D, 3)), axis=1)
+    loss = Coupling(weight=1.0)
+    assert value_of(loss, params | {"router_DE": more_DS}) == value_of(loss, params)
+
+
+def test_coupling_with_slots_is_refused():
+    with pytest.raises(config.ConfigError, match=r"coupling\.weight=1\.0 needs counts"):
+        settings(
+            {"router": "soft", "allow_non_causal": True, "soft": Soft(slots=2)},
+            loss=config.Loss(coupling=Coupling(weight=1.0)),
+        )
 
 
 def test_experts_that_project_on_their_own_rows_are_coupled():

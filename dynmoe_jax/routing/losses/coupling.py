@@ -36,12 +36,14 @@ class Coupling(RoutingLoss):
     )
     controller: str = controller_setting()
     label = "coupling"
-    needs = frozenset({"router_DE", "gate_up_ED2F"})
+    # Slots that experts have several of choose nobody, and have rows of their own.
+    needs = frozenset({"router_DE", "gate_up_ED2F", "counts"})
     reads = frozenset({"noise"})
 
     def sums(self, routing, given, params):
         """The loss, once for every token."""
-        row_ED = params["router_DE"].T
+        # Rows of free experts, which have no matrix, stand behind the others.
+        row_ED = params["router_DE"].T[: len(params["gate_up_ED2F"])]
         if given.layer_key is not None:
             row_ED = row_ED * self._noise(row_ED, jax.random.wrap_key_data(given.layer_key))
         gate_EDF, _ = jnp.split(params["gate_up_ED2F"].astype(jnp.float32), 2, axis=-1)
