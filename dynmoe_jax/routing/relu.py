@@ -125,7 +125,10 @@ class Sparsity(Controller):
     def update(self, state, counts):
         """The next coefficient."""
         experts = jnp.maximum(jnp.sum(counts.exists_NE), 1)
-        used = jnp.sum(counts.load_NE) / (jnp.maximum(counts.tokens, 1) * experts)
+        # Of many layers together more than 32 bits count.
+        used = jnp.sum(counts.load_NE.astype(jnp.float32)) / (
+            jnp.maximum(counts.tokens, 1) * experts
+        )
         wanted = jnp.sum(counts.expected_N) / experts
         factor = jnp.where(used > wanted, self.factor, 1 / self.factor)
         # Bounded, so that it finds back from a target that could not be met for long.

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmoe_jax.routing import ReLU, TopK
+from dynmoe_jax.routing.controllers import LayerCounts
 from dynmoe_jax.routing.losses.balance import Balance
-from dynmoe_jax.routing.relu import L1
+from dynmoe_jax.routing.relu import L1, Sparsity
 from tests.routing.given import E, T, given
 
 EPSILON = 1e-4
@@ -47,3 +48,12 @@ def test_even_load_gives_the_mean_of_the_gates_over_k():
     sums = L1().sums(router({}, seen), seen, {})
     # Every expert is used by half of the tokens: 8 * (1/2 * 0.35) over 8 experts, over k = 2.
     np.testing.assert_allclose(L1().value(sums, jnp.float32(T)), 8 * 8 * 0.5 * 0.35 / 2, rtol=1e-6)
+
+
+def test_more_choices_than_32_bits_count_are_counted():
+    layers, experts, tokens = 64, 16, 2**22
+    load_NE = jnp.full((layers, experts), tokens // 2, jnp.int32)  # 8 of 16 experts, for 4 wanted
+    exists_NE, nothing_N = jnp.ones(load_NE.shape, bool), jnp.zeros(layers, jnp.int32)
+    counts = LayerCounts(load_NE, exists_NE, nothing_N, jnp.full(layers, 4.0), jnp.float32(tokens))
+    state = Sparsity(factor=2.0).update({"coefficient": jnp.float32(1.0)}, counts)
+    assert state["coefficient"] == 2.0
