@@ -21,6 +21,9 @@ from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
 _LARGEST_SCALE = 100.0
 """Bound on a learned scale."""
 
+_MOST_COUNTED = 2**30
+"""Tokens behind which a record counts no further; a batch may have as many."""
+
 
 @ROUTERS.register("top_any")
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +170,10 @@ class TopAny(Router):
         phase = state["updates"] % (end + self.rest)
         recorded = (phase >= self.wait) & (phase < end)
         total = {name: state[name] + jnp.where(recorded, seen[name], 0) for name in seen}
+        # Whether there were any is all that is asked; a long window is more than 32 bits count.
+        total |= {
+            name: jnp.minimum(total[name], _MOST_COUNTED) for name in ("routed_E", "unrouted")
+        }
         ends = phase + 1 == end
         live_E = state["live_E"] > 0
         used_E = live_E & (total["routed_E"] > 0)

@@ -171,6 +171,17 @@ def test_an_expert_that_nobody_uses_is_removed_and_learns_nothing_more():
     assert np.all(of_values_E[:2])
 
 
+def test_an_expert_of_more_tokens_than_32_bits_count_stays():
+    state = state_of() | {"routed_E": jnp.array([2**30, 1, 1, 0], jnp.int32)}
+    seen = {
+        "routed_E": jnp.array([2**30 - 1, 0, 0, 0], jnp.int32),
+        "unrouted": jnp.int32(0),
+        "unrouted_D": jnp.zeros(D),
+    }
+    state, _ = after(params_of(), state, seen, seen)
+    np.testing.assert_array_equal(state["live_E"], [1, 1, 1, 0])
+
+
 def test_nothing_is_recorded_outside_of_its_time_and_all_stay_where_nobody_got_anything():
     router = TopAny(wait=1, window=2, rest=1)
     stack = partial(jax.tree.map, lambda x: x[None])
