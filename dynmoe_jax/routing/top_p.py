@@ -113,6 +113,12 @@ class TopP(Router):
                 f"experts_per_token={budget:g} must be 0, or {least} to "
                 f"{f'max_experts={most}' if most and budget <= num_experts else of_experts}"
             )
+        reached = max(top_p_slots(num_experts, self.max_threshold), fewest)
+        if budget > reached:
+            return (
+                f"experts_per_token={budget:g} must be at most {reached}, as many of {of_experts} "
+                f"as max_threshold={self.max_threshold:g} allows"
+            )
         return None
 
     def describe(self) -> str:
@@ -139,9 +145,9 @@ class TopP(Router):
         slots = max(top_p_slots(num_experts, highest), fewest)
         slots = min(slots, self.max_experts or num_experts)
         if budget:
-            return Bounds(slots, fewest, budget, budget + 0.25)
+            return Bounds(slots, fewest, budget, min(budget + 0.25, slots))
         expected, usual = max(EXPECTED_EXPERTS, fewest), max(USUAL_ROWS, fewest)
-        return Bounds(slots, fewest, min(expected, self.max_experts or num_experts), usual)
+        return Bounds(slots, fewest, min(expected, slots), min(usual, slots))
 
     def parameters(self, width: int, num_experts: int) -> dict[str, Parameter]:
         """The matrix, and the scale of normalized logits."""

@@ -253,7 +253,21 @@ def test_normalized_logits_route_alike_whatever_the_scale_of_the_router():
             {"max_experts": 2, "experts_per_token": 2.5},
             "experts_per_token=2.5 must be 0, or 1 to max_experts=2",
         ),
+        (
+            {"max_threshold": 0.5, "experts_per_token": 6.0},
+            "experts_per_token=6 must be at most 5, as many of config.model.moe.num_experts=8 as "
+            "max_threshold=0.5 allows",
+        ),
     ],
 )
 def test_limits_that_contradict_each_other_are_refused(settings, refusal):
     assert TopP(**settings).obstacle(E) == refusal
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"threshold": 0.01}, {"max_experts": 1}, {"experts_per_token": 3.0, "max_experts": 3}],
+)
+def test_no_mean_is_above_the_bound(settings):
+    bounds = TopP(**settings).bounds(16)
+    assert max(bounds.expected, bounds.usual_rows) <= bounds.slots
