@@ -85,8 +85,8 @@ class Balance(RoutingLoss):
 
         Over sequences they are the losses of those, times their tokens.
         """
-        chosen = {"chosen_E": routing.chosen_TE, "probs_E": routing.probs_TE}
-        chosen["probs_E"] = routing.probs_TE[..., : routing.num_experts]
+        probs_TE = routing.probs_TE[..., : routing.num_experts]
+        chosen = {"chosen_E": routing.chosen_TE, "probs_E": probs_TE}
         first = dataclasses.replace(routing, expert_TK=routing.expert_TK[..., :1])
         chosen["first_E"] = first.chosen_TE
 
