@@ -188,7 +188,8 @@ class ExpertThreshold(Router):
         """Bound on the tokens of an expert in training, of so many tokens, valid or not."""
         if not self.guard:
             return tokens
-        wanted = max(math.floor(tokens * self.experts_per_token / experts), 1)
+        # One more, and again: the device counts in float32, which may round up to a whole number.
+        wanted = math.floor(tokens * self.experts_per_token / experts) + 1
         return min(tokens, math.floor((1 + self.guard) * wanted) + 1)
 
 

@@ -120,6 +120,18 @@ def test_the_guard_bounds_what_an_expert_takes_by_its_highest_scores_and_counts_
     np.testing.assert_array_equal(np.sum(free, axis=0), demands)
 
 
+def test_the_bound_on_rows_holds_where_float32_rounds_up():
+    # 45 of 1.4 / 3 are 20.999... to Python, and 21 to the device.
+    router, experts, tokens = ExpertThreshold(1.4, warmup_steps=0, guard=1.0), 3, 45
+    state = router.initial_state(experts) | {
+        "cut_E": jnp.full(experts, -99.0),
+        "updates": jnp.int32(1),
+    }
+    routing = router({}, seen_of(draw(tokens=tokens)[:, :experts], state))
+    assert routing.load_E.tolist() == [42] * experts
+    assert jnp.sum(routing.load_E) <= routing.most_rows
+
+
 def test_the_first_update_sets_the_cuts_of_its_batch_exactly():
     state = after(READY, READY.initial_state(E), measure(draw(), state=READY.initial_state(E)))
     np.testing.assert_array_equal(state["cut_E"], kth(draw(), T // E))
