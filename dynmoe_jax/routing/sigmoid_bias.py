@@ -20,7 +20,20 @@ from dynmoe_jax.routing.quantiles import histograms, quantile
 from dynmoe_jax.routing.record import Routing, fill_slots, masked_logits
 from dynmoe_jax.routing.router import Bounds, Router, RouterInput
 
-_SCORES = {"sigmoid": jax.nn.sigmoid, "sqrt_softplus": lambda z: jnp.sqrt(jax.nn.softplus(z))}
+_LEAST_LOGIT = -40.0
+"""Scores of lower logits are that of this one: a token whose scores all were 0 would have no shares
+of them, and neither these nor the root a slope."""
+
+
+def _sigmoid(logits_TE):
+    return jax.nn.sigmoid(jnp.maximum(logits_TE, _LEAST_LOGIT))
+
+
+def _sqrt_softplus(logits_TE):
+    return jnp.sqrt(jax.nn.softplus(jnp.maximum(logits_TE, _LEAST_LOGIT)))
+
+
+_SCORES = {"sigmoid": _sigmoid, "sqrt_softplus": _sqrt_softplus}
 _LARGEST = {"sigmoid": 1.0, "sqrt_softplus": 4.0}
 """Scores, and what none is above; sqrt(softplus(z)) passes 4 where z does 16."""
 

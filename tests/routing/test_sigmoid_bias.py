@@ -74,6 +74,19 @@ def test_no_gradient_reaches_the_bias_and_the_router_gets_that_of_plain_top_k():
     np.testing.assert_allclose(of_logits, jax.grad(plain)(seen.logits_TE), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("score", ["sigmoid", "sqrt_softplus"])
+def test_scores_that_float32_has_no_numbers_for_have_shares_and_slopes(score):
+    router = SigmoidBias(k=2, score=score)
+
+    def total(logits_TE):
+        routing = router({}, given(router, logits_TE))
+        return jnp.sum(routing.weight_TK**2) + jnp.sum(routing.probs_TE**2)
+
+    value, slope_TE = jax.value_and_grad(total)(jnp.array([[-120.0, -110, -500, -130]]))
+    np.testing.assert_allclose(value, 2 * 0.5**2 + 4 * 0.25**2, rtol=1e-5)
+    assert np.all(np.isfinite(slope_TE))
+
+
 def test_the_bias_moves_by_the_sign_of_what_is_missing():
     router = SigmoidBias(k=1, rate=0.01)
     state_N = {"bias_E": jnp.zeros((2, 4))}
