@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from dynmoe_jax.routing.record import ExpertSlots, Routing, SoftSlots
 
 READABLE = frozenset({"noise", "previous_logits", "segments", "step", "token_ids"})
-"""All that a router, a regularizer or a routing loss may read by naming it in ``reads``."""
+"""All that a router may read by naming it in ``reads``; regularizers all but the logits before, and
+losses ``"segments"``, ``"token_ids"`` and, with parameters of experts, ``"noise"``."""
 
 Params = Mapping[str, Array]
 """Parameters or state of a router, by name."""

@@ -130,7 +130,6 @@ def make_train_step(
             "tokens": jnp.sum(batch["segment_ids"] > 0),
             "load_NE": counts.load_NE,
             "dropped_N": counts.dropped_N,
-            "rows_dropped": jnp.sum(counts.dropped_N),
         }
         coefficients = loss.routing.coefficients(state.controllers, state.step)
         for name in loss.routing.controllers:

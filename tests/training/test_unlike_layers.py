@@ -158,7 +158,7 @@ def test_recorder_counts_each_layer_at_its_own_width(cfg):
     scalars = "loss lm_loss balance_loss entropy_loss router_z_loss grad_norm learning_rate"
     metrics = dict.fromkeys(scalars.split(), np.float32(1))
     metrics |= dict.fromkeys(("skipped_updates", "skipped_in_a_row", "spike_steps"), 0)
-    metrics |= {"load_NE": load_NE, "dropped_N": np.array([2, 1]), "rows_dropped": 3}
+    metrics |= {"load_NE": load_NE, "dropped_N": np.array([2, 1])}
     line = recorder.record(1, metrics | {"tokens": 10})
     assert line["unused_experts"] == 2 + 1
     assert line["load_imbalance_by_layer"] == pytest.approx([2, 6 / 5])

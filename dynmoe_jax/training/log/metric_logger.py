@@ -25,7 +25,7 @@ from dynmoe_jax.training.loss import Batch
 
 SCALARS = ("loss", "lm_loss", "grad_norm", "learning_rate")
 COUNTS = ("skipped_updates", "skipped_in_a_row", "spike_steps")
-_ROWS = ("tokens", "rows_dropped", "load_NE", "dropped_N")
+_ROWS = ("tokens", "load_NE", "dropped_N")
 """Metrics of a step: numbers, counts, and those that others are made of.  Whatever else a step
 reports, such as routing losses and their coefficients, has a number of its own, or one for each
 MoE layer (``…_N``)."""
@@ -50,7 +50,9 @@ class StepRecorder:
         steps = max(1, step - self._step)
         seconds = (now - self._since) / steps
         tokens = cfg.train.batch_size * cfg.data.seq_len
-        load_NE, dropped = values["load_NE"], int(values["rows_dropped"])
+        load_NE = values["load_NE"]
+        # Of many layers together more than 32 bits count.
+        dropped = int(np.sum(values["dropped_N"], dtype=np.int64))
         rows = float(np.sum(load_NE)) - dropped
         if cfg.model.layers:
             rows = (np.sum(load_NE, axis=-1) - values["dropped_N"]).astype(float).tolist()

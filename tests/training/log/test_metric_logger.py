@@ -37,7 +37,7 @@ def step_metrics(step=1, load_NE=((8, 0, 4, 4), (16, 16, 0, 0)), tokens=16, drop
     scalars = {name: np.float32(step + i) for i, name in enumerate(SCALARS)}
     counts = {"load_NE": np.array(load_NE, np.int32), "tokens": np.int32(tokens)}
     counts |= {name: np.int32(0) for name in COUNTS}
-    return scalars | counts | {"rows_dropped": np.int32(dropped)}
+    return scalars | counts | {"dropped_N": np.array([dropped, 0], np.int32)}
 
 
 class Loop:
@@ -92,6 +92,11 @@ def test_flops_are_those_of_the_rows_that_were_computed(cfg, tmp_path, clock):
     flops = training_flops(cfg.model, tokens=256, length=32, rows=30)
     np.testing.assert_allclose(fewer["model_flops_per_second"], flops / 2)
     assert fewer["rows_dropped"] == 18
+
+
+def test_dropped_rows_of_many_layers_do_not_wrap(cfg, tmp_path, clock):
+    metrics = step_metrics() | {"dropped_N": np.full(4, 2**30, np.int32)}
+    assert record(cfg, tmp_path, clock, metrics)["rows_dropped"] == 2**32
 
 
 def test_step_is_read_when_the_next_is_under_way(cfg, tmp_path, clock):
