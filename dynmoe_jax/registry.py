@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ml_collections import ConfigDict
+
 from dynmoe_jax.fields import ConfigError, nearest, setting
 
 
@@ -47,7 +49,8 @@ class Registry(Mapping[str, type]):
         """Registers the dataclass below it as a kind called ``name``.
 
         Raises:
-          ValueError: the name is no identifier or taken, or the kind is no frozen dataclass.
+          ValueError: the name is no identifier or taken, the kind is no frozen dataclass, or a
+            setting of it could not be told from a method of ConfigDict.
         """
 
         def registered(kind: type) -> type:
@@ -59,6 +62,12 @@ class Registry(Mapping[str, type]):
                 raise ValueError(f"{self.family} {name!r} has to define {missing}.")
             if name in self._kinds:
                 raise ValueError(f"{self.family} {name!r} is registered already.")
+            for field in dataclasses.fields(kind):
+                if hasattr(ConfigDict, field.name):
+                    raise ValueError(
+                        f"{self.family} {name!r} has a setting {field.name!r}, which is a method "
+                        "of ConfigDict; rename it."
+                    )
             self._kinds[name] = kind
             return kind
 

@@ -6,7 +6,8 @@ DeepSeek-V3 (arXiv 2412.19437) has 256 experts in 8 groups, of which a token cho
 experts in these, one shared expert, and a first block of dense layers.  A bias that the choice
 alone sees balances the load (arXiv 2408.15664), and a small loss that of each sequence.  Expect
 ``load_imbalance_by_layer`` to fall towards 1 and ``router_bias_max`` to settle; with
-``--config.model.moe.sigmoid_bias.update=quantile`` and one group the load is even after a step.
+``--config.model.moe.sigmoid_bias.update_rule=quantile`` and one group the load is even after a
+step.
 """
 
 from configs.quickstart import get_config as quickstart

@@ -61,7 +61,7 @@ class SigmoidBias(Router):
     groups_chosen: int = model_setting(
         0, "groups among whose experts a token chooses (M); 0 = all", low=0
     )
-    update: str = free_setting(
+    update_rule: str = free_setting(
         "sign",
         "how the bias moves; mean_of_quantiles = the mean of the quantiles of devices and "
         "microbatches (as Megatron-LM), not that of the whole batch",
@@ -88,7 +88,10 @@ class SigmoidBias(Router):
         if self._limited and self.k > allowed:
             return f"k={self.k} must be at most {allowed}, the experts of the groups chosen"
         if self._limited and self._by_quantile:
-            return f"update={self.update} must be sign or proportional where groups are chosen"
+            return (
+                f"update_rule={self.update_rule} must be sign or proportional where groups are "
+                "chosen"
+            )
         return None
 
     def describe(self) -> str:
@@ -144,7 +147,7 @@ class SigmoidBias(Router):
     @property
     def _by_quantile(self) -> bool:
         """Whether the bias is set, and not moved."""
-        return self.update in ("quantile", "mean_of_quantiles")
+        return self.update_rule in ("quantile", "mean_of_quantiles")
 
     def measure(self, params, given, routing):
         """Tokens of each expert, or what its bias had to be for each token to choose it."""
@@ -155,7 +158,7 @@ class SigmoidBias(Router):
         # The score that keeps out who is not among the k best.
         best_TK, _ = jax.lax.top_k(score_TE + bias_E, min(self.k + 1, score_TE.shape[-1]))
         needed_TE = best_TK[:, -1:] - score_TE
-        if self.update == "quantile":
+        if self.update_rule == "quantile":
             low, width = self._range(bias_E)
             return {"needed_EB": histograms((needed_TE - low) / width, given.valid_T)}
         tokens = jnp.sum(given.valid_T, dtype=jnp.int32)
@@ -181,10 +184,10 @@ class SigmoidBias(Router):
             load_NE = seen_N["load_E"].astype(jnp.float32)
             mean_N1 = jnp.mean(load_NE, axis=-1, keepdims=True)
             moved_NE = jnp.sign(mean_N1 - load_NE)
-            if self.update == "proportional":
+            if self.update_rule == "proportional":
                 moved_NE = (mean_N1 - load_NE) / jnp.maximum(mean_N1, 1e-9)
             return {"bias_E": bias_NE + self.rate * moved_NE}, None
-        if self.update == "quantile":
+        if self.update_rule == "quantile":
             low_N1, width_N1 = self._range(bias_NE)
             count_NEB = seen_N["needed_EB"]
             experts = bias_NE.shape[-1]

@@ -101,6 +101,7 @@ def test_what_is_no_file_is_refused(tmp_path):
         ("raise ValueError('one\\ntwo')", "fails: ValueError: one two"),
         (FILE.replace('"patient"', '"top_p"'), "router 'top_p' is registered already"),
         (FILE.replace('"patient"', '"not a name"'), "with a name"),
+        (FILE.replace("patience", "update"), "'update', which is a method of ConfigDict"),
     ],
 )
 def test_a_file_that_fails_is_refused(body, sentence, tmp_path):

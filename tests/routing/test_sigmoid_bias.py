@@ -95,7 +95,7 @@ def test_the_bias_moves_by_the_sign_of_what_is_missing():
     after, revised = router.next_state({}, state_N, seen_N)
     np.testing.assert_allclose(after["bias_E"], [[-0.01, 0.01, 0.01, 0], [0] * 4], rtol=1e-6)
     assert revised is None
-    router = SigmoidBias(k=1, rate=0.01, update="proportional")
+    router = SigmoidBias(k=1, rate=0.01, update_rule="proportional")
     after, _ = router.next_state({}, state_N, seen_N)
     wanted = [[-0.01 * 4 / 5, 0.01 * 3 / 5, 0.01 * 1 / 5, 0], [0] * 4]
     np.testing.assert_allclose(after["bias_E"], wanted, rtol=1e-6)
@@ -107,7 +107,7 @@ TOY = jnp.array([[0.9, 0.5], [0.8, 0.7], [0.7, 0.2], [0.6, 0.45]])
 
 @pytest.mark.parametrize("update", ["quantile", "mean_of_quantiles"])
 def test_quantiles_of_a_toy(update):
-    router = SigmoidBias(k=1, update=update)
+    router = SigmoidBias(k=1, update_rule=update)
     logits_TE = jnp.log(TOY / (1 - TOY))
     seen = given(router, logits_TE)
     assert router({}, seen).load_E.tolist() == [4, 0]
@@ -127,7 +127,7 @@ def test_a_quantile_is_that_of_the_whole_batch_and_padding_counts_nowhere():
                 valid_T=valid_T[half])
         for half in (slice(0, T // 4), slice(T // 4, T))
     ]  # fmt: skip
-    pooled, mean = (SigmoidBias(update=each) for each in ("quantile", "mean_of_quantiles"))
+    pooled, mean = (SigmoidBias(update_rule=each) for each in ("quantile", "mean_of_quantiles"))
     whole = next_bias(pooled, seen)
     np.testing.assert_array_equal(next_bias(pooled, seen, *parts), whole)
     exact = next_bias(mean, seen)
@@ -157,7 +157,7 @@ def worst_violations(router, steps, tokens=4096, experts=64):
 
 
 def test_one_update_by_quantiles_balances_where_signs_take_hundreds():
-    by_quantile = worst_violations(SigmoidBias(k=4, update="quantile"), 3)
+    by_quantile = worst_violations(SigmoidBias(k=4, update_rule="quantile"), 3)
     assert by_quantile[0] > 3
     assert by_quantile[1] < 0.5
     assert by_quantile[2] < 0.5
@@ -191,7 +191,9 @@ def test_settings_that_do_not_go_together_are_refused():
         "groups=3 must divide": SigmoidBias(groups=3),
         "groups_chosen=3 must be at most groups=2": SigmoidBias(groups=2, groups_chosen=3),
         "k=3 must be at most 2": SigmoidBias(k=3, groups=4, groups_chosen=1),
-        "update=quantile must be sign": SigmoidBias(groups=2, groups_chosen=1, update="quantile"),
+        "update_rule=quantile must be sign": SigmoidBias(
+            groups=2, groups_chosen=1, update_rule="quantile"
+        ),
     }
     for sentence, router in refused.items():
         assert router.obstacle(8).startswith(sentence)
