@@ -1,6 +1,7 @@
 """Every preset of a router as a whole run: trained, stopped, continued, reported, written with.
 
-Each costs about ten compilations, so that all but one run wait for ``--long``.
+Each costs about ten compilations, so that they wait for ``--long``; runs of routers with states, of
+those that look ahead, and of those that draw noise are tested without.
 """
 
 import dataclasses
@@ -24,15 +25,12 @@ from dynmoe_jax.training.trainer import train
 from tests.small_presets import NAMES, SEQ_LEN, VOCABULARY, shrunk
 from tests.small_run import interrupt_at
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 STEPS = 5
-ALWAYS = "shared_null"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == ALWAYS else [pytest.mark.long]) for n in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_of_a_preset_stops_goes_on_bit_for_bit_and_is_complete(
     name, settings, saved_state, tmp_path
 ):
@@ -70,7 +68,6 @@ def test_a_run_of_a_preset_stops_goes_on_bit_for_bit_and_is_complete(
     assert np.isfinite(summary.heldout.loss)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_on_eight_devices_is_that_on_one(name):
     cfg = dataclasses.replace(shrunk(name), mesh=config.Mesh(data=2, expert=2, model=2))
