@@ -1,12 +1,9 @@
 """Soft MoE at the quickstart's size: experts compute means of tokens.
 
     python train.py --config=configs/routers/soft.py --workdir=runs/soft
-    python train.py --config=configs/routers/soft.py --workdir=runs/sphero \\
-        --config.model.moe.router=sphero --config.model.moe.sphero.slots=32 \\
-        --config.model.moe.soft.slots=1
 
-From Sparse to Soft Mixtures of Experts (arXiv 2308.00951); the second command is SpheroMoE (MoE
-Jetpack, arXiv 2406.04801).  Eight experts with 32 slots for each sequence of 128 tokens compute
+From Sparse to Soft Mixtures of Experts (arXiv 2308.00951); ``sphero.py`` does the same by cosines
+(arXiv 2406.04801).  Eight experts with 32 slots for each sequence of 128 tokens compute
 two rows per token, as many as top-2 does.  Slots are means of all tokens of a sequence, later ones
 included: the model trains and is reported, its held-out loss is no measure of a language model,
 and it writes nothing.
