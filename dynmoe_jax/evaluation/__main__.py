@@ -7,8 +7,8 @@
 
 Tasks need the extra: pip install 'dynmoe_jax[eval]'.  Results are in WORKDIR/evaluation, unless
 --output names another folder.  --config.model.NAME=VALUE changes what is no part of the model, such
-as the experts per token of a router that leaves them open (config.model.moe.dense.k).  An
-evaluation that is stopped goes on with the same command.
+as the experts per token of a router that leaves them open.  An evaluation that is stopped goes on
+with the same command.
 """
 
 import argparse

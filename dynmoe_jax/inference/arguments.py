@@ -21,7 +21,7 @@ _ABOUT = """Continues texts with a trained model.
 
 Without a prompt, on a terminal, it asks for one after another; Ctrl-D ends it.
 --config.model.NAME=VALUE changes what is no part of the model, such as the experts per token of a
-router that leaves them open (config.model.moe.dense.k)."""
+router that leaves them open."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from dynmoe_jax.registry import LOSSES
-from dynmoe_jax.routing.losses.loss import RoutingLoss, controller_setting, weight_setting
+from dynmoe_jax.routing.losses.loss import (
+    RoutingLoss,
+    controller_setting,
+    times_tokens,
+    weight_setting,
+)
 
 
 @LOSSES.register("diversity")
@@ -33,7 +38,7 @@ class Diversity(RoutingLoss):
         alike_EE = unit_DE.T @ unit_DE - jnp.eye(w_DE.shape[1])
         alike = _root(jnp.sum(jnp.square(alike_EE * live_E * live_E[:, None])))
         simple = jnp.sum(live_E * length_E) / jnp.maximum(jnp.sum(live_E), 1)
-        return {"diversity": (alike + simple) * jnp.sum(given.valid_T)}
+        return {"diversity": times_tokens(alike + simple, given)}
 
     def value(self, sums, tokens):
         """The loss."""
