@@ -38,12 +38,10 @@ class Dense(Router):
     losses: ClassVar = {"mutual_information": 1e-2, "router_z": 0.0}
 
     def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot have k experts, or both settings choose."""
-        if self.k > num_experts:
-            return f"k={self.k} must be at most config.model.moe.num_experts={num_experts}"
+        """Says so where both settings choose."""
         if self.k and self.threshold:
             return f"threshold={self.threshold:g} must be 0 where k={self.k} says how many"
-        return None
+        return super().obstacle(num_experts)
 
     def describe(self) -> str:
         """Names the rule."""

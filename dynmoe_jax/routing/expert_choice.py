@@ -42,15 +42,6 @@ class ExpertChoice(Router):
     causal: ClassVar = False
     losses: ClassVar = {"router_z": 0.0}
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where experts would have to take more tokens than there are."""
-        if self.experts_per_token > num_experts:
-            return (
-                f"experts_per_token={self.experts_per_token:g} must be at most "
-                f"config.model.moe.num_experts={num_experts}"
-            )
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         return f"expert-choice, {self.experts_per_token:g} on average in each {self.group},"

@@ -61,15 +61,6 @@ class ExpertThreshold(Router):
     losses: ClassVar = {"router_z": 0.0}
     gives = frozenset({"logits", "counts"})
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot use so many experts."""
-        if self.experts_per_token > num_experts:
-            return (
-                f"experts_per_token={self.experts_per_token:g} must be at most "
-                f"config.model.moe.num_experts={num_experts}"
-            )
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         return f"expert thresholds, {self.experts_per_token:g} on average"

@@ -27,12 +27,6 @@ class Hash(Router):
     losses: ClassVar = {"balance": 0.0}
     gives = frozenset({"distribution", "counts"})
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot have k experts."""
-        if self.k > num_experts:
-            return f"k={self.k} must be at most config.model.moe.num_experts={num_experts}"
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         return f"hash of the token id, {self.k} experts"

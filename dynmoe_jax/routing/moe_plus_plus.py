@@ -58,12 +58,6 @@ class MoEPlusPlus(Router):
         """The logits of the layer before, if asked for."""
         return frozenset({"previous_logits"} if self.residual else ())
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot have k experts."""
-        if self.k > num_experts:
-            return f"k={self.k} must be at most config.model.moe.num_experts={num_experts}"
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         return (

@@ -42,12 +42,6 @@ class NoisyTopK(Router):
     losses: ClassVar = {"importance": 0.1, "load": 0.1}
     gives = frozenset({"distribution", "softmax", "logits", "counts", "load_TE"})
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot have k experts."""
-        if self.k > num_experts:
-            return f"k={self.k} must be at most config.model.moe.num_experts={num_experts}"
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         return f"noisy top-{self.k}"

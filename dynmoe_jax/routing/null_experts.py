@@ -39,12 +39,6 @@ class NullExperts(Router):
         """M."""
         return self.nulls
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot have k experts."""
-        if self.k > num_experts:
-            return f"k={self.k} must be at most config.model.moe.num_experts={num_experts}"
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         return f"top-{self.k} with {self.nulls} null experts"

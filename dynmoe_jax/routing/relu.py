@@ -39,15 +39,6 @@ class ReLU(Router):
     losses: ClassVar = {"l1": 1e-8}
     gives = frozenset({"gates", "logits", "counts"})
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot use so many experts."""
-        if self.experts_per_token > num_experts:
-            return (
-                f"experts_per_token={self.experts_per_token:g} must be at most "
-                f"config.model.moe.num_experts={num_experts}"
-            )
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         return f"ReLU, {self.experts_per_token:g} on average"

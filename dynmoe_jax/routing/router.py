@@ -166,7 +166,17 @@ class Router(abc.ABC):
     free_experts: ClassVar[int] = 0
 
     def obstacle(self, num_experts: int) -> str | None:
-        """Says why the settings do not fit the number of experts: "NAME=VALUE must …"."""
+        """Says why the settings do not fit the number of experts: "NAME=VALUE must …".
+
+        A setting whose unit is "experts" cannot be more than there are.
+        """
+        for field in dataclasses.fields(self):
+            count = getattr(self, field.name)
+            if field.metadata.get("unit") == "experts" and count > num_experts:
+                return (
+                    f"{field.name}={count:g} must be at most "
+                    f"config.model.moe.num_experts={num_experts}"
+                )
         return None
 
     def describe(self) -> str:

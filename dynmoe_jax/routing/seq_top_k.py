@@ -44,14 +44,11 @@ class SeqTopK(Router):
     group: ClassVar[str] = "sequence"
 
     def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot have so many experts."""
-        if self.k > num_experts:
-            return f"k={self.k} must be at most config.model.moe.num_experts={num_experts}"
+        """Says so where the least is more than the mean."""
+        if obstacle := super().obstacle(num_experts):
+            return obstacle
         if self.min_experts > self.k:
-            return (
-                f"min_experts={self.min_experts} must be at most k={self.k} and "
-                f"config.model.moe.num_experts={num_experts}"
-            )
+            return f"min_experts={self.min_experts} must be at most k={self.k}"
         return None
 
     def describe(self) -> str:

@@ -46,12 +46,6 @@ class SharedNull(Router):
         """M, rounded; one at the least."""
         return max(1, round(num_experts * (1 - self.density) / self.density))
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot have k experts."""
-        if self.k > num_experts:
-            return f"k={self.k} must be at most config.model.moe.num_experts={num_experts}"
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         return f"top-{self.k} with a null logit, {self.density:.0%} of the slots in use"

@@ -76,12 +76,11 @@ class SigmoidBias(Router):
     gives = frozenset({"distribution", "logits", "counts"})
 
     def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot have k experts, or groups are not even."""
-        experts = f"config.model.moe.num_experts={num_experts}"
-        if self.k > num_experts:
-            return f"k={self.k} must be at most {experts}"
+        """Says so where groups are not even, or do not have k experts."""
+        if obstacle := super().obstacle(num_experts):
+            return obstacle
         if num_experts % self.groups:
-            return f"groups={self.groups} must divide {experts}"
+            return f"groups={self.groups} must divide config.model.moe.num_experts={num_experts}"
         if self.groups_chosen > self.groups:
             return f"groups_chosen={self.groups_chosen} must be at most groups={self.groups}"
         allowed = self.groups_chosen * (num_experts // self.groups)

@@ -59,15 +59,6 @@ class TopAny(Router):
     losses: ClassVar = {"diversity": 1e-2, "balance": 0.0}
     gives = frozenset({"distribution", "counts", "expert_vectors"})
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where there are not so many places."""
-        if self.initial_experts > num_experts:
-            return (
-                f"initial_experts={self.initial_experts} must be at most "
-                f"config.model.moe.num_experts={num_experts}"
-            )
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         return "top-any, by learned thresholds"

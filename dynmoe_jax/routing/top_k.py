@@ -60,12 +60,6 @@ class TopK(Router):
         """Noise, for the coins of second experts."""
         return frozenset({"noise"}) if self.second == "random" else frozenset()
 
-    def obstacle(self, num_experts: int) -> str | None:
-        """Says so where a token cannot have k experts."""
-        if self.k > num_experts:
-            return f"k={self.k} must be at most config.model.moe.num_experts={num_experts}"
-        return None
-
     def describe(self) -> str:
         """Names the rule."""
         kept = {"all": "", "none": ", first kept"}

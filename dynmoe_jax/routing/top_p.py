@@ -100,18 +100,17 @@ class TopP(Router):
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says so where no p gives so many experts."""
+        if obstacle := super().obstacle(num_experts):
+            return obstacle
         fewest, most, budget = self.min_experts, self.max_experts, self.experts_per_token
         of_experts = f"config.model.moe.num_experts={num_experts}"
-        for name, count in (("min_experts", fewest), ("max_experts", most)):
-            if count > num_experts:
-                return f"{name}={count} must be at most {of_experts}"
         if most and fewest > most:
             return f"min_experts={fewest} must be at most max_experts={most}"
         if budget and not fewest <= budget <= (most or num_experts):
             least = "1" if fewest == 1 else f"min_experts={fewest}"
             return (
                 f"experts_per_token={budget:g} must be 0, or {least} to "
-                f"{f'max_experts={most}' if most and budget <= num_experts else of_experts}"
+                f"{f'max_experts={most}' if most else of_experts}"
             )
         reached = max(top_p_slots(num_experts, self.max_threshold), fewest)
         if budget > reached:

@@ -56,8 +56,8 @@ class ZeroComputation(Router):
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says so where a token cannot have so many experts, or groups are not even."""
-        if self.k > num_experts:
-            return f"k={self.k} must be at most config.model.moe.num_experts={num_experts}"
+        if obstacle := super().obstacle(num_experts):
+            return obstacle
         fewest = max(0, self.k - self.identities)
         if not fewest <= self.budget < self.k:
             return (
