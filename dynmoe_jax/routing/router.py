@@ -228,7 +228,7 @@ class Router(abc.ABC):
         return {}
 
     def initial_cache(self, batch: int, length: int, num_experts: int) -> dict[str, Array]:
-        """What a layer keeps of sequences while it generates, before their first token.
+        """Makes the cache of a layer for sequences that it generates, before their first token.
 
         For a router whose choice at inference depends on earlier tokens of a sequence; a KV cache
         carries it.  Names end in axes, which begin with B; where S is among them, the array has

@@ -20,7 +20,7 @@ from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
 
 
 class _SlotRouter(Router):
-    """What routers of soft slots share: groups, and the two softmaxes."""
+    """Common part of routers of soft slots: groups, and the two softmaxes."""
 
     slots: int
     group: str

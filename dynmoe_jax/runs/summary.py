@@ -86,7 +86,7 @@ class Summary:
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def reasons(self) -> list[str]:
-        """What was left out and why, a sentence for each reason."""
+        """Parts that were left out and why, a sentence for each reason."""
         names_by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             names_by_reason.setdefault(reason, []).append(name)

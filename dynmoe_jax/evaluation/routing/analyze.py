@@ -32,7 +32,7 @@ Batches = Callable[[], dict[str, Iterable[Batch]]]
 
 
 class Analysis:
-    """What one pass over a checkpoint's tokens leaves: sums, and the first choices of a few.
+    """Result of one pass over a checkpoint's tokens: sums, and the first choices of a few.
 
     Args:
       model: of the run; it has MoE layers.
@@ -62,7 +62,7 @@ class Analysis:
             self._room[domain] -= self._firsts[-1].shape[1]
 
     def record(self) -> dict[str, Any]:
-        """What the sums say."""
+        """Record of the sums, for JSON and pages."""
         return to_record(self.sums, self._model.looks_ahead)
 
     @property

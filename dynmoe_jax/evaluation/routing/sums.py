@@ -44,7 +44,7 @@ class Documents:
         return cls(number_T - first, first, np.array(weights, np.float32))
 
     def repeated(self, times: int) -> "Documents":
-        """Those of the same tokens, so many times behind each other (once for each layer)."""
+        """The same tokens, so many times behind each other (once for each layer)."""
         return dataclasses.replace(self, number_T=np.tile(self.number_T, times))
 
 

@@ -47,5 +47,5 @@ class Regularizer(abc.ABC):
         """
 
     def behind(self, routing: Any, given: RouterInput) -> Any:
-        """What stands of the router's choice; losses and statistics read this."""
+        """Takes back a part of the router's choice; losses and statistics read what is left."""
         return routing
