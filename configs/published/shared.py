@@ -1,4 +1,4 @@
-"""What the runs of published models share.
+"""Common part of the runs of published models.
 
 Each is a preset of ``configs/routers/`` at the size of the model that was published: the router and
 the losses are the preset's, unless the file says otherwise; dimensions are the publication's.

@@ -1,4 +1,4 @@
-"""The feed-forward of a layer: dense SwiGLU, or experts chosen by a router.
+"""The Mixture-of-Experts feed-forward of a layer: experts chosen by a router.
 
 Axis legend: B batch, L positions, T = B L tokens, D model width, E experts, F hidden width.
 """
@@ -19,16 +19,14 @@ from dynmoe_jax.experts import (
     make_backend,
     make_transport,
 )
-from dynmoe_jax.experts.weights import gated, swiglu
-from dynmoe_jax.mesh.axes import EXPERT, MODEL, batch_devices, mesh_sizes
-from dynmoe_jax.mesh.sharding import by_token, split_columns, whole_parameter
+from dynmoe_jax.mesh.axes import EXPERT, batch_devices, mesh_sizes
+from dynmoe_jax.mesh.sharding import by_token, whole_parameter
 from dynmoe_jax.model.adjugate import AdjugateExperts
 from dynmoe_jax.model.components import RouterState, added, compute_dtype, drawn, matrix
+from dynmoe_jax.model.dense_feed_forward import swiglu_of_all
 from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.router_logits import logits_of, norm_and_logits
-from dynmoe_jax.model.linear.matrices import Matrices
-from dynmoe_jax.model.linear.products import times
 from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.routing import ExpertSlots, RouterInput, Routing, SoftSlots
@@ -40,40 +38,6 @@ from dynmoe_jax.routing.transforms import chain, dropped
 
 Weights = ExpertWeights | dict[str, Array]
 """All experts of a layer, as backends take them."""
-
-
-class DenseFeedForward(nnx.Module):
-    """SwiGLU (arXiv 2002.05202) without biases."""
-
-    def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
-        D, F = model.width, model.hidden_width
-        shapes = {"gate_up_D2F": (D, 2 * F), "down_FD": (F, D)}
-        self.matrices = Matrices.drawn(self, model, shapes, rngs)
-        self.dtype, self.plain = compute_dtype(model), model.plain
-
-    def weights(self, stacked: StackedView | None = None) -> None:
-        """Nothing that would have to travel before attention."""
-
-    def added_to(
-        self,
-        x_BLD: Float[Array, "B L D"],
-        norm: nnx.RMSNorm,
-        positions: TokenPositions,
-        weights: None,
-    ) -> tuple[Float[Array, "B L D"], None]:
-        """Returns (the stream plus the feed-forward of its norm, no record of routing)."""
-        x_BLD, normed_BLD = forked(norm, x_BLD, self.plain)
-        y_TD = self(normed_BLD.reshape(-1, x_BLD.shape[-1]))
-        return x_BLD + y_TD.reshape(x_BLD.shape), None
-
-    def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Computes down(silu(x gate) * (x up))."""
-        matrices = self.matrices
-        if matrices.apply_themselves:
-            hidden_TF = swiglu(matrices.applied(self, "gate_up_D2F", x_TD))
-            return matrices.applied(self, "down_FD", hidden_TF)
-        gate_up_D2F, down_FD = (matrices.whole(self, n) for n in ("gate_up_D2F", "down_FD"))
-        return _swiglu_of_all(x_TD, gate_up_D2F, down_FD, self.dtype, self.plain)
 
 
 class MoEFeedForward(nnx.Module):
@@ -396,7 +360,7 @@ class MoEFeedForward(nnx.Module):
     def shared(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes what the shared expert adds to every token."""
         matrices = self.shared_gate_up_D2F[...], self.shared_down_FD[...]
-        y_TD = _swiglu_of_all(x_TD, *matrices, self.dtype, self.plain)
+        y_TD = swiglu_of_all(x_TD, *matrices, self.dtype, self.plain)
         if not self.moe.shared_gate:
             return y_TD
         router_D1 = whole_parameter("shared_router_D1", self.shared_router_D1[...], self.dtype)
@@ -411,19 +375,3 @@ def _draws(training: TrainingInput | None) -> bool:
 def _applies(regularizer: Regularizer, training: TrainingInput | None) -> bool:
     """Whether a regularizer is called in this pass."""
     return training is not None and (_draws(training) or not regularizer.reads)
-
-
-def _swiglu_of_all(
-    x_TD: Float[Array, "T D"],
-    gate_up_D2F: Float[Array, "D 2*F"],
-    down_FD: Float[Array, "F D"],
-    dtype: jnp.dtype,
-    plain: bool,
-) -> Float[Array, "T D"]:
-    """down(silu(x gate) * (x up)) of all tokens."""
-    gate_up_D2F = whole_parameter("gate_up_D2F", gate_up_D2F, dtype)
-    down_FD = whole_parameter("down_FD", down_FD, dtype)
-    if mesh_sizes()[MODEL] == 1:
-        return times(swiglu(times(x_TD, gate_up_D2F, plain)), down_FD, plain)
-    gate_DF, up_DF = (split_columns(half) for half in jnp.split(gate_up_D2F, 2, axis=-1))
-    return gated(x_TD @ gate_DF, x_TD @ up_DF) @ down_FD

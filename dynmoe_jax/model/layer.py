@@ -20,7 +20,8 @@ from dynmoe_jax.experts import StackedView
 from dynmoe_jax.mesh.transfer_order import in_transfer_order
 from dynmoe_jax.model.attention import Attention
 from dynmoe_jax.model.components import rms_norm
-from dynmoe_jax.model.feed_forward import DenseFeedForward, MoEFeedForward
+from dynmoe_jax.model.dense_feed_forward import DenseFeedForward
+from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.output import MoERecord
 from dynmoe_jax.routing import Routing

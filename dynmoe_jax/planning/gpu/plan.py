@@ -166,7 +166,7 @@ class _Step:
                 "model.kernels.norm.router_logits: norm_and_logits", "router", sparse, router
             ),
             self._feed_forward(
-                "model.feed_forward: DenseFeedForward",
+                "model.dense_feed_forward: DenseFeedForward",
                 "feed-forward",
                 model.num_layers - sparse,
                 (T, 1, model.hidden_width),
