@@ -51,7 +51,7 @@ from IPython.display import HTML, display
 
 from configs import quickstart
 from dynmoe_jax import config
-from dynmoe_jax.routing.top_p import TopP
+from dynmoe_jax.routing.routers.top_p import TopP
 from dynmoe_jax.runs.load import load_run
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.training.finish import sample

@@ -14,7 +14,8 @@ from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.registry import ROUTERS
-from dynmoe_jax.routing import ExpertChoice, TopK
+from dynmoe_jax.routing import TopK
+from dynmoe_jax.routing.routers import ExpertChoice
 
 B, L, D, E, F, C = 8, 6, 8, 4, 8, 2
 

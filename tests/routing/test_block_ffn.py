@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynmoe_jax.routing import BlockFFN
 from dynmoe_jax.routing.losses.activation_locality import ActivationLocality
 from dynmoe_jax.routing.losses.chunk_sparsity import ChunkSparsity
+from dynmoe_jax.routing.routers import BlockFFN
 from tests.routing.given import E, T, given, params_of, replace
 
 ROUTER = BlockFFN()

@@ -9,7 +9,7 @@ from dynmoe_jax.registry import CONTROLLERS
 from dynmoe_jax.routing.controllers import LayerCounts
 from dynmoe_jax.routing.controllers.drop_rate import DropRate
 from dynmoe_jax.routing.controllers.linear import Linear
-from dynmoe_jax.routing.relu import Sparsity
+from dynmoe_jax.routing.routers.relu import Sparsity
 
 N, E = 2, 4
 

@@ -17,7 +17,8 @@ from dynmoe_jax.model import Decoder, decoder_structure
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
 from dynmoe_jax.registry import LOSSES
-from dynmoe_jax.routing import Dense, RouterInput
+from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing.routers import Dense
 from dynmoe_jax.training.loss import TrainingLoss
 
 T, E, V, L = 12, 5, 16, 16

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing import ExpertChoice, RouterInput
+from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing.routers import ExpertChoice
 
 S, L, E = 3, 8, 4
 T = S * L

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from dynmoe_jax import config
 from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.mesh.sharding import by_token
-from dynmoe_jax.routing import ExpertThreshold, RouterInput
+from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing.routers import ExpertThreshold
 
 T, E = 24, 4
 READY = ExpertThreshold(warmup_steps=0)

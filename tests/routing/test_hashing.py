@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing import Hash
+from dynmoe_jax.routing.routers import Hash
 from tests.routing.given import given, replace
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing import MoEPlusPlus
+from dynmoe_jax.routing.routers import MoEPlusPlus
 from tests.routing.descent import free_balance, used_after
 from tests.routing.given import D, E, T, given, params_of, replace
 

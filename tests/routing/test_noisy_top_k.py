@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dynmoe_jax.routing.noisy_top_k import (
+from dynmoe_jax.routing.routers.noisy_top_k import (
     NOISE_FLOOR,
     Importance,
     Load,

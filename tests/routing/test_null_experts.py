@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing import NullExperts, SharedNull
+from dynmoe_jax.routing.routers import NullExperts, SharedNull
 from tests.routing.descent import free_balance, used_after
 from tests.routing.given import given, replace
 

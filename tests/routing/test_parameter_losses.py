@@ -10,9 +10,10 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.model.inputs import TrainingInput, noise_key
-from dynmoe_jax.routing import RouterInput, Soft
+from dynmoe_jax.routing import RouterInput
 from dynmoe_jax.routing.losses.coupling import Coupling
 from dynmoe_jax.routing.losses.simbal import SimBal
+from dynmoe_jax.routing.routers import Soft
 from tests.training.test_router_states import batch, parts, settings
 
 E, D, F = 8, 16, 6

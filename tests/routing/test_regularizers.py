@@ -12,10 +12,11 @@ from dynmoe_jax import config
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.registry import REGULARIZERS, ROUTERS
-from dynmoe_jax.routing import ExpertThreshold, Routing, TopK, TopP
+from dynmoe_jax.routing import Routing, TopK, TopP
 from dynmoe_jax.routing.record import DEAD
 from dynmoe_jax.routing.regularizers.expert_dropout import ExpertDropout
 from dynmoe_jax.routing.regularizers.jitter import Jitter
+from dynmoe_jax.routing.routers import ExpertThreshold
 from tests.routing.given import D, E, T, given, params_of, replace
 
 WEIGHTS_DE = jax.random.normal(jax.random.key(0), (D, E))

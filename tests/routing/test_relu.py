@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynmoe_jax.routing import ReLU, TopK
+from dynmoe_jax.routing import TopK
 from dynmoe_jax.routing.controllers import LayerCounts
 from dynmoe_jax.routing.losses.balance import Balance
-from dynmoe_jax.routing.relu import L1, Sparsity
+from dynmoe_jax.routing.routers import ReLU
+from dynmoe_jax.routing.routers.relu import L1, Sparsity
 from tests.routing.given import E, T, given
 
 EPSILON = 1e-4

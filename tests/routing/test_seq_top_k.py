@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing import RouterInput, SeqTopK
+from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing.routers import SeqTopK
 
 B, L, E = 3, 8, 4
 ROUTER = SeqTopK(k=2, extra=1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dynmoe_jax.registry import LOSSES
-from dynmoe_jax.routing import SigmoidBias
+from dynmoe_jax.routing.routers import SigmoidBias
 from tests.routing.given import E, T, given, replace
 
 ROUTER = SigmoidBias(k=3)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynmoe_jax.routing import RouterInput, Soft, Sphero
+from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing.routers import Soft, Sphero
 
 S, L, E, D, C = 2, 6, 4, 8, 3
 T = S * L

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dynmoe_jax.registry import LOSSES
-from dynmoe_jax.routing import RouterInput, TopAny
+from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing.routers import TopAny
 
 T, E, D = 20, 4, 8
 ROUTER = TopAny(wait=0, window=2, rest=1)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynmoe_jax.routing import ZeroComputation
+from dynmoe_jax.routing.routers import ZeroComputation
 from tests.routing.descent import free_balance
 from tests.routing.given import given, replace
 

@@ -13,7 +13,8 @@ from dynmoe_jax.evaluation.routing.gather import RoutingSums, TokenUse
 from dynmoe_jax.evaluation.routing.record import to_record
 from dynmoe_jax.evaluation.routing.sums import Documents, GroupedMeans
 from dynmoe_jax.evaluation.routing.words import Words
-from dynmoe_jax.routing import Hash, RouterInput, Routing
+from dynmoe_jax.routing import RouterInput, Routing
+from dynmoe_jax.routing.routers import Hash
 from dynmoe_jax.routing.transforms import dropped
 from dynmoe_jax.routing.transforms.capacity import Capacity
 

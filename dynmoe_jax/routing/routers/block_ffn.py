@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from dynmoe_jax.fields import model_setting
 from dynmoe_jax.registry import ROUTERS
 from dynmoe_jax.routing.record import fill_slots, masked_logits
-from dynmoe_jax.routing.relu import ReLU
 from dynmoe_jax.routing.router import Parameter
+from dynmoe_jax.routing.routers.relu import ReLU
 
 EPSILON = 1e-6
 """Added to the mean square of the gates."""
