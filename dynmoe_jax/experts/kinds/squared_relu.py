@@ -5,29 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dynmoe_jax.experts.kinds.kind import ExpertKind
+from dynmoe_jax.experts.kinds.two_matrices import TwoMatrices
 from dynmoe_jax.registry import EXPERTS
-from dynmoe_jax.routing import Parameter
 
 
 @EXPERTS.register("squared_relu")
 @dataclasses.dataclass(frozen=True)
-class SquaredReLU(ExpertKind):
+class SquaredReLU(TwoMatrices):
     """``down(relu(x up)^2)``, without biases."""
 
-    splits_hidden = True
-
-    def parameters(self, width, num_experts, hidden_width):
-        """Up and down."""
-        return {
-            "up_EDF": Parameter((num_experts, width, hidden_width)),
-            "down_EFD": Parameter((num_experts, hidden_width, width)),
-        }
-
-    def apply(self, weights, x_RD):
-        """Computes rows of one expert."""
-        return jnp.square(jax.nn.relu(x_RD @ weights["up_EDF"])) @ weights["down_EFD"]
-
-    def flops_per_row(self, width, hidden_width):
-        """Counts up and down."""
-        return 4.0 * width * hidden_width
+    def between(self, hidden_RF):
+        """Computes relu(x)^2."""
+        return jnp.square(jax.nn.relu(hidden_RF))
