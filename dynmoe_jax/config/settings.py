@@ -205,7 +205,9 @@ class Evaluation:
         50, "held-out batches per domain at most", unit="batches", low=1
     )
     prompt: str = free_setting("The ", "text that the closing sample continues")
-    sample_tokens: int = free_setting(64, "tokens sampled after the prompt", unit="tokens", low=1)
+    sample_tokens: int = free_setting(
+        64, "tokens sampled after the prompt; 0 = no sample", unit="tokens", low=0
+    )
     temperature: float = free_setting(0.8, "of the closing sample; 0 = greedy", low=0.0)
 
 

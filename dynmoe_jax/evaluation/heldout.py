@@ -37,7 +37,7 @@ class Sums:
       tokens: targets.
       load_NE: tokens that chose each expert.
       histogram_NK: tokens by number of experts, 0 to K.
-      by_token: of each token of the batch, which does not add up; None in a dense model.
+      by_token: of each token of the batch, which does not add up; taken away where sums are added.
     """
 
     nll: Float[Array, ""]
@@ -84,15 +84,15 @@ def make_eval_step(structure: nnx.GraphDef, loss: config.Loss) -> Callable[..., 
             chunk_tokens=loss.chunk_tokens,
             plain=decoder.config.plain,
         )
-        by_token = None
         if counts:
             load_NE, histogram_NK, *uses = (
                 in_layer_order(padded(parts), decoder.moe_layers)
                 for parts in zip(*counts, strict=True)
             )
-            by_token = TokenUse(nll_BL, *(use.reshape(-1, *nll_BL.shape) for use in uses))
         else:
             load_NE = histogram_NK = jnp.zeros((0, 1), jnp.int32)
+            uses = [jnp.zeros((0, *nll_BL.shape), jnp.int16)] * 3
+        by_token = TokenUse(nll_BL, *(use.reshape(-1, *nll_BL.shape) for use in uses))
         return Sums(jnp.sum(nll_BL), jnp.sum(valid_BL), load_NE, histogram_NK, by_token)
 
     return eval_step
@@ -128,7 +128,7 @@ def evaluate(
       token_bytes_V: bytes that each token stands for.
       place: puts a host batch on the devices.
       experts_N: experts of each MoE layer, where layers differ.
-      watch: is shown the tokens of every batch, domain after domain; not of a dense model.
+      watch: is shown the tokens of every batch, domain after domain.
     """
     domains = {
         name: _sum_domain(
@@ -164,7 +164,7 @@ def _sum_domain(run, batches, token_bytes_V, place, watch=None) -> _Domain:
         found = run(place(batch))
         by_token, found = found.by_token, dataclasses.replace(found, by_token=None)
         sums = jax.tree.map(np.float64, jax.device_get(found))
-        if watch and by_token is not None:
+        if watch:
             watch(batch, jax.device_get(by_token), sums.load_NE)
         targets = batch["targets"][batch["segment_ids"] > 0]
         counts_V = np.bincount(targets, minlength=len(token_bytes_V))

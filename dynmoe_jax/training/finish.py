@@ -71,7 +71,7 @@ def finish_run(
       routing: analysis of the held-out text, if there is one.
     """
     reason, written = cfg.model.looks_ahead, None
-    if not reason:
+    if not reason and cfg.evaluation.sample_tokens:
         with seconds.of("evaluation"):
             written = sample(cfg, params, tokenizer)
     if not agreement.is_first():

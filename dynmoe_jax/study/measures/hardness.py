@@ -1,0 +1,94 @@
+"""Do harder tokens use more experts?  Rank correlations of experts with surprise, and two controls.
+
+Surprise is the loss of a token: of the one that is predicted where the experts are used, or, apart
+from it, of the one that is read there.  The controls: the same model with routers put back to where
+training began, and the experts of tokens shuffled among all tokens of the same id.
+
+Axis legend: N MoE layers, T tokens, R replicates.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dynmoe_jax.model import Decoder, decoder_shapes
+from dynmoe_jax.study.measures.measure import Measure
+from dynmoe_jax.study.statistics import (
+    Correlation,
+    rank_correlation,
+    rank_correlation_across,
+    rank_correlation_within,
+    shuffled_within,
+)
+from dynmoe_jax.study.trained import Tokens, TrainedRun
+
+
+class Hardness(Measure):
+    """Top-p models without ablation."""
+
+    def is_of(self, model):
+        """Those whose tokens may use more or fewer experts."""
+        return model.startswith("dynamic")
+
+    def take(self, run, items):
+        """Correlations of the trained model and of the controls, and its analysis of routing."""
+        tokens = run.tokens
+        untrained = run.with_router(run.config.model, with_first_routers(run))
+        return {
+            "tokens": len(tokens.token_T),
+            "trained": correlations(tokens, tokens.experts_NT),
+            "untrained": correlations(tokens, untrained.experts_NT),
+            "shuffled": correlations(tokens, shuffled_within(tokens.experts_NT, tokens.token_T)),
+            "experts_untrained": untrained.mean_experts,
+            "routing": run.routing,
+        }
+
+
+def correlations(tokens: Tokens, experts_NT: np.ndarray) -> dict[str, Any]:
+    """Rank correlations of experts with surprise, each with its replicates over documents.
+
+    Args:
+      tokens: whose surprise it is.
+      experts_NT: experts that they use.
+    """
+    layers, number = experts_NT.shape
+    document_T, id_T = tokens.document_T, np.unique(tokens.token_T, return_inverse=True)[1]
+    mean_T, surprise_T = experts_NT.mean(axis=0), tokens.nll_T
+    weights = tokens.weight_DR
+    own_T = np.concatenate([[0.0], surprise_T[:-1]])
+    read_T = tokens.position_T > 0
+    layer_S = np.repeat(np.arange(layers), number)
+    pairs = np.tile(surprise_T, layers), experts_NT.reshape(-1)
+    documents_S = np.tile(document_T, layers)
+    found = {
+        # Experts of a token: the mean over its layers.
+        "predicted": rank_correlation(surprise_T, mean_T, document_T, weights),
+        "itself": rank_correlation(own_T[read_T], mean_T[read_T], document_T[read_T], weights),
+        "within_token_ids": rank_correlation_within(surprise_T, mean_T, id_T, document_T, weights),
+        "across_token_ids": rank_correlation_across(surprise_T, mean_T, id_T, document_T, weights),
+        # Of pairs of a token and a layer.
+        "across_layers": rank_correlation(*pairs, documents_S, weights),
+        "within_layers": rank_correlation_within(*pairs, layer_S, documents_S, weights),
+    }
+    by_layer = [rank_correlation(surprise_T, e_T, document_T, weights) for e_T in experts_NT]
+    return {name: _record(each) for name, each in found.items()} | {
+        "by_layer": [_record(each) for each in by_layer]
+    }
+
+
+def _record(found: Correlation) -> dict[str, Any]:
+    return {"value": found.value, "value_R": found.replicate_R}
+
+
+def with_first_routers(run: TrainedRun) -> nnx.State:
+    """The parameters of a run whose routers are those that its seed drew."""
+    model = run.config.model
+    names = {name for each in decoder_shapes(model).moe_feed_forwards for name in each.router_names}
+    drawn = jax.jit(lambda key: nnx.state(Decoder(model, rngs=nnx.Rngs(params=key))))
+    first = dict(drawn(jax.random.key(run.config.seed)).flat_state())
+    kept = {
+        path: first[path] if path[-1] in names else leaf for path, leaf in run.params.flat_state()
+    }
+    return nnx.State.from_flat_path(kept)

@@ -1,0 +1,29 @@
+"""Interface of a measure."""
+
+import abc
+from pathlib import Path
+from typing import Any
+
+from dynmoe_jax.study.trained import TrainedRun
+
+
+class Measure(abc.ABC):
+    """Measures trained runs of some models."""
+
+    @abc.abstractmethod
+    def is_of(self, model: str) -> bool:
+        """Whether runs of a model are measured."""
+
+    @abc.abstractmethod
+    def take(self, run: TrainedRun, items: Path | None) -> dict[str, Any]:
+        """The record of a run, for JSON.
+
+        Args:
+          run: the run.
+          items: folder of evaluation items, if there is one.
+        """
+
+    def depends_on(self, items: Path | None) -> dict[str, Any]:
+        """Facts with which a record goes out of date."""
+        del items
+        return {}

@@ -1,0 +1,173 @@
+"""Runs that a study needs, and the settings of each."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dynmoe_jax import config
+from dynmoe_jax.runs.metrics_file import read_metrics
+from dynmoe_jax.runs.summary import Summary, read_summary
+from dynmoe_jax.study.models import BUDGET, MODELS, changed
+from dynmoe_jax.study.sizes import ALL_QUESTIONS, SIZES, Size
+
+ABLATIONS = 6
+"""The question that ablations are for."""
+
+LAST_SHARE = 0.1
+"""Part of training, its end, whose mean experts per token a model is said to reach."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Request for a study, as the command line makes it.
+
+    Attributes:
+      size: name of the size.
+      workdir: the study's folder.
+      seeds: how many.
+      models: names of those that are trained; with question 6 its ablations besides.
+      questions: numbers of those that are answered.
+      sources: of text; empty: the size's own.
+      items: folder of evaluation items, if there is one.
+      learning_rates: a grid of them, of which each model takes the best; empty: the size's own.
+      processes: runs that are trained side by side.
+    """
+
+    size: str
+    workdir: Path
+    seeds: int
+    models: tuple[str, ...] = tuple(name for name, m in MODELS.items() if not m.ablation)
+    questions: tuple[int, ...] = ALL_QUESTIONS
+    sources: str = ""
+    items: Path | None = None
+    learning_rates: tuple[float, ...] = ()
+    processes: int = 1
+
+    @property
+    def all_models(self) -> tuple[str, ...]:
+        """Models of the comparison, and the ablations that are asked for."""
+        if ABLATIONS not in self.questions:
+            return self.models
+        chosen = self.of_size.ablations
+        ablations = [name for name, m in MODELS.items() if m.ablation]
+        return *self.models, *(n for n in ablations if chosen is None or n in chosen)
+
+    @property
+    def of_size(self) -> Size:
+        """The size."""
+        return SIZES[self.size]
+
+    @property
+    def base(self) -> config.Config:
+        """Settings that all runs share, those of MoE-Dynamic."""
+        base, folder = self.of_size.shared(), self.workdir
+        changes = {
+            "data.directory": str(folder / "data"),
+            "train.compilation_cache": str(folder / "compiled"),
+        }
+        if self.sources:
+            changes["data.sources"] = self.sources
+        if tokenizer := self.tokenizer:
+            changes["data.tokenizer"] = str(tokenizer)
+        return changed(base, changes)
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer of all runs, once it is there."""
+        names = (self.workdir / name for name in ("tokenizer.model", "tokenizer"))
+        return next((path for path in names if path.exists()), None)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Arm:
+    """One run of a study.
+
+    Attributes:
+      model: name of the model.
+      seed: of parameters and of the order of the data.
+      rate: learning rate, where it is one of a grid; None: the best of the grid, or the size's own.
+    """
+
+    model: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder below that of all runs."""
+        of_grid = "" if self.rate is None else f"-rate-{self.rate:g}"
+        return f"{self.model}{of_grid}/{self.seed}"
+
+    def folder(self, asked: Request) -> Path:
+        """Folder of the run."""
+        return asked.workdir / "runs" / self.name
+
+    def needs(self, asked: Request) -> tuple["Arm", ...]:
+        """Runs that must be complete before its settings are known."""
+        found = []
+        if self.rate is None and asked.learning_rates and not MODELS[self.model].ablation:
+            found += grid_of(asked, self.model)
+        if source := MODELS[self.model].budget_of:
+            seed = self.seed if self.rate is None else 0
+            found.append(Arm(source, seed))
+        return tuple(found)
+
+    def settings(self, asked: Request) -> config.Config:
+        """All settings of the run; what it needs is complete."""
+        base, size, model = asked.base, asked.of_size, MODELS[self.model]
+        changes = {"seed": self.seed}
+        if model.budget_of:
+            reached = reached_experts(Arm(model.budget_of, self.seed).folder(asked))
+            changes[BUDGET] = round(reached, 3)
+        if model.ablation:
+            changes["train.steps"] = max(1, base.train.steps // 2)
+        if rate := self.rate or self._best_rate(asked):
+            changes["optimizer.learning_rate"] = rate
+        return changed(model.settings(base, size.wider), changes)
+
+    def _best_rate(self, asked: Request) -> float | None:
+        grid = [arm for arm in self.needs(asked) if arm.rate is not None]
+        loss = lambda arm: summary_of(arm, asked).heldout.loss  # noqa: E731
+        return min(grid, key=loss).rate if grid else None
+
+    def is_complete(self, asked: Request) -> bool:
+        """Whether it is trained to its end."""
+        summary = summary_of(self, asked)
+        return bool(summary and summary.complete)
+
+
+def arms_of(asked: Request) -> list[Arm]:
+    """All runs in the order in which they are trained: grids, then seed by seed, ablations last."""
+    found = [arm for model in asked.models for arm in grid_of(asked, model)]
+    found += [Arm(model, seed) for seed in range(asked.seeds) for model in asked.models]
+    found += [Arm(model, 0) for model in asked.all_models if model not in asked.models]
+    # A budget stands behind what it is taken from, also where that was named after it.
+    return [*dict.fromkeys(arm for each in found for arm in (*_sources(each, asked), each))]
+
+
+def _sources(arm: Arm, asked: Request) -> Iterator[Arm]:
+    for needed in arm.needs(asked):
+        yield from _sources(needed, asked)
+        yield needed
+
+
+def grid_of(asked: Request, model: str) -> list[Arm]:
+    """Runs of a model from seed 0 with every learning rate of the grid."""
+    return [Arm(model, 0, rate) for rate in asked.learning_rates]
+
+
+def summary_of(arm: Arm, asked: Request) -> Summary | None:
+    """Summary of a run, if it is there."""
+    return read_summary(arm.folder(asked))
+
+
+def reached_experts(folder: Path) -> float:
+    """Mean experts per token of a run in the last part of training; NaN where there is none."""
+    lines = read_metrics(folder)
+    last = lines[-max(1, math.ceil(len(lines) * LAST_SHARE)) :]
+    return _mean([line["experts_per_token"] for line in last])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
