@@ -64,8 +64,8 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def choosing(path: str) -> dict[str, Any]:
-    """The settings that choose the kind that a setting belongs to, or the router that declares its
-    loss, or weigh a loss that none declares; none for other settings."""
+    """The settings that a setting needs to have an effect, as it declares, that choose the kind it
+    belongs to, or the router that declares its loss, or weigh a loss that none declares."""
     found, group, prefix = {}, config.Config(), ""
     for name in path.split(".")[:-1]:
         for field in dataclasses.fields(group):
@@ -78,6 +78,10 @@ def choosing(path: str) -> dict[str, Any]:
         found["model.moe.router"] = routers[0]
     if loss in LOSSES and not routers and not path.endswith(".weight"):
         found[f"loss.{loss}.weight"] = 1.0
+    needs = LEAVES[path].metadata["only_with"] if path in LEAVES else {}
+    for other, wanted in needs.items():
+        where = f"{prefix}{other}"
+        found |= choosing(where) | {where: wanted[0] if wanted else LEAVES[where].type(1)}
     return found
 
 

@@ -41,6 +41,7 @@ def setting(
     auto: bool = False,
     per_layer: bool = False,
     formerly: tuple[str, ...] = (),
+    only_with: Mapping[str, Collection[Any]] | None = None,
 ) -> Any:
     """Declares one setting of a config dataclass.
 
@@ -58,10 +59,12 @@ def setting(
       auto: :data:`AUTO` is allowed besides.
       per_layer: ``config.model.layers`` may give some layers a value of their own.
       formerly: dotted paths that the setting had before, as in ``"loss.balance_weight"``.
+      only_with: other settings of the group, and values of each with which this one has an effect;
+        an empty collection: with any but 0 and False.  They may not be ``per_layer``.
     """
     rules = {"low": low, "high": high, "above": above, "choices": choices, "auto": auto}
     rules |= {"defines_model": defines_model, "fixed_in_run": fixed_in_run}
-    rules |= {"per_layer": per_layer, "formerly": formerly}
+    rules |= {"per_layer": per_layer, "formerly": formerly, "only_with": dict(only_with or {})}
     return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **rules})
 
 
@@ -83,6 +86,33 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
             yield from walk(value, f"{prefix}{field.name}.")
         elif "help" in field.metadata:
             yield prefix + field.name, field, value
+
+
+def idle_settings(kind: type, values: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of a group that have no effect, each with the other one that is the reason.
+
+    Args:
+      kind: the dataclass of the group.
+      values: of all its settings, by name.
+    """
+    needs = {f.name: f.metadata.get("only_with", {}) for f in dataclasses.fields(kind)}
+
+    def reason(name: str) -> str:
+        for other, wanted in needs[name].items():
+            if not (values[other] in wanted if wanted else values[other]):
+                return other
+            if further := reason(other):
+                return further
+        return ""
+
+    return {name: found for name in needs if (found := reason(name))}
+
+
+def without_idle(group: Any) -> Any:
+    """The same settings, with the defaults of those that have no effect."""
+    idle = idle_settings(type(group), vars(group))
+    defaults = {f.name: f.default for f in dataclasses.fields(group) if f.name in idle}
+    return dataclasses.replace(group, **defaults)
 
 
 def shown(field: dataclasses.Field, value: Any) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from dynmoe_jax.fields import AUTO, ConfigError, shown, walk
+from dynmoe_jax.fields import AUTO, ConfigError, idle_settings, shown, walk
 from dynmoe_jax.registry import EXPERTS, LINEARS, all_kinds, chosen, idle_kinds, names_in
 from dynmoe_jax.routing.losses import coefficients, moves
 
@@ -22,6 +22,7 @@ def check_together(config: Any) -> None:
     _check_plain(model)
     _check_layers(model)
     _check_idle(config, "config.")
+    _check_effects(config, "config.")
     _check_losses(config)
     if config.data.seq_len > model.max_seq_len:
         raise ConfigError(
@@ -195,6 +196,24 @@ def _check_idle(group: Any, prefix: str, layers: Any = ()) -> None:
             if prefix == "config." and field.name == "model":
                 inner = [layer.model for layer in group.model.by_layer]
             _check_idle(getattr(group, field.name), f"{prefix}{field.name}.", inner)
+
+
+def _check_effects(group: Any, prefix: str) -> None:
+    """Raises ConfigError for a setting that others of its group leave without effect."""
+    declared = {field.name: field for field in dataclasses.fields(group)}
+    for name, other in idle_settings(type(group), vars(group)).items():
+        field, value = declared[name], getattr(group, name)
+        if value != field.default:
+            wanted = " or ".join(map(str, field.metadata["only_with"].get(other, ())))
+            raise ConfigError(
+                f"{prefix}{name}={shown(field, value)} has no effect while "
+                f"{prefix}{other}={shown(declared[other], getattr(group, other))}; leave it at "
+                f"{shown(field, field.default)}, or set {prefix}{other}"
+                f"{f' to {wanted}' if wanted else ''}."
+            )
+    for name, field in declared.items():
+        if dataclasses.is_dataclass(field.type):
+            _check_effects(getattr(group, name), f"{prefix}{name}.")
 
 
 def _check_losses(config: Any) -> None:

@@ -64,14 +64,20 @@ def from_config_dict(settings: Mapping[str, Any]) -> Any:
 def from_stored(settings: Mapping[str, Any]) -> Any:
     """Builds the Config of a stored run.
 
-    Settings that have another name by now are moved; groups of kinds that nobody has imported are
-    kept as they are.
+    Settings that have another name by now are moved, those without effect are at their defaults;
+    groups of kinds that nobody has imported are kept as they are.
 
     Raises:
       ConfigError: as from :func:`from_config_dict`; such as a router that is not imported.
     """
     settings = json.loads(json.dumps(settings))  # a copy
     _move(settings)
+    _forget_idle(current("Config"), settings)
+    return _with_kept(settings)
+
+
+def _with_kept(settings: dict[str, Any]) -> Any:
+    """Builds the Config; groups that it does not know are taken out of ``settings``, and kept."""
     kept = tuple(_taken_out(current("Config"), settings, ""))
     return dataclasses.replace(fields.build(current("Config"), settings), kept=kept)
 
@@ -103,7 +109,7 @@ def with_free_settings(config: Any, changes: Mapping[str, str]) -> Any:
             )
         *groups, name = path.split(".")
         _inside(settings, groups)[name] = fields.from_text(field, text)
-    return from_stored(settings) if changes else config
+    return _with_kept(settings) if changes else config
 
 
 def kept_groups(config: Any) -> dict[str, dict[str, Any]]:
@@ -118,6 +124,18 @@ def _move(settings: dict[str, Any]) -> None:
         for old in field.metadata["formerly"]:
             if values[old] is not None:
                 _put(settings, path, values[old], default)
+
+
+def _forget_idle(kind: type, settings: dict[str, Any]) -> None:
+    """Takes out values of settings that others leave without effect, which runs of before hold."""
+    declared = {field.name: field for field in dataclasses.fields(kind)}
+    defaults = {name: field.default for name, field in declared.items()}
+    for name in fields.idle_settings(kind, defaults | settings):
+        settings.pop(name, None)
+    for name, value in settings.items():
+        inner = declared[name].type if name in declared else None
+        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            _forget_idle(inner, value)
 
 
 def _former_names() -> set[str]:

@@ -284,3 +284,45 @@ def test_any_input_is_accepted_or_refused_in_one_sentence(name, value):
         message = str(error)
     assert "\n" not in message
     assert message[-1] in ".?"
+
+
+IDLE = [
+    ({}, "top_p.proportional_gain", 0.1, "top_p.budget_rule to proportional_integral"),
+    ({"model.moe.top_p.experts_per_token": 1.5}, "top_p.integral_gain", 0.1, "budget_rule"),
+    ({}, "top_p.budget_rule", "proportional_integral", "top_p.experts_per_token"),
+    ({}, "top_p.max_threshold", 0.9, "top_p.experts_per_token"),
+    ({}, "top_p.logit_scale", 2.0, "top_p.normalize_logits"),
+    ({"model.moe.router": "top_k"}, "top_k.second_threshold", 0.5, "second to threshold or random"),
+    (
+        {"model.moe.router": "sigmoid_bias", "model.moe.sigmoid_bias.update_rule": "quantile"},
+        "sigmoid_bias.rate",
+        0.1,
+        "update_rule to sign or proportional",
+    ),
+]
+
+
+@pytest.mark.parametrize(("others", "name", "value", "remedy"), IDLE)
+def test_a_setting_without_effect_is_refused_and_forgotten_of_a_stored_run(
+    others, name, value, remedy
+):
+    path = f"model.moe.{name}"
+    with pytest.raises(config.ConfigError) as caught:
+        config.from_config_dict(nested(others | {path: value}))
+    message = str(caught.value)
+    assert message.startswith(f"config.{path}={value} has no effect while config.model.moe.")
+    assert remedy in message
+    stored = config.from_stored(nested(others | {path: value}))
+    assert stored == config.from_config_dict(nested(others))
+    with pytest.raises(config.ConfigError, match="has no effect"):
+        config.with_free_settings(stored, {"model.moe.top_p.proportional_gain": "0.1"})
+    assert leaf(build(path, value), path) == value
+
+
+def test_what_a_setting_needs_is_in_its_group_and_the_same_in_all_layers():
+    for path, field, _ in LEAVES:
+        group = path.rpartition(".")[0]
+        for other, wanted in field.metadata["only_with"].items():
+            needed = {p: f for p, f, _ in LEAVES}[f"{group}.{other}"].metadata
+            assert not needed["per_layer"]
+            assert not needed["choices"] or set(wanted) < set(needed["choices"])

@@ -71,6 +71,7 @@ class SigmoidBias(Router):
         1e-3,
         "step of the bias after an update by sign, gain of one in proportion (u); 0 freezes it",
         low=0.0,
+        only_with={"update_rule": ("sign", "proportional")},
     )
     losses: ClassVar = {"balance": 0.0}
     gives = frozenset({"distribution", "logits", "counts"})

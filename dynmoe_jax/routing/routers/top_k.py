@@ -50,9 +50,10 @@ class TopK(Router):
     )
     second_threshold: float = model_setting(
         0.2,
-        "weight that a second expert is compared with, by threshold and random",
+        "weight that a second expert is compared with",
         above=0.0,
         high=1.0,
+        only_with={"second": ("threshold", "random")},
     )
 
     @property

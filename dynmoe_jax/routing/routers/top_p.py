@@ -69,7 +69,7 @@ class TopP(Router):
         "(DTop-p)",
     )
     logit_scale: float = model_setting(
-        1.0, "that factor in a new model (theta), with normalize_logits", above=0.0
+        1.0, "that factor in a new model (theta)", above=0.0, only_with={"normalize_logits": ()}
     )
     experts_per_token: float = setting(
         0.0,
@@ -85,17 +85,26 @@ class TopP(Router):
         "how p is moved: to the quantile that would have held the budget in the last batch, or by "
         "a proportional-integral controller",
         choices=RULES,
+        only_with={"experts_per_token": ()},
     )
     max_threshold: float = model_setting(
-        0.7, "largest p that a budget may come to", above=0.0, high=1.0
+        0.7,
+        "largest p that a budget may come to",
+        above=0.0,
+        high=1.0,
+        only_with={"experts_per_token": ()},
     )
     proportional_gain: float = free_setting(
-        0.5, "p per error of the newest batch, in shares of the experts (K_p)", low=0.0
+        0.5,
+        "p per error of the newest batch, in shares of the experts (K_p)",
+        low=0.0,
+        only_with={"budget_rule": ("proportional_integral",)},
     )
     integral_gain: float = free_setting(
         0.5,
         "p per sum of errors (K_i); without normalize_logits more than 0.5 may oscillate",
         low=0.0,
+        only_with={"budget_rule": ("proportional_integral",)},
     )
 
     def obstacle(self, num_experts: int) -> str | None:
