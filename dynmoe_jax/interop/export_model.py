@@ -16,6 +16,7 @@ from dynmoe_jax.interop.architectures.registry import architecture_for
 from dynmoe_jax.interop.files.tensor_files import write_json
 from dynmoe_jax.interop.files.tensor_writer import TensorWriter
 from dynmoe_jax.interop.files.tokenizer_files import write_tokenizer
+from dynmoe_jax.interop.frozen_router import with_frozen_router
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.runs.load import OpenedRun, opened_run
 
@@ -53,14 +54,15 @@ def export_model(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise config.ConfigError(f"--to={folder} is not empty; name another folder.")
     with opened_run(Path(workdir).expanduser(), best=best) as run:
-        architecture = architecture_for(run.config.model)
+        model = with_frozen_router(run)
+        architecture = architecture_for(model)
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         tokenizer = run.tokenizer() if find_tokenizer(run.workdir) else None
         try:
             unfinished.mkdir(parents=True)
-            _write_tensors(run, architecture, unfinished, dtype, shard_bytes)
-            _write_settings(run.config.model, architecture, tokenizer, unfinished, dtype)
+            _write_tensors(run, model, architecture, unfinished, dtype, shard_bytes)
+            _write_settings(model, architecture, tokenizer, unfinished, dtype)
             if tokenizer is not None:
                 write_tokenizer(tokenizer, unfinished)
             for name in architecture.code:
@@ -77,9 +79,13 @@ def export_model(
 
 
 def _write_tensors(
-    run: OpenedRun, architecture: Architecture, folder: Path, dtype: str, shard_bytes: int
+    run: OpenedRun,
+    model: config.Model,
+    architecture: Architecture,
+    folder: Path,
+    dtype: str,
+    shard_bytes: int,
 ) -> None:
-    model = run.config.model
     shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).flat_state()}
     found = parameter_slices(architecture.rules, model, shapes)
     foreign = {name: ours.layout.foreign_shape(ours.shape(shapes)) for name, ours in found.items()}

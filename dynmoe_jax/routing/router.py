@@ -206,6 +206,18 @@ class Router(abc.ABC):
         """The same of a layer of that width, for a state that needs it: sums of tokens."""
         return self.initial_state(num_experts)
 
+    def frozen(self, state_N: Params) -> "Router | None":
+        """The router whose settings say what the state said, for a format that has no state.
+
+        Args:
+          state_N: of all layers of this router, stacked.
+
+        Returns:
+          one that routes alike at inference; itself where settings cannot say it; None where they
+          could, but the layers differ.
+        """
+        return self
+
     @abc.abstractmethod
     def __call__(self, params: Params, given: RouterInput) -> Routing | ExpertSlots | SoftSlots:
         """Routes T tokens; tokens that are not valid (padding) get no expert at all."""

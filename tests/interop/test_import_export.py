@@ -18,7 +18,7 @@ from dynmoe_jax.interop.architectures.registry import ARCHITECTURES, architectur
 from dynmoe_jax.interop.export_model import export_model
 from dynmoe_jax.interop.files.tensor_writer import TensorWriter
 from dynmoe_jax.interop.import_model import import_model
-from dynmoe_jax.model import parameter_shapes
+from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.runs.checkpoint import Checkpoints, check_not_imported
 from dynmoe_jax.runs.load import load_run
 
@@ -199,6 +199,41 @@ def test_model_that_no_format_has_is_refused(tmp_path, changes, moe, setting):
     with pytest.raises(CheckpointError, match=r"no format of Hugging Face's.*without") as caught:
         export_model(run, tmp_path / "hf")
     assert setting in str(caught.value)
+    assert not (tmp_path / "hf").exists()
+
+
+def run_with_budget(folder, p_N):
+    """A run's folder with a random model, whose budget has moved p to that of each layer."""
+    top_p = {"experts_per_token": 1.5, "budget_rule": "proportional_integral", "renormalize": True}
+    moe = config.MoE(num_experts=4, hidden_width=8, top_p=top_p)
+    model = config.Model(**SMALL, moe=moe, init_std=0.5)
+    decoder = Decoder(model, rngs=nnx.Rngs(0))
+    [feed_forward] = decoder.moe_feed_forwards
+    feed_forward.threshold[...] = np.asarray(p_N, np.float32)
+    cfg = config.Config(model=model, data=config.Data(seq_len=8))
+    with contextlib.closing(Checkpoints(folder, config.Checkpoint())) as checkpoints:
+        checkpoints.save(3, {"params": nnx.state(decoder)}, {"tokenizer": ""}, cfg)
+    return decoder
+
+
+@pytest.mark.parametrize("p", [0.6137, 0.0])
+def test_a_budget_is_exported_as_the_p_that_it_has_come_to(tmp_path, p):
+    decoder = run_with_budget(tmp_path / "run", [p, p])
+    assert export_model(tmp_path / "run", tmp_path / "hf").name == "MoEForCausalLM"
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())["top_p_threshold"]
+    assert np.float32(written) == pytest.approx(np.float32(p), abs=1e-30)
+    tokens_BL = np.arange(24).reshape(3, 8) % 8
+    ours, theirs = decoder(tokens_BL), load_hf(tmp_path / "hf")(tokens_BL)
+    np.testing.assert_allclose(ours.logits, theirs.logits, rtol=0, atol=1e-5)
+    used = ours.routing.experts_per_token
+    np.testing.assert_array_equal(used, theirs.routing.experts_per_token)
+    assert np.unique(used).size == (2 if p else 1)
+
+
+def test_a_budget_whose_layers_have_another_p_each_is_not_exported(tmp_path):
+    run_with_budget(tmp_path / "run", [0.3, 0.6])
+    with pytest.raises(CheckpointError, match=r"has come to another state \(.*threshold"):
+        export_model(tmp_path / "run", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 

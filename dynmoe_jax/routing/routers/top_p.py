@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynmoe_jax.fields import free_setting, model_setting, setting
+from dynmoe_jax.fields import free_setting, model_setting, setting, without_idle
 from dynmoe_jax.registry import ROUTERS
 from dynmoe_jax.routing.budget import RULES, Budget
 from dynmoe_jax.routing.normalize import normalized_logits
@@ -172,6 +172,17 @@ class TopP(Router):
     def shown(self, state):
         """p, where a budget moves it."""
         return dict(state)
+
+    def frozen(self, state_N):
+        """Top-p of the p that a budget has come to, without the budget."""
+        if not self.experts_per_token:
+            return self
+        p, *others = set(map(float, state_N["threshold"]))
+        if others:
+            return None
+        # A threshold is above 0; the mass before a second expert is at least 1 / E.
+        p = max(p, float(np.finfo(np.float32).tiny))
+        return without_idle(dataclasses.replace(self, threshold=p, experts_per_token=0.0))
 
     def __call__(self, params, given: RouterInput) -> Routing:
         """Routes T tokens; equal probabilities are taken in the order of the experts' ids."""
