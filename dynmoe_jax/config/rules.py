@@ -112,7 +112,17 @@ def _check_experts(moe: Any) -> None:
         if obstacle := regularizer.obstacle(moe.num_experts, fewest):
             raise ConfigError(f"config.model.moe.{name}.{obstacle}.")
     _check_shared(moe)
+    _check_chosen(moe)
     _check_adjugates(moe)
+
+
+def _check_chosen(moe: Any) -> None:
+    for name, off in (("transforms", ""), ("adjugate_width", 0)):
+        if (value := getattr(moe, name)) and not moe.route.chooses:
+            raise ConfigError(
+                f"config.model.moe.{name}={value!r} needs experts that are chosen, and "
+                f"config.model.moe.router={moe.router!r} mixes all; leave it at {off!r}."
+            )
 
 
 def _check_adjugates(moe: Any) -> None:

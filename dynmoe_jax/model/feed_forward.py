@@ -276,16 +276,10 @@ class MoEFeedForward(nnx.Module):
         routing, sums, cache = by_token(choose, tokens, shared, whole)
         if training is not None:
             sums = self._with_losses_of_experts(sums, routing, given(tokens, state), training)
-        if self.adjugates is not None and isinstance(routing, SoftSlots):
-            raise config.ConfigError(
-                f"config.model.moe.adjugate_width={self.moe.adjugate_width} belongs to groups of "
-                f"chosen experts, and config.model.moe.router={self.moe.router!r} chooses nobody; "
-                "leave it at 0."
-            )
-        if self.transforms and isinstance(routing, SoftSlots):
-            raise config.ConfigError(
-                f"config.model.moe.transforms={self.moe.transforms!r} changes who is chosen, and "
-                f"config.model.moe.router={self.moe.router!r} chooses nobody; leave it empty."
+        if isinstance(routing, SoftSlots) == self.router.chooses:
+            raise TypeError(
+                f"The router {self.moe.router!r} returns {type(routing).__name__}, and declares "
+                f"chooses = {self.router.chooses}; change one of them."
             )
         if not self.transforms:
             return routing, routing, sums, jnp.zeros((), jnp.int32), cache

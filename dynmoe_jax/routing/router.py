@@ -148,6 +148,8 @@ class Router(abc.ABC):
         Nothing else is made.
       free_experts: experts beside the E, which cost no row: their columns stand behind the others
         in logits and probabilities, see :meth:`free_output`.
+      chooses: whether experts are chosen; False of a router that returns :class:`SoftSlots`, which
+        leaves nothing for transforms and adjugate experts.
       losses: default coefficients of the routing losses by name; 0: logged, and not weighed.
       gives: facts that losses ask for: ``"distribution"`` (probs_TE are non-negative and sum to
         1), ``"softmax"`` (they are that of logits_TE), ``"logits"``, ``"counts"`` (expert_TK), and
@@ -164,6 +166,7 @@ class Router(abc.ABC):
     gives: ClassVar[frozenset[str]] = frozenset({"distribution", "softmax", "logits", "counts"})
     logits: ClassVar[Callable[[Any, Params, Array, int], Array] | None] = None
     free_experts: ClassVar[int] = 0
+    chooses: ClassVar[bool] = True
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says why the settings do not fit the number of experts: "NAME=VALUE must …".

@@ -36,6 +36,15 @@ every_router = pytest.mark.parametrize("router", CASES.values(), ids=CASES)
 
 def test_both_kinds_are_there():
     assert {type(decided(router)) for router in CASES.values()} == {ExpertSlots, SoftSlots}
+    for router in CASES.values():
+        assert router.chooses == (type(decided(router)) is not SoftSlots)
+
+
+@pytest.mark.parametrize("changed", [{"transforms": "capacity"}, {"adjugate_width": 8}])
+def test_what_changes_who_is_chosen_is_refused_where_nobody_is(changed):
+    moe = config.MoE(router="soft", allow_non_causal=True, num_experts=4, **changed)
+    with pytest.raises(config.ConfigError, match="router='soft' mixes all; leave it at"):
+        config.Config(model=config.Model(moe=moe))
 
 
 def draw(seed=0, tokens=T):

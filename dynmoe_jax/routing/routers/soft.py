@@ -25,6 +25,7 @@ class _SlotRouter(Router):
     slots: int
     group: str
     causal: ClassVar = False
+    chooses: ClassVar = False
     losses: ClassVar = {"router_z": 0.0}
     gives = frozenset({"distribution", "softmax", "logits"})
 
