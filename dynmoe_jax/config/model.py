@@ -14,6 +14,7 @@ from dynmoe_jax.registry import (
     choice,
     chosen,
     complete,
+    names_in,
 )
 from dynmoe_jax.routing import Router
 
@@ -269,6 +270,26 @@ class Model:
             f"config.model.moe.router={name!r} looks at later tokens: the model cannot write text, "
             "and its loss on text is no measure of one that can, since the routing knows what is "
             "asked for; train one with a causal router, such as top_p, for that."
+        )
+
+    @property
+    def cannot_write(self) -> str:
+        """Says why the model cannot write text, in a sentence; empty if it can.
+
+        Evaluation scores without what a transform drops; text is written as in training.
+        """
+        transforms = names_in(self.moe.transforms)
+        causal = {
+            name: transform.causal
+            for name, transform in zip(transforms, chosen(self.moe, "transforms"), strict=True)
+        }
+        if self.looks_ahead or not self.num_moe_layers or all(causal.values()):
+            return self.looks_ahead
+        rest = ",".join(name for name in transforms if causal[name])
+        return (
+            f"config.model.moe.transforms={self.moe.transforms!r} drops choices of a token for the "
+            "sake of later ones, which are not there while text is written; write with "
+            f"--config.model.moe.transforms={rest!r}, which drops none for them."
         )
 
     @property

@@ -97,6 +97,7 @@ def with_free_settings(config: Any, changes: Mapping[str, str]) -> Any:
     """
     declared = {path: field for path, field, _ in walk(config)}
     settings = to_dict(config)
+    _forget_unnamed(settings, declared, changes)
     for path, text in changes.items():
         if path not in declared:
             raise unknown_setting(path)
@@ -110,6 +111,16 @@ def with_free_settings(config: Any, changes: Mapping[str, str]) -> Any:
         *groups, name = path.split(".")
         _inside(settings, groups)[name] = fields.from_text(field, text)
     return _with_kept(settings) if changes else config
+
+
+def _forget_unnamed(settings: dict[str, Any], declared: Any, changes: Mapping[str, str]) -> None:
+    """Takes out the settings of kinds that a changed choice does not name any more."""
+    for path, text in changes.items():
+        if path in declared and "registry" in declared[path].metadata:
+            *groups, name = path.split(".")
+            group = _inside(settings, groups)
+            for kind in set(names_in(group[name])) - set(names_in(text)):
+                group.pop(kind, None)
 
 
 def kept_groups(config: Any) -> dict[str, dict[str, Any]]:

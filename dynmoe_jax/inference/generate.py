@@ -79,10 +79,10 @@ class Generator:
             (see :mod:`dynmoe_jax.model.kv_cache`).  Without, programs compile sooner, run slower.
 
         Raises:
-          ConfigError: the router looks at later tokens.
+          ConfigError: the router, or a transform of its choices, looks at later tokens.
         """
-        if decoder.config.looks_ahead:
-            raise ConfigError(decoder.config.looks_ahead)
+        if decoder.config.cannot_write:
+            raise ConfigError(decoder.config.cannot_write)
         self._structure, self._params = nnx.split(decoder)
         self._rows = decoder.config.vocab_size
         self._whole = _on_every_device(self._params)

@@ -1,10 +1,13 @@
 """Settings of a stored run that may be changed when it is opened."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.command_line import free_settings
 from dynmoe_jax.inference.arguments import parse
+from dynmoe_jax.inference.generate import Generator
 
 
 def run_of(**moe):
@@ -52,3 +55,36 @@ def test_the_command_lines_take_them():
     assert (asked.prompts, asked.sampling.top_k) == (["b"], 3)
     with pytest.raises(config.ConfigError, match=r"write --config\.model\.moe\.dense\.k=VALUE"):
         free_settings(["--config.model.moe.dense.k"])
+
+
+def test_a_choice_that_names_less_forgets_the_settings_of_what_it_named():
+    cfg = run_of(transforms="capacity,row_budget", capacity={"minimum": 1})
+    assert "write with --config.model.moe.transforms=''" in cfg.model.cannot_write
+    written = config.with_free_settings(cfg, {"model.moe.transforms": ""})
+    assert written == run_of()
+    changes = {"model.moe.transforms": "", "model.moe.capacity.minimum": "2"}
+    with pytest.raises(config.ConfigError, match="does not name capacity"):
+        config.with_free_settings(cfg, changes)
+
+
+@pytest.mark.parametrize(
+    ("moe", "rest"),
+    [
+        ({"transforms": "row_budget"}, "''"),
+        ({"transforms": "capacity"}, "''"),
+        ({"transforms": "capacity,row_budget", "capacity": {"priority": "token"}}, "'capacity'"),
+    ],
+)
+def test_a_transform_that_looks_ahead_writes_nothing_and_says_with_what_it_would(moe, rest):
+    model = run_of(**moe).model
+    assert model.cannot_write.startswith("config.model.moe.transforms=")
+    assert f"write with --config.model.moe.transforms={rest}," in model.cannot_write
+    assert not model.looks_ahead
+    with pytest.raises(config.ConfigError, match="for the sake of later ones"):
+        Generator(SimpleNamespace(config=model))
+
+
+def test_a_causal_transform_and_a_dense_model_write():
+    by_token = {"transforms": "capacity", "capacity": {"priority": "token"}}
+    assert not run_of(**by_token).model.cannot_write
+    assert not run_of(transforms="row_budget", every_n_layers=0).model.cannot_write
