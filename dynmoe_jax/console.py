@@ -10,8 +10,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-# In a notebook too, lines of plain text: rich would make an HTML block of every line.
-console = Console(highlight=False, force_jupyter=False)
+# In a notebook too, lines of plain text: rich would make an HTML block of every line, and told not
+# to, take the kernel for a terminal, because that sets FORCE_COLOR.
+console = Console(
+    highlight=False,
+    force_jupyter=False,
+    force_terminal=False if Console().is_jupyter else None,
+)
 
 
 def warn(sentence: str) -> None:
