@@ -54,13 +54,16 @@ class Worker:
     def __init__(self, log: Path, arguments: Sequence[str], xla_flags: str):
         self.log, self.number, self.begun = log, None, 0.0
         log.parent.mkdir(parents=True, exist_ok=True)
+        flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}"}
+        # A log is no terminal, whatever a notebook says of where it prints itself.
+        uncolored = {name: os.environ[name] for name in os.environ if name != "FORCE_COLOR"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dynmoe_jax.study.worker", str(log), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}"},
+            env=uncolored | flags,
         )
 
     def give(self, number: int, message: dict[str, Any]) -> None:
