@@ -1,5 +1,7 @@
 """The notebooks run from top to bottom, and their two forms say the same."""
 
+import html
+import json
 import os
 import re
 from pathlib import Path
@@ -13,11 +15,16 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+RUN = "report.html", "What the choice of experts depends on"
 SHOWN = {
-    "01_quickstart": (2, 'experts">', 2),
-    "02_write_your_own_router": (4, "SecondIfClose", 1),
-}
-"""Of each notebook: its pictures, and how many pieces of HTML have such a text."""
+    "01_quickstart": (2, 'experts">', 2, *RUN),
+    "02_write_your_own_router": (4, "SecondIfClose", 1, *RUN),
+    "03_do_harder_tokens_need_more_experts": (
+        3, 'experts">', 1, "study.html", "Do harder tokens get more experts?",
+    ),
+}  # fmt: skip
+"""Of each notebook: its pictures, how many pieces of HTML have such a text, and the page that it
+leaves, with a text there."""
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -61,11 +68,14 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [output.data for output in outputs if "data" in output]
-    pictures, text, pieces = SHOWN[path.stem]
+    pictures, text, pieces, page, heading = SHOWN[path.stem]
     assert sum("image/png" in data for data in shown) == pictures
-    assert sum(text in data.get("text/html", "") for data in shown) == pieces
-    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "What the choice of experts depends on" in report
+    pieces_of_html = [data.get("text/html", "") for data in shown]
+    assert sum(text in piece for piece in pieces_of_html) == pieces
+    assert heading in (tmp_path / "run" / page).read_text(encoding="utf-8")
+    assert not [s for s in _sentences(tmp_path / "run") if s not in "".join(pieces_of_html)]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "\x1b" not in printed, "a notebook is no terminal"
 
 
 def test_the_router_of_the_notebook_is_that_of_the_documents():
@@ -75,6 +85,13 @@ def test_the_router_of_the_notebook_is_that_of_the_documents():
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert written.split("\n", 1)[1] == code.rstrip()
     assert len(code.splitlines()) <= 40
+
+
+def _sentences(workdir):
+    """Results of a study, as its page has them; none of another run."""
+    path = workdir / "study.json"
+    answers = json.loads(path.read_text(encoding="utf-8"))["answers"] if path.exists() else []
+    return [html.escape(answer["sentence"]) for answer in answers]
 
 
 def _with_one_device(flags):
