@@ -318,7 +318,9 @@ class MoEFeedForward(nnx.Module):
         if "segments" in reads:
             read["segment_id_T"] = positions.segment_ids_BL.reshape(-1)
         if "previous_logits" in self.router.reads:
-            read["previous_logits_TE"] = positions.previous_TS(logits_TE.shape[-1])
+            read["previous_logits_TE"] = positions.previous_TS(
+                self.moe.num_experts, self.router.free_experts
+            )
         if "noise" in self.reads and _draws(training):
             read["key_T"] = training.key_T(positions.segment_ids_BL.shape[1])
         return read

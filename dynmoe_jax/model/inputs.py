@@ -109,7 +109,8 @@ class TokenPositions:
         :meth:`~dynmoe_jax.routing.router.Router.initial_cache`; empty unless it is carried.
       other_rotary: tables for the heads of layers that differ, by their width.
       previous_BLS: router logits of the MoE layer before, float32, with room for those of any
-        layer; zeros in front of the first.  None unless a router reads them.
+        layer: experts from the front on, free ones up to the end, zeros between, and in front of
+        the first layer.  None unless a router reads them.
     """
 
     segment_ids_BL: Int[Array, "B L"]
@@ -132,33 +133,53 @@ class TokenPositions:
             return self
         return dataclasses.replace(self, training=self.training.at(layer))
 
-    def behind(self, logits_TS: Float[Array, "T S"]) -> "TokenPositions":
-        """The inputs of the layers behind an MoE layer with these router logits."""
+    def behind(self, logits_TS: Float[Array, "T S"], experts: int) -> "TokenPositions":
+        """The inputs of the layers behind an MoE layer with these logits, of so many experts."""
         if self.previous_BLS is None:
             return self
-        *front, width = self.previous_BLS.shape
         # A dead expert's says nothing of the token.
         logits_TS = jnp.where(alive(logits_TS), logits_TS, 0.0)
-        wide_TS = jnp.pad(logits_TS, [(0, 0), (0, width - logits_TS.shape[-1])])
-        return self.with_previous(wide_TS.reshape(*front, width))
+        free = logits_TS.shape[-1] - experts
+        return self.with_previous(
+            _by_kind(logits_TS, experts, free, self.previous_BLS.shape[-1]).reshape(
+                self.previous_BLS.shape
+            )
+        )
 
     def with_previous(self, previous_BLS: Float[Array, "B L S"] | None) -> "TokenPositions":
         """The same tokens behind other logits."""
         return dataclasses.replace(self, previous_BLS=previous_BLS)
 
-    def previous_TS(self, scores: int) -> Float[Array, "T S"]:
-        """The logits of the MoE layer before, for a router of so many scores: cut, or with zeros
-        behind them, where that layer had another number."""
-        return self.previous_BLS[..., :scores].reshape(-1, scores)
+    def previous_TS(self, experts: int, free: int) -> Float[Array, "T S"]:
+        """The logits of the MoE layer before, for a router of so many experts and free ones.
+
+        Where that layer had another number of either, its last experts, or its first free ones, are
+        left out, or zeros stand in their places.
+        """
+        width = self.previous_BLS.shape[-1]
+        previous_TS = self.previous_BLS.reshape(-1, width)
+        return _by_kind(previous_TS, experts, free, experts + free)
+
+
+def _by_kind(
+    scores_TS: Float[Array, "T S"], experts: int, free: int, width: int
+) -> Float[Array, "T W"]:
+    """The columns of experts, in front, and of free ones, at the end, with zeros between them."""
+    if scores_TS.shape[-1] == width:
+        return scores_TS
+    expert_TE, free_TX = scores_TS[:, :experts], scores_TS[:, scores_TS.shape[-1] - free :]
+    between_T_ = jnp.zeros((len(scores_TS), width - experts - free), scores_TS.dtype)
+    return jnp.concatenate([expert_TE, between_T_, free_TX], axis=-1)
 
 
 def room_for_previous(routers: Sequence[tuple[Router, int]]) -> int:
-    """The most scores of a layer, which a logit of the layer before needs room for; 0 where no
-    router reads them.
+    """The most experts and the most free ones of a layer together, which logits of the layer
+    before need room for; 0 where no router reads them.
 
     Args:
       routers: (router, number of experts) of every MoE layer.
     """
     if not any("previous_logits" in router.reads for router, _ in routers):
         return 0
-    return max(experts + router.free_experts for router, experts in routers)
+    most_free = max(router.free_experts for router, _ in routers)
+    return max(experts for _, experts in routers) + most_free

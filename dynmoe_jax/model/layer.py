@@ -103,5 +103,6 @@ class Layer(nnx.Module):
             attended_BLD, self.feed_forward_norm, positions, weights
         )
         if record:
-            positions = positions.behind(record.routing.logits_TE)
+            routing = record.routing
+            positions = positions.behind(routing.logits_TE, routing.num_experts)
         return LayerOutput(x_BLD, attended_BLD, kv, record, positions.previous_BLS)

@@ -75,8 +75,9 @@ class RouterInput:
       cache: of the sequences' earlier tokens while generating, see :meth:`Router.initial_cache`;
         empty where sequences are there from their first token.
       previous_logits_TE: of the MoE layer before, as its :attr:`Routing.logits_TE`; zeros in the
-        first one, and cut or followed by zeros where that layer scores another number.  None
-        unless the router reads ``"previous_logits"``.
+        first one.  Experts stand in the places of those with their numbers, free ones in those as
+        far from the last; where that layer has no such one, there are zeros.  None unless the
+        router reads ``"previous_logits"``.
       run_key: a key of the layer, the same in all steps: a function of seed and layer.  Like
         ``step``, None in inference, and unless the router reads ``"step"``.
       step: number of the training step.

@@ -170,7 +170,7 @@ def test_normalized_logits_are_those_of_the_living():
 def test_the_next_layer_reads_no_logit_of_a_dead_expert():
     positions = TokenPositions(jnp.ones((1, 2), int), jnp.zeros((1, 2, 4)))
     positions = positions.with_previous(jnp.zeros((1, 2, 4)))
-    behind = positions.behind(jnp.array([[1.0, DEAD, -2.0], [DEAD, 3.0, 4.0]]))
+    behind = positions.behind(jnp.array([[1.0, DEAD, -2.0], [DEAD, 3.0, 4.0]]), 3)
     np.testing.assert_array_equal(behind.previous_BLS[0], [[1, 0, -2, 0], [0, 3, 4, 0]])
 
 
