@@ -139,9 +139,10 @@ class Router(abc.ABC):
         the evaluation command and held-out evaluation route as at inference.  Without it a model
         trains and reports its held-out loss; it writes no sample, and generation and the
         evaluation command are refused.
-      causal_in_training: whether it is so in training as well.  A router with ``causal`` alone
-        generates and is evaluated.  A decoder refuses routers that lack either, unless
-        ``config.model.moe.allow_non_causal``.
+      causal_in_training: whether it is so in training as well; one that looks at the batch there
+        alone, to even out its experts, may leave it True: its ``group`` says so.  A router with
+        ``causal`` alone generates and is evaluated.  A decoder refuses routers that lack
+        either, unless ``config.model.moe.allow_non_causal``.
       group: the tokens that one choice may look at: ``"token"``, ``"sequence"``, or ``"batch"``
         (all devices' together; of a microbatch, where there are several).
       reads: fields of :class:`RouterInput` beyond x, logits and state: ``"noise"``,
