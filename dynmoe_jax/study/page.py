@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dynmoe_jax.evaluation.report.parts import escaped, page, section, table_of
+from dynmoe_jax.evaluation.report.parts import escaped, figures_of, page, table_of
 from dynmoe_jax.evaluation.report.theme import Canvas, figure_style
 from dynmoe_jax.runs.formatting import compact, decimals, duration
 from dynmoe_jax.runs.records import write_atomically
@@ -19,6 +19,9 @@ _INTERVALS = (
     "paper where the whole interval is on the paper's side of zero, and disagrees where all of it "
     "is on the other. It is undecided otherwise, and where trainings are compared from one seed."
 )
+
+
+_AGREES = {"yes": "So it is here.", "no": "Not here.", "undecided": "Undecided here."}
 
 
 def write_page(workdir: Path, record: Mapping[str, Any]) -> Path:
@@ -72,21 +75,26 @@ def _section(part: Mapping[str, Any], record: Mapping[str, Any], canvas: Canvas)
     answers = [answer for answer in record["answers"] if answer["number"] == number]
     found = [f"<h2>{number}. {escaped(part['title'])}</h2>"]
     if answers:
-        rows = [[a["question"], a["sentence"], a["paper"], _agreement(a)] for a in answers]
-        found.append(table_of(["asked", "found here", "the paper", "agrees"], rows))
+        found.append(f'<div class="grid">{"".join(map(_answer, answers))}</div>')
     else:
         found.append('<p class="soft">The runs that would answer it are not there.</p>')
     for table in part["tables"]:
         numbers = range(1, len(table["header"]))
         found.append(f'<p class="soft">{escaped(table["title"])}.</p>')
         found.append(table_of(table["header"], table["rows"], numbers))
-    pictures = QUESTIONS[number].pictures(part["data"], canvas)
-    found.append(section("", pictures).replace("<h2></h2>", ""))
+    found.append(figures_of(QUESTIONS[number].pictures(part["data"], canvas)))
     return found
 
 
-def _agreement(answer: Mapping[str, Any]) -> str:
-    return "–" if answer["paper"] == SILENT else answer["agrees_with_paper"]
+def _answer(answer: Mapping[str, Any]) -> str:
+    """One answer: what is asked, what was found, and what the paper says."""
+    paper = answer["paper"]
+    if paper != SILENT:
+        paper = f"The paper: {paper} {_AGREES[answer['agrees_with_paper']]}"
+    return (
+        f'<div class="card"><h3>{escaped(answer["question"])}</h3>'
+        f"<p>{escaped(answer['sentence'])}</p><span>{escaped(paper)}</span></div>"
+    )
 
 
 def _runs(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Results of a study's runs, as questions read them.
 
-Axis legend: S seeds, R bootstrap replicates over documents.
+Axis legend: S seeds, R bootstrap replicates, X logged lines.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from dynmoe_jax import config
 from dynmoe_jax.model.flops import training_flops
@@ -16,8 +17,39 @@ from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.summary import Summary
 from dynmoe_jax.study.measuring import measured
 from dynmoe_jax.study.models import MODELS
-from dynmoe_jax.study.plan import Arm, Request, reached_experts, summary_of
-from dynmoe_jax.study.statistics import Estimate, estimate
+from dynmoe_jax.study.plan import LAST_SHARE, Arm, Request, summary_of
+from dynmoe_jax.study.statistics import REPLICATES, Estimate, estimate, resampled_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Logged:
+    """A number of a run's log.
+
+    Attributes:
+      value_X: of each line.
+      weight_X: steps that the line stands for, those since the one before.
+      seed: of the run.
+    """
+
+    value_X: Float[np.ndarray, "X"]
+    weight_X: Float[np.ndarray, "X"]
+    seed: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over steps; NaN where there are none."""
+        return float(np.average(self.value_X, weights=self.weight_X)) if len(self.value_X) else _NAN
+
+    @property
+    def mean_R(self) -> Float[np.ndarray, "R"]:
+        """The same of resampled lines."""
+        if not len(self.value_X):
+            return np.full(REPLICATES, _NAN)
+        number_RX = resampled_lines(len(self.value_X), self.seed)
+        return np.average(self.value_X[number_RX], axis=1, weights=self.weight_X[number_RX])
+
+
+_NAN = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +62,6 @@ class Result:
       summary: what it says of itself.
       metrics: lines of its ``metrics.jsonl``.
       measures: records by the name of the measure.
-      reached: mean experts per token at the end of training; NaN of a dense model.
     """
 
     arm: Arm
@@ -38,7 +69,11 @@ class Result:
     summary: Summary
     metrics: list[dict[str, Any]]
     measures: dict[str, dict[str, Any]]
-    reached: float
+
+    @property
+    def reached(self) -> Logged:
+        """Experts per token at the end of training."""
+        return self.logged("experts_per_token", 1 - LAST_SHARE)
 
     @property
     def heldout(self) -> dict[str, Any]:
@@ -50,41 +85,48 @@ class Result:
         """Whether it has experts."""
         return bool(self.config.model.moe_settings)
 
+    def logged(self, name: str, first: float = 0.0, last: float = 1.0) -> Logged:
+        """A number of the log from one share of training to another."""
+        step_X = np.array([line["step"] for line in self.metrics], float)
+        value_X = np.array([line[name] for line in self.metrics], float)
+        steps = self.config.train.steps
+        inside_X = (step_X > first * steps) & (step_X <= last * steps)
+        weight_X = np.diff(step_X, prepend=0.0)
+        return Logged(value_X[inside_X], weight_X[inside_X], self.arm.seed)
+
     @property
     def experts_in_training(self) -> float:
-        """Mean experts per token over all of training."""
-        return self._over_training("experts_per_token") if self.is_moe else math.nan
+        """Mean experts per token over all of training; NaN of a dense model."""
+        return self.logged("experts_per_token").mean if self.is_moe else math.nan
+
+    def flops_of_step(self, experts: float) -> float:
+        """FLOPs of a step in which tokens use so many experts."""
+        model, length = self.config.model, self.config.data.seq_len
+        tokens = self.config.train.batch_size * length
+        return training_flops(model, tokens, length, experts * tokens * model.num_moe_layers)
 
     @property
     def training_flops(self) -> float:
         """FLOPs of all of training, of the experts that were used."""
-        cfg, experts = self.config, self.experts_in_training if self.is_moe else 0.0
-        tokens = cfg.train.batch_size * cfg.data.seq_len
-        rows = experts * tokens * cfg.model.num_moe_layers
-        return cfg.train.steps * training_flops(cfg.model, tokens, cfg.data.seq_len, rows)
+        experts = self.experts_in_training if self.is_moe else 0.0
+        return self.config.train.steps * self.flops_of_step(experts)
 
     @property
     def seconds_step(self) -> float:
-        """Seconds of a step, median of the logged ones but the first."""
-        lines = self.metrics[1:] or self.metrics
-        return float(np.median([line["seconds_step"] for line in lines]))
+        """Seconds of a step, mean; those of the first line aside, which load programs."""
+        return self.logged("seconds_step", self.first_line).mean
 
     @property
     def seconds(self) -> float:
         """Seconds of all steps."""
-        return self._over_training("seconds_step") * self.config.train.steps
+        return self.seconds_step * self.config.train.steps
 
-    def _over_training(self, name: str) -> float:
-        """Mean over steps of what is logged, each line standing for the steps since the last."""
-        steps = np.array([line["step"] for line in self.metrics], float)
-        values = np.array([line[name] for line in self.metrics], float)
-        return float(np.average(values, weights=np.diff(steps, prepend=0.0)))
-
-    def between(self, first: float, last: float, name: str) -> float:
-        """Mean of a logged number from one share of training to another."""
-        steps = self.config.train.steps
-        chosen = [x[name] for x in self.metrics if first * steps < x["step"] <= last * steps]
-        return float(np.mean(chosen)) if chosen else math.nan
+    @property
+    def first_line(self) -> float:
+        """Share of training after which the log's first line stands."""
+        if len(self.metrics) < 2:
+            return 0.0
+        return self.metrics[0]["step"] / self.config.train.steps
 
     def record(self) -> dict[str, Any]:
         """For ``study.json``."""
@@ -155,19 +197,22 @@ class Results:
         self, model: str, other: str, record: Callable[[Result], dict], name: str
     ) -> Estimate:
         """A number of a model less that of another one, seed by seed and document by document."""
-        by_seed = {result.arm.seed: result for result in self.of(other)}
-        pairs = [(r, by_seed[r.arm.seed]) for r in self.of(model) if r.arm.seed in by_seed]
+        pairs = self.pairs(model, other)
         ours, theirs = ([record(pair[side]) for pair in pairs] for side in (0, 1))
         (value_S, replicate_SR), (other_S, other_SR) = (
             _with_replicates(records, name) for records in (ours, theirs)
         )
         return estimate(np.subtract(value_S, other_S), np.subtract(replicate_SR, other_SR))
 
-    def paired(self, model: str, other: str, number: Callable[[Result, Result], float]) -> Estimate:
-        """A number of two runs from the same seed, over seeds."""
+    def pairs(self, model: str, other: str) -> list[tuple[Result, Result]]:
+        """Runs of two models from the same seeds."""
         by_seed = {result.arm.seed: result for result in self.of(other)}
-        pairs = [(r, by_seed[r.arm.seed]) for r in self.of(model) if r.arm.seed in by_seed]
-        return estimate([number(*pair) for pair in pairs])
+        return [(r, by_seed[r.arm.seed]) for r in self.of(model) if r.arm.seed in by_seed]
+
+
+def of_logs(logs: list[Logged]) -> Estimate:
+    """The mean of a logged number over seeds."""
+    return estimate([log.mean for log in logs], np.array([log.mean_R for log in logs]))
 
 
 def of_records(records: list[dict], name: str) -> Estimate:
@@ -190,5 +235,4 @@ def _read(asked: Request, arm: Arm) -> Result | None:
     if "heldout" not in measures:
         return None
     metrics = read_metrics(folder)
-    reached = reached_experts(folder)
-    return Result(arm, arm.settings(asked), summary, metrics, measures, reached)
+    return Result(arm, arm.settings(asked), summary, metrics, measures)

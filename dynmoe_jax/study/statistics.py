@@ -1,6 +1,6 @@
-"""Estimates over seeds and documents, and what they say of a claim.
+"""Estimates over seeds, and over documents or steps, and what they say of a claim.
 
-Axis legend: S seeds, R bootstrap replicates over documents, D documents, T tokens, G groups.
+Axis legend: S seeds, R bootstrap replicates, D documents, T tokens, G groups, X logged lines.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Estimate:
       high: upper end.
       seeds: how many there are; with one, nothing is known of what another would give.
       seed_half: half of the interval that seeds alone give (Student's t); NaN with one.
-      document_half: half of the one that held-out documents alone give (bootstrap); NaN where the
-        number is not of documents.
+      within_half: half of the one that the inside of runs gives, by a bootstrap: of held-out
+        documents, or of the steps of training.
     """
 
     value: float
@@ -34,12 +34,23 @@ class Estimate:
     high: float
     seeds: int
     seed_half: float = math.nan
-    document_half: float = math.nan
+    within_half: float = math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
         """Both ends."""
         return self.low, self.high
+
+    def plus(self, number: float) -> "Estimate":
+        """The estimate moved by a number."""
+        moved = {name: getattr(self, name) + number for name in ("value", "low", "high")}
+        return dataclasses.replace(self, **moved)
+
+    def less_than(self, number: float) -> "Estimate":
+        """Estimate of how far it is below a number."""
+        return dataclasses.replace(
+            self, value=number - self.value, low=number - self.high, high=number - self.low
+        )
 
     def record(self) -> dict:
         """For JSON."""
@@ -52,17 +63,18 @@ def estimate(
 ) -> Estimate:
     """Mean over seeds, its interval of both kinds of chance.
 
-    Seeds give a half-width by Student's t.  The documents are the same for all seeds, so that their
-    chance does not average out: its half-width is that of the mean's bootstrap replicates.  The two
-    are independent, and add up in quadrature.
+    Seeds give a half-width by Student's t, the inside of runs that of the mean's bootstrap
+    replicates; the two are independent, and add up in quadrature.  Held-out documents are the same
+    for all seeds, so that their chance does not average out; it does not where every seed's
+    replicate is of the same documents.
 
     Args:
       value_S: of each seed.
-      replicate_SR: the same of resampled documents, the same documents for every seed.
+      replicate_SR: the same of resampled documents or steps.
     """
     value_S = np.asarray(value_S, np.float64)
     seeds, mean = len(value_S), float(np.mean(value_S)) if len(value_S) else math.nan
-    seed_half, document_half = math.nan, math.nan
+    seed_half, within_half = math.nan, math.nan
     if seeds > 1:
         t = stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)
         seed_half = float(t * np.std(value_S, ddof=1) / math.sqrt(seeds))
@@ -71,10 +83,10 @@ def estimate(
         mean_R = mean_R[np.isfinite(mean_R)]
         if len(mean_R) > 1:
             z = stats.norm.ppf((1 + CONFIDENCE) / 2)
-            document_half = float(z * np.std(mean_R, ddof=1))
-    halves = [half for half in (seed_half, document_half) if math.isfinite(half)]
+            within_half = float(z * np.std(mean_R, ddof=1))
+    halves = [half for half in (seed_half, within_half) if math.isfinite(half)]
     half = math.hypot(*halves) if halves else math.nan
-    return Estimate(mean, mean - half, mean + half, seeds, seed_half, document_half)
+    return Estimate(mean, mean - half, mean + half, seeds, seed_half, within_half)
 
 
 def verdict(found: Estimate, *, least: float = 0.0, of_training: bool = True) -> str:
@@ -91,6 +103,25 @@ def verdict(found: Estimate, *, least: float = 0.0, of_training: bool = True) ->
     if found.low > 0 and found.high > least:
         return YES
     return NO if found.high <= least else UNDECIDED
+
+
+REPLICATES = 200
+
+
+def resampled_lines(lines: int, seed: int) -> Int[np.ndarray, "R X"]:
+    """Numbers of logged lines, resampled in blocks: neighbors in time are alike.
+
+    Moving blocks, about the square root of all lines long (Künsch 1989).
+
+    Args:
+      lines: how many there are.
+      seed: of the run, whose chance is its own.
+    """
+    draw, length = np.random.default_rng([seed, lines]), max(1, round(math.sqrt(lines)))
+    blocks = -(-lines // length)
+    start_RB = draw.integers(0, lines - length + 1, (REPLICATES, blocks))
+    number_RX = (start_RB[:, :, None] + np.arange(length)).reshape(REPLICATES, -1)
+    return number_RX[:, :lines]
 
 
 # ── Rank correlations ────────────────────────────────────────────────────────────────────────────

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from rich.markup import escape
+
 from dynmoe_jax import config
 from dynmoe_jax.console import console, titled_table
 from dynmoe_jax.data import Prepared
@@ -23,6 +25,7 @@ from dynmoe_jax.study.models import MODELS
 from dynmoe_jax.study.page import write_page
 from dynmoe_jax.study.plan import Arm, Request, arms_of, summary_of
 from dynmoe_jax.study.questions import QUESTIONS
+from dynmoe_jax.study.questions.question import SILENT
 from dynmoe_jax.study.record import FILE_NAME, make_record, write_record
 from dynmoe_jax.study.workers import Job, Workers
 
@@ -209,9 +212,11 @@ def _told(asked: Request, arm: Arm, title: str) -> str:
 def _show(record: dict) -> None:
     """Answers on a few lines."""
     table = titled_table("Answers")
-    for name in ("", "answer", "as in the paper"):
+    for name in ("", "question", "answer", "as in the paper"):
         table.add_column(name)
     for answer in record["answers"]:
-        table.add_row(str(answer["number"]), answer["sentence"], answer["agrees_with_paper"])
+        agrees = "–" if answer["paper"] == SILENT else answer["agrees_with_paper"]
+        cells = (answer["question"], answer["sentence"], agrees)
+        table.add_row(str(answer["number"]), *map(escape, cells))
     console.print()
     console.print(table)

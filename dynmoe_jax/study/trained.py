@@ -72,7 +72,7 @@ class Tokens:
             return above_R / below_R
 
 
-class _Collector:
+class Collector:
     """Gathers :class:`Tokens` batch by batch."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -120,7 +120,7 @@ class TrainedRun:
     @functools.cached_property
     def _measured(self) -> tuple[HeldOut, Tokens, dict | None]:
         cfg, watches = self.config, []
-        collector = _Collector(self.tokenizer)
+        collector = Collector(self.tokenizer)
         watches.append(collector.watch)
         analysis = None
         if cfg.model.moe_settings:
@@ -160,7 +160,7 @@ class TrainedRun:
           params: its variables.
           most_batches: of each domain; None: as many as the run's own evaluation reads.
         """
-        collector = _Collector(self.tokenizer)
+        collector = Collector(self.tokenizer)
         self._evaluate(model, params, collector.watch, most_batches)
         return collector.tokens()
 

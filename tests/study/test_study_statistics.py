@@ -56,7 +56,7 @@ def test_interval_of_documents_covers_as_often_as_it_says():
         x = draw.normal(size=50)[document] + draw.normal(size=500)
         y = draw.normal(size=50)[document] + draw.normal(size=500)
         found = rank_correlation(x, y, document, weights(50, 200))
-        covered += abs(found.value) <= estimate([found.value], [found.replicate_R]).document_half
+        covered += abs(found.value) <= estimate([found.value], [found.replicate_R]).within_half
     assert 0.90 * 200 <= covered <= 0.99 * 200
 
 
@@ -100,7 +100,7 @@ def test_interval_over_seeds_is_that_of_students_t():
     found = estimate(values)
     expected = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     np.testing.assert_allclose(found.interval, expected)
-    assert np.isnan(found.document_half)
+    assert np.isnan(found.within_half)
 
 
 def test_chance_of_documents_does_not_average_out_over_seeds():
@@ -108,8 +108,8 @@ def test_chance_of_documents_does_not_average_out_over_seeds():
     shared_R = np.random.default_rng(0).normal(size=1000)
     value_S = np.array([1.0, 1.1, 1.2])
     found = estimate(value_S, value_S[:, None] + shared_R)
-    np.testing.assert_allclose(found.document_half, 1.96 * np.std(shared_R, ddof=1), rtol=1e-3)
-    half = np.hypot(found.seed_half, found.document_half)
+    np.testing.assert_allclose(found.within_half, 1.96 * np.std(shared_R, ddof=1), rtol=1e-3)
+    half = np.hypot(found.seed_half, found.within_half)
     np.testing.assert_allclose(found.interval, [1.1 - half, 1.1 + half])
 
 

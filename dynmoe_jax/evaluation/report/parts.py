@@ -27,6 +27,12 @@ def escaped(text: object) -> str:
 
 def section(title: str, pictures: Iterable[Picture | None]) -> str:
     """A heading and its figures; nothing where there are none."""
+    figures = figures_of(pictures)
+    return f"<h2>{escaped(title)}</h2>{figures}" if figures else ""
+
+
+def figures_of(pictures: Iterable[Picture | None]) -> str:
+    """Figures side by side; nothing where there are none."""
     figures = "".join(
         f"<figure><figcaption><b>{escaped(picture.title)}</b></figcaption>"
         f'<div role="img" aria-label="{escaped(picture.title)}">{picture.svg}</div>'
@@ -34,7 +40,7 @@ def section(title: str, pictures: Iterable[Picture | None]) -> str:
         for picture in pictures
         if picture
     )
-    return f'<h2>{escaped(title)}</h2><div class="grid">{figures}</div>' if figures else ""
+    return f'<div class="grid">{figures}</div>' if figures else ""
 
 
 def table_of(

@@ -41,6 +41,7 @@ class Hardness(Measure):
             "trained": correlations(tokens, tokens.experts_NT),
             "untrained": correlations(tokens, untrained.experts_NT),
             "shuffled": correlations(tokens, shuffled_within(tokens.experts_NT, tokens.token_T)),
+            "bottom_less_top": _bottom_less_top(tokens),
             "experts_untrained": untrained.mean_experts,
             "routing": run.routing,
         }
@@ -76,6 +77,12 @@ def correlations(tokens: Tokens, experts_NT: np.ndarray) -> dict[str, Any]:
     return {name: _record(each) for name, each in found.items()} | {
         "by_layer": [_record(each) for each in by_layer]
     }
+
+
+def _bottom_less_top(tokens: Tokens) -> dict[str, Any]:
+    """Experts of the lowest MoE layer less those of the highest."""
+    more_T = tokens.experts_NT[0].astype(float) - tokens.experts_NT[-1]
+    return {"value": more_T.mean(), "value_R": tokens.replicates(more_T, np.ones_like(more_T))}
 
 
 def _record(found: Correlation) -> dict[str, Any]:

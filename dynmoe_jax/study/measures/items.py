@@ -49,7 +49,7 @@ class Items(Measure):
 
     def depends_on(self, items):
         """The folder."""
-        return {"items": str(items.resolve()) if items else None}
+        return {"items": str(items.resolve()) if items else ""}
 
     def take(self, run, items):
         """Share of right answers by task, and that of a guess; answers are kept in the run."""

@@ -28,7 +28,7 @@ class Ablations(Question):
         rows = []
         for name in (BASE, *_names(results)):
             (result,) = results.of(name)
-            used = (result.reached, result.heldout["experts_per_token"])
+            used = (result.reached.mean, result.heldout["experts_per_token"])
             rows.append(
                 [
                     MODELS[name].title,

@@ -1,13 +1,18 @@
 """Question 5: what experts cost, and what a budget saves."""
 
+import dataclasses
+
 import numpy as np
 from scipy import stats
 
 from dynmoe_jax.evaluation.report.theme import CYCLE, legend, light
-from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.study.models import MODELS
-from dynmoe_jax.study.questions.question import Question, silent
-from dynmoe_jax.study.results import Result
+from dynmoe_jax.study.questions.question import Answer, Question, silent
+from dynmoe_jax.study.results import Logged, Result
+from dynmoe_jax.study.statistics import estimate, resampled_lines
+
+LEAST_SPREAD = 0.1
+"""Experts per token that steps must differ by, for their times to say what an expert costs."""
 
 
 class Cost(Question):
@@ -19,45 +24,30 @@ class Cost(Question):
         """Time of an expert more; savings of the budget, and what they cost in loss."""
         found = []
         if results.have("dynamic"):
+            slopes = [_expert_in_percent(result) for result in results.of("dynamic")]
             found.append(
                 silent(
                     "seconds_of_an_expert",
                     "How much longer does a step take with one expert per token more?",
-                    results.mean("dynamic", _seconds_of_an_expert),
+                    estimate([s for s, _ in slopes], np.array([s_R for _, s_R in slopes])),
                     "percent of a step with two experts",
                     ("A step takes longer, by {} percent", "A step takes less time, by {} percent"),
                     digits=1,
                 )
             )
         if results.have("dynamic", "dynamic_budget"):
-            for name, what, number in (
-                ("flops", "FLOPs of training", lambda r: r.training_flops),
-                ("seconds", "seconds of training", lambda r: r.seconds),
-            ):
-                saved = results.paired(
-                    "dynamic",
-                    "dynamic_budget",
-                    lambda plain, budget, n=number: 100 * (1 - n(budget) / n(plain)),
-                )
-                found.append(
-                    silent(
-                        f"budget_saves_{name}",
-                        f"Which part of the {what} does a budget save?",
-                        saved,
-                        "percent",
-                        ("It saves {} percent", "It costs {} percent more"),
-                        digits=1,
-                    )
-                )
-            found.append(
+            pairs = results.pairs("dynamic", "dynamic_budget")
+            found += [
+                _saved("flops", "FLOPs of training", [tuple(map(_flops, p)) for p in pairs]),
+                _saved("seconds", "seconds of training", [tuple(map(_seconds, p)) for p in pairs]),
                 silent(
                     "budget_costs_loss",
                     "Is the loss higher for it, after as many steps?",
                     results.loss_less("dynamic_budget", "dynamic"),
                     "bits per byte",
                     ("It is higher, by {}", "It is lower, by {}"),
-                )
-            )
+                ),
+            ]
         return found
 
     def data(self, results):
@@ -113,26 +103,50 @@ class Cost(Question):
         return drawn
 
 
-def _seconds_of_an_expert(result: Result) -> float:
-    """Slope of seconds per step over experts, in percent of a step with two."""
-    lines = result.metrics[1:]
-    experts = np.array([line["experts_per_token"] for line in lines])
-    seconds = np.array([line["seconds_step"] for line in lines])
-    if np.ptp(experts) < 0.1:
+def _flops(result: Result) -> Logged:
+    """FLOPs of each step."""
+    experts = result.logged("experts_per_token")
+    flops_X = [result.flops_of_step(each) for each in experts.value_X]
+    return dataclasses.replace(experts, value_X=np.array(flops_X))
+
+
+def _seconds(result: Result) -> Logged:
+    """Seconds of each step, those of the first line aside, which load programs."""
+    return result.logged("seconds_step", result.first_line)
+
+
+def _saved(name: str, what: str, pairs: list[tuple[Logged, Logged]]) -> Answer:
+    """Part of a cost that the second of two runs saves."""
+    value_S = [100 * (1 - budget.mean / plain.mean) for plain, budget in pairs]
+    replicate_SR = [100 * (1 - budget.mean_R / plain.mean_R) for plain, budget in pairs]
+    return silent(
+        f"budget_saves_{name}",
+        f"Which part of the {what} does a budget save?",
+        estimate(value_S, np.array(replicate_SR)),
+        "percent",
+        ("It saves {} percent", "It costs {} percent more"),
+        digits=1,
+    )
+
+
+def _expert_in_percent(result: Result) -> tuple[float, np.ndarray]:
+    """Slope of seconds per step over experts, in percent of a step with two; and resampled."""
+    experts = result.logged("experts_per_token", result.first_line)
+    seconds = result.logged("seconds_step", result.first_line)
+    number_RX = resampled_lines(len(experts.value_X), experts.seed)
+    slope_R = [_slope(experts.value_X[x], seconds.value_X[x]) for x in number_RX]
+    return _slope(experts.value_X, seconds.value_X), np.array(slope_R)
+
+
+def _slope(experts_X: np.ndarray, seconds_X: np.ndarray) -> float:
+    if np.ptp(experts_X) < LEAST_SPREAD:
         return float("nan")
     # Theil and Sen's: medians of slopes, which a few slow lines don't bend.
-    slope, intercept, *_ = stats.theilslopes(seconds, experts)
+    slope, intercept, *_ = stats.theilslopes(seconds_X, experts_X)
     return float(100 * slope / (intercept + 2 * slope))
 
 
 def _flops_so_far(result: Result) -> list[float]:
     """FLOPs up to each line of the log."""
-    steps = np.array([line["step"] for line in result.metrics], float)
-    used = np.array([line["experts_per_token"] for line in result.metrics])
-    model, data, train = result.config.model, result.config.data, result.config.train
-    tokens = train.batch_size * data.seq_len
-    layers = model.num_moe_layers
-    of_step = [
-        training_flops(model, tokens, data.seq_len, experts * tokens * layers) for experts in used
-    ]
-    return np.cumsum(np.diff(steps, prepend=0.0) * of_step).tolist()
+    flops = _flops(result)
+    return np.cumsum(flops.weight_X * flops.value_X).tolist()

@@ -93,7 +93,10 @@ class Hardness(Question):
             claimed(
                 "bottom_layers_use_more",
                 "Does the lowest layer use more experts than the highest?",
-                results.mean("dynamic", _bottom_less_top),
+                of_records(
+                    [r.measures["hardness"]["bottom_less_top"] for r in results.of("dynamic")],
+                    "value",
+                ),
                 "experts per token",
                 ("It uses more, by {}", "It uses fewer, by {}"),
                 "Up to 4 in the lowest layers, about 1 in the highest.",
@@ -170,11 +173,6 @@ def _less(results: Results, control: str) -> Estimate:
     return of_records([less(a["predicted"], b["predicted"]) for a, b in pairs], "value")
 
 
-def _bottom_less_top(result) -> float:
-    by_layer = result.heldout["experts_per_token_by_layer"]
-    return by_layer[0] - by_layer[-1]
-
-
 def _errors(estimates: list[dict]):
     return [
         [e["value"] - e["low"] for e in estimates],
@@ -218,4 +216,4 @@ def _layers(by_layer: dict, canvas):
     axis.set(xlabel="MoE layer (0 is next to the embedding)", ylabel="rank correlation")
     legend(figure)
     caption = "With the loss of the predicted token, of each layer's own number of experts."
-    return canvas.picture(figure, "In which layers?", caption)
+    return canvas.picture(figure, "Correlation by layer", caption)

@@ -6,8 +6,8 @@ from dynmoe_jax.evaluation.paper import MEAN
 from dynmoe_jax.evaluation.report.theme import CYCLE, legend, light
 from dynmoe_jax.runs.formatting import compact, decimals
 from dynmoe_jax.study.models import MODELS
-from dynmoe_jax.study.questions.question import Answer, Question, Table, claimed, in_words
-from dynmoe_jax.study.results import Results
+from dynmoe_jax.study.questions.question import Answer, Question, Table, claimed
+from dynmoe_jax.study.results import Results, of_logs, of_records
 from dynmoe_jax.study.statistics import Estimate, estimate
 
 _AXES = {
@@ -46,7 +46,7 @@ class Quality(Question):
         header += ["active parameters", "FLOPs", "seconds"]
         rows = []
         for model in results.asked.models:
-            if not (of_seeds := results.of(model)):
+            if not results.have(model):
                 continue
             means = {
                 name: results.mean(model, lambda r, name=name: r.record()[name]).value
@@ -59,7 +59,7 @@ class Quality(Question):
             rows.append(
                 [
                     MODELS[model].title,
-                    in_words(results.loss(model)),
+                    _over_seeds(results.loss(model)),
                     decimals(means["experts_per_token_in_training"], 2),
                     decimals(means["experts_per_token_at_inference"], 2),
                     compact(means["active_parameters"]),
@@ -67,8 +67,8 @@ class Quality(Question):
                     decimals(means["seconds"], 0),
                 ]
             )
-            del of_seeds
-        tables = [Table("Means over seeds; of the loss, 95 % intervals", header, rows)]
+        title = "Means over seeds; of the loss, the 95 % half-width of seeds"
+        tables = [Table(title, header, rows)]
         if accuracies := _accuracy_table(results):
             tables.append(accuracies)
         return tables
@@ -108,8 +108,9 @@ def _better(results: Results, name, model, other, paper, short) -> Answer:
 
 
 def _experts(results: Results, short: str) -> list[Answer]:
-    inference = results.mean("dynamic", lambda r: 2 - r.heldout["experts_per_token"])
-    training = results.mean("dynamic", lambda r: r.experts_in_training - 2)
+    used = of_records([r.heldout for r in results.of("dynamic")], "experts_per_token")
+    inference = used.less_than(2)
+    training = of_logs([r.logged("experts_per_token") for r in results.of("dynamic")]).plus(-2)
     return [
         claimed(
             "fewer_experts_than_top_2_at_inference",
@@ -161,7 +162,8 @@ def _accuracy(results: Results) -> list[Answer]:
     for task, of_task in _tasks(results).items():
         if not of_task["above"]:
             continue
-        gain = results.paired("dynamic", "top_2", lambda a, b, t=task: 100 * _gain(a, b, t))
+        pairs = results.pairs("dynamic", "top_2")
+        gain = estimate([100 * _gain(ours, theirs, task) for ours, theirs in pairs])
         found.append(
             claimed(
                 f"accuracy_{task}",
@@ -198,19 +200,25 @@ def _accuracy_table(results: Results) -> Table | None:
     return Table("Accuracy in percent, mean over seeds", ["model", *tasks], rows)
 
 
+def _over_seeds(found: Estimate) -> str:
+    half = f" ± {decimals(found.seed_half, 3)}" if math.isfinite(found.seed_half) else ""
+    return f"{decimals(found.value, 3)}{half}"
+
+
 def _against(axis: str, points: dict, canvas):
     """A picture of the loss of all models against one cost."""
     figure, (plot,) = canvas.figure(height=3.4)
     for (title, point), color in zip(points.items(), CYCLE * 3, strict=False):
-        loss = point["loss"]
-        half = Estimate(loss["value"], loss["low"], loss["high"], loss["seeds"]).high
-        half = half - loss["value"] if math.isfinite(half) else 0.0
+        loss, half = point["loss"], point["loss"]["seed_half"]
+        bar = half if math.isfinite(half) else None
         plot.errorbar(
-            point[axis], loss["value"], yerr=half, fmt="o", color=light(color), capsize=3,
+            point[axis], loss["value"], yerr=bar, fmt="o", color=light(color), capsize=3,
             label=title,
         )  # fmt: skip
     plot.set(xlabel=_AXES[axis], ylabel="held-out bits per byte")
     legend(figure)
     return canvas.picture(
-        figure, f"Loss against {_AXES[axis]}", "Lower and further left is better. Bars: 95 %."
+        figure,
+        f"Loss against {_AXES[axis]}",
+        "Lower and further left is better. Bars: 95 % over seeds.",
     )

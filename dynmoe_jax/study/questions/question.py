@@ -48,7 +48,7 @@ class Answer:
             "unit": self.unit,
             "seeds": found.seeds,
             "half_width_of_seeds": found.seed_half,
-            "half_width_of_documents": found.document_half,
+            "half_width_within_runs": found.within_half,
             "sentence": self.sentence,
             "paper": self.paper,
             "agrees_with_paper": self.agrees_with_paper,
