@@ -6,6 +6,9 @@ ST-MoE (arXiv 2202.08906): balance 1e-2 (the sum over all choices), router z-los
 the output 1e-4, capacity factor 1.25 by order of choice. The dense layer beside each MoE layer,
 which the paper puts before or behind it, is a branch here. Not here: GEGLU, and dropout of hidden
 units inside experts while fine-tuning.
+
+Text is written without capacity, by ``--config.model.moe.transforms=''``, since first choices of
+later tokens displace second ones of earlier tokens.
 """
 
 from configs.quickstart import get_config as quickstart

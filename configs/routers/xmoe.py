@@ -7,6 +7,9 @@ these; an expert that has no place left takes first choices before second ones, 
 load-balancing loss counts first choices alone.  Every second layer is MoE, with experts a quarter
 as wide as the quickstart's.  Expect a start near 24 of 32 experts per token, of which the capacity
 computes 8 on average (``rows_dropped``); the number falls as the router learns.
+
+Text is written without capacity, by ``--config.model.moe.transforms=''``, since first choices of
+later tokens displace second ones of earlier tokens.
 """
 
 from configs.quickstart import get_config as quickstart
