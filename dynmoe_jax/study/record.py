@@ -1,7 +1,9 @@
 """The record of a study, ``study.json``."""
 
+import dataclasses
 import platform
-import sys
+import shlex
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,18 @@ from dynmoe_jax.study.results import Results
 
 FILE_NAME = "study.json"
 
+_FLAGS = {"sources": "data"}
+"""Flags that are called otherwise than what they ask for."""
 
-def make_record(asked: Request, arms: list[Arm]) -> dict[str, Any]:
-    """Everything that the page shows, from what lies in the folders of the runs."""
+
+def make_record(asked: Request, arms: list[Arm], arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything that the page shows, from what lies in the folders of the runs.
+
+    Args:
+      asked: the request.
+      arms: all runs.
+      arguments: of the command besides, such as plug-ins.
+    """
     results, base = Results(asked, arms), asked.base
     answers, sections = [], []
     for number in asked.questions:
@@ -32,7 +43,7 @@ def make_record(asked: Request, arms: list[Arm]) -> dict[str, Any]:
         )
     return {
         "size": asked.size,
-        "command": " ".join(["python -m dynmoe_jax.study", *sys.argv[1:]]),
+        "command": command_of(asked, arguments),
         "machine": {
             "platform": platform.platform(),
             "python": platform.python_version(),
@@ -50,6 +61,20 @@ def make_record(asked: Request, arms: list[Arm]) -> dict[str, Any]:
         "answers": answers,
         "questions": sections,
     }
+
+
+def command_of(asked: Request, arguments: Sequence[str] = ()) -> str:
+    """The command that asks for the same, whoever asked; arguments as of :func:`make_record`."""
+    size = asked.of_size
+    usual = Request(asked.size, asked.workdir, size.seeds, processes=size.processes)
+    flags = [f"--size={asked.size}", f"--workdir={asked.workdir}"]
+    for field in dataclasses.fields(asked):
+        value = getattr(asked, field.name)
+        if value != getattr(usual, field.name):
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            flags.append(f"--{_FLAGS.get(field.name, field.name)}={shown}")
+    flags += ["--yes"] if size.ask else []
+    return shlex.join(["python", "-m", "dynmoe_jax.study", *flags, *arguments])
 
 
 def write_record(workdir: Path, record: dict[str, Any]) -> Path:

@@ -73,7 +73,7 @@ def study(asked: Request, arguments: Sequence[str] = ()) -> int:
                 workers.run(jobs, "study")
 
         # ── Answers ──────────────────────────────────────────────────────────────────────────────
-        record = make_record(asked, arms)
+        record = make_record(asked, arms, arguments)
         write_record(workdir, record)
         page = write_page(workdir, record)
     _show(record)
