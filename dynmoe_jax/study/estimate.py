@@ -3,18 +3,20 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dynmoe_jax import config
-from dynmoe_jax.data import BATCH_ARRAYS
+from dynmoe_jax.data import BATCH_ARRAYS, Batch
+from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh
 from dynmoe_jax.model.flops import training_flops
-from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
-from dynmoe_jax.training.step import init_state, make_train_step
+from dynmoe_jax.runs.compilation import compiled_programs_kept
+from dynmoe_jax.training.start import compile_step, new_state
 
 STEPS = 4
 
@@ -34,7 +36,7 @@ class Timing:
     Attributes:
       compile: seconds until the first step is done.
       step: seconds of one, median.
-      flops: of one.
+      flops: of one, of the experts that were used.
     """
 
     compile: float
@@ -42,52 +44,68 @@ class Timing:
     flops: float
 
 
+def models_to_time(trained: Sequence[str], usual: Sequence[str]) -> tuple[str, ...]:
+    """As many models as are usual: of those that are trained the usual ones, then others."""
+    return tuple(sorted(trained, key=lambda name: name not in usual)[: len(usual)])
+
+
 def flops_of(cfg: config.Config, model: str) -> float:
     """FLOPs of a step of a model, as many experts used as it is taken to use."""
     tokens = cfg.train.batch_size * cfg.data.seq_len
-    experts = EXPERTS.get(model, MEAN_OF_DYNAMIC) * cfg.model.num_moe_layers
-    return training_flops(cfg.model, tokens, cfg.data.seq_len, experts * tokens)
+    rows = EXPERTS.get(model, MEAN_OF_DYNAMIC) * tokens * cfg.model.num_moe_layers
+    return training_flops(cfg.model, tokens, cfg.data.seq_len, rows)
 
 
 def time_steps(cfg: config.Config) -> dict[str, float]:
     """Times a few steps on tokens that are drawn.
 
     Returns:
-      ``compile`` and ``step``, as in :class:`Timing`.
+      the attributes of a :class:`Timing`.
     """
-    schedule = make_schedule(cfg.optimizer, cfg.train.steps)
-    optimizer = make_optimizer(cfg.optimizer, schedule)
-    step = jax.jit(make_train_step(cfg, optimizer, schedule), donate_argnums=0)
+    mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
+    begin = time.perf_counter()
+    # What is compiled here, runs of the same model need not compile.
+    with jax.set_mesh(mesh), compiled_programs_kept(cfg.train, Path()):
+        step, shapes = compile_step(cfg, mesh)
+        state, batch = new_state(cfg, shapes), _drawn_batch(cfg, mesh)
+        seconds, rows = [], []
+        for _ in range(1 + STEPS):
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - begin)
+            rows.append(float(metrics["load_NE"].sum()))
+            begin = time.perf_counter()
+    tokens, length = cfg.train.batch_size * cfg.data.seq_len, cfg.data.seq_len
+    flops = training_flops(cfg.model, tokens, length, float(np.mean(rows)))
+    return {"compile": seconds[0], "step": float(np.median(seconds[1:])), "flops": flops}
+
+
+def _drawn_batch(cfg: config.Config, mesh: Mesh) -> Batch:
     shape = cfg.train.batch_size, cfg.data.seq_len
     draw = np.random.default_rng(0)
-    tokens_BL = jnp.asarray(draw.integers(0, cfg.model.vocab_size, shape), jnp.int32)
-    batch = dict.fromkeys(BATCH_ARRAYS, jnp.ones(shape, jnp.int32))
+    tokens_BL = draw.integers(0, cfg.model.vocab_size, shape)
+    batch = dict.fromkeys(BATCH_ARRAYS, np.ones(shape))
     batch |= {"tokens": tokens_BL, "targets": tokens_BL}
-    batch["positions"] = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-    state = jax.jit(lambda key: init_state(cfg, optimizer, key))(jax.random.key(cfg.seed))
-    seconds = []
-    for _ in range(1 + STEPS):
-        begin = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - begin)
-    return {"compile": seconds[0], "step": float(np.median(seconds[1:]))}
+    batch["positions"] = np.broadcast_to(np.arange(shape[1]), shape)
+    sharding = batch_sharding(mesh)
+    return {name: jax.device_put(array.astype(np.int32), sharding) for name, array in batch.items()}
 
 
 class Costs:
     """Seconds of jobs, from timings of a few models.
 
     Args:
-      timings: by model; empty: nothing is known, and all jobs count alike.
+      timings: of a few models; empty: nothing is known, and all jobs count alike.
     """
 
-    def __init__(self, timings: Mapping[str, Timing]):
-        self._timings = list(timings.values())
+    def __init__(self, timings: Iterable[Timing]):
+        self._timings = sorted(timings, key=lambda timing: timing.flops)
 
     def step(self, flops: float) -> float:
         """Seconds of a step: a line through those that were timed, or in proportion to one."""
         first, last = self._timings[0], self._timings[-1]
-        if last.flops > first.flops and last.step > first.step:
+        # Of nearly as many FLOPs, chance would give the line its slope.
+        if last.flops > 1.1 * first.flops and last.step > first.step:
             slope = (last.step - first.step) / (last.flops - first.flops)
             return max(first.step + slope * (flops - first.flops), 0.2 * first.step)
         return first.step * flops / first.flops

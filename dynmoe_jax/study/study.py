@@ -18,7 +18,7 @@ from dynmoe_jax.runs.lock import locked
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.records import write_atomically
 from dynmoe_jax.runs.text import load_text
-from dynmoe_jax.study.estimate import Costs, Timing, flops_of
+from dynmoe_jax.study.estimate import Costs, Timing, models_to_time
 from dynmoe_jax.study.measures.items import tasks_in
 from dynmoe_jax.study.measuring import missing
 from dynmoe_jax.study.models import MODELS
@@ -136,22 +136,13 @@ def _missing(asked: Request, arm: Arm) -> list[str]:
 
 def _timed(asked: Request, workers: Workers) -> Costs:
     """Seconds of everything, from a few steps of some models, which are timed one at a time."""
-    base, size = asked.base, asked.of_size
-    chosen = {name: MODELS[name].settings(base, size.wider) for name in size.timed}
-    first = None
-    jobs = []
-    for number, (name, cfg) in enumerate(chosen.items()):
-        needs = frozenset() if first is None else frozenset({first})
+    before, jobs = frozenset(), []
+    for name in models_to_time(asked.models, asked.of_size.timed):
+        cfg = MODELS[name].settings(asked.base, asked.of_size.wider)
         message = partial(lambda cfg: {"time": config.to_dict(cfg)}, cfg)
-        jobs.append(Job(f"timing {MODELS[name].title}", message, 1.0, needs))
-        first = number
-    found = workers.run(jobs, "timing")
-    return Costs(
-        {
-            name: Timing(times["compile"], times["step"], flops_of(cfg, name))
-            for (name, cfg), times in zip(chosen.items(), found, strict=True)
-        }
-    )
+        jobs.append(Job(f"timing {MODELS[name].title}", message, 1.0, before))
+        before = frozenset({len(jobs) - 1})
+    return Costs(Timing(**found) for found in workers.run(jobs, "timing"))
 
 
 def _jobs(asked: Request, left: list[Arm], costs: Costs, domains: int) -> list[Job]:

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from dynmoe_jax import config
 from dynmoe_jax.data import BATCH_ARRAYS, Tokenizer
@@ -15,7 +16,7 @@ from dynmoe_jax.registry import chosen
 from dynmoe_jax.runs.compilation import compiler_options
 from dynmoe_jax.training.health.rescue import without_old_streak
 from dynmoe_jax.training.initial_model import initial_state
-from dynmoe_jax.training.objectives import Batch
+from dynmoe_jax.training.objectives import Batch, Objective
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.run import Run
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
@@ -36,51 +37,66 @@ def start(run: Run, done: int, tokenizer: Tokenizer) -> tuple[Callable, TrainSta
       OutOfMemory: the compiled step does not fit into the devices.
       ConfigError, CheckpointError: the state cannot be read.
     """
-    schedule = make_schedule(run.cfg.optimizer, run.cfg.train.steps)
-    optimizer = make_optimizer(run.cfg.optimizer, schedule)
-    init = partial(init_state, run.cfg, optimizer)
-    shapes = _placed_shapes(run, init)
     objective = chosen(run.cfg.train, "objective").prepared(tokenizer)
-    train_step = _compile(run, make_train_step(run.cfg, optimizer, schedule, objective), shapes)
+    train_step, shapes = compile_step(run.cfg, run.mesh, objective)
     run.memory.check_step(train_step)
-    return train_step, _first_state(run, done, init, optimizer, shapes)
+    return train_step, _first_state(run, done, shapes)
 
 
-def _placed_shapes(run: Run, init: Callable) -> TrainState:
+def compile_step(
+    cfg: config.Config, mesh: Mesh, objective: Objective | None = None
+) -> tuple[Callable, TrainState]:
+    """Compiles the training step of a run, within its mesh.
+
+    Args:
+      cfg: all settings.
+      mesh: the devices.
+      objective: theirs, prepared for a tokenizer; None: the language model's.
+
+    Returns:
+      the compiled step; shapes of its state, with their shardings.
+    """
+    schedule = make_schedule(cfg.optimizer, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+    shapes = _placed_shapes(mesh, partial(init_state, cfg, optimizer))
+    jitted = jax.jit(
+        make_train_step(cfg, optimizer, schedule, objective),
+        donate_argnums=0,
+        # What the host reads must be whole in every process.
+        out_shardings=(_shardings(shapes), replicated(mesh)),
+        compiler_options=compiler_options(current_target()),
+    )
+    return jitted.lower(shapes, _batch_shapes(cfg, batch_sharding(mesh))).compile(), shapes
+
+
+def new_state(cfg: config.Config, shapes: TrainState) -> TrainState:
+    """The state before the first step, its parameters drawn; ``shapes`` of :func:`compile_step`."""
+    init = partial(init_state, cfg, _optimizer(cfg))
+    # The key is an argument: XLA would spend seconds on folding draws of a constant key.
+    return jax.jit(init, out_shardings=_shardings(shapes))(jax.random.key(cfg.seed))
+
+
+def _placed_shapes(mesh: Mesh, init: Callable) -> TrainState:
     """Shapes of the state, with their shardings."""
     shapes = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        state_shardings(shapes, run.mesh),
+        state_shardings(shapes, mesh),
     )
 
 
-def _compile(run: Run, step: Callable, shapes: TrainState) -> Callable:
-    jitted = jax.jit(
-        step,
-        donate_argnums=0,
-        # What the host reads must be whole in every process.
-        out_shardings=(_shardings(shapes), replicated(run.mesh)),
-        compiler_options=compiler_options(current_target()),
-    )
-    return jitted.lower(shapes, _batch_shapes(run.cfg, batch_sharding(run.mesh))).compile()
-
-
-def _first_state(
-    run: Run,
-    done: int,
-    init: Callable,
-    optimizer: optax.GradientTransformation,
-    shapes: TrainState,
-) -> TrainState:
+def _first_state(run: Run, done: int, shapes: TrainState) -> TrainState:
     if done:
         state, _ = run.checkpoints.restore(done, shapes)
         return without_old_streak(state, run.cfg.train)
     if run.cfg.train.init_from:
-        return initial_state(run.cfg, optimizer, shapes)
-    # The key is an argument: XLA would spend seconds on folding draws of a constant key.
-    return jax.jit(init, out_shardings=_shardings(shapes))(jax.random.key(run.cfg.seed))
+        return initial_state(run.cfg, _optimizer(run.cfg), shapes)
+    return new_state(run.cfg, shapes)
+
+
+def _optimizer(cfg: config.Config) -> optax.GradientTransformation:
+    return make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
 
 
 def _shardings(shapes: TrainState) -> TrainState:

@@ -7,7 +7,7 @@ import pytest
 
 from dynmoe_jax.evaluation.heldout import make_eval_step
 from dynmoe_jax.inference.generate import Generator
-from dynmoe_jax.training import finish, heldout, start, step
+from dynmoe_jax.training import finish, heldout, start
 from tests.small_run import (
     change_fixture,
     corpus,
@@ -34,13 +34,12 @@ def _eval_step(structure, loss):
     return make_eval_step(structure, loss)
 
 
-_SHAPES, _STEPS, _FIRST, _WRITING = {}, {}, {}, {}
+_STEPS, _FIRST, _WRITING = {}, {}, {}
 
 
-def _key(run):
-    cfg = run.cfg
-    shaping = (cfg.model, cfg.loss, cfg.optimizer, cfg.train, cfg.data.seq_len, run.mesh)
-    return repr((*shaping, run.mesh.device_ids.tolist()))
+def _key(cfg, mesh):
+    shaping = (cfg.model, cfg.loss, cfg.optimizer, cfg.train, cfg.data.seq_len, mesh)
+    return repr((*shaping, mesh.device_ids.tolist()))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,31 +48,21 @@ def traced_once():
 
     To trace and lower them anew takes longer than all that such a run computes.
     """
-    placed_shapes, compile_step, first_state = (
-        start._placed_shapes, start._compile, start._first_state
-    )  # fmt: skip
-    generator_of = Generator.__init__
+    compile_step, generator_of = start.compile_step, Generator.__init__
 
-    def shapes_of(run, init):
-        key = _key(run), init.func
-        if key not in _SHAPES:
-            _SHAPES[key] = placed_shapes(run, init)
-        return _SHAPES[key]
-
-    def compiled(run, step, shapes):
-        key = _key(run)
+    def compiled(cfg, mesh, objective=None):
+        key = _key(cfg, mesh)
         if key not in _STEPS:
-            _STEPS[key] = compile_step(run, step, shapes)
+            _STEPS[key] = compile_step(cfg, mesh, objective)
         return _STEPS[key]
 
-    def first(run, done, init, optimizer, shapes):
+    def first(cfg, shapes):
         # Tests that draw another first state do so anew.
-        if done or run.cfg.train.init_from or init.func is not step.init_state:
-            return first_state(run, done, init, optimizer, shapes)
-        key = _key(run)
+        key = _key(cfg, shapes.step.sharding.mesh), start.init_state
         if key not in _FIRST:
+            init = functools.partial(start.init_state, cfg, start._optimizer(cfg))
             _FIRST[key] = jax.jit(init, out_shardings=start._shardings(shapes))
-        return _FIRST[key](jax.random.key(run.cfg.seed))
+        return _FIRST[key](jax.random.key(cfg.seed))
 
     def generator(self, decoder, **keywords):
         generator_of(self, decoder, **keywords)
@@ -82,9 +71,8 @@ def traced_once():
         self._compiled = _WRITING.setdefault(key, {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start, "_placed_shapes", shapes_of)
-        patch.setattr(start, "_compile", compiled)
-        patch.setattr(start, "_first_state", first)
+        patch.setattr(start, "compile_step", compiled)
+        patch.setattr(start, "new_state", first)
         patch.setattr(Generator, "__init__", generator)
         patch.setattr(heldout, "make_eval_step", _eval_step)
         yield

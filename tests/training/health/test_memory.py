@@ -174,7 +174,7 @@ def test_compiler_that_runs_out_of_memory_ends_the_run_with_advice(
     def fail(*_):
         raise jax.errors.JaxRuntimeError(message)
 
-    monkeypatch.setattr(start, "_compile", fail)
+    monkeypatch.setattr(start, "compile_step", fail)
     code = command_line.exit_code(lambda: train(cfg, tmp_path), trainer.BAD_INPUT)
     assert code == EXIT_OUT_OF_MEMORY
     printed = " ".join(capsys.readouterr().out.split())
