@@ -56,6 +56,7 @@ from dynmoe_jax.runs.formatting import decimals
 from dynmoe_jax.runs.load import load_run
 from dynmoe_jax.runs.records import from_json
 from dynmoe_jax.study.plan import Request
+from dynmoe_jax.study.questions.question import SILENT
 from dynmoe_jax.study.study import study
 from dynmoe_jax.study.trained import TrainedRun
 
@@ -131,7 +132,7 @@ display(
                     answer["unit"],
                     answer["sentence"],
                     answer["paper"],
-                    answer["agrees_with_paper"],
+                    "–" if answer["paper"] == SILENT else answer["agrees_with_paper"],
                 ]
                 for answer in record["answers"]
             ],
