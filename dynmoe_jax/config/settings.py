@@ -204,6 +204,10 @@ class Evaluation:
     max_batches: int = free_setting(
         50, "held-out batches per domain at most", unit="batches", low=1
     )
+    report: bool = free_setting(
+        True,
+        "analyze routing at the end, and draw report.html; metrics and summary are always there",
+    )
     prompt: str = free_setting("The ", "text that the closing sample continues")
     sample_tokens: int = free_setting(
         64, "tokens sampled after the prompt; 0 = no sample", unit="tokens", low=0

@@ -22,7 +22,7 @@ def measure(workdir: Path, names: Collection[str], items: Path | None) -> None:
     Raises:
       ConfigError, DataError, CheckpointError: the run, or the items, cannot be read.
     """
-    with opened(workdir) as run:
+    with opened(workdir, any(MEASURES[name].analyzes for name in names)) as run:
         for name in names:
             if measured(workdir, name, run.step, items) is None:
                 record = {

@@ -1,6 +1,7 @@
 """Runs that a study needs, and the settings of each."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,22 +62,26 @@ class Request:
     @property
     def base(self) -> config.Config:
         """Settings that all runs share, those of MoE-Dynamic."""
-        base, folder = self.of_size.shared(), self.workdir
-        changes = {
-            "data.directory": str(folder / "data"),
-            "train.compilation_cache": str(folder / "compiled"),
-        }
-        if self.sources:
-            changes["data.sources"] = self.sources
-        if tokenizer := self.tokenizer:
-            changes["data.tokenizer"] = str(tokenizer)
-        return changed(base, changes)
+        return _base(self, self.tokenizer)
 
     @property
     def tokenizer(self) -> Path | None:
         """The tokenizer of all runs, once it is there."""
         names = (self.workdir / name for name in ("tokenizer.model", "tokenizer"))
         return next((path for path in names if path.exists()), None)
+
+
+@functools.cache
+def _base(asked: Request, tokenizer: Path | None) -> config.Config:
+    changes = {
+        "data.directory": str(asked.workdir / "data"),
+        "train.compilation_cache": str(asked.workdir / "compiled"),
+    }
+    if asked.sources:
+        changes["data.sources"] = asked.sources
+    if tokenizer:
+        changes["data.tokenizer"] = str(tokenizer)
+    return changed(asked.of_size.shared(), changes)
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -81,7 +81,8 @@ def tiny() -> config.Config:
         data={"sources": "python", "seq_len": 64, "max_megabytes": 0.3},
         train={"steps": 40, "batch_size": 8, "log_every_steps": 2},
         optimizer={"learning_rate": 5e-3, "warmup_steps": 5},
-        evaluation={"max_batches": 6, "sample_tokens": 0},
+        checkpoint={"every_steps": 20, "keep": 1},
+        evaluation={"max_batches": 6, "sample_tokens": 0, "report": False},
     )
 
 

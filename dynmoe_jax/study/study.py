@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console, titled_table
-from dynmoe_jax.data import Prepared
+from dynmoe_jax.data import prepare
 from dynmoe_jax.runs.disk import disk_errors
 from dynmoe_jax.runs.formatting import decimals, duration
 from dynmoe_jax.runs.lock import locked
@@ -53,13 +53,11 @@ def study(asked: Request, arguments: Sequence[str] = ()) -> int:
         _check_same(asked)
         _announce(asked, arms)
 
-        # ── Text and tokenizer, the same for all ─────────────────────────────────────────────────
-        domains = _prepare(asked)
-
-        # ── Runs and measures ────────────────────────────────────────────────────────────────────
+        # ── Text and tokenizer, the same for all; then runs and measures ─────────────────────────
         if left := _left(asked, arms):
             flags = asked.of_size.xla_flags
             with Workers(asked.processes, workdir / LOGS, arguments, flags) as workers:
+                domains = _prepare(asked)
                 costs = _timed(asked, workers)
                 jobs = _jobs(asked, left, costs, domains)
                 seconds = sum(job.cost for job in jobs) / asked.processes
@@ -116,11 +114,10 @@ def _announce(asked: Request, arms: list[Arm]) -> None:
 
 def _prepare(asked: Request) -> int:
     """Prepares text and tokenizer unless they are there; returns the number of domains."""
-    if not asked.tokenizer or asked.base.data.tokenizer != str(asked.tokenizer):
-        prepared, _ = load_text(asked.base, asked.workdir, None)
-        return len(prepared.domains)
-    folders = [path.parent for path in (asked.workdir / "data").glob("*/summary.json")]
-    return max((len(Prepared(folder).domains) for folder in folders), default=1)
+    if asked.tokenizer:
+        return len(prepare(asked.base.data, asked.workdir / "data").domains)
+    prepared, _ = load_text(asked.base, asked.workdir, None)
+    return len(prepared.domains)
 
 
 def _left(asked: Request, arms: list[Arm]) -> list[Arm]:

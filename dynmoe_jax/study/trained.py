@@ -105,10 +105,11 @@ class TrainedRun:
 
     Args:
       workdir: the run's folder.
+      analyze: whether :attr:`routing` will be asked for.
     """
 
-    def __init__(self, workdir: Path):
-        self.workdir = workdir
+    def __init__(self, workdir: Path, analyze: bool = False):
+        self.workdir, self._analyze = workdir, analyze
         with opened_run(workdir) as run:
             self.config, self.step = run.config, run.step
             self.prepared, self.tokenizer = load_text(
@@ -123,7 +124,7 @@ class TrainedRun:
         collector = Collector(self.tokenizer)
         watches.append(collector.watch)
         analysis = None
-        if cfg.model.moe_settings:
+        if self._analyze:
             domains, length = list(self.batches()), cfg.data.seq_len
             analysis = Analysis(cfg.model, domains, length, self.tokenizer)
             watches.append(analysis.watch)
@@ -147,7 +148,7 @@ class TrainedRun:
 
     @property
     def routing(self) -> dict | None:
-        """Analysis of their routing; None of a dense model."""
+        """Analysis of their routing; None where it was not asked for."""
         return self._measured[2]
 
     def with_router(
@@ -186,9 +187,9 @@ class TrainedRun:
 
 
 @contextlib.contextmanager
-def opened(workdir: Path) -> Iterator[TrainedRun]:
+def opened(workdir: Path, analyze: bool = False) -> Iterator[TrainedRun]:
     """A run to be measured; its programs are forgotten behind it."""
     try:
-        yield TrainedRun(workdir)
+        yield TrainedRun(workdir, analyze)
     finally:
         jax.clear_caches()

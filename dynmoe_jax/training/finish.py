@@ -10,6 +10,7 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import console
 from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.evaluation.report.page import FILE_NAME as REPORT
 from dynmoe_jax.evaluation.report.page import write_report
 from dynmoe_jax.inference.sampling import Sampling
 from dynmoe_jax.inference.writer import Writer
@@ -53,7 +54,7 @@ def finish_run(
     seconds: Seconds,
     routing: dict[str, Any] | None = None,
 ) -> None:
-    """Samples, writes ``summary.json`` and ``report.html``, and prints the closing table.
+    """Samples, writes ``summary.json`` and the report, and prints the closing table.
 
     All processes sample, process 0 does the rest.
 
@@ -81,8 +82,9 @@ def finish_run(
         "tokenizer": tokenizer.name_in_run,
         "metrics": METRICS,
         "summary": SUMMARY,
-        "report": "report.html",
     }
+    if cfg.evaluation.report:
+        paths["report"] = REPORT
     if cfg.logging.tensorboard:
         paths["tensorboard"] = "tensorboard"
     summary = Summary(
@@ -99,7 +101,8 @@ def finish_run(
         paths=paths,
         left_out={name: reason for name, reason in reasons.items() if reason},
     )
-    write_report(workdir, cfg, metrics, summary, routing)
+    if cfg.evaluation.report:
+        write_report(workdir, cfg, metrics, summary, routing)
     write_summary(workdir, summary)
     console.print()
     print_summary(summary, workdir)

@@ -57,6 +57,7 @@ class HeldOutEvaluation:
             token_bytes_V = self._tokenizer.token_bytes_V
             experts_N = [moe.num_experts for moe in self._run.cfg.model.moe_settings]
             watch = None
+            analyze = analyze and self._run.cfg.evaluation.report
             if analyze and experts_N and is_first():
                 model, length = self._run.cfg.model, self._run.cfg.data.seq_len
                 analysis = Analysis(model, domains, length, self._tokenizer)

@@ -26,11 +26,13 @@ from dynmoe_jax.study.trained import Tokens, TrainedRun
 
 
 class Hardness(Measure):
-    """Top-p models without ablation."""
+    """MoE-Dynamic, as in the paper."""
+
+    analyzes = True
 
     def is_of(self, model):
-        """Those whose tokens may use more or fewer experts."""
-        return model.startswith("dynamic")
+        """This one."""
+        return model == "dynamic"
 
     def take(self, run, items):
         """Correlations of the trained model and of the controls, and its analysis of routing."""

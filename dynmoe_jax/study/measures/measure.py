@@ -2,13 +2,19 @@
 
 import abc
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dynmoe_jax.study.trained import TrainedRun
 
 
 class Measure(abc.ABC):
-    """Measures trained runs of some models."""
+    """Measures trained runs of some models.
+
+    Attributes:
+      analyzes: whether it reads the analysis of a run's routing.
+    """
+
+    analyzes: ClassVar[bool] = False
 
     @abc.abstractmethod
     def is_of(self, model: str) -> bool:
