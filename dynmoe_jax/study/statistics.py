@@ -52,6 +52,10 @@ class Estimate:
             self, value=number - self.value, low=number - self.high, high=number - self.low
         )
 
+    def cut(self, least: float, most: float) -> "Estimate":
+        """The same, its interval without values that cannot be."""
+        return dataclasses.replace(self, low=max(self.low, least), high=min(self.high, most))
+
     def record(self) -> dict:
         """For JSON."""
         return dataclasses.asdict(self)

@@ -134,3 +134,11 @@ def test_one_seed_decides_nothing_about_trainings():
     found = Estimate(1.0, 0.9, 1.1, seeds=1)
     assert verdict(found) == "undecided"
     assert verdict(found, of_training=False) == "yes"
+
+
+def test_interval_of_a_correlation_is_cut_where_none_can_be():
+    """Two seeds that differ have one that is wider than all correlations are."""
+    cut = estimate([-0.9, 0.3]).cut(-1.0, 1.0)
+    assert cut.interval == (-1.0, 1.0)
+    assert estimate([0.2, 0.2]).cut(-1.0, 1.0).interval == pytest.approx((0.2, 0.2))
+    assert not any(np.isfinite(estimate([0.2]).cut(-1.0, 1.0).interval))

@@ -133,9 +133,7 @@ class Hardness(Question):
             },
             "by_layer": {
                 model: [
-                    of_records(
-                        [m["by_layer"][n] for m in _records(results, model)], "value"
-                    ).record()
+                    _correlation([m["by_layer"][n] for m in _records(results, model)]).record()
                     for n in range(layers)
                 ]
                 for model in _MODELS
@@ -158,7 +156,11 @@ def _records(results: Results, model: str) -> list[dict]:
 
 
 def _of(results: Results, model: str, kind: str) -> Estimate:
-    return of_records([record[kind] for record in _records(results, model)], "value")
+    return _correlation([record[kind] for record in _records(results, model)])
+
+
+def _correlation(records: list[dict]) -> Estimate:
+    return of_records(records, "value").cut(-1.0, 1.0)
 
 
 def _less(results: Results, control: str) -> Estimate:
