@@ -90,8 +90,8 @@ from dynmoe_jax.study.trained import TrainedRun
 # long it will take here. Interrupt the cell, and what is under way is saved; run it again, and the
 # study continues where it was, or shows its answers if it is complete.
 #
-# One seed says nothing of what another one would give. Intervals over seeds are Student's: two
-# seeds make them three times as wide as three do, beside what the seeds themselves differ by.
+# One seed says nothing of what another one would give. Intervals over seeds are Student's, and of
+# seeds that spread alike two give one more than three times as wide as three do.
 
 # %%
 workdir = Path(os.environ.get("NOTEBOOK_WORKDIR", "runs/harder_tokens"))
