@@ -6,8 +6,8 @@ GShard (arXiv 2006.16668, algorithm 1): weights of the pair sum to one; the seco
 with probability min(1, 2 g2); first choices find a place before any second one.  The coefficient of
 balance, 1e-2, belongs to first choices alone.  Expect dropped rows to fall as load evens out.
 
-Text is written without capacity, by ``--config.model.moe.transforms=''``, since first choices of
-later tokens displace second ones of earlier tokens.
+Text is written without capacity, since first choices of later tokens displace second ones of
+earlier tokens.
 """
 
 from configs.quickstart import get_config as quickstart

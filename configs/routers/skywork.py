@@ -6,8 +6,8 @@ Skywork-MoE (arXiv 2406.06563): logits of a token have a deviation of 1; the los
 deviation of mean probabilities, and its coefficient follows what a layer drops: xi = 1/5, at most
 0.01, memory 0.99.  Top-2 of 16; capacity factor 1.25 is this project's choice.
 
-Text is written without capacity, by ``--config.model.moe.transforms=''``, since first choices of
-later tokens displace second ones of earlier tokens.
+Text is written without capacity, since first choices of later tokens displace second ones of
+earlier tokens.
 """
 
 from configs.quickstart import get_config as quickstart

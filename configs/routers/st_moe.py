@@ -7,8 +7,8 @@ the output 1e-4, capacity factor 1.25 by order of choice. The dense layer beside
 which the paper puts before or behind it, is a branch here. Not here: GEGLU, and dropout of hidden
 units inside experts while fine-tuning.
 
-Text is written without capacity, by ``--config.model.moe.transforms=''``, since first choices of
-later tokens displace second ones of earlier tokens.
+Text is written without capacity, since first choices of later tokens displace second ones of
+earlier tokens.
 """
 
 from configs.quickstart import get_config as quickstart

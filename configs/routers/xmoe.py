@@ -8,8 +8,8 @@ load-balancing loss counts first choices alone.  Every second layer is MoE, with
 as wide as the quickstart's.  Expect a start near 24 of 32 experts per token, of which the capacity
 computes 8 on average (``rows_dropped``); the number falls as the router learns.
 
-Text is written without capacity, by ``--config.model.moe.transforms=''``, since first choices of
-later tokens displace second ones of earlier tokens.
+Text is written without capacity, since first choices of later tokens displace second ones of
+earlier tokens.
 """
 
 from configs.quickstart import get_config as quickstart

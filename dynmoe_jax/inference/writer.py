@@ -13,6 +13,7 @@ from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.data.sources.document import well_formed
 from dynmoe_jax.data.tokenizers.endings import ends_of
+from dynmoe_jax.inference.causal import without_later_tokens
 from dynmoe_jax.inference.generate import Continuation, Generator
 from dynmoe_jax.inference.pieces import Pieces, undecided
 from dynmoe_jax.inference.sampling import MOST_BY_DEFAULT, Sampling
@@ -81,6 +82,7 @@ class Writer:
         Raises:
           ConfigError: the router looks at later tokens.
         """
+        decoder = without_later_tokens(decoder)
         self.generator = Generator(decoder, copy_layers=copy_layers)
         self._room = room or decoder.config.max_seq_len
         self._tokenizer, self._sampling = tokenizer, sampling

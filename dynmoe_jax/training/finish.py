@@ -24,6 +24,9 @@ from dynmoe_jax.runs.summary import HeldOut, Sample, Summary, write_summary
 from dynmoe_jax.training.log.seconds import Seconds
 from dynmoe_jax.training.log.summary_tables import print_summary
 
+NEED_CAUSALITY = ("sample", "generation", "evaluation")
+"""What a run does without where a router looks at later tokens also at inference."""
+
 
 def sample(cfg: config.Config, params: nnx.State, tokenizer: Tokenizer) -> Sample:
     """Continues ``evaluation.prompt``."""
@@ -68,10 +71,8 @@ def finish_run(
       seconds: of the run so far.
       routing: analysis of the held-out text, if there is one.
     """
-    written, cannot_write = None, cfg.model.cannot_write
-    reasons = {"sample": cannot_write, "generation": cannot_write}
-    reasons["evaluation"] = cfg.model.looks_ahead
-    if not cannot_write and cfg.evaluation.sample_tokens:
+    reason, written = cfg.model.looks_ahead, None
+    if not reason and cfg.evaluation.sample_tokens:
         with seconds.of("evaluation"):
             written = sample(cfg, params, tokenizer)
     if not agreement.is_first():
@@ -99,7 +100,7 @@ def finish_run(
         seconds=seconds.by_activity(),
         sample=written,
         paths=paths,
-        left_out={name: reason for name, reason in reasons.items() if reason},
+        left_out=dict.fromkeys(NEED_CAUSALITY, reason) if reason else {},
     )
     if cfg.evaluation.report:
         write_report(workdir, cfg, metrics, summary, routing)
