@@ -39,7 +39,11 @@ def parser() -> argparse.ArgumentParser:
     add("--size", default="laptop", metavar="NAME", help=f"one of {', '.join(SIZES)}")
     add("--workdir", type=Path, default=Path("runs/study"), help="folder of the study")
     add("--seeds", type=int, help="runs of each model; by default as the size is meant")
-    add("--models", default=",".join(compared), help=f"some of {', '.join(compared)}")
+    add(
+        "--models",
+        default="",
+        help=f"some of {', '.join(compared)}; by default those that the questions compare",
+    )
     add(
         "--questions",
         default=",".join(map(str, ALL_QUESTIONS)),
@@ -76,9 +80,8 @@ def request_of(asked: argparse.Namespace) -> Request:
     for name in models:
         if name not in compared:
             raise config.ConfigError(f"--models={name} must be some of {', '.join(compared)}.")
-    if not models:
-        raise config.ConfigError(f"--models= names none; name some of {', '.join(compared)}.")
     questions = tuple(_number(text, "questions", int) for text in _named(asked.questions))
+    questions = questions or ALL_QUESTIONS
     for number in questions:
         if number not in ALL_QUESTIONS:
             raise config.ConfigError(f"--questions={number} must be some of 1 to 6.")
@@ -86,6 +89,11 @@ def request_of(asked: argparse.Namespace) -> Request:
     for rate in rates:
         if not rate > 0:
             raise config.ConfigError(f"--learning_rates={rate:g} must be above 0.")
+    if not models:
+        from dynmoe_jax.study.questions import QUESTIONS
+
+        wanted = {name for number in questions for name in QUESTIONS[number].models}
+        models = tuple(name for name in compared if name in wanted)
     if asked.data:
         check_sources(config.Data(sources=asked.data))
     if asked.items and not asked.items.expanduser().is_dir():
@@ -95,7 +103,7 @@ def request_of(asked: argparse.Namespace) -> Request:
         asked.workdir.expanduser(),
         asked.seeds or SIZES[asked.size].seeds,
         models,
-        questions or ALL_QUESTIONS,
+        questions,
         asked.data,
         asked.items and asked.items.expanduser(),
         rates,

@@ -1,11 +1,9 @@
 """Estimate of how long a study takes, from a few steps that are timed."""
 
 import dataclasses
-import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +14,7 @@ from dynmoe_jax.data import BATCH_ARRAYS, Batch
 from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.runs.compilation import compiled_programs_kept
+from dynmoe_jax.study.measures import MEASURES
 from dynmoe_jax.training.start import compile_step, new_state
 
 STEPS = 4
@@ -95,7 +94,7 @@ class Costs:
     """Seconds of jobs, from timings of a few models.
 
     Args:
-      timings: of a few models; empty: nothing is known, and all jobs count alike.
+      timings: of a few models.
     """
 
     def __init__(self, timings: Iterable[Timing]):
@@ -115,17 +114,12 @@ class Costs:
         """Seconds of compiling a step."""
         return max(timing.compile for timing in self._timings)
 
-    def train(self, cfg: config.Config, model: str) -> float:
-        """Seconds of training a run, its start and end included."""
-        if not self._timings:
-            return math.nan
-        return CLOSE * self.compile + cfg.train.steps * self.step(flops_of(cfg, model))
+    def train(self, cfg: config.Config, model: str, steps: int) -> float:
+        """Seconds of so many steps of a run, its start and end included."""
+        return CLOSE * self.compile + steps * self.step(flops_of(cfg, model))
 
-    def measure(self, cfg: config.Config, model: str, names: Mapping[str, Any], domains: int):
+    def measure(self, cfg: config.Config, model: str, names: Iterable[str], domains: int) -> float:
         """Seconds of measures: passes over held-out text, a third of a step's FLOPs each."""
-        if not self._timings or not names:
-            return 0.0 if self._timings else math.nan
         batches = cfg.evaluation.max_batches * domains
         one = batches * self.step(flops_of(cfg, model)) / 3
-        passes = {"heldout": 1, "hardness": 2, "other_rules": 12 if model == "dynamic" else 4}
-        return sum(one * passes.get(name, 1) + 0.5 * self.compile for name in names)
+        return sum(one * MEASURES[name].passes(model) + 0.5 * self.compile for name in names)

@@ -44,14 +44,16 @@ def write_page(workdir: Path, record: Mapping[str, Any]) -> Path:
 
 def _lead(record: Mapping[str, Any]) -> str:
     seeds, runs, data = record["seeds"], record["runs"], record["data"]
-    unfinished = ""
-    if runs["complete"] < runs["planned"]:
-        unfinished = f" <b>{runs['complete']} of {runs['planned']} runs are complete.</b>"
+    failed = "".join(
+        f'<p class="warning">{escaped(name)} gives no result: {escaped(why)}</p>'
+        for name, why in record["failed"].items()
+    )
     return (
-        f'<p class="lead">A study of size {escaped(record["size"])}: the models of arXiv '
-        f"2403.07652 trained on {compact(data['tokens'])} tokens each from "
+        f'<p class="lead">A study of size {escaped(record["size"])}: small forms of the models of '
+        f"arXiv 2403.07652, each trained on {compact(data['tokens'])} tokens from "
         f"{seeds} seed{'s' * (seeds != 1)}, on {escaped(data['sources'])}; "
-        f"{duration(record['seconds'])} of training in all.{unfinished}</p>"
+        f"{runs['complete']} runs, {duration(record['seconds'])} of training in all. Where they "
+        f"differ from the paper's is at the end.</p>{failed}"
     )
 
 
@@ -74,6 +76,8 @@ def _section(part: Mapping[str, Any], record: Mapping[str, Any], canvas: Canvas)
     number = part["number"]
     answers = [answer for answer in record["answers"] if answer["number"] == number]
     found = [f"<h2>{number}. {escaped(part['title'])}</h2>"]
+    if part["note"]:
+        found.append(f'<p class="soft">{escaped(part["note"])}</p>')
     if answers:
         found.append(f'<div class="grid">{"".join(map(_answer, answers))}</div>')
     else:
@@ -115,7 +119,11 @@ def _runs(record: Mapping[str, Any]) -> str:
     machine = record["machine"]
     said = f"{record['command']} — {machine['platform']}, Python {machine['python']}, "
     said += f"JAX {machine['jax']}"
+    unlike = ""
+    if record["settings"]:
+        header_of = ["setting", "here", "in the paper"]
+        unlike = f"<h2>Unlike the paper</h2>{table_of(header_of, record['settings'])}"
     return (
-        f"<h2>All runs</h2>{table_of(header, rows, range(1, len(header)))}"
+        f"{unlike}<h2>All runs</h2>{table_of(header, rows, range(1, len(header)))}"
         f'<p class="soft"><code>{escaped(said)}</code></p>'
     )

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.runs.metrics_file import read_metrics
@@ -12,8 +13,14 @@ from dynmoe_jax.runs.summary import Summary, read_summary
 from dynmoe_jax.study.models import BUDGET, MODELS, changed
 from dynmoe_jax.study.sizes import ALL_QUESTIONS, SIZES, Size
 
+COMPARED = "dynamic"
+"""The model that ablations are compared with, whose learning rate they take."""
+
 ABLATIONS = 6
 """The question that ablations are for."""
+
+FAILED = "failed.txt"
+"""File in the folder of a run that ended for bad numbers, and says why."""
 
 LAST_SHARE = 0.1
 """Part of training, its end, whose mean experts per token a model is said to reach."""
@@ -74,13 +81,13 @@ class Request:
 @functools.cache
 def _base(asked: Request, tokenizer: Path | None) -> config.Config:
     changes = {
-        "data.directory": str(asked.workdir / "data"),
-        "train.compilation_cache": str(asked.workdir / "compiled"),
+        "data.directory": str(asked.workdir.absolute() / "data"),
+        "train.compilation_cache": str(asked.workdir.absolute() / "compiled"),
     }
     if asked.sources:
         changes["data.sources"] = asked.sources
     if tokenizer:
-        changes["data.tokenizer"] = str(tokenizer)
+        changes["data.tokenizer"] = str(tokenizer.absolute())
     return changed(asked.of_size.shared(), changes)
 
 
@@ -111,8 +118,8 @@ class Arm:
     def needs(self, asked: Request) -> tuple["Arm", ...]:
         """Runs that must be complete before its settings are known."""
         found = []
-        if self.rate is None and asked.learning_rates and not MODELS[self.model].ablation:
-            found += grid_of(asked, self.model)
+        if self.rate is None and asked.learning_rates:
+            found += grid_of(asked, COMPARED if MODELS[self.model].ablation else self.model)
         if source := MODELS[self.model].budget_of:
             seed = self.seed if self.rate is None else 0
             found.append(Arm(source, seed))
@@ -123,8 +130,8 @@ class Arm:
         base, size, model = asked.base, asked.of_size, MODELS[self.model]
         changes = {"seed": self.seed}
         if model.budget_of:
-            reached = reached_experts(Arm(model.budget_of, self.seed).folder(asked))
-            changes[BUDGET] = round(reached, 3)
+            source = Arm(model.budget_of, self.seed).folder(asked)
+            changes[BUDGET] = round(reached_experts(source, base.train), 3)
         if model.ablation:
             changes["train.steps"] = max(1, base.train.steps // 2)
         if rate := self.rate or self._best_rate(asked):
@@ -133,13 +140,32 @@ class Arm:
 
     def _best_rate(self, asked: Request) -> float | None:
         grid = [arm for arm in self.needs(asked) if arm.rate is not None]
-        loss = lambda arm: summary_of(arm, asked).heldout.loss  # noqa: E731
-        return min(grid, key=loss).rate if grid else None
+        return min(grid, key=lambda arm: _loss_of(arm, asked)).rate if grid else None
 
     def is_complete(self, asked: Request) -> bool:
         """Whether it is trained to its end."""
         summary = summary_of(self, asked)
         return bool(summary and summary.complete)
+
+    def failure(self, asked: Request) -> str:
+        """Says why it has no result and gets none; empty where it may have one."""
+        if (path := self.folder(asked) / FAILED).exists():
+            return path.read_text(encoding="utf-8").strip()
+        needed = self.needs(asked)
+        grid = [arm for arm in needed if arm.rate is not None]
+        if grid and all(arm.failure(asked) for arm in grid):
+            return "no learning rate of the grid gave a model."
+        for arm in needed:
+            if arm.rate is None and arm.failure(asked):
+                return f"{arm.name}, which it is made of, failed."
+        return ""
+
+
+def _loss_of(arm: Arm, asked: Request) -> float:
+    """Held-out loss of a run; infinite of one that has none."""
+    summary = summary_of(arm, asked)
+    loss = summary.heldout.loss if summary else math.inf
+    return loss if math.isfinite(loss) else math.inf
 
 
 def arms_of(asked: Request) -> list[Arm]:
@@ -167,12 +193,17 @@ def summary_of(arm: Arm, asked: Request) -> Summary | None:
     return read_summary(arm.folder(asked))
 
 
-def reached_experts(folder: Path) -> float:
+def logged_lines(folder: Path, train: config.Train) -> list[dict[str, Any]]:
+    """The log of a run as one that never stopped writes it.
+
+    A run that is continued logs its first step besides.
+    """
+    every, last = train.log_every_steps, train.steps
+    return [x for x in read_metrics(folder) if not x["step"] % every or x["step"] in (1, last)]
+
+
+def reached_experts(folder: Path, train: config.Train) -> float:
     """Mean experts per token of a run in the last part of training; NaN where there is none."""
-    lines = read_metrics(folder)
-    last = lines[-max(1, math.ceil(len(lines) * LAST_SHARE)) :]
-    return _mean([line["experts_per_token"] for line in last])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    lines, first = logged_lines(folder, train), (1 - LAST_SHARE) * train.steps
+    last = [line["experts_per_token"] for line in lines if line["step"] > first]
+    return sum(last) / len(last) if last else math.nan

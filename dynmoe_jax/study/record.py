@@ -8,12 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dynmoe_jax.fields import shown, walk
 from dynmoe_jax.runs.records import to_json, write_atomically
 from dynmoe_jax.study.plan import Arm, Request
 from dynmoe_jax.study.questions import QUESTIONS
 from dynmoe_jax.study.results import Results
+from dynmoe_jax.study.sizes import SIZES
 
 FILE_NAME = "study.json"
+_OF_TRAINING = ("model.", "loss.", "optimizer.", "data.seq_len", "train.steps", "train.batch_size")
+"""Settings in which a study may differ from the paper, by the beginning of their paths."""
 
 _FLAGS = {"sources": "data"}
 """Flags that are called otherwise than what they ask for."""
@@ -37,6 +41,7 @@ def make_record(asked: Request, arms: list[Arm], arguments: Sequence[str] = ()) 
             {
                 "number": number,
                 "title": question.title,
+                "note": question.note,
                 "tables": [table.record() for table in question.tables(results)],
                 "data": question.data(results),
             }
@@ -56,11 +61,24 @@ def make_record(asked: Request, arms: list[Arm], arguments: Sequence[str] = ()) 
         },
         "seeds": asked.seeds,
         "runs": {"complete": len(results.all), "planned": len(arms)},
+        "failed": {arm.name: why for arm in arms if (why := arm.failure(asked))},
+        "settings": unlike_the_paper(asked),
         "seconds": sum(result.seconds for result in results.all),
         "models": [result.record() for result in results.all],
         "answers": answers,
         "questions": sections,
     }
+
+
+def unlike_the_paper(asked: Request) -> list[list[str]]:
+    """[setting, value, the paper's value] of MoE-Dynamic, where they differ."""
+    paper = {path: (field, value) for path, field, value in walk(SIZES["paper"].shared())}
+    found = []
+    for path, field, value in walk(asked.base):
+        theirs = paper[path][1]
+        if value != theirs and path.startswith(_OF_TRAINING):
+            found.append([path, str(shown(field, value)), str(shown(field, theirs))])
+    return found
 
 
 def command_of(asked: Request, arguments: Sequence[str] = ()) -> str:

@@ -13,11 +13,11 @@ from jaxtyping import Float
 
 from dynmoe_jax import config
 from dynmoe_jax.model.flops import training_flops
-from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.summary import Summary
+from dynmoe_jax.study.measures import MEASURES
 from dynmoe_jax.study.measuring import measured
 from dynmoe_jax.study.models import MODELS
-from dynmoe_jax.study.plan import LAST_SHARE, Arm, Request, summary_of
+from dynmoe_jax.study.plan import LAST_SHARE, Arm, Request, logged_lines, summary_of
 from dynmoe_jax.study.statistics import REPLICATES, Estimate, estimate, resampled_lines
 
 
@@ -29,11 +29,13 @@ class Logged:
       value_X: of each line.
       weight_X: steps that the line stands for, those since the one before.
       seed: of the run.
+      first: step of the first line.
     """
 
     value_X: Float[np.ndarray, "X"]
     weight_X: Float[np.ndarray, "X"]
     seed: int
+    first: int
 
     @property
     def mean(self) -> float:
@@ -45,11 +47,13 @@ class Logged:
         """The same of resampled lines."""
         if not len(self.value_X):
             return np.full(REPLICATES, _NAN)
-        number_RX = resampled_lines(len(self.value_X), self.seed)
+        number_RX = resampled_lines(len(self.value_X), self.seed, self.first)
         return np.average(self.value_X[number_RX], axis=1, weights=self.weight_X[number_RX])
 
 
 _NAN = math.nan
+LOADING = 4.0
+"""Times the median that a step may take and count as one that computes alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,8 @@ class Result:
         steps = self.config.train.steps
         inside_X = (step_X > first * steps) & (step_X <= last * steps)
         weight_X = np.diff(step_X, prepend=0.0)
-        return Logged(value_X[inside_X], weight_X[inside_X], self.arm.seed)
+        first_step = int(step_X[inside_X][0]) if inside_X.any() else 0
+        return Logged(value_X[inside_X], weight_X[inside_X], self.arm.seed, first_step)
 
     @property
     def experts_in_training(self) -> float:
@@ -112,21 +117,22 @@ class Result:
         return self.config.train.steps * self.flops_of_step(experts)
 
     @property
+    def step_times(self) -> Logged:
+        """Seconds of steps, without those that load programs: the first one, and after a stop."""
+        times = self.logged("seconds_step")
+        usual_X = times.value_X <= LOADING * np.median(times.value_X)
+        weight_X = np.where(usual_X, times.weight_X, 0.0)
+        return dataclasses.replace(times, weight_X=weight_X)
+
+    @property
     def seconds_step(self) -> float:
-        """Seconds of a step, mean; those of the first line aside, which load programs."""
-        return self.logged("seconds_step", self.first_line).mean
+        """Seconds of a step, mean."""
+        return self.step_times.mean
 
     @property
     def seconds(self) -> float:
         """Seconds of all steps."""
         return self.seconds_step * self.config.train.steps
-
-    @property
-    def first_line(self) -> float:
-        """Share of training after which the log's first line stands."""
-        if len(self.metrics) < 2:
-            return 0.0
-        return self.metrics[0]["step"] / self.config.train.steps
 
     def record(self) -> dict[str, Any]:
         """For ``study.json``."""
@@ -229,10 +235,9 @@ def _read(asked: Request, arm: Arm) -> Result | None:
     summary, folder = summary_of(arm, asked), arm.folder(asked)
     if not (summary and summary.complete):
         return None
-    names = ("heldout", "hardness", "other_rules", "items")
-    read = {name: measured(folder, name, summary.step, asked.items) for name in names}
+    read = {name: measured(folder, name, summary.step, asked.items) for name in MEASURES}
     measures = {name: found for name, found in read.items() if found is not None}
     if "heldout" not in measures:
         return None
-    metrics = read_metrics(folder)
-    return Result(arm, arm.settings(asked), summary, metrics, measures)
+    cfg = arm.settings(asked)
+    return Result(arm, cfg, summary, logged_lines(folder, cfg.train), measures)

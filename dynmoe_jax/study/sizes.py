@@ -79,7 +79,7 @@ def tiny() -> config.Config:
         },
         loss={"entropy": {"weight": 3e-3}, "chunk_tokens": 512},
         data={"sources": "python", "seq_len": 64, "max_megabytes": 0.3},
-        train={"steps": 40, "batch_size": 8, "log_every_steps": 2},
+        train={"steps": 40, "batch_size": 8, "log_every_steps": 1},
         optimizer={"learning_rate": 5e-3, "warmup_steps": 5},
         checkpoint={"every_steps": 20, "keep": 1},
         evaluation={"max_batches": 6, "sample_tokens": 0, "report": False},
@@ -105,7 +105,7 @@ def laptop() -> config.Config:
         # The paper's 1e-4 shows after billions of tokens; these runs have half a million.
         loss={"entropy": {"weight": 3e-3}, "chunk_tokens": 512},
         data={"sources": "python", "seq_len": 128, "max_megabytes": 8.0},
-        train={"steps": 500, "batch_size": 8, "log_every_steps": 10},
+        train={"steps": 500, "batch_size": 8, "log_every_steps": 1},
         optimizer={"learning_rate": 2e-3, "warmup_steps": 40},
         evaluation={"max_batches": 40, "sample_tokens": 0},
     )
@@ -130,9 +130,9 @@ def gpu() -> config.Config:
         loss={"entropy": {"weight": 1e-3}},
         data={"sources": "python", "seq_len": 1024},
         # 3.9e8 tokens: half an hour at 40 % of an H100's peak (arithmetic, not measured).
-        train={"steps": 1500, "batch_size": 256, "microbatches": 8, "log_every_steps": 10},
+        train={"steps": 1500, "batch_size": 256, "microbatches": 8, "log_every_steps": 1},
         optimizer={"learning_rate": 6e-4, "warmup_steps": 100},
-        evaluation={"max_batches": 50},
+        evaluation={"max_batches": 8},
     )
 
 

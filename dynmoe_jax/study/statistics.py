@@ -99,12 +99,12 @@ def verdict(found: Estimate, *, least: float = 0.0, of_training: bool = True) ->
     Args:
       found: the estimate, turned so that the paper's claim is that it is positive.
       least: size below which an effect counts as none: ``no`` where all of the interval is below,
-        ``yes`` where it is above 0 and reaches beyond.
+        ``yes`` only where the estimate is above.
       of_training: whether it compares trainings; then one seed decides nothing.
     """
     if not all(map(math.isfinite, found.interval)) or (of_training and found.seeds < 2):
         return UNDECIDED
-    if found.low > 0 and found.high > least:
+    if found.low > 0 and found.value > least:
         return YES
     return NO if found.high <= least else UNDECIDED
 
@@ -112,121 +112,46 @@ def verdict(found: Estimate, *, least: float = 0.0, of_training: bool = True) ->
 REPLICATES = 200
 
 
-def resampled_lines(lines: int, seed: int) -> Int[np.ndarray, "R X"]:
-    """Numbers of logged lines, resampled in blocks: neighbors in time are alike.
+def for_few(
+    replicate_R: Float[np.ndarray, "R"], size_D: Float[np.ndarray, "D"]
+) -> Float[np.ndarray, "R"]:
+    """Bootstrap replicates spread as far as so few documents ask for.
 
-    Moving blocks, about the square root of all lines long (Künsch 1989).
+    The bootstrap of D documents is too narrow by (D - 1) / D of its variance, and the normal
+    distribution by Student's t of D - 1 degrees.  D is that of documents of one size that would
+    say as much: (sum n)^2 / sum n^2.
 
     Args:
-      lines: how many there are.
-      seed: of the run, whose chance is its own.
+      replicate_R: of a number.
+      size_D: tokens of each document.
+
+    Returns:
+      the same around their mean; NaN of fewer than two documents.
     """
-    draw, length = np.random.default_rng([seed, lines]), max(1, round(math.sqrt(lines)))
+    documents = np.sum(size_D) ** 2 / np.sum(np.square(size_D)) if np.any(size_D) else 0.0
+    if documents < 2:
+        return np.full(len(replicate_R), np.nan)
+    level = (1 + CONFIDENCE) / 2
+    wider = stats.t.ppf(level, documents - 1) / stats.norm.ppf(level)
+    wider *= math.sqrt(documents / (documents - 1))
+    known_R = replicate_R[np.isfinite(replicate_R)]
+    center = known_R.mean() if len(known_R) else np.nan
+    return center + (replicate_R - center) * wider
+
+
+def resampled_lines(lines: int, seed: int, first: int = 0) -> Int[np.ndarray, "R X"]:
+    """Numbers of logged lines, resampled in blocks: neighbors in time are alike.
+
+    Moving blocks, about the square root of all lines long (Künsch 1989).  The same lines of two
+    runs from one seed are resampled alike, other lines by themselves.
+
+    Args:
+      lines: how many there are, at least one.
+      seed: of the run, whose chance is its own.
+      first: step of the first of them.
+    """
+    draw, length = np.random.default_rng([seed, lines, first]), max(1, round(math.sqrt(lines)))
     blocks = -(-lines // length)
     start_RB = draw.integers(0, lines - length + 1, (REPLICATES, blocks))
     number_RX = (start_RB[:, :, None] + np.arange(length)).reshape(REPLICATES, -1)
     return number_RX[:, :lines]
-
-
-# ── Rank correlations ────────────────────────────────────────────────────────────────────────────
-
-
-@dataclasses.dataclass(frozen=True)
-class Correlation:
-    """A correlation of ranks, and the same of resampled documents.
-
-    Attributes:
-      value: Spearman's; NaN where one of the two does not vary.
-      replicate_R: of resampled documents.
-    """
-
-    value: float
-    replicate_R: Float[np.ndarray, "R"]
-
-
-def ranks(value_T: np.ndarray) -> Float[np.ndarray, "T"]:
-    """Ranks around 0; equal values have the mean of theirs."""
-    rank_T = stats.rankdata(value_T)
-    return rank_T - rank_T.mean()
-
-
-def rank_correlation(
-    x_T: np.ndarray,
-    y_T: np.ndarray,
-    document_T: Int[np.ndarray, "T"],
-    weight_DR: Float[np.ndarray, "D R"],
-) -> Correlation:
-    """Spearman's correlation of two numbers of every token.
-
-    Ranks are those among all tokens; replicates weigh documents and keep the ranks.
-
-    Args:
-      x_T: one number.
-      y_T: the other.
-      document_T: of each token, from 0.
-      weight_DR: how often each document counts in each replicate.
-    """
-    return _correlation(ranks(x_T), ranks(y_T), document_T, weight_DR)
-
-
-def rank_correlation_within(
-    x_T: np.ndarray,
-    y_T: np.ndarray,
-    group_T: Int[np.ndarray, "T"],
-    document_T: Int[np.ndarray, "T"],
-    weight_DR: Float[np.ndarray, "D R"],
-) -> Correlation:
-    """Correlation of ranks within groups of tokens: of what is left of them without group means.
-
-    0 where within every group one says nothing about the other, however the groups differ.
-    Arguments as of :func:`rank_correlation`; ``group_T`` are numbers of groups from 0.
-    """
-    x_T, y_T = ranks(x_T), ranks(y_T)
-    x_T, y_T = x_T - _group_means(x_T, group_T), y_T - _group_means(y_T, group_T)
-    return _correlation(x_T, y_T, document_T, weight_DR)
-
-
-def rank_correlation_across(
-    x_T: np.ndarray,
-    y_T: np.ndarray,
-    group_T: Int[np.ndarray, "T"],
-    document_T: Int[np.ndarray, "T"],
-    weight_DR: Float[np.ndarray, "D R"],
-) -> Correlation:
-    """Correlation of the mean ranks of groups, each weighed by its tokens; arguments as above."""
-    x_T, y_T = (_group_means(ranks(values_T), group_T) for values_T in (x_T, y_T))
-    return _correlation(x_T, y_T, document_T, weight_DR)
-
-
-def _group_means(value_T, group_T):
-    count_G = np.bincount(group_T)
-    return (np.bincount(group_T, value_T) / np.maximum(count_G, 1))[group_T]
-
-
-def _correlation(x_T, y_T, document_T, weight_DR) -> Correlation:
-    """Pearson's correlation, replicates by the sums of each document."""
-    documents = len(weight_DR)
-    parts = (np.ones_like(x_T), x_T, y_T, x_T * x_T, y_T * y_T, x_T * y_T)
-    sum_6D = np.stack([np.bincount(document_T, part, documents) for part in parts])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return Correlation(float(_pearson(sum_6D.sum(axis=1))), _pearson(sum_6D @ weight_DR))
-
-
-def _pearson(sums):
-    count, x, y, xx, yy, xy = sums
-    spread_x, spread_y = xx / count - (x / count) ** 2, yy / count - (y / count) ** 2
-    # What rounding leaves of a number that does not vary is no spread.
-    varies = (spread_x > 1e-9 * (xx / count + 1)) & (spread_y > 1e-9 * (yy / count + 1))
-    return np.where(varies, (xy / count - x * y / count**2) / np.sqrt(spread_x * spread_y), np.nan)
-
-
-def shuffled_within(
-    value_NT: np.ndarray, group_T: Int[np.ndarray, "T"], seed: int = 0
-) -> np.ndarray:
-    """The columns of an array shuffled among the tokens of each group."""
-    draw = np.random.default_rng(seed)
-    mixed = np.lexsort((draw.random(len(group_T)), group_T))
-    ordered = np.argsort(group_T, kind="stable")
-    found = np.empty_like(value_NT)
-    found[:, ordered] = value_NT[:, mixed]
-    return found

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console, titled_table
-from dynmoe_jax.data import prepare
+from dynmoe_jax.data import DataError, prepare
 from dynmoe_jax.runs.disk import disk_errors
 from dynmoe_jax.runs.formatting import decimals, duration
 from dynmoe_jax.runs.lock import locked
@@ -30,6 +30,7 @@ from dynmoe_jax.study.record import FILE_NAME, make_record, write_record
 from dynmoe_jax.study.workers import Job, Workers
 
 REQUEST = "request.json"
+TEXT = "text.sha256"
 LOGS = "logs"
 
 
@@ -113,22 +114,40 @@ def _announce(asked: Request, arms: list[Arm]) -> None:
 
 
 def _prepare(asked: Request) -> int:
-    """Prepares text and tokenizer unless they are there; returns the number of domains."""
+    """Prepares text and tokenizer unless they are there; returns the number of domains.
+
+    Raises:
+      DataError: the text is not that of the runs that are there.
+    """
     if asked.tokenizer:
-        return len(prepare(asked.base.data, asked.workdir / "data").domains)
-    prepared, _ = load_text(asked.base, asked.workdir, None)
+        prepared = prepare(asked.base.data, asked.workdir / "data")
+    else:
+        prepared, _ = load_text(asked.base, asked.workdir, None)
+    path = asked.workdir / TEXT
+    if path.exists() and path.read_text(encoding="utf-8") != prepared.content:
+        raise DataError(
+            f"--data={asked.base.data.sources} gives other documents than those that the runs in "
+            f"{asked.workdir} were trained on; bring those back, or name another --workdir."
+        )
+    write_atomically(path, prepared.content)
     return len(prepared.domains)
 
 
 def _left(asked: Request, arms: list[Arm]) -> list[Arm]:
-    """Runs that are not complete, or of which a measure is missing."""
-    return [a for a in arms if not a.is_complete(asked) or _missing(asked, a)]
+    """Runs that are not complete, or of which a measure is missing, those that failed aside."""
+    may = [arm for arm in arms if not arm.failure(asked)]
+    return [arm for arm in may if not arm.is_complete(asked) or _missing(asked, arm)]
 
 
 def _missing(asked: Request, arm: Arm) -> list[str]:
-    names = dict.fromkeys(name for number in asked.questions for name in QUESTIONS[number].measures)
-    step = summary_of(arm, asked)
-    return missing(arm.folder(asked), names, arm.model, step.step if step else -1, asked.items)
+    if arm.rate is not None:  # its loss is read from its summary, to choose a rate
+        names = ["heldout"]
+    else:
+        read = (QUESTIONS[number].measures for number in asked.questions)
+        names = dict.fromkeys(name for measures in read for name in measures)
+    summary = summary_of(arm, asked)
+    step = summary.step if summary else -1
+    return missing(arm.folder(asked), names, arm.model, step, asked.items)
 
 
 def _timed(asked: Request, workers: Workers) -> Costs:
@@ -157,13 +176,14 @@ def _jobs(asked: Request, left: list[Arm], costs: Costs, domains: int) -> list[J
         title += f", rate {arm.rate:g}" if arm.rate else ""
         if not arm.is_complete(asked):
             number_of[arm] = len(jobs)
+            done = _step_of(arm.folder(asked))
             jobs.append(
                 Job(
                     f"training {title}",
                     partial(_training, asked, arm),
-                    costs.train(shape, arm.model),
+                    costs.train(shape, arm.model, steps - done),
                     needs,
-                    partial(_share_done, arm.folder(asked), steps),
+                    partial(_share_done, arm.folder(asked), done, steps),
                     partial(_told, asked, arm, title),
                 )
             )
@@ -175,22 +195,34 @@ def _jobs(asked: Request, left: list[Arm], costs: Costs, domains: int) -> list[J
     return jobs
 
 
-def _training(asked: Request, arm: Arm) -> dict:
+def _training(asked: Request, arm: Arm) -> dict | None:
+    if arm.failure(asked):
+        return None
     folder = arm.folder(asked).absolute()
     return {"train": str(folder), "settings": config.to_dict(arm.settings(asked))}
 
 
-def _measuring(asked: Request, arm: Arm, names: list[str]) -> dict:
+def _measuring(asked: Request, arm: Arm, names: list[str]) -> dict | None:
+    if arm.failure(asked):
+        return None
     items = str(asked.items.absolute()) if asked.items else None
     return {"measure": str(arm.folder(asked).absolute()), "names": names, "items": items}
 
 
-def _share_done(folder: Path, steps: int) -> float:
+def _step_of(folder: Path) -> int:
+    """Step of the newest line of a run's log."""
     lines = read_metrics(folder)
-    return min(1.0, lines[-1]["step"] / steps) if lines else 0.0
+    return lines[-1]["step"] if lines else 0
+
+
+def _share_done(folder: Path, first: int, steps: int) -> float:
+    """Part of the steps from a first one on that are done."""
+    return min(1.0, max(0.0, (_step_of(folder) - first) / max(1, steps - first)))
 
 
 def _told(asked: Request, arm: Arm, title: str) -> str:
+    if why := arm.failure(asked):
+        return f"{title} gives no result: {why}"
     heldout = summary_of(arm, asked).heldout
     said = f"{title}: {decimals(heldout.bits_per_byte, 3)} bits per byte"
     mean = heldout.experts_per_token

@@ -24,6 +24,7 @@ from dynmoe_jax.model import decoder_structure, variable_shapes
 from dynmoe_jax.runs.load import opened_run
 from dynmoe_jax.runs.summary import HeldOut
 from dynmoe_jax.runs.text import load_text
+from dynmoe_jax.study.statistics import for_few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +67,10 @@ class Tokens:
         return np.bincount(self.document_T, value_T, minlength=int(self.document_T[-1]) + 1)
 
     def replicates(self, above_T: np.ndarray, below_T: np.ndarray) -> Float[np.ndarray, "R"]:
-        """The quotient of two sums in every replicate."""
+        """The quotient of two sums in every replicate, spread for few documents."""
         above_R, below_R = (self.of_documents(x) @ self.weight_DR for x in (above_T, below_T))
         with np.errstate(invalid="ignore", divide="ignore"):
-            return above_R / below_R
+            return for_few(above_R / below_R, self.of_documents(np.ones(len(above_T))))
 
 
 class Collector:

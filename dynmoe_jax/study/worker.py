@@ -25,7 +25,8 @@ from dynmoe_jax import command_line, config
 from dynmoe_jax.console import console
 from dynmoe_jax.runs.lock import FILE_NAME as LOCK
 from dynmoe_jax.runs.lock import locked
-from dynmoe_jax.runs.records import to_json
+from dynmoe_jax.runs.records import to_json, write_atomically
+from dynmoe_jax.study.plan import FAILED
 
 PATIENCE_S = 60.0
 """Seconds to wait for a run that another process still saves."""
@@ -33,11 +34,15 @@ PATIENCE_S = 60.0
 
 def work(jobs: Iterator[dict[str, Any]], answers: TextIO) -> int:
     """Does jobs until there are no more, or it is asked to stop; returns the exit code."""
+    from dynmoe_jax.training.health.rescue import BadNumbers
     from dynmoe_jax.training.trainer import BAD_INPUT
 
     for job in jobs:
         try:
             answer = _do(job)
+        except BadNumbers as error:  # a result of its own: another try would end alike
+            write_atomically(Path(job["train"]) / FAILED, f"{error}\n")
+            answer = {"code": 0}
         except (config.ConfigError, *BAD_INPUT) as error:
             answer = {"error": str(error)}
         answers.write(to_json(answer) + "\n")

@@ -27,7 +27,8 @@ class Job:
 
     Attributes:
       title: for people.
-      message: makes what the worker is told, once all that it needs is done.
+      message: makes what the worker is told, once all that it needs is done; None where nothing is
+        left to do.
       cost: seconds that it is expected to take.
       needs: numbers of the jobs that must be done before.
       share_done: part of it that is done, from 0 to 1, while it is under way.
@@ -35,7 +36,7 @@ class Job:
     """
 
     title: str
-    message: Callable[[], dict[str, Any]]
+    message: Callable[[], dict[str, Any] | None]
     cost: float
     needs: frozenset[int] = frozenset()
     share_done: Callable[[], float] = lambda: 0.0
@@ -67,10 +68,11 @@ class Worker:
         )
 
     def give(self, number: int, message: dict[str, Any]) -> None:
-        """Has it begin a job."""
+        """Has it begin a job; that it has ended is found when its answer is read."""
         self.number, self.begun = number, time.perf_counter()
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
         """Its answer, which is there.
@@ -135,7 +137,7 @@ class Workers:
             for worker in self._workers:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
             while waiting or any(w.number is not None for w in self._workers):
-                self._give(waiting, jobs, found)
+                self._give(waiting, jobs, found, progress)
                 for key, _ in selector.select(_POLL_S):
                     worker, answer = key.data, key.data.answer()
                     if worker.number is None:
@@ -154,11 +156,18 @@ class Workers:
     def _busy(self) -> Iterator[Worker]:
         return (worker for worker in self._workers if worker.number is not None)
 
-    def _give(self, waiting: dict[int, Job], jobs: Sequence[Job], found: dict[int, Any]) -> None:
+    def _give(self, waiting: dict[int, Job], jobs, found: dict[int, Any], progress) -> None:
+        """Gives each worker that has none the first job that is ready."""
         for worker in self._workers:
-            ready = (n for n, job in waiting.items() if job.needs <= found.keys())
-            if worker.number is None and (number := next(ready, None)) is not None:
-                worker.give(number, waiting.pop(number).message())
+            while worker.number is None:
+                ready = (n for n, job in waiting.items() if job.needs <= found.keys())
+                if (number := next(ready, None)) is None:
+                    break
+                if message := waiting.pop(number).message():
+                    worker.give(number, message)
+                else:
+                    found[number] = None
+                    progress.done(number, 0.0)
 
 
 class _Shown:

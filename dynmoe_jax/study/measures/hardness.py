@@ -15,7 +15,7 @@ from flax import nnx
 
 from dynmoe_jax.model import Decoder, decoder_shapes
 from dynmoe_jax.study.measures.measure import Measure
-from dynmoe_jax.study.statistics import (
+from dynmoe_jax.study.rank_correlation import (
     Correlation,
     rank_correlation,
     rank_correlation_across,
@@ -31,8 +31,12 @@ class Hardness(Measure):
     analyzes = True
 
     def is_of(self, model):
-        """This one."""
+        """MoE-Dynamic alone."""
         return model == "dynamic"
+
+    def passes(self, model):
+        """The trained model's, and that with routers put back."""
+        return 2
 
     def take(self, run, items):
         """Correlations of the trained model and of the controls, and its analysis of routing."""
@@ -72,7 +76,7 @@ def correlations(tokens: Tokens, experts_NT: np.ndarray) -> dict[str, Any]:
         "within_token_ids": rank_correlation_within(surprise_T, mean_T, id_T, document_T, weights),
         "across_token_ids": rank_correlation_across(surprise_T, mean_T, id_T, document_T, weights),
         # Of pairs of a token and a layer.
-        "across_layers": rank_correlation(*pairs, documents_S, weights),
+        "all_layers": rank_correlation(*pairs, documents_S, weights),
         "within_layers": rank_correlation_within(*pairs, layer_S, documents_S, weights),
     }
     by_layer = [rank_correlation(surprise_T, e_T, document_T, weights) for e_T in experts_NT]

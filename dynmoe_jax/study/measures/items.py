@@ -1,5 +1,6 @@
 """Accuracy on evaluation items that lie on this machine, and what a guess would have."""
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -40,6 +41,15 @@ def tasks_in(folder: Path) -> list[str]:
     return found
 
 
+def digest_of(folder: Path) -> str:
+    """SHA-256 of the files of items in a folder, names included."""
+    digest = hashlib.sha256()
+    for path in sorted(path for suffix in _SUFFIXES for path in folder.rglob(f"*{suffix}")):
+        digest.update(f"{path.relative_to(folder)}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 class Items(Measure):
     """All models of the comparison, where there is a folder of items."""
 
@@ -48,14 +58,14 @@ class Items(Measure):
         return not model.startswith("ablation")
 
     def depends_on(self, items):
-        """The folder."""
-        return {"items": str(items.resolve()) if items else ""}
+        """The items."""
+        return {"items": digest_of(items) if items else ""}
 
     def take(self, run, items):
         """Share of right answers by task, and that of a guess; answers are kept in the run."""
         if items is None:
             return {}
-        output = run.workdir / FOLDER
+        output = run.workdir / FOLDER / digest_of(items)[:16]
         asked = parser().parse_args(
             [
                 f"--workdir={run.workdir}",
@@ -80,6 +90,7 @@ def _of_task(path: Path) -> dict[str, Any]:
     choices = np.array([len(sample["resps"]) for sample in samples])
     return {
         "items": len(samples),
+        "right": right.astype(float),
         "accuracy": float(right.mean()),
         "chance": float(np.mean(1 / choices)) if choices.min() > 1 else float("nan"),
     }

@@ -27,15 +27,19 @@ PROBED_BATCHES = 2
 class OtherRules(Measure):
     """MoE-Dynamic and MoE-Top2, each by the rule of the other."""
 
+    def passes(self, model):
+        """One for each rule, and some batches to find p."""
+        return len(THRESHOLDS) + len(FIXED) if model == "dynamic" else 4
+
     def is_of(self, model):
-        """These two."""
+        """MoE-Dynamic and MoE-Top2."""
         return model in ("dynamic", "top_2")
 
     def take(self, run, items):
         """Bits per byte and mean experts by rule; gates are weighed as in training."""
         if run.config.model.moe.router == "top_k":
             return {"rules": [_of_rule("top_k", 2, run.tokens), _top_p_at_the_mean(run)]}
-        with_p = HeldThreshold(run)
+        with_p = HeldThreshold(run, max(THRESHOLDS))
         rules = [_of_rule("top_p", p, with_p(p)) for p in THRESHOLDS]
         return {"rules": rules + [_top_k(run, k) for k in FIXED]}
 
@@ -53,8 +57,8 @@ def _top_k(run: TrainedRun, k: int) -> dict[str, Any]:
 
 def _top_p_at_the_mean(run: TrainedRun) -> dict[str, Any]:
     """MoE-Top2 by top-p, whose p is looked for until as many experts are used."""
-    with_p, wanted = HeldThreshold(run, renormalize=True), run.config.model.moe.top_k.k
-    low, high = 0.0, max(THRESHOLDS)
+    with_p, wanted = HeldThreshold(run, 1.0, renormalize=True), run.config.model.moe.top_k.k
+    low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         fewer = with_p(middle, PROBED_BATCHES).mean_experts < wanted
@@ -70,16 +74,17 @@ class HeldThreshold:
 
     Args:
       run: the run.
+      largest: the largest p that will be asked for.
       renormalize: whether the weights of a token's experts sum to one.
     """
 
-    def __init__(self, run: TrainedRun, renormalize: bool = False):
+    def __init__(self, run: TrainedRun, largest: float, renormalize: bool = False):
         self._run = run
         self._model = _with_router(
             run.config.model,
             "top_p",
             experts_per_token=1.0,
-            max_threshold=max(THRESHOLDS),
+            max_threshold=largest,
             renormalize=renormalize,
         )
 

@@ -13,6 +13,7 @@ _ONE = " One seed at half the steps: nothing is known of what another seed would
 class Ablations(Question):
     """MoE-Dynamic with one thing changed."""
 
+    models = ()
     title = "Which parts of it matter? (One seed at half the steps)"
 
     def answers(self, results):

@@ -18,12 +18,17 @@ LEAST_SPREAD = 0.1
 class Cost(Question):
     """Time and FLOPs against experts."""
 
+    models = ("top_2", "dynamic", "dynamic_budget")
+    note = (
+        "Seconds are of runs that followed each other, so that other work on the machine counts. "
+        "Of runs that were trained side by side nothing is said in seconds."
+    )
     title = "What does an expert more cost, and what does a budget save?"
 
     def answers(self, results):
         """Time of an expert more; savings of the budget, and what they cost in loss."""
-        found = []
-        if results.have("dynamic"):
+        found, alone = [], results.asked.processes == 1
+        if results.have("dynamic") and alone:
             slopes = [_expert_in_percent(result) for result in results.of("dynamic")]
             found.append(
                 silent(
@@ -37,9 +42,13 @@ class Cost(Question):
             )
         if results.have("dynamic", "dynamic_budget"):
             pairs = results.pairs("dynamic", "dynamic_budget")
-            found += [
-                _saved("flops", "FLOPs of training", [tuple(map(_flops, p)) for p in pairs]),
-                _saved("seconds", "seconds of training", [tuple(map(_seconds, p)) for p in pairs]),
+            found.append(
+                _saved("flops", "FLOPs of training", [tuple(map(_flops, p)) for p in pairs])
+            )
+            if alone:
+                seconds = [tuple(map(_seconds, pair)) for pair in pairs]
+                found.append(_saved("seconds", "seconds of training", seconds))
+            found.append(
                 silent(
                     "budget_costs_loss",
                     "Is the loss higher for it, after as many steps?",
@@ -47,7 +56,7 @@ class Cost(Question):
                     "bits per byte",
                     ("It is higher, by {}", "It is lower, by {}"),
                 ),
-            ]
+            )
         return found
 
     def data(self, results):
@@ -111,8 +120,8 @@ def _flops(result: Result) -> Logged:
 
 
 def _seconds(result: Result) -> Logged:
-    """Seconds of each step, those of the first line aside, which load programs."""
-    return result.logged("seconds_step", result.first_line)
+    """Seconds of each step."""
+    return result.step_times
 
 
 def _saved(name: str, what: str, pairs: list[tuple[Logged, Logged]]) -> Answer:
@@ -131,11 +140,12 @@ def _saved(name: str, what: str, pairs: list[tuple[Logged, Logged]]) -> Answer:
 
 def _expert_in_percent(result: Result) -> tuple[float, np.ndarray]:
     """Slope of seconds per step over experts, in percent of a step with two; and resampled."""
-    experts = result.logged("experts_per_token", result.first_line)
-    seconds = result.logged("seconds_step", result.first_line)
-    number_RX = resampled_lines(len(experts.value_X), experts.seed)
-    slope_R = [_slope(experts.value_X[x], seconds.value_X[x]) for x in number_RX]
-    return _slope(experts.value_X, seconds.value_X), np.array(slope_R)
+    usual_X = result.step_times.weight_X > 0
+    experts_X = result.logged("experts_per_token").value_X[usual_X]
+    seconds_X = result.step_times.value_X[usual_X]
+    number_RX = resampled_lines(len(experts_X), result.arm.seed)
+    slope_R = [_slope(experts_X[x], seconds_X[x]) for x in number_RX]
+    return _slope(experts_X, seconds_X), np.array(slope_R)
 
 
 def _slope(experts_X: np.ndarray, seconds_X: np.ndarray) -> float:

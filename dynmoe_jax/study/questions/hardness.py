@@ -16,7 +16,7 @@ _KINDS = {
     "within_token_ids": "loss of the predicted token, within token ids",
     "across_token_ids": "loss of the predicted token, across token ids",
     "within_layers": "loss of the predicted token, within layers",
-    "across_layers": "loss of the predicted token, across layers",
+    "all_layers": "loss of the predicted token, layers together",
 }
 _MODELS = {
     "trained": "trained",
@@ -28,7 +28,13 @@ _MODELS = {
 class Hardness(Question):
     """Do harder tokens get more experts?"""
 
+    models = ("dynamic",)
     title = "Do harder tokens get more experts?"
+    note = (
+        "What the paper says is of tasks: BIG-Bench-Hard uses 1.87 experts per token, the others "
+        "1.72 to 1.76. Here it is asked of tokens, and the loss of the model itself says which of "
+        "them are hard."
+    )
     measures = ("heldout", "hardness")
 
     def answers(self, results):
@@ -45,7 +51,7 @@ class Hardness(Question):
                     "They use more: rank correlation {}",
                     "They use fewer: rank correlation below 0 by {}",
                 ),
-                "Harder tasks, and ambiguous words, use more experts.",
+                "Harder tasks use more experts.",
                 least=NEGLIGIBLE,
                 of_training=False,
                 reason=f"These models saw {compact(results.tokens)} tokens, the paper's 1e11.",
@@ -59,11 +65,11 @@ class Hardness(Question):
                     "They use more: rank correlation {}",
                     "They use fewer: rank correlation below 0 by {}",
                 ),
-                "Harder tasks, and ambiguous words, use more experts.",
+                "Harder tasks use more experts.",
                 least=NEGLIGIBLE,
                 of_training=False,
             ),
-            claimed(
+            silent(
                 "harder_occurrences_get_more_experts",
                 "Among occurrences of the same token id, do harder ones use more experts?",
                 _of(results, "trained", "within_token_ids"),
@@ -72,8 +78,6 @@ class Hardness(Question):
                     "They use more: rank correlation {}",
                     "They use fewer: rank correlation below 0 by {}",
                 ),
-                "The number of experts follows the context, not the token alone.",
-                least=NEGLIGIBLE,
                 of_training=False,
             ),
             silent(
@@ -82,6 +86,7 @@ class Hardness(Question):
                 _less(results, "untrained"),
                 "difference of rank correlations",
                 ("It is larger, by {}", "It is smaller, by {}"),
+                of_training=False,
             ),
             silent(
                 "more_than_shuffled",
@@ -89,6 +94,7 @@ class Hardness(Question):
                 _less(results, "shuffled"),
                 "difference of rank correlations",
                 ("It is larger, by {}", "It is smaller, by {}"),
+                of_training=False,
             ),
             claimed(
                 "bottom_layers_use_more",

@@ -14,6 +14,7 @@ TRAINED = ("top_p", 0.4)
 class OtherRules(Question):
     """Another p, and each rule on the other's model."""
 
+    models = ("dynamic", "top_2")
     title = "May p be changed after training, and top-p follow top-2?"
     measures = ("heldout", "other_rules")
 
@@ -21,36 +22,36 @@ class OtherRules(Question):
         """Differences to the rule that a model was trained with."""
         found = []
         if results.have("dynamic"):
-            others = [key for key in _rules(results, "dynamic") if key[0] == "top_p"]
-            others = [key for key in others if key != TRAINED]
-            best = min(others, key=lambda key: _loss(results, "dynamic", key).value)
-            found += [
-                silent(
-                    "another_p_is_worse",
-                    f"Is the best other p ({best[1]:g}) worse than that of training (0.4)?",
-                    _less(results, "dynamic", best, TRAINED),
-                    "bits per byte",
-                    ("It is worse, by {} bits per byte", "It is better, by {} bits per byte"),
-                    digits=4,
-                ),
-                silent(
+            for name, rule, asked in (
+                ("p_0.3_is_worse", ("top_p", 0.3), "Is p = 0.3 worse than that of training, 0.4?"),
+                ("p_0.5_is_worse", ("top_p", 0.5), "Is p = 0.5 worse than that of training, 0.4?"),
+                (
                     "top_2_after_dynamic_is_worse",
+                    ("top_k", 2),
                     "Is MoE-Dynamic worse with two experts for every token?",
-                    _less(results, "dynamic", ("top_k", 2), TRAINED),
-                    "bits per byte",
-                    ("It is worse, by {} bits per byte", "It is better, by {} bits per byte"),
-                    digits=4,
                 ),
-            ]
+            ):
+                found.append(
+                    silent(
+                        name,
+                        asked,
+                        _less(results, "dynamic", rule, TRAINED),
+                        "bits per byte",
+                        ("It is worse, by {} bits per byte", "It is better, by {} bits per byte"),
+                        of_training=False,
+                        digits=4,
+                    )
+                )
         if results.have("top_2"):
             chosen, fixed = (_only(results, "top_2", rule) for rule in ("top_p", "top_k"))
             found.append(
                 silent(
                     "top_p_after_top_2_is_better",
-                    "Is MoE-Top2 better by top-p, with as many experts on average?",
+                    f"Is MoE-Top2 better by top-p, with {_used(chosen)} experts on average?",
                     _pairwise(fixed, chosen),
                     "bits per byte",
                     ("It is better, by {} bits per byte", "It is worse, by {} bits per byte"),
+                    of_training=False,
                     digits=4,
                 )
             )
@@ -116,10 +117,8 @@ class OtherRules(Question):
         return [canvas.picture(figure, "Rules changed after training", caption)]
 
 
-def _rules(results: Results, model: str) -> list[tuple[str, float]]:
-    return [
-        (r["rule"], r["setting"]) for r in results.of(model)[0].measures["other_rules"]["rules"]
-    ]
+def _used(rules: list[dict]) -> str:
+    return decimals(estimate([rule["experts_per_token"] for rule in rules]).value, 2)
 
 
 def _records(results: Results, model: str, key: tuple[str, float]) -> list[dict]:
@@ -130,10 +129,6 @@ def _records(results: Results, model: str, key: tuple[str, float]) -> list[dict]
 def _only(results: Results, model: str, rule: str) -> list[dict]:
     rules = [result.measures["other_rules"]["rules"] for result in results.of(model)]
     return [next(r for r in each if r["rule"] == rule) for each in rules]
-
-
-def _loss(results: Results, model: str, key: tuple[str, float]) -> Estimate:
-    return of_records(_records(results, model, key), "bits_per_byte")
 
 
 def _less(results: Results, model: str, key, other) -> Estimate:

@@ -9,18 +9,20 @@ from dynmoe_jax.runs.formatting import compact
 from dynmoe_jax.study.models import MODELS
 from dynmoe_jax.study.plan import LAST_SHARE
 from dynmoe_jax.study.questions.question import Question, claimed, silent
-from dynmoe_jax.study.results import Logged, Result, of_logs
+from dynmoe_jax.study.results import Logged, Result, Results, of_logs
 from dynmoe_jax.study.statistics import Estimate, estimate
 
 EARLY = (0.06, 0.16)
 """Part of training that stands for the paper's first figure, at 8 of 100 billion tokens."""
 
-_SHOWN = ("dynamic", "dynamic_no_entropy", "dynamic_budget")
+PAPER_WEIGHT = 1e-4
+"""Of the paper's entropy loss (beta)."""
 
 
 class OverTraining(Question):
     """Experts per token over training."""
 
+    models = ("dynamic", "dynamic_no_entropy", "dynamic_budget")
     title = "Do tokens need fewer experts as training goes on, and why?"
 
     def answers(self, results):
@@ -46,7 +48,8 @@ class OverTraining(Question):
             found.append(
                 claimed(
                     "entropy_loss_lowers_experts",
-                    "Does the entropy loss lower the number of experts?",
+                    "Does the entropy loss lower the number of experts? Its weight is "
+                    f"{_weight(results):g} here, {PAPER_WEIGHT:g} in the paper.",
                     _less([(without.reached, plain.reached) for without, plain in pairs]),
                     "experts per token at the end",
                     (
@@ -79,7 +82,7 @@ class OverTraining(Question):
                 }
                 for result in results.of(model)
             ]
-            for model in _SHOWN
+            for model in self.models
             if results.have(model)
         }
 
@@ -97,6 +100,11 @@ class OverTraining(Question):
         legend(figure)
         caption = "Mean over the tokens of a batch and all layers; a line for each seed."
         return [canvas.picture(figure, "Experts per token over training", caption)]
+
+
+def _weight(results: Results) -> float:
+    """Weight of the entropy loss of MoE-Dynamic."""
+    return results.of("dynamic")[0].config.loss.entropy.weight
 
 
 def _early(result: Result) -> Logged:

@@ -12,6 +12,7 @@ from dynmoe_jax.study.results import Results
 from dynmoe_jax.study.statistics import UNDECIDED, Estimate, verdict
 
 SILENT = "The paper does not say."
+ONE_SEED = " One seed says nothing of what another one would give."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +74,14 @@ class Question(abc.ABC):
 
     Attributes:
       title: the question.
+      models: names of those that it compares, ablations aside.
+      note: what has to be known besides to read its answers.
       measures: names of the measures that it reads.
     """
 
     title: ClassVar[str]
+    models: ClassVar[tuple[str, ...]]
+    note: ClassVar[str] = ""
     measures: ClassVar[tuple[str, ...]] = ("heldout",)
 
     @abc.abstractmethod
@@ -156,7 +161,7 @@ def claimed(
     if least and agrees == "no" and found.high >= 0:
         sentence = f"No, or hardly: {in_words(found, digits)}."
     if found.seeds == 1 and of_training:
-        sentence += " One seed says nothing of what another one would give."
+        sentence += ONE_SEED
     if agrees == "no" and reason:
         sentence += f" {reason}"
     return Answer(name, question, found, unit, sentence, paper, agrees)
@@ -168,7 +173,12 @@ def silent(
     found: Estimate,
     unit: str,
     words: tuple[str, str],
+    *,
+    of_training: bool = True,
     digits: int = 3,
 ) -> Answer:
     """Answer to something that the paper does not say; arguments as of :func:`claimed`."""
-    return Answer(name, question, found, unit, compared(found, *words, digits=digits))
+    sentence = compared(found, *words, digits=digits)
+    if found.seeds == 1 and of_training:
+        sentence += ONE_SEED
+    return Answer(name, question, found, unit, sentence)
