@@ -17,6 +17,7 @@ _AXES = {
     "flops": "FLOPs of training",
     "seconds": "seconds of training",
 }
+_MARKERS = "osD^vPX"
 _SHORT = "The paper's models saw 100 billion tokens, these {}."
 
 
@@ -219,11 +220,12 @@ def _over_seeds(found: Estimate) -> str:
 def _against(axis: str, points: dict, canvas):
     """A picture of the loss of all models against one cost."""
     figure, (plot,) = canvas.figure(height=3.4)
-    for (title, point), color in zip(points.items(), CYCLE * 3, strict=False):
+    looks = zip(_MARKERS, CYCLE * 2, strict=False)
+    for (title, point), (marker, color) in zip(points.items(), looks, strict=False):
         loss, half = point["loss"], point["loss"]["seed_half"]
         bar = half if math.isfinite(half) else None
         plot.errorbar(
-            point[axis], loss["value"], yerr=bar, fmt="o", color=light(color), capsize=3,
+            point[axis], loss["value"], yerr=bar, fmt=marker, color=light(color), capsize=3,
             label=title,
         )  # fmt: skip
     plot.set(xlabel=_AXES[axis], ylabel="held-out bits per byte")
