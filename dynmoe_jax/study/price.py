@@ -43,11 +43,12 @@ def print_price(asked: Request) -> None:
         table.add_row(
             model.title,
             str(count),
-            f"{seconds / 3600:,.0f}",
+            f"{seconds / 3600:,.1f}",
             f"{count * seconds / 3600 * chips:,.0f}",
         )
     console.print(table)
     console.print(
         f"{len(arms)} runs, one after another: {duration(total)} on {chips} chips "
-        f"({total / 3600 * chips:,.0f} chip hours). Estimated, not measured."
+        f"({total / 3600 * chips:,.0f} chip hours). Estimated by peak rates: real steps "
+        "take longer."
     )

@@ -187,6 +187,6 @@ SIZES: dict[str, Size] = {
             "model.hidden_width": 3584,
         },
         1,
-        ask="v5p:4x4x4",
+        ask="h100:8x8",
     ),
 }
