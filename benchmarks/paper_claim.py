@@ -51,7 +51,10 @@ ARMS = {
 """(p, beta) by name."""
 
 STATES, BRANCHES = 32, 8
-"""Tokens of the made corpus, and successors of those whose successor is uncertain."""
+"""Tokens of the made corpora, and successors of those whose successor is uncertain."""
+
+SOURCES, LEAST_PASSAGE = 4, 2
+"""Sources of a mixture, and tokens that a passage of one has at the least behind its first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Chain:
     """
 
     next_VB: np.ndarray
+    vocabulary = STATES
 
     @classmethod
     def drawn(cls, seed: int) -> "Chain":
@@ -97,9 +101,9 @@ class Chain:
             next_VB[state] = draw.choice(STATES, BRANCHES, replace=False)
         return cls(next_VB)
 
-    def uncertain(self, token: np.ndarray) -> np.ndarray:
+    def uncertain(self, token_BL: np.ndarray) -> np.ndarray:
         """Whether the successor of tokens is uncertain: log(8) nats, otherwise 0."""
-        return token < STATES // 2
+        return token_BL < STATES // 2
 
     def sequences(self, seed: int, count: int, length: int) -> np.ndarray:
         """[count, length] tokens."""
@@ -107,6 +111,54 @@ class Chain:
         tokens = [draw.integers(0, STATES, count)]
         for _ in range(length - 1):
             tokens.append(self.next_VB[tokens[-1], draw.integers(0, BRANCHES, count)])
+        return np.stack(tokens, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A mixture of sources, each of which is certain: what follows a token says the source.
+
+    A separator begins a passage of a source that is drawn anew.  So the successor is uncertain
+    behind a separator, and behind the first token of a passage, whichever it is: the same tokens
+    are certain elsewhere.
+
+    Attributes:
+      next_SV: successor of each token in each source; no two sources agree on one.
+    """
+
+    next_SV: np.ndarray
+    vocabulary = STATES + 1
+
+    @classmethod
+    def drawn(cls, seed: int) -> "Mixture":
+        """Sources of a seed."""
+        draw = np.random.default_rng(seed)
+        place_V = draw.permutation(STATES)
+        steps = draw.choice(np.arange(1, STATES), SOURCES, replace=False)
+        # Each source goes around the same circle by a stride of its own.
+        order = np.argsort(place_V)
+        return cls(np.stack([place_V[(order + step) % STATES] for step in steps]))
+
+    def uncertain(self, token_BL: np.ndarray) -> np.ndarray:
+        """Whether it is a separator, or the first token of a passage."""
+        separator_BL = token_BL == STATES
+        first_BL = np.pad(separator_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        return separator_BL | first_BL
+
+    def sequences(self, seed: int, count: int, length: int) -> np.ndarray:
+        """[count, length] tokens."""
+        draw = np.random.default_rng(seed)
+        token, source = draw.integers(0, STATES, count), draw.integers(0, SOURCES, count)
+        tokens, age = [token], np.zeros(count, int)
+        for _ in range(length - 1):
+            ends = (age >= LEAST_PASSAGE) & (draw.random(count) < 1 / 6)
+            begins = tokens[-1] == STATES
+            source = np.where(begins, draw.integers(0, SOURCES, count), source)
+            follows = self.next_SV[source, np.where(begins, 0, tokens[-1])]
+            token = np.where(begins, draw.integers(0, STATES, count), follows)
+            token = np.where(ends, STATES, token)
+            age = np.where(ends | begins, 0, age + 1)
+            tokens.append(token)
         return np.stack(tokens, axis=1)
 
 
@@ -233,17 +285,31 @@ def train(
     return Trained(tuple(arms), *found, heldout[places, :, :-1])
 
 
-def on_chains(
-    steps: int, batch: int = 8, length: int = 32, **options
+def on_made(
+    corpus: type, steps: int, batch: int = 8, length: int = 32, sizes: Any = None, **options
 ) -> tuple[Trained, np.ndarray]:
-    """(models trained on the made corpus, whether held-out positions are uncertain)."""
-    chains = [Chain.drawn(seed) for seed in SEEDS]
+    """(models trained on a made corpus, whether held-out positions are uncertain).
+
+    Args:
+      corpus: :class:`Chain` or :class:`Mixture`.
+      steps: of each model.
+      batch: sequences of a step.
+      length: of a sequence.
+      sizes: of :func:`settings`, besides.
+      options: of :func:`train`.
+    """
+    sources = [corpus.drawn(seed) for seed in SEEDS]
     shape = (steps, batch, length + 1)
-    data = [c.sequences(100 + i, steps * batch, length + 1) for i, c in enumerate(chains)]
+    data = [c.sequences(100 + i, steps * batch, length + 1) for i, c in enumerate(sources)]
     data = np.stack([tokens.reshape(shape) for tokens in data])
-    heldout = np.stack([c.sequences(200 + i, 32, length + 1) for i, c in enumerate(chains)])
-    trained = train(lambda: settings(STATES, length, batch, steps), data, heldout, **options)
-    return trained, chains[0].uncertain(trained.tokens_ABL)
+    heldout = np.stack([c.sequences(200 + i, 32, length + 1) for i, c in enumerate(sources)])
+    cfg_of = partial(settings, corpus.vocabulary, length, batch, steps, **(sizes or {}))
+    trained = train(cfg_of, data, heldout, **options)
+    uncertain = [sources[0].uncertain(token_BL) for token_BL in trained.tokens_ABL]
+    return trained, np.stack(uncertain)
+
+
+CORPORA = {"chain": Chain, "mixture": Mixture}
 
 
 def correlation(x: np.ndarray, y: np.ndarray, rounds: int = 200) -> tuple[float, float, float]:
@@ -313,13 +379,14 @@ def on_text(sources: str, steps: int, batch: int = 16, length: int = 64) -> Trai
 def main() -> None:
     """Prints the answers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="", help="sources of text; empty: the made corpus")
+    parser.add_argument("--data", default="", help="sources of text; empty: a made corpus")
+    parser.add_argument("--corpus", choices=list(CORPORA), default="chain", help="the made one")
     parser.add_argument("--steps", type=int, default=1000)
     args = parser.parse_args()
     if args.data:
         lines = answers(on_text(args.data, args.steps), None)
     else:
-        lines = answers(*on_chains(args.steps))
+        lines = answers(*on_made(CORPORA[args.corpus], args.steps))
     for line in lines:
         print(line, flush=True)
 

@@ -4,7 +4,7 @@ paper-claim-made): what holds there, and what does not."""
 import numpy as np
 import pytest
 
-from benchmarks.paper_claim import correlation, last_mean, on_chains
+from benchmarks.paper_claim import STATES, Chain, Mixture, correlation, last_mean, on_made
 
 ARMS = ("beta 0", "beta 1e-2", "p 0.3", "p 0.7")
 
@@ -13,7 +13,7 @@ ARMS = ("beta 0", "beta 1e-2", "p 0.3", "p 0.7")
 def trained():
     # The program runs for seconds: optimizing it takes longer.
     fast = {"xla_backend_optimization_level": 0}
-    return on_chains(100, batch=4, arms=ARMS, compiler_options=fast)
+    return on_made(Chain, 100, batch=4, arms=ARMS, compiler_options=fast)
 
 
 def test_the_entropy_loss_lowers_the_number_of_experts(trained):
@@ -48,3 +48,18 @@ def test_the_interval_of_a_correlation_holds_it():
     assert low < 0.6 < high
     assert 0 < high - low < 0.15
     assert r == pytest.approx(0.6, abs=0.05)
+
+
+def test_a_mixture_is_certain_but_where_a_passage_begins():
+    """Certain successors are those of one source, and follow from the two tokens before."""
+    source = Mixture.drawn(0)
+    assert len(np.unique(source.next_SV, axis=1)[0]) == STATES
+    assert all(len(set(column)) == len(column) for column in source.next_SV.T)
+    tokens = source.sequences(1, 64, 40)
+    uncertain = source.uncertain(tokens)
+    assert 0.15 < uncertain.mean() < 0.5
+    for row, marks in zip(tokens, uncertain, strict=True):
+        for i in range(1, len(row) - 1):
+            if not marks[i] and row[i + 1] != STATES:
+                (which,) = np.flatnonzero(source.next_SV[:, row[i - 1]] == row[i])
+                assert row[i + 1] == source.next_SV[which, row[i]]
