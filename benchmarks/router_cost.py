@@ -26,7 +26,7 @@ from benchmarks.command import run
 from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, Ratio, interleave, ratio, show_progress
 from benchmarks.train_cases import PRESETS, Case, Preset
-from benchmarks.train_jax import TrainCase
+from benchmarks.train_jax import TrainCase, settings
 from dynmoe_jax.config import ConfigError, MoE
 from dynmoe_jax.hardware.huge_pages import restart_with_huge_pages
 from dynmoe_jax.model import decoder_shapes, decoder_structure
@@ -141,10 +141,11 @@ class RouterCase(TrainCase):
         self._router, self._calls = ROUTERS[name], 0
         self._kept: nnx.State | None = None
         moe = dataclasses.replace(preset.model.moe, **_groups(self._router.moe))
-        super().__init__(preset, Case(moe, MEAN if self._router.knob else 0.0))
+        case = Case(moe, MEAN if self._router.knob else 0.0)
+        super().__init__(preset, case)
         self()
-        self.experts_per_token = float(np.mean(np.sum(self._metrics["load_NE"], axis=-1)))
-        self.experts_per_token /= self.tokens
+        # In the first step a budget was not held yet.
+        self._count(settings(preset, case))
         if abs(self.experts_per_token - MEAN) > TOLERANCE and not self._router.by_flops:
             found = f"{self.experts_per_token:.3f}"
             raise ConfigError(f"it uses {found} experts per token instead of {MEAN:g}.")
@@ -273,6 +274,7 @@ def main(argv: Sequence[str]) -> None:
         for found in measured(["top_k", *others[start : start + AT_ONCE]], asked.rounds):
             rows.append(found.row())
             marks.append(found.mark())
+            print(f"\n{marks[-1]}", file=sys.stderr, flush=True)
             figures.append(found.record())
     print("\n".join(columns(rows)))
     print("\n".join(map(str, marks)))

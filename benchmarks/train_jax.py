@@ -69,10 +69,14 @@ class TrainCase:
         )
         self.tokens = preset.batch_size * preset.seq_len
         self()
+        self._count(cfg)
+
+    def _count(self, cfg: config.Config) -> None:
+        """Counts what the last step has computed."""
         self.rows = int(np.sum(self._metrics["load_NE"]))
         layers = self._metrics["load_NE"].shape[0]
         self.experts_per_token = self.rows / self.tokens / layers if layers else 0.0
-        self.flops = training_flops(cfg.model, self.tokens, preset.seq_len, self.rows)
+        self.flops = training_flops(cfg.model, self.tokens, cfg.data.seq_len, self.rows)
 
     def __call__(self) -> float:
         """Takes one step; seconds."""
