@@ -25,8 +25,8 @@ from benchmarks.columns import columns
 from benchmarks.command import run
 from benchmarks.machine import pin_threads, with_machine
 from benchmarks.timing import Mark, Ratio, interleave, ratio, show_progress
-from benchmarks.train_cases import PRESETS, Case, Preset
-from benchmarks.train_jax import TrainCase, settings
+from benchmarks.train_cases import PRESETS, Case, Preset, settings
+from benchmarks.train_jax import TrainCase
 from dynmoe_jax.config import ConfigError, MoE
 from dynmoe_jax.hardware.huge_pages import restart_with_huge_pages
 from dynmoe_jax.model import decoder_shapes, decoder_structure

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.train_cases import Case, Preset, draw_tokens, settings
+from dynmoe_jax import config
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.model.flops import training_flops
