@@ -7,8 +7,8 @@ tokens use 2.00 +- 0.02 experts on average: where the number is no setting, the 
 are scaled, or the logits of all experts are shifted, until they do.  States are put back after each
 step, so that no rule moves them while they are timed.  Cases run in turns, a few at a time with
 top-2 among them, as many as memory holds.  Routers that compute something else (all experts, slots,
-as many tokens for every expert) are compared by what they compute: time over FLOPs.
-(docs/measurements.md: router-cost.)
+as many tokens for every expert) are compared by what they compute, time over FLOPs
+(docs/measurements.md: router-cost).
 """
 
 import argparse
