@@ -10,8 +10,8 @@ the bytes of a text; three seeds, one program for all models.
 ``tests/routing/test_paper_claim.py`` asks the same in short.  On the made corpus the larger p uses
 more experts, an entropy loss of a hundred times the paper's weight fewer, the paper's own no fewer
 than seeds differ by, and uncertain positions *fewer* than certain ones
-(docs/measurements.md: paper-claim-made).  Presumably what is uncertain there is not hard: eight
-successors that are equally likely ask for no more than one does.
+(docs/measurements.md: paper-claim-made).  It goes with the balance loss:
+without it no sign is certain, nor is there one on a mixture of sources.
 
 Axis legend: A arms (settings times seeds), S steps, B batch, L positions, N MoE layers.
 """
