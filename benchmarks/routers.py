@@ -27,7 +27,7 @@ from benchmarks.machine import with_machine
 from benchmarks.router_cases import CASES, SEVERAL_SEEDS, flags_of
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.model.flops import forward_flops
-from dynmoe_jax.runs.checkpoint import saved_config
+from dynmoe_jax.runs.begun import saved_config
 from dynmoe_jax.runs.formatting import duration
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.summary import read_summary

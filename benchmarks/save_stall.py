@@ -26,7 +26,8 @@ from benchmarks.machine import describe
 from dynmoe_jax import config
 from dynmoe_jax.console import console
 from dynmoe_jax.model.parameters import count_parameters
-from dynmoe_jax.runs.checkpoint import Checkpoints, make_folder
+from dynmoe_jax.runs.begun import make_folder
+from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
 

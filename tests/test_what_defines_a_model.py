@@ -13,7 +13,8 @@ from dynmoe_jax import config
 from dynmoe_jax.interop import CheckpointError
 from dynmoe_jax.interop.architectures.registry import architecture_for
 from dynmoe_jax.model import decoder_structure, parameter_shapes
-from dynmoe_jax.runs.checkpoint import Checkpoints, check_compatible
+from dynmoe_jax.runs.begun import check_compatible
+from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.training.initial_model import with_initial_model
 
 MOE = config.MoE(num_experts=4, hidden_width=8)

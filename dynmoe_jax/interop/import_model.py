@@ -21,7 +21,8 @@ from dynmoe_jax.interop.architectures.mapping import Path as ParameterPath
 from dynmoe_jax.interop.described import describe
 from dynmoe_jax.interop.files.source import Source, open_source
 from dynmoe_jax.model import parameter_shapes
-from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints, make_folder
+from dynmoe_jax.runs.begun import make_folder
+from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints
 from dynmoe_jax.runs.saving.streamed import StreamedArray
 
 _NAMED = 5

@@ -1,7 +1,7 @@
 """Checkpoints: state, data position and config under one step number, by Orbax.
 
 A checkpoint is written beside its place and renamed when all of it, the list of checksums
-(:mod:`.integrity`) included, is there: whoever is killed while saving leaves no half of one.
+(:mod:`.saving.integrity`) included, is there: whoever is killed while saving leaves no half of one.
 
 Of several processes each writes its arrays; process 0 writes the rest, renames, and deletes.
 """
@@ -18,11 +18,16 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
-from dynmoe_jax.runs.disk import not_writable
 from dynmoe_jax.runs.errors import CheckpointError
-from dynmoe_jax.runs.integrity import find_damage, write_checksums
-from dynmoe_jax.runs.retention import METRIC, BeforeDecay, heldout_loss, keep_policy, save_policy
+from dynmoe_jax.runs.saving.integrity import write_checksums
 from dynmoe_jax.runs.saving.pace import Pace, paced_types
+from dynmoe_jax.runs.saving.retention import (
+    METRIC,
+    BeforeDecay,
+    heldout_loss,
+    keep_policy,
+    save_policy,
+)
 from dynmoe_jax.runs.saving.snapshot import Snapshot
 
 FOLDER = "checkpoints"
@@ -340,70 +345,3 @@ def _tells_news(record: logging.LogRecord) -> bool:
     """Filters Orbax's log: tracebacks, of which we make a sentence, and notes that waiting for a
     save took its time."""
     return not record.exc_info and "previous save to complete" not in str(record.msg)
-
-
-def make_folder(workdir: Path) -> None:
-    """Makes the run's folder.
-
-    Raises:
-      ConfigError: it cannot be made or written to.
-    """
-    try:
-        (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_writable(workdir, error) from error
-
-
-def saved_config(workdir: Path) -> config.Config | None:
-    """The settings of the newest checkpoint in ``workdir`` that can be read; None without one."""
-    if not (workdir / FOLDER).is_dir():
-        return None
-    with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
-        for step in reversed(checkpoints.steps()):
-            # What else is damaged is not the matter here.
-            if find_damage(checkpoints.folder(step), ("config",), "config") is None:
-                with contextlib.suppress(CheckpointError):
-                    return checkpoints.config(step)
-    return None
-
-
-def check_not_imported(workdir: Path) -> None:
-    """Raises ConfigError where training would begin anew on top of an imported model."""
-    if not (workdir / FOLDER / "0").is_dir():
-        return
-    with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
-        if IMPORTED in checkpoints.position(0):
-            raise config.ConfigError(
-                f"--workdir={workdir} holds an imported model; begin with it in another --workdir, "
-                f"with --config.train.init_from={workdir}."
-            )
-
-
-def check_compatible(saved: config.Config, current: config.Config, workdir: Path) -> None:
-    """Raises ConfigError if the run in ``workdir`` cannot go on with other settings."""
-    for path, stored in config.kept_groups(saved).items():
-        if path.startswith("loss.") and stored.get("weight") not in (None, 0, config.AUTO):
-            raise config.ConfigError(
-                f"config.{path}.weight={stored['weight']} of the run in {workdir} is of a loss "
-                "that is not there; name its file with --plugin=FILE."
-            )
-    old = {path: value for path, _, value in config.walk(saved)}
-    for path, field, value in config.walk(current):
-        before = old.get(path, field.default)
-        if value == before:
-            continue
-        of_model = field.metadata["defines_model"]
-        if field.metadata["fixed_in_run"] or (of_model and _states(saved) != _states(current)):
-            raise config.ConfigError(
-                f"config.{path}={value!r} differs from {before!r} of the checkpoint in "
-                f"{workdir}; set it back, or start a new run with another --workdir."
-            )
-
-
-def _states(cfg: config.Config) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes of the states of all routers: a setting that may change must leave them."""
-    width = cfg.model.width
-    return [
-        {n: x.shape for n, x in moe.route.layer_state(width, moe.num_experts).items()}
-        for moe in cfg.model.moe_settings
-    ]

@@ -6,7 +6,7 @@ from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import warn
 from dynmoe_jax.runs.checkpoint import ITEMS, Checkpoints
 from dynmoe_jax.runs.errors import CheckpointError
-from dynmoe_jax.runs.integrity import find_damage
+from dynmoe_jax.runs.saving.integrity import find_damage
 
 DAMAGED_FOLDER = "damaged_checkpoints"
 

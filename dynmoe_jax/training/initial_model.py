@@ -14,7 +14,8 @@ from dynmoe_jax.console import console
 from dynmoe_jax.data import find_tokenizer, kept_tokenizer, open_tokenizer
 from dynmoe_jax.model import Decoder, variable_shapes
 from dynmoe_jax.registry import chosen
-from dynmoe_jax.runs.checkpoint import FOLDER, saved_config
+from dynmoe_jax.runs.begun import saved_config
+from dynmoe_jax.runs.checkpoint import FOLDER
 from dynmoe_jax.runs.load import opened_run
 from dynmoe_jax.training.step import TrainState, first_state
 

@@ -17,9 +17,9 @@ from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import find_tokenizer
 from dynmoe_jax.runs.checkpoint import FOLDER, ITEMS, Checkpoints
 from dynmoe_jax.runs.errors import CheckpointError
-from dynmoe_jax.runs.integrity import find_damage
 from dynmoe_jax.runs.metrics_file import FILE_NAME as METRICS
 from dynmoe_jax.runs.recovery import move_damaged
+from dynmoe_jax.runs.saving.integrity import find_damage
 from dynmoe_jax.runs.summary import FILE_NAME as SUMMARY
 from dynmoe_jax.runs.summary import read_summary
 from dynmoe_jax.training.optimizer import decay_start, make_schedule

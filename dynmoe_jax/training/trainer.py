@@ -21,13 +21,8 @@ from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.make_mesh import batch_sharding, check_divides, make_mesh
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.kernels.attention.choice import attention_of, choose_attention
-from dynmoe_jax.runs.checkpoint import (
-    Checkpoints,
-    check_compatible,
-    check_not_imported,
-    make_folder,
-    saved_config,
-)
+from dynmoe_jax.runs.begun import check_compatible, check_not_imported, make_folder, saved_config
+from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.compilation import compiled_programs_kept
 from dynmoe_jax.runs.disk import DiskError, check_folder_name, disk_errors
 from dynmoe_jax.runs.errors import CheckpointError

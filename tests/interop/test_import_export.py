@@ -19,7 +19,8 @@ from dynmoe_jax.interop.export_model import export_model
 from dynmoe_jax.interop.files.tensor_writer import TensorWriter
 from dynmoe_jax.interop.import_model import import_model
 from dynmoe_jax.model import Decoder, parameter_shapes
-from dynmoe_jax.runs.checkpoint import Checkpoints, check_not_imported
+from dynmoe_jax.runs.begun import check_not_imported
+from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.load import load_run
 
 SHAPE = {

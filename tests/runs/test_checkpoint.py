@@ -12,7 +12,8 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.mesh.make_mesh import make_mesh, replicated
-from dynmoe_jax.runs.checkpoint import Checkpoints, check_compatible, make_folder
+from dynmoe_jax.runs.begun import check_compatible, make_folder
+from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.load import load_run
 

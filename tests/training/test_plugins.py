@@ -35,7 +35,7 @@ from dynmoe_jax.routing.losses.loss import controller_setting, over_tokens, weig
 from dynmoe_jax.routing.record import used_first
 from dynmoe_jax.routing.regularizers import Regularizer
 from dynmoe_jax.routing.transforms import Transform
-from dynmoe_jax.runs.checkpoint import check_compatible, saved_config
+from dynmoe_jax.runs.begun import check_compatible, saved_config
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.load import load_run
 from dynmoe_jax.runs.metrics_file import read_metrics

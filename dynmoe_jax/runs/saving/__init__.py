@@ -1,1 +1,1 @@
-"""Writing of checkpoints beside the steps that go on: the pace, the copy, arrays in parts."""
+"""Parts of saving: the pace, the copy, arrays in parts, checksums, which checkpoints are kept."""

@@ -11,7 +11,8 @@ from dynmoe_jax import config
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.interop.export_model import export_model
 from dynmoe_jax.registry import EXPERTS
-from dynmoe_jax.runs.checkpoint import FOLDER, saved_config
+from dynmoe_jax.runs.begun import saved_config
+from dynmoe_jax.runs.checkpoint import FOLDER
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.load import load_run
 from dynmoe_jax.training import trainer
