@@ -55,10 +55,10 @@ from dynmoe_jax.evaluation.routing.words import Words
 from dynmoe_jax.runs.formatting import decimals
 from dynmoe_jax.runs.load import load_run
 from dynmoe_jax.runs.records import from_json
-from dynmoe_jax.study.plan import Request
+from dynmoe_jax.study.comparison.plan import Request
+from dynmoe_jax.study.measures.trained import TrainedRun
 from dynmoe_jax.study.questions.question import SILENT
 from dynmoe_jax.study.study import study
-from dynmoe_jax.study.trained import TrainedRun
 
 # %% [markdown]
 # ## What is asked

@@ -20,9 +20,9 @@ from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError, check_sources
 from dynmoe_jax.runs.disk import DiskError
 from dynmoe_jax.runs.errors import CheckpointError
-from dynmoe_jax.study.models import MODELS
-from dynmoe_jax.study.plan import Request
-from dynmoe_jax.study.sizes import ALL_QUESTIONS, SIZES
+from dynmoe_jax.study.comparison.models import MODELS
+from dynmoe_jax.study.comparison.plan import Request
+from dynmoe_jax.study.comparison.sizes import ALL_QUESTIONS, SIZES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,7 +130,7 @@ def main() -> int:
         asked = parser().parse_args()
         request = request_of(asked)
         if request.of_size.ask and not asked.yes:
-            from dynmoe_jax.study.price import print_price
+            from dynmoe_jax.study.comparison.price import print_price
 
             print_price(request)
             console.print("This takes a cluster; give --yes to begin.")

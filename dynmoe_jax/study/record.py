@@ -10,10 +10,10 @@ from typing import Any
 
 from dynmoe_jax.fields import shown, walk
 from dynmoe_jax.runs.records import to_json, write_atomically
-from dynmoe_jax.study.plan import Arm, Request
+from dynmoe_jax.study.comparison.plan import Arm, Request
+from dynmoe_jax.study.comparison.sizes import SIZES
 from dynmoe_jax.study.questions import QUESTIONS
-from dynmoe_jax.study.results import Results
-from dynmoe_jax.study.sizes import SIZES
+from dynmoe_jax.study.questions.results import Results
 
 FILE_NAME = "study.json"
 _OF_TRAINING = ("model.", "loss.", "optimizer.", "data.seq_len", "train.steps", "train.batch_size")

@@ -18,16 +18,16 @@ from dynmoe_jax.runs.lock import locked
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.records import write_atomically
 from dynmoe_jax.runs.text import load_text
-from dynmoe_jax.study.estimate import Costs, Timing, models_to_time
+from dynmoe_jax.study.comparison.models import MODELS
+from dynmoe_jax.study.comparison.plan import Arm, Request, arms_of, summary_of
 from dynmoe_jax.study.measures.items import tasks_in
-from dynmoe_jax.study.measuring import missing
-from dynmoe_jax.study.models import MODELS
+from dynmoe_jax.study.measures.measuring import missing
 from dynmoe_jax.study.page import write_page
-from dynmoe_jax.study.plan import Arm, Request, arms_of, summary_of
 from dynmoe_jax.study.questions import QUESTIONS
 from dynmoe_jax.study.questions.question import SILENT
 from dynmoe_jax.study.record import FILE_NAME, make_record, write_record
-from dynmoe_jax.study.workers import Job, Workers
+from dynmoe_jax.study.running.estimate import Costs, Timing, models_to_time
+from dynmoe_jax.study.running.workers import Job, Workers
 
 REQUEST = "request.json"
 TEXT = "text.sha256"

@@ -19,11 +19,11 @@ from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.registry import ROUTERS
 from dynmoe_jax.routing import Bounds, Router, Routing
 from dynmoe_jax.study.measures.hardness import correlations
+from dynmoe_jax.study.measures.trained import Collector
 from dynmoe_jax.study.questions.hardness import NEGLIGIBLE
+from dynmoe_jax.study.questions.results import of_records
 from dynmoe_jax.study.rank_correlation import shuffled_within
-from dynmoe_jax.study.results import of_records
 from dynmoe_jax.study.statistics import verdict
-from dynmoe_jax.study.trained import Collector
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import init_state, make_train_step
 

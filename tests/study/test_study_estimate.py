@@ -2,7 +2,7 @@
 
 import pytest
 
-from dynmoe_jax.study.estimate import Costs, Timing, models_to_time
+from dynmoe_jax.study.running.estimate import Costs, Timing, models_to_time
 
 
 def test_a_step_lies_on_the_line_through_those_that_were_timed():

@@ -7,11 +7,11 @@ import math
 import pytest
 
 from dynmoe_jax.runs.summary import DomainResult, HeldOut, Summary, write_summary
+from dynmoe_jax.study.comparison.models import BUDGET
+from dynmoe_jax.study.comparison.plan import FAILED, Arm, Request, arms_of, reached_experts
+from dynmoe_jax.study.comparison.sizes import ALL_QUESTIONS
 from dynmoe_jax.study.measures.items import Items, digest_of
-from dynmoe_jax.study.models import BUDGET
-from dynmoe_jax.study.plan import FAILED, Arm, Request, arms_of, reached_experts
 from dynmoe_jax.study.questions import QUESTIONS
-from dynmoe_jax.study.sizes import ALL_QUESTIONS
 
 
 def finish(folder, loss=1.0, step=40):

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from dynmoe_jax.study.__main__ import parser, request_of
-from dynmoe_jax.study.plan import Request
+from dynmoe_jax.study.comparison.plan import Request
 from dynmoe_jax.study.record import command_of
 
 

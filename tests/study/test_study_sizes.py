@@ -6,9 +6,9 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
-from dynmoe_jax.study.models import BUDGET, MODELS, changed
-from dynmoe_jax.study.plan import Arm, Request, arms_of
-from dynmoe_jax.study.sizes import SIZES
+from dynmoe_jax.study.comparison.models import BUDGET, MODELS, changed
+from dynmoe_jax.study.comparison.plan import Arm, Request, arms_of
+from dynmoe_jax.study.comparison.sizes import SIZES
 
 
 @pytest.mark.parametrize(

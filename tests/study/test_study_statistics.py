@@ -10,7 +10,13 @@ from dynmoe_jax.study.rank_correlation import (
     rank_correlation_within,
     shuffled_within,
 )
-from dynmoe_jax.study.statistics import Estimate, estimate, for_few, resampled_lines, verdict
+from dynmoe_jax.study.statistics import (
+    Estimate,
+    estimate,
+    for_few,
+    resampled_lines,
+    verdict,
+)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from flax import nnx
 
 from dynmoe_jax.model import Decoder, decoder_shapes
 from dynmoe_jax.study.measures.measure import Measure
+from dynmoe_jax.study.measures.trained import Tokens, TrainedRun
 from dynmoe_jax.study.rank_correlation import (
     Correlation,
     rank_correlation,
@@ -22,7 +23,6 @@ from dynmoe_jax.study.rank_correlation import (
     rank_correlation_within,
     shuffled_within,
 )
-from dynmoe_jax.study.trained import Tokens, TrainedRun
 
 
 class Hardness(Measure):

@@ -8,7 +8,7 @@ import numpy as np
 from dynmoe_jax.model.flops import forward_flops
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
 from dynmoe_jax.study.measures.measure import Measure
-from dynmoe_jax.study.trained import Tokens
+from dynmoe_jax.study.measures.trained import Tokens
 
 
 class HeldOutText(Measure):

@@ -4,7 +4,7 @@ import abc
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dynmoe_jax.study.trained import TrainedRun
+from dynmoe_jax.study.measures.trained import TrainedRun
 
 
 class Measure(abc.ABC):

@@ -15,7 +15,7 @@ from dynmoe_jax.model import variable_shapes
 from dynmoe_jax.registry import with_choice
 from dynmoe_jax.study.measures.heldout import loss_of
 from dynmoe_jax.study.measures.measure import Measure
-from dynmoe_jax.study.trained import Tokens, TrainedRun
+from dynmoe_jax.study.measures.trained import Tokens, TrainedRun
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 FIXED = (1, 2, 3)

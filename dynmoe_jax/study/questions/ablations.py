@@ -2,9 +2,9 @@
 
 from dynmoe_jax.evaluation.report.theme import light
 from dynmoe_jax.runs.formatting import decimals
-from dynmoe_jax.study.models import MODELS
+from dynmoe_jax.study.comparison.models import MODELS
 from dynmoe_jax.study.questions.question import Answer, Question, Table, compared, in_words
-from dynmoe_jax.study.results import Results
+from dynmoe_jax.study.questions.results import Results
 
 BASE = "ablation_base"
 _ONE = " One seed at half the steps: nothing is known of what another seed would give."

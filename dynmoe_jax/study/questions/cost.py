@@ -6,9 +6,9 @@ import numpy as np
 from scipy import stats
 
 from dynmoe_jax.evaluation.report.theme import CYCLE, legend, light
-from dynmoe_jax.study.models import MODELS
+from dynmoe_jax.study.comparison.models import MODELS
 from dynmoe_jax.study.questions.question import Answer, Question, silent
-from dynmoe_jax.study.results import Logged, Result
+from dynmoe_jax.study.questions.results import Logged, Result
 from dynmoe_jax.study.statistics import estimate, resampled_lines
 
 LEAST_SPREAD = 0.1

@@ -4,7 +4,7 @@ from dynmoe_jax.evaluation.report.theme import CYCLE, legend, light
 from dynmoe_jax.evaluation.routing.figures import routing_pictures
 from dynmoe_jax.runs.formatting import compact, decimals
 from dynmoe_jax.study.questions.question import Question, Table, claimed, in_words, silent
-from dynmoe_jax.study.results import Results, of_records
+from dynmoe_jax.study.questions.results import Results, of_records
 from dynmoe_jax.study.statistics import Estimate
 
 NEGLIGIBLE = 0.05

@@ -5,7 +5,7 @@ import math
 from dynmoe_jax.evaluation.report.theme import legend, light
 from dynmoe_jax.runs.formatting import decimals
 from dynmoe_jax.study.questions.question import Question, Table, in_words, silent
-from dynmoe_jax.study.results import Results, of_records
+from dynmoe_jax.study.questions.results import Results, of_records
 from dynmoe_jax.study.statistics import Estimate, estimate
 
 TRAINED = ("top_p", 0.4)

@@ -6,10 +6,10 @@ import numpy as np
 
 from dynmoe_jax.evaluation.report.theme import CYCLE, legend, light
 from dynmoe_jax.runs.formatting import compact
-from dynmoe_jax.study.models import MODELS
-from dynmoe_jax.study.plan import LAST_SHARE
+from dynmoe_jax.study.comparison.models import MODELS
+from dynmoe_jax.study.comparison.plan import LAST_SHARE
 from dynmoe_jax.study.questions.question import Question, claimed, silent
-from dynmoe_jax.study.results import Logged, Result, Results, of_logs
+from dynmoe_jax.study.questions.results import Logged, Result, Results, of_logs
 from dynmoe_jax.study.statistics import Estimate, estimate
 
 EARLY = (0.06, 0.16)

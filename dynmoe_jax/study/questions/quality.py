@@ -7,9 +7,9 @@ import numpy as np
 from dynmoe_jax.evaluation.paper import MEAN
 from dynmoe_jax.evaluation.report.theme import CYCLE, legend, light
 from dynmoe_jax.runs.formatting import compact, decimals
-from dynmoe_jax.study.models import MODELS
+from dynmoe_jax.study.comparison.models import MODELS
 from dynmoe_jax.study.questions.question import Answer, Question, Table, claimed
-from dynmoe_jax.study.results import Result, Results, of_logs, of_records
+from dynmoe_jax.study.questions.results import Result, Results, of_logs, of_records
 from dynmoe_jax.study.statistics import REPLICATES, Estimate, estimate
 
 _AXES = {

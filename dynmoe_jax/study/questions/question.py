@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from dynmoe_jax.evaluation.report.theme import Canvas, Picture
 from dynmoe_jax.runs.formatting import decimals
-from dynmoe_jax.study.results import Results
+from dynmoe_jax.study.questions.results import Results
 from dynmoe_jax.study.statistics import UNDECIDED, Estimate, verdict
 
 SILENT = "The paper does not say."

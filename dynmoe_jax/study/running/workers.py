@@ -59,7 +59,7 @@ class Worker:
         # A log is no terminal, whatever a notebook says of where it prints itself.
         uncolored = {name: os.environ[name] for name in os.environ if name != "FORCE_COLOR"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dynmoe_jax.study.worker", str(log), *arguments],
+            [sys.executable, "-m", "dynmoe_jax.study.running.worker", str(log), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

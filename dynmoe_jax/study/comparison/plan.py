@@ -10,8 +10,8 @@ from typing import Any
 from dynmoe_jax import config
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.summary import Summary, read_summary
-from dynmoe_jax.study.models import BUDGET, MODELS, changed
-from dynmoe_jax.study.sizes import ALL_QUESTIONS, SIZES, Size
+from dynmoe_jax.study.comparison.models import BUDGET, MODELS, changed
+from dynmoe_jax.study.comparison.sizes import ALL_QUESTIONS, SIZES, Size
 
 COMPARED = "dynamic"
 """The model that ablations are compared with, whose learning rate they take."""

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from dynmoe_jax import config
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.runs.summary import Summary
+from dynmoe_jax.study.comparison.models import MODELS
+from dynmoe_jax.study.comparison.plan import LAST_SHARE, Arm, Request, logged_lines, summary_of
 from dynmoe_jax.study.measures import MEASURES
-from dynmoe_jax.study.measuring import measured
-from dynmoe_jax.study.models import MODELS
-from dynmoe_jax.study.plan import LAST_SHARE, Arm, Request, logged_lines, summary_of
+from dynmoe_jax.study.measures.measuring import measured
 from dynmoe_jax.study.statistics import REPLICATES, Estimate, estimate, resampled_lines
 
 
@@ -81,7 +81,7 @@ class Result:
 
     @property
     def heldout(self) -> dict[str, Any]:
-        """Its held-out loss, see :mod:`.measures.heldout`."""
+        """Its held-out loss, see :mod:`dynmoe_jax.study.measures.heldout`."""
         return self.measures["heldout"]
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from dynmoe_jax.runs.records import from_json, to_json, write_atomically
 from dynmoe_jax.study.measures import MEASURES
-from dynmoe_jax.study.trained import opened
+from dynmoe_jax.study.measures.trained import opened
 
 FOLDER = "measured"
 

@@ -6,8 +6,8 @@ from dynmoe_jax.console import console, titled_table
 from dynmoe_jax.planning.planner import Request as PlanRequest
 from dynmoe_jax.planning.planner import plan_run
 from dynmoe_jax.runs.formatting import duration
-from dynmoe_jax.study.models import BUDGET, MODELS, changed
-from dynmoe_jax.study.plan import Request, arms_of
+from dynmoe_jax.study.comparison.models import BUDGET, MODELS, changed
+from dynmoe_jax.study.comparison.plan import Request, arms_of
 
 PAPER_MEAN = 2.17
 """Experts per token of the paper's dynamic model, on average over training."""

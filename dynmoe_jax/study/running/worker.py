@@ -1,6 +1,6 @@
 """Process that trains and measures runs of a study, one after another.
 
-    python -m dynmoe_jax.study.worker LOG [--plugin=FILE …]
+    python -m dynmoe_jax.study.running.worker LOG [--plugin=FILE …]
 
 reads jobs from standard input, a JSON object a line, and answers each by a line.  Everything else
 that it says goes to the file LOG.  It ends when standard input does: whoever gives the jobs has
@@ -26,7 +26,7 @@ from dynmoe_jax.console import console
 from dynmoe_jax.runs.lock import FILE_NAME as LOCK
 from dynmoe_jax.runs.lock import locked
 from dynmoe_jax.runs.records import to_json, write_atomically
-from dynmoe_jax.study.plan import FAILED
+from dynmoe_jax.study.comparison.plan import FAILED
 
 PATIENCE_S = 60.0
 """Seconds to wait for a run that another process still saves."""
@@ -60,11 +60,11 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
         _wait_for(folder)
         return {"code": train(config.from_config_dict(job["settings"]), folder)}
     if "measure" in job:
-        from dynmoe_jax.study.measuring import measure
+        from dynmoe_jax.study.measures.measuring import measure
 
         measure(Path(job["measure"]), job["names"], job["items"] and Path(job["items"]))
         return {"code": 0}
-    from dynmoe_jax.study.estimate import time_steps
+    from dynmoe_jax.study.running.estimate import time_steps
 
     return {"code": 0, "found": time_steps(config.from_config_dict(job["time"]))}
 

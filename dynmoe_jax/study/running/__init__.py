@@ -1,0 +1,1 @@
+"""Processes that train and measure, and how long they take."""
