@@ -16,10 +16,10 @@ import dataclasses
 import functools
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code, free_settings
@@ -35,8 +35,8 @@ from dynmoe_jax.evaluation.routing.record import FILE_NAME as ROUTING_RECORD
 from dynmoe_jax.evaluation.scoring.scoring import Scorer
 from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.evaluation.window import choose_window
-from dynmoe_jax.model import Decoder, decoder_structure, variable_shapes
-from dynmoe_jax.registry import chosen, names_in, with_choice
+from dynmoe_jax.inference.transforms import keeping
+from dynmoe_jax.model import Decoder, variable_shapes
 from dynmoe_jax.runs.compilation import compiled_programs_kept
 from dynmoe_jax.runs.disk import DiskError, disk_errors
 from dynmoe_jax.runs.errors import CheckpointError
@@ -96,6 +96,21 @@ def parser() -> argparse.ArgumentParser:
         help="use answers that an earlier evaluation has left",
     )
     return made
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The request of a command line, with the settings that it changes.
+
+    Raises:
+      ConfigError: a setting has no value.
+    """
+    settings, arguments = free_settings(arguments)
+    asked = parser().parse_args(arguments)
+    asked.settings = settings
+    for name in ("workdir", "data_dir", "output"):
+        if getattr(asked, name) is not None:
+            setattr(asked, name, getattr(asked, name).expanduser())
+    return asked
 
 
 def evaluate(asked: argparse.Namespace) -> int:
@@ -195,16 +210,15 @@ def _sources(sources: str, cfg: config.Config) -> config.Data:
 
 def without_budget(decoder: Decoder) -> Decoder:
     """The decoder without what makes tokens of a batch affect each other, dropped choices."""
-    model, moe = decoder.config, decoder.config.moe
-    backend = "auto" if moe.backend == "capacity" else moe.backend
-    transforms = zip(names_in(moe.transforms), chosen(moe, "transforms"), strict=True)
-    by_token = [name for name, transform in transforms if transform.group == "token"]
-    exact = dataclasses.replace(with_choice(moe, "transforms", by_token), backend=backend)
-    if exact == moe:
-        return decoder
-    warn("The run drops choices of experts over its budget; here none are dropped.")
-    structure = decoder_structure(dataclasses.replace(model, moe=exact))
-    return nnx.merge(structure, nnx.split(decoder)[1])
+    backend = decoder.config.moe.backend
+    exact = keeping(
+        decoder,
+        lambda transform: transform.group == "token",
+        backend="auto" if backend == "capacity" else backend,
+    )
+    if exact is not decoder:
+        warn("The run drops choices of experts over its budget; here none are dropped.")
+    return exact
 
 
 def _check(asked: argparse.Namespace, names: list[str]) -> dict:
@@ -284,16 +298,9 @@ def _tasks(
 def main() -> int:
     """Returns the exit code."""
 
-    def program() -> int:
-        settings, arguments = free_settings(sys.argv[1:])
-        asked = parser().parse_args(arguments)
-        asked.settings = settings
-        for name in ("workdir", "data_dir", "output"):
-            if getattr(asked, name) is not None:
-                setattr(asked, name, getattr(asked, name).expanduser())
-        return evaluate(asked)
-
-    return exit_code(program, (DataError, CheckpointError, DiskError))
+    return exit_code(
+        lambda: evaluate(parsed(sys.argv[1:])), (DataError, CheckpointError, DiskError)
+    )
 
 
 if __name__ == "__main__":

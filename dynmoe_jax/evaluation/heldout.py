@@ -91,7 +91,8 @@ def make_eval_step(structure: nnx.GraphDef, loss: config.Loss) -> Callable[..., 
             )
         else:
             load_NE = histogram_NK = jnp.zeros((0, 1), jnp.int32)
-            uses = [jnp.zeros((0, *nll_BL.shape), jnp.int16)] * 3
+            by_layer = len(dataclasses.fields(TokenUse)) - 1
+            uses = [jnp.zeros((0, *nll_BL.shape), jnp.int16)] * by_layer
         by_token = TokenUse(nll_BL, *(use.reshape(-1, *nll_BL.shape) for use in uses))
         return Sums(jnp.sum(nll_BL), jnp.sum(valid_BL), load_NE, histogram_NK, by_token)
 

@@ -13,11 +13,11 @@ from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.data.sources.document import well_formed
 from dynmoe_jax.data.tokenizers.endings import ends_of
-from dynmoe_jax.inference.causal import without_later_tokens
 from dynmoe_jax.inference.generate import Continuation, Generator
 from dynmoe_jax.inference.pieces import Pieces, undecided
 from dynmoe_jax.inference.sampling import MOST_BY_DEFAULT, Sampling
 from dynmoe_jax.inference.stops import Stops
+from dynmoe_jax.inference.transforms import without_later_tokens
 from dynmoe_jax.model import Decoder
 
 

@@ -20,9 +20,10 @@ from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError, check_sources
 from dynmoe_jax.runs.disk import DiskError
 from dynmoe_jax.runs.errors import CheckpointError
+from dynmoe_jax.study.comparison.asked import Asked
 from dynmoe_jax.study.comparison.models import MODELS
 from dynmoe_jax.study.comparison.plan import Request
-from dynmoe_jax.study.comparison.sizes import ALL_QUESTIONS, SIZES
+from dynmoe_jax.study.comparison.sizes import SIZES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,9 +47,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--questions",
-        default=",".join(map(str, ALL_QUESTIONS)),
-        help="numbers of those to answer: 1 quality, 2 experts over training, 3 harder tokens, "
-        "4 other rules after training, 5 cost, 6 ablations",
+        default=",".join(map(str, Asked)),
+        help="numbers of those to answer: " + ", ".join(each.words for each in Asked),
     )
     add("--data", default="", metavar="SOURCES", help="text, as config.data.sources")
     add("--items", type=Path, metavar="FOLDER", help="items, as evaluation --data_dir reads them")
@@ -81,10 +81,12 @@ def request_of(asked: argparse.Namespace) -> Request:
         if name not in compared:
             raise config.ConfigError(f"--models={name} must be some of {', '.join(compared)}.")
     questions = tuple(_number(text, "questions", int) for text in _named(asked.questions))
-    questions = questions or ALL_QUESTIONS
+    questions = questions or tuple(Asked)
     for number in questions:
-        if number not in ALL_QUESTIONS:
-            raise config.ConfigError(f"--questions={number} must be some of 1 to 6.")
+        if number not in tuple(Asked):
+            raise config.ConfigError(
+                f"--questions={number} must be some of {', '.join(map(str, Asked))}."
+            )
     rates = tuple(_number(text, "learning_rates", float) for text in _named(asked.learning_rates))
     for rate in rates:
         if not rate > 0:

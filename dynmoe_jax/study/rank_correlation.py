@@ -25,61 +25,55 @@ class Correlation:
     replicate_R: Float[np.ndarray, "R"]
 
 
-def ranks(value_T: np.ndarray) -> Float[np.ndarray, "T"]:
+class RankCorrelations:
+    """Rank correlations of a number of every token with others.
+
+    Ranks are those among all tokens; replicates weigh documents and keep the ranks.
+
+    Args:
+      x_T: the number.
+      document_T: of each token, from 0.
+      weight_DR: how often each document counts in each replicate.
+    """
+
+    def __init__(
+        self,
+        x_T: np.ndarray,
+        document_T: Int[np.ndarray, "T"],
+        weight_DR: Float[np.ndarray, "D R"],
+    ):
+        self._rank_T, self._documents = _ranks(x_T), (document_T, weight_DR)
+
+    def whole(self, y_T: np.ndarray) -> Correlation:
+        """Spearman's correlation with another number."""
+        return _correlation(self._rank_T, _ranks(y_T), *self._documents)
+
+    def within(self, y_T: np.ndarray, group_T: Int[np.ndarray, "T"]) -> Correlation:
+        """Correlation of what is left of both ranks without the means of groups of tokens.
+
+        0 where within every group one says nothing about the other, however the groups differ.
+
+        Args:
+          y_T: the other number.
+          group_T: numbers of groups, from 0.
+        """
+        left = (r_T - _group_means(r_T, group_T) for r_T in (self._rank_T, _ranks(y_T)))
+        return _correlation(*left, *self._documents)
+
+    def across(self, y_T: np.ndarray, group_T: Int[np.ndarray, "T"]) -> Correlation:
+        """Correlation of the mean ranks of groups, each weighed by its tokens; see above."""
+        means = (_group_means(r_T, group_T) for r_T in (self._rank_T, _ranks(y_T)))
+        return _correlation(*means, *self._documents)
+
+
+def _ranks(value_T: np.ndarray) -> Float[np.ndarray, "T"]:
     """Ranks around 0; equal values have the mean of theirs."""
     rank_T = stats.rankdata(value_T)
     return rank_T - rank_T.mean()
 
 
-def rank_correlation(
-    x_T: np.ndarray,
-    y_T: np.ndarray,
-    document_T: Int[np.ndarray, "T"],
-    weight_DR: Float[np.ndarray, "D R"],
-) -> Correlation:
-    """Spearman's correlation of two numbers of every token.
-
-    Ranks are those among all tokens; replicates weigh documents and keep the ranks.
-
-    Args:
-      x_T: one number.
-      y_T: the other.
-      document_T: of each token, from 0.
-      weight_DR: how often each document counts in each replicate.
-    """
-    return _correlation(ranks(x_T), ranks(y_T), document_T, weight_DR)
-
-
-def rank_correlation_within(
-    x_T: np.ndarray,
-    y_T: np.ndarray,
-    group_T: Int[np.ndarray, "T"],
-    document_T: Int[np.ndarray, "T"],
-    weight_DR: Float[np.ndarray, "D R"],
-) -> Correlation:
-    """Correlation of ranks within groups of tokens: of what is left of them without group means.
-
-    0 where within every group one says nothing about the other, however the groups differ.
-    Arguments as of :func:`rank_correlation`; ``group_T`` are numbers of groups from 0.
-    """
-    x_T, y_T = ranks(x_T), ranks(y_T)
-    x_T, y_T = x_T - _group_means(x_T, group_T), y_T - _group_means(y_T, group_T)
-    return _correlation(x_T, y_T, document_T, weight_DR)
-
-
-def rank_correlation_across(
-    x_T: np.ndarray,
-    y_T: np.ndarray,
-    group_T: Int[np.ndarray, "T"],
-    document_T: Int[np.ndarray, "T"],
-    weight_DR: Float[np.ndarray, "D R"],
-) -> Correlation:
-    """Correlation of the mean ranks of groups, each weighed by its tokens; arguments as above."""
-    x_T, y_T = (_group_means(ranks(values_T), group_T) for values_T in (x_T, y_T))
-    return _correlation(x_T, y_T, document_T, weight_DR)
-
-
 def _group_means(value_T, group_T):
+    """The mean of each token's group."""
     count_G = np.bincount(group_T)
     return (np.bincount(group_T, value_T) / np.maximum(count_G, 1))[group_T]
 

@@ -16,13 +16,13 @@ import pytest
 
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, train_tokenizer
-from dynmoe_jax.runs import integrity
 from dynmoe_jax.runs.begun import saved_config
 from dynmoe_jax.runs.checkpoint import FOLDER, ITEMS, Checkpoints
 from dynmoe_jax.runs.disk import DiskError, disk_errors
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.load import load_run
 from dynmoe_jax.runs.recovery import DAMAGED_FOLDER, recover
+from dynmoe_jax.runs.saving import integrity
 from dynmoe_jax.runs.text import TRAINED
 
 

@@ -180,7 +180,7 @@ def _answers(record):
         (("--seeds=0",), "--seeds=0 must be at least 1"),
         (("--processes=-1",), "--processes=-1 must be at least 1"),
         (("--models=dynamo",), "--models=dynamo must be some of dense"),
-        (("--questions=7",), "--questions=7 must be some of 1 to 6"),
+        (("--questions=7",), "--questions=7 must be some of 1, 2, 3, 4, 5, 6"),
         (("--questions=two",), "must be numbers"),
         (("--learning_rates=0.1,-1",), "--learning_rates=-1 must be above 0"),
         (("--data=text:/nowhere/*.txt",), "/nowhere"),

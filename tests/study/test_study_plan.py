@@ -7,9 +7,9 @@ import math
 import pytest
 
 from dynmoe_jax.runs.summary import DomainResult, HeldOut, Summary, write_summary
+from dynmoe_jax.study.comparison.asked import Asked
 from dynmoe_jax.study.comparison.models import BUDGET
 from dynmoe_jax.study.comparison.plan import FAILED, Arm, Request, arms_of, reached_experts
-from dynmoe_jax.study.comparison.sizes import ALL_QUESTIONS
 from dynmoe_jax.study.measures.items import Items, digest_of
 from dynmoe_jax.study.questions import QUESTIONS
 
@@ -83,7 +83,7 @@ def test_items_that_change_are_asked_again(tmp_path):
     assert Items().depends_on(None) == {"items": ""}
 
 
-def test_sizes_know_all_questions():
-    assert tuple(QUESTIONS) == ALL_QUESTIONS
+def test_every_question_has_its_file_and_its_models():
+    assert tuple(QUESTIONS) == tuple(Asked)
     names = {name for question in QUESTIONS.values() for name in question.models}
     assert names == set(Request("tiny", None, 1).models)

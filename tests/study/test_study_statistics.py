@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dynmoe_jax.study.rank_correlation import (
-    rank_correlation,
-    rank_correlation_across,
-    rank_correlation_within,
-    shuffled_within,
-)
+from dynmoe_jax.study.rank_correlation import RankCorrelations, shuffled_within
 from dynmoe_jax.study.statistics import (
     Estimate,
     estimate,
@@ -35,7 +30,7 @@ def weights(documents, replicates=400):
 
 def test_rank_correlation_is_that_of_scipy(tokens):
     x, y, _, document = tokens
-    found = rank_correlation(x, y, document, weights(60))
+    found = RankCorrelations(x, document, weights(60)).whole(y)
     np.testing.assert_allclose(found.value, stats.spearmanr(x, y).statistic, atol=1e-12)
 
 
@@ -43,7 +38,7 @@ def test_replicates_of_rank_correlation_are_those_of_repeated_documents(tokens):
     """Ranks of all tokens, documents as often as drawn, against numpy on the repeated tokens."""
     x, y, _, document = tokens
     times_DR = weights(60, 3)
-    found = rank_correlation(x, y, document, times_DR)
+    found = RankCorrelations(x, document, times_DR).whole(y)
     ranked, expected = (stats.rankdata(x), stats.rankdata(y)), np.zeros(3)
     for replicate, times in enumerate(times_DR.T):
         repeated = np.repeat(np.arange(len(x)), times[document].astype(int))
@@ -63,16 +58,15 @@ def test_interval_of_documents_covers_as_often_as_it_says(documents):
             draw.normal(size=documents)[document] + draw.normal(size=len(document))
             for _ in range(2)
         )
-        found = rank_correlation(x, y, document, weights(documents, 200))
+        found = RankCorrelations(x, document, weights(documents, 200)).whole(y)
         covered += abs(found.value) <= estimate([found.value], [found.replicate_R]).within_half
     assert covered >= 0.90 * 200
 
 
 def test_one_document_says_nothing_of_others():
     draw = np.random.default_rng(0)
-    found = rank_correlation(
-        draw.normal(size=50), draw.normal(size=50), np.zeros(50, int), weights(1)
-    )
+    one = RankCorrelations(draw.normal(size=50), np.zeros(50, int), weights(1))
+    found = one.whole(draw.normal(size=50))
     assert verdict(estimate([found.value], [found.replicate_R]), of_training=False) == "undecided"
 
 
@@ -88,24 +82,24 @@ def test_within_groups_sees_nothing_where_groups_alone_matter(tokens):
     _, _, group, document = tokens
     draw = np.random.default_rng(2)
     x, y = draw.normal(size=3000) + group, draw.normal(size=3000) + group
-    within = rank_correlation_within(x, y, group, document, weights(60))
+    within = RankCorrelations(x, document, weights(60)).within(y, group)
     assert abs(within.value) < 0.05
-    assert rank_correlation(x, y, document, weights(60)).value > 0.9
-    assert rank_correlation_across(x, y, group, document, weights(60)).value > 0.95
+    assert RankCorrelations(x, document, weights(60)).whole(y).value > 0.9
+    assert RankCorrelations(x, document, weights(60)).across(y, group).value > 0.95
 
 
 def test_within_one_group_is_the_whole_and_across_it_nothing(tokens):
     x, y, _, document = tokens
     one = np.zeros(len(x), int)
-    whole = rank_correlation(x, y, document, weights(60))
-    within = rank_correlation_within(x, y, one, document, weights(60))
+    whole = RankCorrelations(x, document, weights(60)).whole(y)
+    within = RankCorrelations(x, document, weights(60)).within(y, one)
     np.testing.assert_allclose(within.value, whole.value, atol=1e-12)
-    assert np.isnan(rank_correlation_across(x, y, one, document, weights(60)).value)
+    assert np.isnan(RankCorrelations(x, document, weights(60)).across(y, one).value)
 
 
 def test_what_does_not_vary_has_no_correlation(tokens):
     x, _, _, document = tokens
-    assert np.isnan(rank_correlation(x, np.full(len(x), 2), document, weights(60)).value)
+    assert np.isnan(RankCorrelations(x, document, weights(60)).whole(np.full(len(x), 2)).value)
 
 
 def test_shuffling_keeps_the_numbers_of_each_group(tokens):

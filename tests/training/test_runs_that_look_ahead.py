@@ -124,4 +124,4 @@ def test_a_transform_that_looks_ahead_is_left_out_of_what_is_written(
     monkeypatch.setattr(sys, "argv", ["command", *asked])
     assert inference.main() == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "for the sake of later tokens (row_budget); here none are dropped" in said
+    assert "later tokens (config.model.moe.transforms='row_budget'); here none are dropped" in said

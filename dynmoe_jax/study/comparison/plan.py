@@ -10,14 +10,12 @@ from typing import Any
 from dynmoe_jax import config
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.summary import Summary, read_summary
+from dynmoe_jax.study.comparison.asked import Asked
 from dynmoe_jax.study.comparison.models import BUDGET, MODELS, changed
-from dynmoe_jax.study.comparison.sizes import ALL_QUESTIONS, SIZES, Size
+from dynmoe_jax.study.comparison.sizes import SIZES, Size
 
 COMPARED = "dynamic"
 """The model that ablations are compared with, whose learning rate they take."""
-
-ABLATIONS = 6
-"""The question that ablations are for."""
 
 FAILED = "failed.txt"
 """File in the folder of a run that ended for bad numbers, and says why."""
@@ -34,7 +32,7 @@ class Request:
       size: name of the size.
       workdir: the study's folder.
       seeds: how many.
-      models: names of those that are trained; with question 6 its ablations besides.
+      models: names of those that are trained, ablations aside.
       questions: numbers of those that are answered.
       sources: of text; empty: the size's own.
       items: folder of evaluation items, if there is one.
@@ -46,7 +44,7 @@ class Request:
     workdir: Path
     seeds: int
     models: tuple[str, ...] = tuple(name for name, m in MODELS.items() if not m.ablation)
-    questions: tuple[int, ...] = ALL_QUESTIONS
+    questions: tuple[int, ...] = tuple(Asked)
     sources: str = ""
     items: Path | None = None
     learning_rates: tuple[float, ...] = ()
@@ -55,7 +53,7 @@ class Request:
     @property
     def all_models(self) -> tuple[str, ...]:
         """Models of the comparison, and the ablations that are asked for."""
-        if ABLATIONS not in self.questions:
+        if Asked.ABLATIONS not in self.questions:
             return self.models
         chosen = self.of_size.ablations
         ablations = [name for name, m in MODELS.items() if m.ablation]

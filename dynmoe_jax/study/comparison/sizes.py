@@ -17,8 +17,6 @@ CHEAP_COMPILATION = (
 )
 """XLA's flags for programs that compile for longer than they run."""
 
-ALL_QUESTIONS = (1, 2, 3, 4, 5, 6)
-
 
 @dataclasses.dataclass(frozen=True)
 class Size:

@@ -16,13 +16,7 @@ from flax import nnx
 from dynmoe_jax.model import Decoder, decoder_shapes
 from dynmoe_jax.study.measures.measure import Measure
 from dynmoe_jax.study.measures.trained import Tokens, TrainedRun
-from dynmoe_jax.study.rank_correlation import (
-    Correlation,
-    rank_correlation,
-    rank_correlation_across,
-    rank_correlation_within,
-    shuffled_within,
-)
+from dynmoe_jax.study.rank_correlation import Correlation, RankCorrelations, shuffled_within
 
 
 class Hardness(Measure):
@@ -62,24 +56,24 @@ def correlations(tokens: Tokens, experts_NT: np.ndarray) -> dict[str, Any]:
     """
     layers, number = experts_NT.shape
     document_T, id_T = tokens.document_T, np.unique(tokens.token_T, return_inverse=True)[1]
-    mean_T, surprise_T = experts_NT.mean(axis=0), tokens.nll_T
-    weights = tokens.weight_DR
+    mean_T, surprise_T, weights = experts_NT.mean(axis=0), tokens.nll_T, tokens.weight_DR
     own_T = np.concatenate([[0.0], surprise_T[:-1]])
     read_T = tokens.position_T > 0
-    layer_S = np.repeat(np.arange(layers), number)
-    pairs = np.tile(surprise_T, layers), experts_NT.reshape(-1)
-    documents_S = np.tile(document_T, layers)
+    predicted = RankCorrelations(surprise_T, document_T, weights)
+    itself = RankCorrelations(own_T[read_T], document_T[read_T], weights)
+    repeated = (np.tile(x_T, layers) for x_T in (surprise_T, document_T))
+    pairs, layer_S = RankCorrelations(*repeated, weights), np.repeat(np.arange(layers), number)
     found = {
         # Experts of a token: the mean over its layers.
-        "predicted": rank_correlation(surprise_T, mean_T, document_T, weights),
-        "itself": rank_correlation(own_T[read_T], mean_T[read_T], document_T[read_T], weights),
-        "within_token_ids": rank_correlation_within(surprise_T, mean_T, id_T, document_T, weights),
-        "across_token_ids": rank_correlation_across(surprise_T, mean_T, id_T, document_T, weights),
+        "predicted": predicted.whole(mean_T),
+        "itself": itself.whole(mean_T[read_T]),
+        "within_token_ids": predicted.within(mean_T, id_T),
+        "across_token_ids": predicted.across(mean_T, id_T),
         # Of pairs of a token and a layer.
-        "all_layers": rank_correlation(*pairs, documents_S, weights),
-        "within_layers": rank_correlation_within(*pairs, layer_S, documents_S, weights),
+        "all_layers": pairs.whole(experts_NT.reshape(-1)),
+        "within_layers": pairs.within(experts_NT.reshape(-1), layer_S),
     }
-    by_layer = [rank_correlation(surprise_T, e_T, document_T, weights) for e_T in experts_NT]
+    by_layer = [predicted.whole(experts_T) for experts_T in experts_NT]
     return {name: _record(each) for name, each in found.items()} | {
         "by_layer": [_record(each) for each in by_layer]
     }

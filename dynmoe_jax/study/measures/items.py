@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe_jax import config
-from dynmoe_jax.evaluation.__main__ import evaluate, parser
+from dynmoe_jax.evaluation.__main__ import evaluate, parsed
 from dynmoe_jax.study.measures.measure import Measure
 
 FOLDER = Path("evaluation") / "items"
@@ -54,7 +54,7 @@ class Items(Measure):
     """All models of the comparison, where there is a folder of items."""
 
     def is_of(self, model):
-        """Those without ablation."""
+        """All but ablations."""
         return not model.startswith("ablation")
 
     def depends_on(self, items):
@@ -66,7 +66,7 @@ class Items(Measure):
         if items is None:
             return {}
         output = run.workdir / FOLDER / digest_of(items)[:16]
-        asked = parser().parse_args(
+        asked = parsed(
             [
                 f"--workdir={run.workdir}",
                 f"--tasks={','.join(tasks_in(items))}",
@@ -74,7 +74,6 @@ class Items(Measure):
                 f"--output={output}",
             ]
         )
-        asked.settings = {}
         evaluate(asked)
         return {
             path.stem.removeprefix("samples_"): _of_task(path)

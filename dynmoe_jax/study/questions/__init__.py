@@ -1,5 +1,6 @@
 """Questions of the study, one file each."""
 
+from dynmoe_jax.study.comparison.asked import Asked
 from dynmoe_jax.study.questions.ablations import Ablations
 from dynmoe_jax.study.questions.cost import Cost
 from dynmoe_jax.study.questions.hardness import Hardness
@@ -9,11 +10,11 @@ from dynmoe_jax.study.questions.quality import Quality
 from dynmoe_jax.study.questions.question import Question
 
 QUESTIONS: dict[int, Question] = {
-    1: Quality(),
-    2: OverTraining(),
-    3: Hardness(),
-    4: OtherRules(),
-    5: Cost(),
-    6: Ablations(),
+    Asked.QUALITY: Quality(),
+    Asked.EXPERTS_OVER_TRAINING: OverTraining(),
+    Asked.HARDER_TOKENS: Hardness(),
+    Asked.OTHER_RULES_AFTERWARDS: OtherRules(),
+    Asked.COST: Cost(),
+    Asked.ABLATIONS: Ablations(),
 }
 """By number."""

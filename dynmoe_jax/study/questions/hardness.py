@@ -3,7 +3,7 @@
 from dynmoe_jax.evaluation.report.theme import CYCLE, legend, light
 from dynmoe_jax.evaluation.routing.figures import routing_pictures
 from dynmoe_jax.runs.formatting import compact, decimals
-from dynmoe_jax.study.questions.question import Question, Table, claimed, in_words, silent
+from dynmoe_jax.study.questions.question import Answer, Question, Table, claimed, in_words, silent
 from dynmoe_jax.study.questions.results import Results, of_records
 from dynmoe_jax.study.statistics import Estimate
 
@@ -25,6 +25,37 @@ _MODELS = {
 }
 
 
+_MORE = (
+    "They use more: rank correlation {}",
+    "They use fewer: rank correlation below 0 by {}",
+)
+_SURPRISES = (
+    (
+        "harder_tokens_get_more_experts",
+        "Do tokens whose successor is hard to predict use more experts?",
+        "predicted",
+    ),
+    (
+        "surprising_tokens_get_more_experts",
+        "Do tokens that were themselves a surprise use more experts?",
+        "itself",
+    ),
+)
+_CONTROLS = (
+    (
+        "more_than_untrained",
+        "Is the correlation larger than that of routers that were never trained?",
+        "untrained",
+    ),
+    (
+        "more_than_shuffled",
+        "Is it larger than that of experts shuffled among tokens of the same id?",
+        "shuffled",
+    ),
+)
+"""(name, question, kind of correlation or control) of answers."""
+
+
 class Hardness(Question):
     """Do harder tokens get more experts?"""
 
@@ -41,68 +72,22 @@ class Hardness(Question):
         """Correlations, the same less those of controls, and the layers."""
         if not results.have("dynamic"):
             return []
+        bottom = [r.measures["hardness"]["bottom_less_top"] for r in results.of("dynamic")]
         return [
-            claimed(
-                "harder_tokens_get_more_experts",
-                "Do tokens whose successor is hard to predict use more experts?",
-                _of(results, "trained", "predicted"),
-                "Spearman's rank correlation",
-                (
-                    "They use more: rank correlation {}",
-                    "They use fewer: rank correlation below 0 by {}",
-                ),
-                "Harder tasks use more experts.",
-                least=NEGLIGIBLE,
-                of_training=False,
-                reason=f"These models saw {compact(results.tokens)} tokens, the paper's 1e11.",
-            ),
-            claimed(
-                "surprising_tokens_get_more_experts",
-                "Do tokens that were themselves a surprise use more experts?",
-                _of(results, "trained", "itself"),
-                "Spearman's rank correlation",
-                (
-                    "They use more: rank correlation {}",
-                    "They use fewer: rank correlation below 0 by {}",
-                ),
-                "Harder tasks use more experts.",
-                least=NEGLIGIBLE,
-                of_training=False,
-            ),
+            *(_of_tasks(results, *asked) for asked in _SURPRISES),
             silent(
                 "harder_occurrences_get_more_experts",
                 "Among occurrences of the same token id, do harder ones use more experts?",
                 _of(results, "trained", "within_token_ids"),
                 "rank correlation within token ids",
-                (
-                    "They use more: rank correlation {}",
-                    "They use fewer: rank correlation below 0 by {}",
-                ),
+                _MORE,
                 of_training=False,
             ),
-            silent(
-                "more_than_untrained",
-                "Is the correlation larger than that of routers that were never trained?",
-                _less(results, "untrained"),
-                "difference of rank correlations",
-                ("It is larger, by {}", "It is smaller, by {}"),
-                of_training=False,
-            ),
-            silent(
-                "more_than_shuffled",
-                "Is it larger than that of experts shuffled among tokens of the same id?",
-                _less(results, "shuffled"),
-                "difference of rank correlations",
-                ("It is larger, by {}", "It is smaller, by {}"),
-                of_training=False,
-            ),
+            *(_beside(results, *control) for control in _CONTROLS),
             claimed(
                 "bottom_layers_use_more",
                 "Does the lowest layer use more experts than the highest?",
-                of_records(
-                    [r.measures["hardness"]["bottom_less_top"] for r in results.of("dynamic")],
-                    "value",
-                ),
+                of_records(bottom, "value"),
                 "experts per token",
                 ("It uses more, by {}", "It uses fewer, by {}"),
                 "Up to 4 in the lowest layers, about 1 in the highest.",
@@ -155,6 +140,28 @@ class Hardness(Question):
         return drawn + [
             p for part in routing_pictures(data["routing"], canvas).values() for p in part
         ]
+
+
+def _of_tasks(results: Results, name: str, question: str, kind: str) -> Answer:
+    """Answer to what the paper says of tasks, asked of tokens."""
+    return claimed(
+        name,
+        question,
+        _of(results, "trained", kind),
+        "Spearman's rank correlation",
+        _MORE,
+        "Harder tasks use more experts.",
+        least=NEGLIGIBLE,
+        of_training=False,
+        reason=f"These models saw {compact(results.tokens)} tokens, the paper's 1e11.",
+    )
+
+
+def _beside(results: Results, name: str, question: str, control: str) -> Answer:
+    """Answer to whether the correlation is larger than a control's."""
+    words = ("It is larger, by {}", "It is smaller, by {}")
+    unit = "difference of rank correlations"
+    return silent(name, question, _less(results, control), unit, words, of_training=False)
 
 
 def _records(results: Results, model: str) -> list[dict]:

@@ -19,7 +19,6 @@ from dynmoe_jax.training.start import compile_step, new_state
 
 STEPS = 4
 
-EXPERTS = {"top_1": 1.0, "top_2": 2.0}
 MEAN_OF_DYNAMIC = 2.5
 """Experts per token that a top-p model is taken to use, over all of a short training."""
 
@@ -48,11 +47,16 @@ def models_to_time(trained: Sequence[str], usual: Sequence[str]) -> tuple[str, .
     return tuple(sorted(trained, key=lambda name: name not in usual)[: len(usual)])
 
 
-def flops_of(cfg: config.Config, model: str) -> float:
+def flops_of(cfg: config.Config) -> float:
     """FLOPs of a step of a model, as many experts used as it is taken to use."""
     tokens = cfg.train.batch_size * cfg.data.seq_len
-    rows = EXPERTS.get(model, MEAN_OF_DYNAMIC) * tokens * cfg.model.num_moe_layers
+    rows = [tokens * _experts(moe) for moe in cfg.model.moe_settings]
     return training_flops(cfg.model, tokens, cfg.data.seq_len, rows)
+
+
+def _experts(moe: config.MoE) -> float:
+    bounds = moe.route.bounds(moe.num_experts)
+    return bounds.expected if bounds.fewest == bounds.slots else MEAN_OF_DYNAMIC
 
 
 def time_steps(cfg: config.Config) -> dict[str, float]:
@@ -114,12 +118,12 @@ class Costs:
         """Seconds of compiling a step."""
         return max(timing.compile for timing in self._timings)
 
-    def train(self, cfg: config.Config, model: str, steps: int) -> float:
+    def train(self, cfg: config.Config, steps: int) -> float:
         """Seconds of so many steps of a run, its start and end included."""
-        return CLOSE * self.compile + steps * self.step(flops_of(cfg, model))
+        return CLOSE * self.compile + steps * self.step(flops_of(cfg))
 
     def measure(self, cfg: config.Config, model: str, names: Iterable[str], domains: int) -> float:
         """Seconds of measures: passes over held-out text, a third of a step's FLOPs each."""
         batches = cfg.evaluation.max_batches * domains
-        one = batches * self.step(flops_of(cfg, model)) / 3
+        one = batches * self.step(flops_of(cfg)) / 3
         return sum(one * MEASURES[name].passes(model) + 0.5 * self.compile for name in names)
