@@ -8,7 +8,6 @@ import pytest
 
 from dynmoe_jax.runs.summary import DomainResult, HeldOut, Summary, write_summary
 from dynmoe_jax.study.comparison.asked import Asked
-from dynmoe_jax.study.comparison.models import BUDGET
 from dynmoe_jax.study.comparison.plan import FAILED, Arm, Request, arms_of, reached_experts
 from dynmoe_jax.study.measures.items import Items, digest_of
 from dynmoe_jax.study.questions import QUESTIONS
@@ -63,7 +62,6 @@ def test_the_budget_is_the_mean_of_the_last_tenth(tmp_path):
     )
     settings = Arm("dynamic_budget", 0).settings(asked)
     assert settings.model.moe.top_p.experts_per_token == 2.5
-    assert BUDGET.endswith("experts_per_token")
 
 
 def test_lines_that_a_continued_run_logs_besides_count_nowhere(tmp_path):

@@ -7,6 +7,7 @@ from dynmoe_jax.study.questions.question import Answer, Question, Table, claimed
 from dynmoe_jax.study.questions.results import Results, of_records
 from dynmoe_jax.study.statistics import Estimate
 
+SHOWN_TOKENS = 8
 NEGLIGIBLE = 0.05
 """Rank correlation below which tokens hardly differ."""
 
@@ -109,7 +110,8 @@ class Hardness(Question):
             "Rank correlations with 95 % intervals. Untrained routers use "
             f"{decimals(untrained.value, 2)} experts per token"
         )
-        return [Table(title, header, rows)]
+        routing = results.of("dynamic")[0].measures["hardness"]["routing"]
+        return [Table(title, header, rows), _token_ids(routing["experts_per_token"]["by_token"])]
 
     def data(self, results):
         """Correlations by layer, and the analysis of the first seed."""
@@ -140,6 +142,26 @@ class Hardness(Question):
         return drawn + [
             p for part in routing_pictures(data["routing"], canvas).values() for p in part
         ]
+
+
+def _token_ids(by_token: dict) -> Table:
+    """Token ids that use most and fewest experts, of those that are met often enough."""
+    groups = (("most experts", "most_experts"), ("fewest experts", "fewest_experts"))
+    rows = [
+        [
+            f"{title}: {token['text']!r}",
+            decimals(token["mean"], 2),
+            f"{decimals(token['low'], 2)} to {decimals(token['high'], 2)}",
+            f"{token['tokens']:,}",
+        ]
+        for title, name in groups
+        for token in by_token[name][:SHOWN_TOKENS]
+    ]
+    title = (
+        f"Token ids that occur {by_token['least_tokens']} times or more, first seed, experts per "
+        "token as the mean over layers"
+    )
+    return Table(title, ["token id", "experts", "95 %", "times"], rows)
 
 
 def _of_tasks(results: Results, name: str, question: str, kind: str) -> Answer:

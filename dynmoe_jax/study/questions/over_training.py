@@ -57,6 +57,7 @@ class OverTraining(Question):
                         "The entropy loss raises the number of experts, by {}",
                     ),
                     "Without it routers stay unsure, and more experts are used (section 2.3).",
+                    reason=f"These models saw {compact(results.tokens)} tokens.",
                 )
             )
         if results.have("dynamic_budget"):

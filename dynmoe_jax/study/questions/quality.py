@@ -138,6 +138,7 @@ def _experts(results: Results, short: str) -> list[Answer]:
                 "Over training it uses fewer than two experts, by {}",
             ),
             "About 2.17 on average over training.",
+            reason=f"{short} Its entropy loss weighs more here.",
         ),
     ]
 
@@ -177,6 +178,7 @@ def _accuracy(results: Results) -> list[Answer]:
             "points of accuracy",
             ("It answers more, by {}", "It answers fewer, by {}"),
             "0.7 points more, mean over five tasks.",
+            reason=_SHORT.format(compact(results.tokens)),
             digits=1,
         )
     ]
