@@ -55,7 +55,8 @@ class Worker:
     def __init__(self, log: Path, arguments: Sequence[str], xla_flags: str):
         self.log, self.number, self.begun = log, None, 0.0
         log.parent.mkdir(parents=True, exist_ok=True)
-        flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}"}
+        # Of blanks alone, XLA makes the name of a file, and ends.
+        flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()}
         # A log is no terminal, whatever a notebook says of where it prints itself.
         uncolored = {name: os.environ[name] for name in os.environ if name != "FORCE_COLOR"}
         self.process = subprocess.Popen(

@@ -1,0 +1,27 @@
+"""Processes that train and measure."""
+
+import subprocess
+
+import pytest
+
+from dynmoe_jax.study.running.workers import Worker
+
+
+@pytest.mark.parametrize(
+    ("inherited", "own", "flags"),
+    [
+        (None, "", ""),
+        ("--a=1", "", "--a=1"),
+        (None, "--b=2", "--b=2"),
+        ("--a=1", "--b=2", "--a=1 --b=2"),
+    ],
+)
+def test_a_worker_without_flags_gets_none(monkeypatch, tmp_path, inherited, own, flags):
+    """XLA takes a blank for the name of a file with flags, and ends the process."""
+    begun = {}
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if inherited is not None:
+        monkeypatch.setenv("XLA_FLAGS", inherited)
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: begun.update(options))
+    Worker(tmp_path / "log.txt", (), own)
+    assert begun["env"]["XLA_FLAGS"] == flags
