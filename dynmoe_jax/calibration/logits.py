@@ -1,0 +1,184 @@
+"""Losses and choices of every token, and how far two models are apart, without holding logits.
+
+The output projection is gone through in chunks of the vocabulary, tokens in chunks within each.
+
+Axis legend: B batch, L positions, T valid tokens of all batches, C tokens of one chunk, D model
+width, V vocabulary, v part of the vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from dynmoe_jax import config
+from dynmoe_jax.calibration.groups import read_whole
+from dynmoe_jax.calibration.stream import Batch
+from dynmoe_jax.console import stage
+from dynmoe_jax.model.components import compute_dtype
+from dynmoe_jax.runs.load import OpenedRun
+
+Hidden = Sequence[Float[np.ndarray, "B L D"]]
+"""The normed residual stream of each batch."""
+
+TOKENS_AT_ONCE = 1024
+COLUMNS_AT_ONCE = 16384
+"""Logits that exist at one time: 64 MiB of each model in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitStatistics:
+    """Numbers of every valid token, in the order of the batches.
+
+    Attributes:
+      nll_T: negative log-likelihood of the target, nats.
+      argmax_T: the most probable token.
+      other_nll_T: the same of a second model; None without one, like all that follow.
+      other_argmax_T: likewise.
+      difference_T: the largest absolute difference of two logits.
+      kl_T: KL(first || second), nats.
+    """
+
+    nll_T: Float[np.ndarray, "T"]
+    argmax_T: Int[np.ndarray, "T"]
+    other_nll_T: Float[np.ndarray, "T"] | None = None
+    other_argmax_T: Int[np.ndarray, "T"] | None = None
+    difference_T: Float[np.ndarray, "T"] | None = None
+    kl_T: Float[np.ndarray, "T"] | None = None
+
+    @property
+    def agrees_T(self) -> Bool[np.ndarray, "T"]:
+        """Whether both models find the same token most probable."""
+        return self.argmax_T == self.other_argmax_T
+
+
+def logit_statistics(
+    run: OpenedRun,
+    hidden: Hidden,
+    batches: Sequence[Batch],
+    other: tuple[OpenedRun, Hidden] | None = None,
+) -> LogitStatistics:
+    """Statistics of the logits of one model, or of two on the same batches.
+
+    Args:
+      run: the model, of which the output projection is read.
+      hidden: what :func:`~dynmoe_jax.calibration.stream.forward` returned for it.
+      batches: with ``targets``.
+      other: the same of a second model.
+
+    Raises:
+      ConfigError: their vocabularies differ.
+    """
+    models = [(run, hidden)] + ([other] if other else [])
+    _check_vocabularies([each.config.model for each, _ in models])
+    valid = [batch["segment_ids"] > 0 for batch in batches]
+    flat = [
+        np.concatenate([x_BLD[valid_BL] for x_BLD, valid_BL in zip(each, valid, strict=True)])
+        for _, each in models
+    ]
+    targets_T = np.concatenate([b["targets"][v] for b, v in zip(batches, valid, strict=True)])
+    sums = _all_sums([each for each, _ in models], flat, targets_T)
+    first = _found(sums, 0)
+    if not other:
+        return LogitStatistics(*first)
+    log_z_T, other_log_z_T = (np.log(sums[f"mass_{i}"]) + sums[f"most_{i}"] for i in (0, 1))
+    kl_T = sums["apart"] / sums["mass_0"] - (log_z_T - other_log_z_T)
+    # Rounding can leave a little less than nothing.
+    kl_T = np.maximum(kl_T, 0.0)
+    return LogitStatistics(*first, *_found(sums, 1), sums["difference"], kl_T)
+
+
+def _found(sums: dict[str, np.ndarray], i: int) -> tuple[np.ndarray, np.ndarray]:
+    """(nll_T, argmax_T) of a model."""
+    log_z_T = np.log(sums[f"mass_{i}"]) + sums[f"most_{i}"]
+    return log_z_T - sums[f"target_{i}"], sums[f"argmax_{i}"]
+
+
+def _check_vocabularies(models: Sequence[config.Model]) -> None:
+    sizes = [model.vocab_size for model in models]
+    if len(set(sizes)) > 1:
+        raise config.ConfigError(
+            f"config.model.vocab_size is {sizes[0]} in one model and {sizes[1]} in the other; only "
+            "logits over the same vocabulary can be compared."
+        )
+
+
+def _all_sums(runs, flat, targets_T) -> dict[str, np.ndarray]:
+    """Sums over the whole vocabulary of every token, by name."""
+    heads = [_head_VD(run) for run in runs]
+    dtypes = tuple(compute_dtype(run.config.model) for run in runs)
+    tokens, vocabulary = len(targets_T), len(heads[0])
+    columns = -(-vocabulary // -(-vocabulary // COLUMNS_AT_ONCE))
+    chunks = [slice(t, t + TOKENS_AT_ONCE) for t in range(0, tokens, TOKENS_AT_ONCE)]
+    carried = [_nothing(len(targets_T[chunk]), len(runs)) for chunk in chunks]
+    steps = len(range(0, vocabulary, columns)) * len(chunks)
+    with stage("Comparing logits" if len(runs) > 1 else "Computing losses", steps) as shown:
+        for first in range(0, vocabulary, columns):
+            parts = [jnp.asarray(head[first : first + columns]) for head in heads]
+            for i, chunk in enumerate(chunks):
+                x_CDs = [x_TD[chunk] for x_TD in flat]
+                carried[i] = _add(dtypes, carried[i], x_CDs, parts, targets_T[chunk] - first, first)
+                shown.advance()
+    carried = jax.device_get(carried)
+    names = carried[0] if carried else _nothing(0, len(runs))
+    return {name: np.concatenate([part[name] for part in carried]) for name in names}
+
+
+def _head_VD(run: OpenedRun) -> Float[np.ndarray, "V D"]:
+    """The output projection, by rows of tokens."""
+    if run.config.model.tie_embeddings:
+        return read_whole(run, ("embedding_VD",))
+    return read_whole(run, ("head_DV",)).T
+
+
+def _nothing(tokens: int, models: int) -> dict[str, np.ndarray]:
+    """Sums over no part of the vocabulary yet."""
+    zeros_C, low_C = np.zeros(tokens, np.float32), np.full(tokens, -np.inf, np.float32)
+    sums = {}
+    for i in range(models):
+        sums |= {f"most_{i}": low_C, f"mass_{i}": zeros_C, f"target_{i}": zeros_C}
+        sums[f"argmax_{i}"] = np.zeros(tokens, np.int32)
+    if models > 1:
+        sums |= {"difference": zeros_C, "apart": zeros_C}
+    return sums
+
+
+@partial(jax.jit, static_argnums=0)
+def _add(dtypes, sums, x_CDs, head_vDs, targets_C, first):
+    """The sums with one more part of the vocabulary.
+
+    Args:
+      dtypes: compute types of the models.
+      sums: most_C the largest logit; mass_C the sum of exp(logit - most); apart_C that of
+        exp(first's logit - most) times the difference of the two logits.
+      x_CDs: hidden states of each model.
+      head_vDs: part of the output projection of each.
+      targets_C: places of the targets, from the first of this part on.
+      first: token id with which this part begins.
+    """
+    sums = dict(sums)
+    logits = [
+        jnp.einsum("cd,vd->cv", x.astype(t), w.astype(t), preferred_element_type=jnp.float32)
+        for x, w, t in zip(x_CDs, head_vDs, dtypes, strict=True)
+    ]
+    if len(logits) > 1:
+        apart_Cv = logits[0] - logits[1]
+        largest_C = jnp.max(jnp.abs(apart_Cv), axis=-1)
+        sums["difference"] = jnp.maximum(sums["difference"], largest_C)
+    for i, logits_Cv in enumerate(logits):
+        before_C, here_C = sums[f"most_{i}"], jnp.max(logits_Cv, axis=-1)
+        best_C = jnp.argmax(logits_Cv, axis=-1) + first
+        sums[f"argmax_{i}"] = jnp.where(here_C > before_C, best_C, sums[f"argmax_{i}"])
+        most_C = jnp.maximum(before_C, here_C)
+        scale_C, exp_Cv = jnp.exp(before_C - most_C), jnp.exp(logits_Cv - most_C[:, None])
+        sums[f"mass_{i}"] = scale_C * sums[f"mass_{i}"] + jnp.sum(exp_Cv, axis=-1)
+        if i == 0 and len(logits) > 1:
+            sums["apart"] = scale_C * sums["apart"] + jnp.sum(exp_Cv * apart_Cv, axis=-1)
+        sums[f"most_{i}"] = most_C
+        hit_Cv = targets_C[:, None] == jnp.arange(logits_Cv.shape[-1])
+        sums[f"target_{i}"] += jnp.sum(jnp.where(hit_Cv, logits_Cv, 0), axis=-1)
+    return sums
