@@ -42,7 +42,5 @@ def _states(run: OpenedRun) -> dict[str, np.ndarray]:
     found = {}
     for path, leaf in variable_shapes(run.config.model).flat_state():
         if isinstance(leaf, RouterState):
-            parts = list(run.slices(path))
-            whole = parts[0][0] is None
-            found[path[-1]] = parts[0][1] if whole else np.stack([part for _, part in parts])
+            found[path[-1]] = run.read(path)
     return found

@@ -16,14 +16,14 @@ from dynmoe_jax.console import Stage, stage, warn
 from dynmoe_jax.data import Tokenizer, remove_tokenizer
 from dynmoe_jax.data.tokenizers.vocabulary import token_text
 from dynmoe_jax.interop.architectures.layouts import Shape
-from dynmoe_jax.interop.architectures.mapping import ParameterSlice, fill, is_stacked
+from dynmoe_jax.interop.architectures.mapping import ParameterSlice, fill
 from dynmoe_jax.interop.architectures.mapping import Path as ParameterPath
 from dynmoe_jax.interop.described import describe
 from dynmoe_jax.interop.files.source import Source, open_source
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.runs.begun import make_folder
 from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints
-from dynmoe_jax.runs.saving.streamed import StreamedArray
+from dynmoe_jax.runs.saving.streamed import Index, StreamedArray
 
 _NAMED = 5
 STEP = 0
@@ -33,8 +33,8 @@ STEP = 0
 def import_model(source: Path | str, workdir: Path | str) -> config.Config:
     """Writes a folder that :func:`dynmoe_jax.runs.load.load_run` reads.
 
-    Tensors are read, and the checkpoint is written, slice by slice: one layer of one parameter is
-    in memory at a time.
+    Tensors are read, and the checkpoint is written, slice by slice: one layer of one parameter, or
+    one expert of it, is in memory at a time.
 
     Args:
       source: a folder in Hugging Face's format, or a ``.gguf`` file.
@@ -116,19 +116,22 @@ class _Slices:
             self._slices[ours.path][name] = ours
 
     def array(self, path: ParameterPath) -> StreamedArray:
-        """The parameter at a path, to be read when it is written."""
-        return StreamedArray(self._shapes[path], partial(self._read, path), is_stacked(path))
+        """The parameter at a path, to be read when it is written: cut as its tensors cut it."""
+        inside: dict[Index, dict[str, ParameterSlice]] = defaultdict(dict)
+        axes = min(len(ours.leading) for ours in self._slices[path].values())
+        made = StreamedArray(self._shapes[path], partial(self._read, path, inside), axes)
+        for name, ours in self._slices[path].items():
+            index, rest = ours.index[: made.axes], ours.index[made.axes :]
+            inside[index][name] = dataclasses.replace(ours, index=rest)
+        return made
 
-    def _read(self, path: ParameterPath, index: int | None) -> np.ndarray:
-        inside, shape = self._slices[path], self._shapes[path]
-        if index is not None:
-            shape = shape[1:]
-            inside = {
-                name: dataclasses.replace(ours, index=ours.index[1:])
-                for name, ours in inside.items()
-                if ours.index[0] == index
-            }
-        values = np.empty(shape, np.float32)
-        fill(inside, self._source.tensors(inside), {path: values})
+    def _read(
+        self,
+        path: ParameterPath,
+        slices: Mapping[Index, Mapping[str, ParameterSlice]],
+        index: Index,
+    ) -> np.ndarray:
+        values = np.empty(self._shapes[path][len(index) :], np.float32)
+        fill(slices[index], self._source.tensors(slices[index]), {path: values})
         self._shown.advance(values.nbytes / 1e6)
         return values

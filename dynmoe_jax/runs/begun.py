@@ -36,14 +36,15 @@ def saved_config(workdir: Path) -> config.Config | None:
 
 
 def check_not_imported(workdir: Path) -> None:
-    """Raises ConfigError where training would begin anew on top of an imported model."""
+    """Raises ConfigError where training would begin anew on top of a model that was not trained
+    there: imported, or made from others."""
     if not (workdir / FOLDER / "0").is_dir():
         return
     with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
         if IMPORTED in checkpoints.position(0):
             raise config.ConfigError(
-                f"--workdir={workdir} holds an imported model; begin with it in another --workdir, "
-                f"with --config.train.init_from={workdir}."
+                f"--workdir={workdir} holds a model that was not trained there; begin with it in "
+                f"another --workdir, with --config.train.init_from={workdir}."
             )
 
 

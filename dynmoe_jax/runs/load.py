@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -16,8 +17,11 @@ from dynmoe_jax.data.sources.document import unusable
 from dynmoe_jax.data.sources.files import shown
 from dynmoe_jax.model import Decoder, decoder_structure, variable_shapes
 from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints
+from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.recovery import damaged_sentence, newest_whole
-from dynmoe_jax.runs.saving.streamed import read_slices
+from dynmoe_jax.runs.saving.moments import find_moments
+from dynmoe_jax.runs.saving.stored import StoredArrays
+from dynmoe_jax.runs.saving.streamed import Index
 from dynmoe_jax.runs.text import load_tokenizer
 
 
@@ -65,8 +69,19 @@ class OpenedRun:
 
     @property
     def imported(self) -> bool:
-        """Whether the model is somebody else's, and no step of training was done here."""
+        """Whether no step of training was done here: the model is somebody else's, or was made
+        from others."""
         return IMPORTED in self.checkpoints.position(self.step)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether AdamW's moments are in it."""
+        return "first" in self._groups
+
+    @property
+    def updates(self) -> int:
+        """Updates that went into the moments; 0 without any."""
+        return int(self._stored.read(self._groups["count"])) if self.has_moments else 0
 
     def decoder(self) -> Decoder:
         """The model, on the first device."""
@@ -77,15 +92,49 @@ class OpenedRun:
         """The tokenizer; raises DataError if it is not the one that the model was trained with."""
         return load_tokenizer(self.workdir, self.checkpoints.position(self.step))
 
+    def read(self, path: tuple, index: Index = (), group: str = "params") -> np.ndarray:
+        """Reads a slice of a parameter from disk, in float32 whatever is stored.
+
+        Args:
+          path: of the parameter.
+          index: numbers along its leading axes; empty for all of it.
+          group: ``params``, or ``first`` or ``second``: its moments.
+
+        Raises:
+          CheckpointError: there is no such array.
+        """
+        return self._stored.read(self._name(path, group), index)
+
+    def shape(self, path: tuple, group: str = "params") -> tuple[int, ...] | None:
+        """Shape of a parameter, or of its moments, as it is stored; None if it is not."""
+        with contextlib.suppress(CheckpointError):
+            return self._stored.shape(self._name(path, group))
+
     def slices(self, path: tuple) -> Iterator[tuple[int | None, np.ndarray]]:
-        """A parameter in parts, see :func:`.saving.streamed.read_slices`."""
-        return read_slices(self.checkpoints.folder(self.step) / "state", path)
+        """A parameter in parts, see :meth:`.saving.stored.StoredArrays.slices`."""
+        return self._stored.slices(self._name(path, "params"))
 
     def params(self, shapes: nnx.State) -> nnx.State:
         """All variables, on the first device; ``shapes`` as :func:`variable_shapes` gives."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
         return self.checkpoints.params(self.step, jax.tree.map(shaped, shapes))
+
+    @cached_property
+    def _stored(self) -> StoredArrays:
+        return StoredArrays(self.checkpoints.folder(self.step) / "state")
+
+    @cached_property
+    def _groups(self) -> dict[str, str]:
+        """Dotted name of each group of arrays."""
+        return {"params": "params", **find_moments(self._stored.names)}
+
+    def _name(self, path: tuple, group: str) -> str:
+        name = ".".join(map(str, (self._groups.get(group, group), *path)))
+        if name not in self._stored:
+            folder = self.checkpoints.folder(self.step)
+            raise CheckpointError(f"The checkpoint {folder} holds no array {name}.")
+        return name
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 from flax import nnx
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, processors
@@ -22,6 +23,7 @@ from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.runs.begun import check_not_imported
 from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.load import load_run
+from dynmoe_jax.runs.saving import streamed
 
 SHAPE = {
     "vocab_size": 20,
@@ -108,6 +110,27 @@ def test_imported_run_is_what_load_hf_gives(travelled):
     assert tokenizer.encode("abc").tolist() == [4, 3]
 
 
+def test_an_expert_is_one_chunk_on_disk(tmp_path, monkeypatch):
+    """Whoever works on a model expert by expert would read a whole layer for each else."""
+    monkeypatch.setattr(streamed, "_SMALL_BYTES", 4)
+    source = write_hf(tmp_path / "hf", "MixtralForCausalLM")
+    import_model(source, tmp_path / "run")
+    base = f"file://{tmp_path}/run/checkpoints/0/state/"
+    layer = "params.groups.layers.0"
+    for name, chunk in {
+        "feed_forward.gate_up_ED2F": (1, 1, 12, 20),
+        "feed_forward.down_EFD": (1, 1, 10, 12),
+        "attention.query_DHW": (1, 12, 3, 4),
+    }.items():
+        store = {"driver": "ocdbt", "base": base, "path": f"{layer}.{name}.value/"}
+        array = ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
+        assert array.chunk_layout.read_chunk.shape == chunk
+    export_model(tmp_path / "run", tmp_path / "back")
+    before, after = tensors_in(source), tensors_in(tmp_path / "back")
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor)
+
+
 def test_tokenizer_travels_along(travelled):
     source, _, back = travelled
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -168,7 +191,7 @@ def test_nothing_is_overwritten(travelled, tmp_path):
 
 
 def test_training_does_not_begin_anew_on_top_of_it(travelled):
-    with pytest.raises(config.ConfigError, match="holds an imported model"):
+    with pytest.raises(config.ConfigError, match="that was not trained there"):
         check_not_imported(travelled[1])
 
 

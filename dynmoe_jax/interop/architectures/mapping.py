@@ -46,11 +46,15 @@ class ParameterSlice:
     index: tuple[Any, ...]
     layout: Layout
 
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The numbers in the index, which stand before all else: of the layer, of the expert."""
+        return tuple(i for i in self.index if isinstance(i, int))
+
     def shape(self, shapes: Mapping[Path, Shape]) -> Shape:
         """Shape of our slice."""
-        inside = [i for i in self.index if i is not ...]
-        halves = [i for i in inside if isinstance(i, slice)]
-        shape = shapes[self.path][len(inside) - len(halves) :]
+        halves = [i for i in self.index if isinstance(i, slice)]
+        shape = shapes[self.path][len(self.leading) :]
         return (*shape[:-1], halves[0].stop - halves[0].start) if halves else shape
 
 
@@ -95,11 +99,6 @@ def _locate(rule: Rule, layer: int | None, model: config.Model) -> tuple[Path, t
         return ("first_groups", "layers", 0, *path), (layer,)
     group, member = divmod(layer - first, model.moe.every_n_layers or 1)
     return ("groups", "layers", member, *path), (group,)
-
-
-def is_stacked(path: Path) -> bool:
-    """Whether the first axis of a parameter counts groups of layers."""
-    return path[0] in ("groups", "first_groups")
 
 
 def _index(

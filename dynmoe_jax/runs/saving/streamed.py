@@ -1,40 +1,50 @@
-"""Arrays that a checkpoint takes and gives slice by slice: they never exist as a whole."""
+"""Arrays that a checkpoint takes slice by slice: they never exist as a whole."""
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from numpy.typing import DTypeLike
 
 from dynmoe_jax.compat import SlicewiseHandler
 
 _SMALL_BYTES = 1 << 20
 """Chunks below this make reading slow, says Orbax."""
 
+Index = tuple[int, ...]
+"""Numbers along the leading axes of an array; empty for all of it."""
+
 
 class StreamedArray:
-    """A float32 leaf of a state that :class:`.Checkpoints` saves; it is read back as any other.
+    """A leaf of a state that :class:`.Checkpoints` saves; it is read back as any other.
 
     Attributes:
       shape: of the whole.
-      dtype: float32.
+      dtype: of the numbers on disk.
+      axes: number of leading axes by which it is asked for, and cut on disk.
 
     Args:
       shape: of the whole.
-      make: what stands at an index of the first axis, or the whole (index None).
-      stacked: whether to ask for it index by index, unless it is small.
+      make: what stands at an index of ``axes`` numbers, in any type of floating point.
+      axes: the most leading axes by which it may be asked for; fewer of them are used where slices
+        would be small, and none for a whole that is.
+      dtype: float32 or bfloat16.
     """
 
-    dtype = np.dtype(np.float32)
-
     def __init__(
-        self, shape: tuple[int, ...], make: Callable[[int | None], np.ndarray], stacked: bool
+        self,
+        shape: tuple[int, ...],
+        make: Callable[[Index], np.ndarray],
+        axes: int = 0,
+        dtype: DTypeLike = np.float32,
     ):
-        self.shape, self.make = shape, make
-        self.by_slice = stacked and 4 * math.prod(shape[1:]) >= _SMALL_BYTES
+        self.shape, self.make, self.dtype = tuple(shape), make, jnp.dtype(dtype)
+        cut = range(axes, 0, -1)
+        self.axes = next((n for n in cut if self._slice_bytes(n) >= _SMALL_BYTES), 0)
 
     @property
     def size(self) -> int:
@@ -44,10 +54,13 @@ class StreamedArray:
     @property
     def save_args(self) -> ocp.SaveArgs:
         """A slice is a chunk on disk: one that is written in parts would be read and merged."""
-        if not self.by_slice:
+        if not self.axes:
             return ocp.SaveArgs()
-        slice_bytes = 4 * math.prod(self.shape[1:])
-        return ocp.SaveArgs(chunk_byte_size=slice_bytes, shard_axes=(0,))
+        axes = tuple(range(self.axes))
+        return ocp.SaveArgs(chunk_byte_size=self._slice_bytes(self.axes), shard_axes=axes)
+
+    def _slice_bytes(self, axes: int) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[axes:])
 
 
 class _Handler(SlicewiseHandler):
@@ -68,31 +81,10 @@ class _Handler(SlicewiseHandler):
 
     async def write_array(self, value, tspec, ts_context):
         array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        for index in range(value.shape[0]) if value.by_slice else [None]:
+        for index in np.ndindex(value.shape[: value.axes]):
             async with self._turn:
-                where = array if index is None else array[index]
-                await where.write(value.make(index), can_reference_source_data_indefinitely=True)
-
-
-def read_slices(state: Path, path: tuple) -> Iterator[tuple[int | None, np.ndarray]]:
-    """Yields (index of the first axis, slice) of a parameter in a checkpoint, or (None, all of it).
-
-    Slice by slice where that is how it lies on disk; of others each slice would read all.
-
-    Args:
-      state: the folder of the checkpoint's state.
-      path: of the parameter.
-    """
-    # One parameter restored by Orbax (0.12) takes about twice its size
-    # (docs/measurements.md: orbax-restore).
-    name = ".".join(map(str, ("params", *path, "value")))
-    store = {"driver": "ocdbt", "base": f"file://{state.absolute()}/", "path": f"{name}/"}
-    array = ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
-    if array.rank and array.chunk_layout.read_chunk.shape[0] == 1 < array.shape[0]:
-        for index in range(array.shape[0]):
-            yield index, array[index].read().result()
-    else:
-        yield None, array.read().result()
+                made = np.asarray(value.make(index)).astype(value.dtype, copy=False)
+                await array[index].write(made, can_reference_source_data_indefinitely=True)
 
 
 ocp.type_handlers.register_type_handler(StreamedArray, _Handler(), override=True)
