@@ -37,6 +37,7 @@ class LogitStatistics:
     Attributes:
       nll_T: negative log-likelihood of the target, nats.
       argmax_T: the most probable token.
+      largest_T: the largest logit by absolute value.
       other_nll_T: the same of a second model; None without one, like all that follow.
       other_argmax_T: likewise.
       difference_T: the largest absolute difference of two logits.
@@ -45,10 +46,16 @@ class LogitStatistics:
 
     nll_T: Float[np.ndarray, "T"]
     argmax_T: Int[np.ndarray, "T"]
+    largest_T: Float[np.ndarray, "T"]
     other_nll_T: Float[np.ndarray, "T"] | None = None
     other_argmax_T: Int[np.ndarray, "T"] | None = None
     difference_T: Float[np.ndarray, "T"] | None = None
     kl_T: Float[np.ndarray, "T"] | None = None
+
+    @property
+    def largest(self) -> float:
+        """The largest logit of the first model, by absolute value."""
+        return float(self.largest_T.max(initial=0.0))
 
     @property
     def agrees_T(self) -> Bool[np.ndarray, "T"]:
@@ -82,7 +89,7 @@ def logit_statistics(
     ]
     targets_T = np.concatenate([b["targets"][v] for b, v in zip(batches, valid, strict=True)])
     sums = _all_sums([each for each, _ in models], flat, targets_T)
-    first = _found(sums, 0)
+    first = *_found(sums, 0), sums["largest"]
     if not other:
         return LogitStatistics(*first)
     log_z_T, other_log_z_T = (np.log(sums[f"mass_{i}"]) + sums[f"most_{i}"] for i in (0, 1))
@@ -138,7 +145,7 @@ def _head_VD(run: OpenedRun) -> Float[np.ndarray, "V D"]:
 def _nothing(tokens: int, models: int) -> dict[str, np.ndarray]:
     """Sums over no part of the vocabulary yet."""
     zeros_C, low_C = np.zeros(tokens, np.float32), np.full(tokens, -np.inf, np.float32)
-    sums = {}
+    sums = {"largest": zeros_C}
     for i in range(models):
         sums |= {f"most_{i}": low_C, f"mass_{i}": zeros_C, f"target_{i}": zeros_C}
         sums[f"argmax_{i}"] = np.zeros(tokens, np.int32)
@@ -165,6 +172,7 @@ def _add(dtypes, sums, x_CDs, head_vDs, targets_C, first):
         jnp.einsum("cd,vd->cv", x.astype(t), w.astype(t), preferred_element_type=jnp.float32)
         for x, w, t in zip(x_CDs, head_vDs, dtypes, strict=True)
     ]
+    sums["largest"] = jnp.maximum(sums["largest"], jnp.max(jnp.abs(logits[0]), axis=-1))
     if len(logits) > 1:
         apart_Cv = logits[0] - logits[1]
         largest_C = jnp.max(jnp.abs(apart_Cv), axis=-1)

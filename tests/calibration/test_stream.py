@@ -103,6 +103,7 @@ def test_two_models_are_compared_token_by_token(on_disk, batches, monkeypatch):
     ]
     log_p = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits]
     assert_close(found.kl_T, (np.exp(log_p[0]) * (log_p[0] - log_p[1])).sum(-1))
+    assert found.largest == pytest.approx(np.abs(logits[0]).max())
     assert_close(found.difference_T, np.abs(logits[0] - logits[1]).max(-1))
     targets = np.concatenate([b["targets"][v] for b, v in zip(batches, valid, strict=True)])
     rows = np.arange(len(targets))
