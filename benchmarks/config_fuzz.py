@@ -69,7 +69,8 @@ def choosing(path: str) -> dict[str, Any]:
     found, group, prefix = {}, config.Config(), ""
     for name in path.split(".")[:-1]:
         for field in dataclasses.fields(group):
-            if name in (field.metadata.get("registry") or ()):
+            kind = (field.metadata.get("registry") or {}).get(name)
+            if kind and dataclasses.fields(kind):
                 found[f"{prefix}{field.name}"] = name
         group, prefix = getattr(group, name), f"{prefix}{name}."
     loss = path.split(".")[1] if path.startswith("loss.") else ""

@@ -133,10 +133,17 @@ def chosen(group: Any, name: str) -> Any:
     field = next(field for field in dataclasses.fields(group) if field.name == name)
     registry = field.metadata["registry"]
     kinds = tuple(
-        getattr(group, each) if hasattr(group, each) else registry[each]()
+        _settings_of(group, registry, each) or registry[each]()
         for each in names_in(getattr(group, name))
     )
     return kinds if field.metadata["many"] else (kinds[0] if kinds else None)
+
+
+def _settings_of(group: Any, registry: Mapping[str, type], name: str) -> Any:
+    """The settings of a kind in a group; None of a kind that has none, though another registry's
+    kind of that name may have some."""
+    found = getattr(group, name, None)
+    return found if isinstance(found, registry[name]) else None
 
 
 def names_in(text: str) -> list[str]:
@@ -154,8 +161,9 @@ def idle_kinds(group: Any) -> Iterator[tuple[str, str, Any]]:
     for field in dataclasses.fields(group):
         registry = field.metadata.get("registry")
         for name in registry or ():
-            if name not in names_in(getattr(group, field.name)) and hasattr(group, name):
-                yield field.name, name, getattr(group, name)
+            settings = _settings_of(group, registry, name)
+            if settings is not None and name not in names_in(getattr(group, field.name)):
+                yield field.name, name, settings
 
 
 def with_choice(group: Any, name: str, kinds: Collection[str]) -> Any:
@@ -169,8 +177,9 @@ def with_choice(group: Any, name: str, kinds: Collection[str]) -> Any:
       kinds: what it is to name, in order.
     """
     field = next(field for field in dataclasses.fields(group) if field.name == name)
-    idle = [kind for kind in field.metadata["registry"] if kind not in kinds]
-    defaults = {kind: type(getattr(group, kind))() for kind in idle if hasattr(group, kind)}
+    registry = field.metadata["registry"]
+    found = {kind: _settings_of(group, registry, kind) for kind in registry if kind not in kinds}
+    defaults = {kind: type(idle)() for kind, idle in found.items() if idle is not None}
     return dataclasses.replace(group, **{name: ",".join(kinds)}, **defaults)
 
 
@@ -184,10 +193,11 @@ def complete(base: type) -> type:
 
     A choice declared by :func:`choice` brings the kinds of its registry; a class variable ``kinds``
     those of a registry that are all there at once.  Groups inside of groups are completed alike.
-    The same kinds give the same class.
+    The same kinds give the same class.  Kinds of two registries may have one name, unless both
+    have settings.
 
     Raises:
-      ConfigError: a kind has the name of another one, or of a setting, in the same group.
+      ConfigError: a kind has the name of a setting, or of another kind's group of settings.
     """
     owners: dict[str, Any] = {field.name: base for field in dataclasses.fields(base)}
     groups = {
@@ -198,12 +208,14 @@ def complete(base: type) -> type:
     registries = [field.metadata.get("registry") for field in dataclasses.fields(base)]
     for registry in (*registries, getattr(base, "kinds", None)):
         for name, kind in (registry or {}).items():
-            if owners.setdefault(name, registry) is not registry:
+            has_settings = bool(dataclasses.fields(kind))
+            owner = owners.setdefault(name, registry) if has_settings else owners.get(name)
+            if owner is base or (has_settings and owner is not registry):
                 raise ConfigError(
                     f"{registry.family} {name!r} has the name of another setting of "
                     f"{base.__name__}; rename it."
                 )
-            if dataclasses.fields(kind):
+            if has_settings:
                 groups[name] = complete(kind)
     if not groups:
         return base

@@ -169,7 +169,7 @@ def _put(settings: dict[str, Any], path: str, value: Any, default: Any) -> None:
     parent = _inside(settings, groups[:-1])
     for field in dataclasses.fields(_class_at(groups[:-1])):
         registry = field.metadata.get("registry")
-        if not registry or groups[-1] not in registry:
+        if groups[-1] not in (registry or ()) or not dataclasses.fields(registry[groups[-1]]):
             continue
         names = names_in(parent.get(field.name, field.default))
         if groups[-1] in names:

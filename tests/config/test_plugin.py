@@ -8,7 +8,7 @@ import pytest
 from dynmoe_jax import command_line, config
 from dynmoe_jax.console import console
 from dynmoe_jax.fields import model_setting
-from dynmoe_jax.registry import ROUTERS
+from dynmoe_jax.registry import EXPERTS, ROUTERS
 from dynmoe_jax.routing import Router, TopP
 
 FILE = '''"""A router of one's own."""
@@ -117,6 +117,17 @@ def test_a_kind_with_the_name_of_another_setting_is_refused(name):
     with ROUTERS.temporarily(name, OneMore), pytest.raises(config.ConfigError, match=sentence):
         config.MoE()
     assert config.MoE().num_experts
+
+
+def test_a_kind_without_settings_may_have_the_name_of_another_registry_s():
+    """The group is that of the kind that has settings, whatever the other choice names."""
+    for experts in ("swiglu", "relu"):
+        moe = config.MoE(router="relu", experts=experts, relu={"experts_per_token": 3.0})
+        assert config.Config(model=config.Model(moe=moe)).model.moe.route.experts_per_token == 3.0
+        assert type(moe.expert_kind) is EXPERTS[experts]
+    moe = config.MoE(router="top_k", experts="relu", relu={"experts_per_token": 3.0})
+    with pytest.raises(config.ConfigError, match=r"relu.experts_per_token=3.0 has no effect"):
+        config.Config(model=config.Model(moe=moe))
 
 
 def test_another_file_of_the_same_name_is_refused(tmp_path):
