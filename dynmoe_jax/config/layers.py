@@ -23,7 +23,7 @@ FEED_FORWARD = "feed_forward"
 
 _KINDS = {"dense": False, "moe": True}
 _EXAMPLE = "'0-3:moe.num_experts=12;5:moe.hidden_width=512'"
-_OF_DENSE = ("hidden_width",)
+_OF_DENSE = ("hidden_width", "activation")
 """Settings that only a dense layer reads; those of ``moe`` only a layer with experts."""
 
 

@@ -169,6 +169,14 @@ class Model:
     hidden_width: int = model_setting(
         2816, "hidden width of a dense feed-forward", unit="units", low=1, per_layer=True
     )
+    activation: str = choice(
+        EXPERTS,
+        "swiglu",
+        "function that a dense feed-forward computes; kernels know swiglu",
+        defines_model=True,
+        fixed_in_run=True,
+        per_layer=True,
+    )
     layers: str = model_setting(
         "",
         "what some layers have of their own, e.g. '0-3:moe.num_experts=12;5:moe.hidden_width=512'; "
@@ -229,6 +237,12 @@ class Model:
         low=0,
     )
     moe: MoE = dataclasses.field(default_factory=lambda: complete(MoE)())
+
+    @property
+    def feed_forward_kind(self) -> Any:
+        """The :class:`~dynmoe_jax.experts.kinds.kind.ExpertKind` of a dense feed-forward, with its
+        settings."""
+        return chosen(self, "activation")
 
     @property
     def plain(self) -> bool:

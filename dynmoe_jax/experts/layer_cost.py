@@ -7,6 +7,9 @@ import dataclasses
 
 from dynmoe_jax.hardware.chips import Chip
 
+SWIGLU = 3.0
+"""Matrices of D x F that SwiGLU multiplies a row by: gate, up and down."""
+
 
 def expert_flops(rows: float, width: int, hidden_width: int) -> float:
     """FLOPs of the forward pass of SwiGLU experts: gate, up and down for each row.
@@ -16,19 +19,22 @@ def expert_flops(rows: float, width: int, hidden_width: int) -> float:
       width: D.
       hidden_width: F.
     """
-    return 6.0 * rows * width * hidden_width
+    return 2.0 * SWIGLU * rows * width * hidden_width
 
 
-def expert_weight_bytes(experts: int, width: int, hidden_width: int, itemsize: int = 4) -> int:
-    """Bytes of the three matrices of some experts.
+def expert_weight_bytes(
+    experts: int, width: int, hidden_width: int, itemsize: int = 4, matrices: float = SWIGLU
+) -> int:
+    """Bytes of the matrices of some experts.
 
     Args:
       experts: how many, for traffic those with at least one row.
       width: D.
       hidden_width: F.
       itemsize: bytes of one number.
+      matrices: of D x F that each has.
     """
-    return 3 * experts * width * hidden_width * itemsize
+    return round(matrices * experts * width * hidden_width * itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,7 @@ def layer_cost(
     *,
     backward: bool = False,
     itemsize: int = 2,
+    matrices: float = SWIGLU,
 ) -> LayerCost:
     """Cost of the forward pass of one layer, or of forward and backward together.
 
@@ -72,9 +79,10 @@ def layer_cost(
       hidden_width: F.
       backward: count the backward pass as well.
       itemsize: bytes of one number.
+      matrices: of D x F that each expert has.
     """
-    flops = expert_flops(rows, width, hidden_width)
-    weights = expert_weight_bytes(experts, width, hidden_width, itemsize)
+    flops = 2.0 * matrices * rows * width * hidden_width
+    weights = expert_weight_bytes(experts, width, hidden_width, itemsize, matrices)
     # Forward reads x and writes y; backward reads x and dy, writes dx.
     row_bytes = rows * width * itemsize
     if backward:

@@ -111,7 +111,7 @@ def _check_layer(layer: LayerSettings, sizes: Mapping[str, int], where: str) -> 
             split["moe.hidden_width"] = moe.hidden_width
             split["moe.adjugate_width"] = moe.adjugate_width
         split["moe.shared_hidden_width"] = moe.shared_hidden_width
-    else:
+    elif model.feed_forward_kind.splits_hidden:
         split["hidden_width"] = model.hidden_width
     for name, size in split.items():
         if size % sizes["model"]:

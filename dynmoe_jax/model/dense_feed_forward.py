@@ -1,7 +1,9 @@
-"""The feed-forward of a layer without experts: dense SwiGLU.
+"""The feed-forward of a layer without experts, of any kind that an expert may have.
 
 Axis legend: B batch, L positions, T = B L tokens, D model width, F hidden width.
 """
+
+import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,23 +11,36 @@ from jaxtyping import Array, Float
 
 from dynmoe_jax import config
 from dynmoe_jax.experts import StackedView
+from dynmoe_jax.experts.kinds.kind import matrices_in, without_experts
+from dynmoe_jax.experts.kinds.swiglu import SwiGLU
+from dynmoe_jax.experts.parallel.all_tokens import apply_to_all
 from dynmoe_jax.experts.weights import gated, swiglu
 from dynmoe_jax.mesh.axes import MODEL, mesh_sizes
 from dynmoe_jax.mesh.sharding import split_columns, whole_parameter
-from dynmoe_jax.model.components import compute_dtype
+from dynmoe_jax.model.components import compute_dtype, drawn
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.linear.matrices import Matrices
 from dynmoe_jax.model.linear.products import times
+from dynmoe_jax.routing import Parameter
 
 
 class DenseFeedForward(nnx.Module):
-    """SwiGLU (arXiv 2002.05202) without biases."""
+    """The function that ``config.model.activation`` names, of all tokens.
+
+    Its parameters are those of one expert, without the axis E.
+    """
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
-        D, F = model.width, model.hidden_width
-        shapes = {"gate_up_D2F": (D, 2 * F), "down_FD": (F, D)}
+        self.kind = model.feed_forward_kind
+        declared = self.kind.parameters(model.width, 1, model.hidden_width)
+        self.matrix_names = matrices_in(declared)
+        shapes = {without_experts(name): declared[name].shape[1:] for name in self.matrix_names}
         self.matrices = Matrices.drawn(self, model, shapes, rngs)
+        self.other_names = tuple(name for name in declared if name not in self.matrix_names)
+        for name in self.other_names:
+            parameter = _of_one(declared[name])
+            setattr(self, without_experts(name), drawn(rngs, parameter, model.init_std))
         self.dtype, self.plain = compute_dtype(model), model.plain
 
     def weights(self, stacked: StackedView | None = None) -> None:
@@ -44,13 +59,33 @@ class DenseFeedForward(nnx.Module):
         return x_BLD + y_TD.reshape(x_BLD.shape), None
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Computes down(silu(x gate) * (x up))."""
+        """Computes the function, SwiGLU by the kernels that know it."""
         matrices = self.matrices
+        if not isinstance(self.kind, SwiGLU):
+            return apply_to_all(self.kind, x_TD, self._arrays())
         if matrices.apply_themselves:
             hidden_TF = swiglu(matrices.applied(self, "gate_up_D2F", x_TD))
             return matrices.applied(self, "down_FD", hidden_TF)
         gate_up_D2F, down_FD = (matrices.whole(self, n) for n in ("gate_up_D2F", "down_FD"))
         return swiglu_of_all(x_TD, gate_up_D2F, down_FD, self.dtype, self.plain)
+
+    def _arrays(self) -> dict[str, Array]:
+        """Whole matrices and what else there is, in the compute type, as the kind names them."""
+        whole = {
+            name: self.matrices.whole(self, without_experts(name)) for name in self.matrix_names
+        }
+        whole |= {name: getattr(self, without_experts(name))[...] for name in self.other_names}
+        return {name: array.astype(self.dtype) for name, array in whole.items()}
+
+
+def _of_one(parameter: Parameter) -> Parameter:
+    """The declaration of what one expert of a single one has."""
+    init = parameter.init
+    return dataclasses.replace(
+        parameter,
+        shape=parameter.shape[1:],
+        init=init if isinstance(init, str) else lambda key, shape: init(key, (1, *shape))[0],
+    )
 
 
 def swiglu_of_all(

@@ -41,7 +41,8 @@ def _of_token(layer: LayerSettings, length: int) -> float:
     )
     scores = 2 * 2 * (length / 2) * model.num_heads * model.head_width
     if not layer.is_moe:
-        return projections + scores + expert_flops(1, model.width, model.hidden_width)
+        kind = model.feed_forward_kind
+        return projections + scores + kind.flops_per_row(model.width, model.hidden_width)
     declared = moe.route.parameters(model.width, moe.num_experts).values()
     router = 2 * sum(math.prod(parameter.shape) for parameter in declared)
     router += 2 * model.width * moe.shared_gate

@@ -23,15 +23,19 @@ LAYERS = [
     {"num_layers": 6, "every_n_layers": 3, "layer_offset": 2},
     {"num_layers": 7, "every_n_layers": 2, "layer_offset": 1, "dense_first_layers": 3},
     {"num_layers": 2, "every_n_layers": 0},
+    {"num_layers": 5, "dense_first_layers": 2, "activation": "relu", "experts": "gelu"},
 ]
 SHARED = [{}, {"shared_hidden_width": 48, "shared_gate": True}]
 
 
+OF_MODEL = ("num_layers", "activation")
+
+
 def make(layers, shared):
-    moe = {name: value for name, value in layers.items() if name != "num_layers"} | shared
+    moe = {name: value for name, value in layers.items() if name not in OF_MODEL} | shared
     return config.Config(
         model=config.Model(
-            num_layers=layers["num_layers"],
+            **{name: value for name, value in layers.items() if name in OF_MODEL},
             width=32,
             num_heads=4,
             num_kv_heads=2,
@@ -70,7 +74,7 @@ def multiplied_numbers(cfg):
         name = path[-1]
         if len(leaf.shape) < 2 or "scale" in name or "bias" in name or "norm" in str(path):
             continue
-        share = K / cfg.model.moe.num_experts if name in ("gate_up_ED2F", "down_EFD") else 1.0
+        share = K / cfg.model.moe.num_experts if name.endswith(("_ED2F", "_EDF", "_EFD")) else 1.0
         found += share * math.prod(leaf.shape) * (name != "embedding_VD")
     return found
 
@@ -91,7 +95,7 @@ def test_analytic_flops_are_two_for_each_number_that_is_multiplied(cfg):
     assert analytic_flops(cfg, K, 1) == pytest.approx(wanted, rel=1e-12)
 
 
-@pytest.mark.parametrize("layers", [LAYERS[0], LAYERS[4], LAYERS[5]])
+@pytest.mark.parametrize("layers", [LAYERS[0], LAYERS[4], LAYERS[5], LAYERS[6]])
 def test_parts_of_a_gpu_plan_compute_what_the_model_does(layers, monkeypatch):
     """On a chip whose memory takes no time."""
     cfg = make(layers, SHARED[1])
@@ -114,6 +118,8 @@ def test_memory_of_a_gpu_plan_counts_each_layer_as_what_it_is():
     assert mixed.activations == pytest.approx((moe.activations + dense.activations) / 2)
     first = memory({"num_layers": 4, "dense_first_layers": 1}, {})
     assert first.activations == pytest.approx((3 * moe.activations + dense.activations) / 4)
+    narrow = memory({"num_layers": 4, "every_n_layers": 0, "activation": "relu"}, {})
+    assert dense.activations - narrow.activations == 4 * 2 * B * L * 80  # it has no gate
     shared = memory({"num_layers": 4}, {"shared_hidden_width": 48})
     assert shared.activations - moe.activations == 4 * 2 * B * L * 2 * 48
     # A dense model has no experts to put together.

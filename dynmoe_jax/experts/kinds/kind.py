@@ -1,4 +1,5 @@
-"""Interface of kinds of experts: the function that one routed expert computes of a token.
+"""Interface of kinds of experts: the function that one routed expert computes of a token, or a
+dense feed-forward of all tokens.
 
 Axis legend: E experts, R rows of one expert, D model width, F hidden width of an expert.
 """
@@ -10,10 +11,26 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Float
 
 from dynmoe_jax.experts.weights import ExpertWeights
+from dynmoe_jax.mesh.axes import axes_of
 from dynmoe_jax.routing import Parameter
 
 Arrays = Mapping[str, Array]
 """Arrays of experts by the names of their parameters."""
+
+
+def without_experts(name: str) -> str:
+    """The name that a parameter of experts has in a dense feed-forward, where there is no axis E:
+    ``up_DF`` of ``up_EDF``, ``scale`` of ``scale_E``."""
+    stem, _ = name.rsplit("_", 1)
+    axes = "".join(axes_of(name)[1:])
+    return f"{stem}_{axes}" if axes else stem
+
+
+def matrices_in(declared: Mapping[str, Parameter]) -> tuple[str, ...]:
+    """Names of the parameters of experts that are matrices, drawn as all of the model's are."""
+    return tuple(
+        name for name, each in declared.items() if len(each.shape) == 3 and each.init == "normal"
+    )
 
 
 class ExpertKind(abc.ABC):
@@ -59,3 +76,7 @@ class ExpertKind(abc.ABC):
     @abc.abstractmethod
     def flops_per_row(self, width: int, hidden_width: int) -> float:
         """FLOPs of the matrix products of one row, forward (a multiply-add is two)."""
+
+    def matrices(self, width: int, hidden_width: int) -> float:
+        """Matrices of D x F that a row is multiplied by: three of SwiGLU."""
+        return self.flops_per_row(width, hidden_width) / (2.0 * width * hidden_width)

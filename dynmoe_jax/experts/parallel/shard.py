@@ -83,7 +83,7 @@ def apply_experts(
     specs = {name: parameter_spec(name, array.shape, sizes) for name, array in arrays.items()}
 
     def on_each_device(x_TD, routing, arrays):
-        together = _in_part if splits_hidden else _in_full
+        together = in_part if splits_hidden else in_full
         weights = remade({name: together(name, arrays[name], specs[name]) for name in arrays})
         y_TD, dropped = _local(x_TD, routing, weights, backend, row_bound, sizes[EXPERT], transport)
         if sizes[MODEL] > 1 and splits_hidden:
@@ -102,7 +102,7 @@ def _by_name(weights: ExpertWeights | Arrays) -> tuple[dict[str, Array], Callabl
     return arrays, lambda arrays: ExpertWeights(**arrays)
 
 
-def _in_part(name: str, part: Array, spec: P) -> Array:
+def in_part(name: str, part: Array, spec: P) -> Array:
     """A parameter of this device's own experts, with the F / model hidden units of its own."""
     axes, spec = axes_of(name), P(None, *spec[1:])
     if axes[-2:] == ["D", "2F"]:
@@ -111,7 +111,7 @@ def _in_part(name: str, part: Array, spec: P) -> Array:
     return gathered_experts(part, spec) if axes == ["E", "F", "D"] else gathered(part, spec)
 
 
-def _in_full(name: str, part: Array, spec: P) -> Array:
+def in_full(name: str, part: Array, spec: P) -> Array:
     """A parameter of this device's own experts, whole: along ``model`` all compute the same."""
     for dimension in range(1, len(spec)):
         if axes := mesh_axes_at(spec, dimension):

@@ -81,7 +81,7 @@ def _has_no_effect(path: str, model: config.Model) -> bool:
     """Whether a setting does nothing in a model because of what others say."""
     if path in ("moe.layer_offset", "moe.dense_first_layers"):
         return True
-    if path == "hidden_width":
+    if path in ("hidden_width", "activation") or path.startswith(f"{model.activation}."):
         return len(moe_layers(model)) == model.num_layers
     if any(path.startswith(f"moe.{name}.") for _, name, _ in idle_kinds(model.moe)):
         return True

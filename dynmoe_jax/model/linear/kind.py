@@ -10,14 +10,24 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
+from dynmoe_jax.experts.kinds.kind import matrices_in, without_experts
 from dynmoe_jax.mesh.axes import axes_of
+from dynmoe_jax.registry import EXPERTS
 from dynmoe_jax.routing import Parameter
 
 Arrays = Mapping[str, Array]
 """Arrays by the names of their parameters."""
 
-MATRICES = ("query_DHW", "key_DGW", "value_DGW", "output_HWD", "gate_up_D2F", "down_FD")
-"""Names of all matrices that have a kind: of attention, and of the dense feed-forward."""
+_OF_ATTENTION = ("query_DHW", "key_DGW", "value_DGW", "output_HWD")
+
+
+def matrix_names() -> tuple[str, ...]:
+    """Names of all matrices that have a kind: of attention, and of dense feed-forwards, whatever
+    ``config.model.activation`` names."""
+    found = list(_OF_ATTENTION)
+    for kind in EXPERTS.values():
+        found += map(without_experts, matrices_in(kind().parameters(1, 1, 1)))
+    return tuple(dict.fromkeys(found))
 
 
 class LinearKind(abc.ABC):
@@ -46,7 +56,7 @@ class LinearKind(abc.ABC):
         others are drawn from keys of their own.
 
         Args:
-          name: of the matrix, one of :data:`MATRICES`.
+          name: of the matrix, one of :func:`matrix_names`.
           shape: its axes, as the name has them.
         """
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dynmoe_jax.fields import model_setting
 from dynmoe_jax.mesh.axes import axes_of
-from dynmoe_jax.model.linear.kind import MATRICES, LinearKind, input_axes
+from dynmoe_jax.model.linear.kind import LinearKind, input_axes, matrix_names
 from dynmoe_jax.registry import LINEARS
 from dynmoe_jax.routing import Parameter
 
@@ -31,17 +31,17 @@ class LoRA(LinearKind):
     targets: str = model_setting(
         "query|value",
         "regular expression that finds the names of matrices that have A B, of: "
-        + ", ".join(MATRICES),
+        + ", ".join(matrix_names()),
     )
 
     def obstacle(self):
         """Refuses targets that find nothing."""
         try:
-            found = any(re.search(self.targets, name) for name in MATRICES)
+            found = any(re.search(self.targets, name) for name in matrix_names())
         except re.error as error:
             return f"targets={self.targets!r} must be a regular expression, and has {error}"
         if not found:
-            return f"targets={self.targets!r} must find one of {', '.join(MATRICES)}"
+            return f"targets={self.targets!r} must find one of {', '.join(matrix_names())}"
         return None
 
     def parameters(self, name, shape):

@@ -15,8 +15,8 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dynmoe_jax import config
-from dynmoe_jax.experts import saved_rows_per_token
-from dynmoe_jax.experts.layer_cost import expert_weight_bytes, layer_cost
+from dynmoe_jax.experts import ExpertKind, saved_rows_per_token
+from dynmoe_jax.experts.layer_cost import SWIGLU, expert_weight_bytes, layer_cost
 from dynmoe_jax.mesh.make_mesh import state_shardings
 from dynmoe_jax.model.adjugate import adjugates_of, expected_adjugates
 from dynmoe_jax.planning.compile import compile_step, state_shapes, with_shardings
@@ -159,6 +159,7 @@ class _Step:
         groups = adjugates_of(moe) // self.sizes["expert"]
         of_adjugates = T * expected_adjugates(moe, self.experts), groups, moe.adjugate_width
         shared = "model.feed_forward: MoEFeedForward.shared"
+        dense_kind, expert_kind = model.feed_forward_kind, moe.expert_kind
         parts = [
             self._part("model.attention: Attention", "projections", model.num_layers, self._heads),
             self._part("model.attention: Attention", "scores", model.num_layers, scores / tensor),
@@ -170,12 +171,17 @@ class _Step:
                 "feed-forward",
                 model.num_layers - sparse,
                 (T, 1, model.hidden_width),
+                dense_kind,
             ),
             self._feed_forward(
-                "experts.parallel.shard: apply_experts", "experts", sparse, of_experts
+                "experts.parallel.shard: apply_experts", "experts", sparse, of_experts, expert_kind
             ),
             self._feed_forward(
-                "model.adjugate: AdjugateExperts", "adjugate experts", sparse, of_adjugates
+                "model.adjugate: AdjugateExperts",
+                "adjugate experts",
+                sparse,
+                of_adjugates,
+                expert_kind,
             ),
             self._feed_forward(shared, "shared expert", sparse, (T, 1, moe.shared_hidden_width)),
             self._part(
@@ -203,15 +209,18 @@ class _Step:
         seconds = (passes or self.passes) * flops / self.topology.chip.flops_per_s
         return Operation("", module, what, layers * self.cfg.train.microbatches, seconds)
 
-    def _feed_forward(self, module, what, layers, size: tuple[float, int, int]) -> Operation:
-        """SwiGLU of (rows, experts, their hidden width) in each of some layers."""
+    def _feed_forward(
+        self, module, what, layers, size: tuple[float, int, int], kind: ExpertKind | None = None
+    ) -> Operation:
+        """A kind's function, or SwiGLU, of (rows, experts, their hidden width) in some layers."""
         rows, experts, hidden = size
         if not hidden:  # no shared expert
             return Operation("", module, what, 0, 0.0)
         of = rows, experts, self.cfg.model.width, hidden // self.sizes["model"]
-        again = layer_cost(*of) if self.passes > 3 else None
+        matrices = kind.matrices(self.cfg.model.width, hidden) if kind else SWIGLU
+        again = layer_cost(*of, matrices=matrices) if self.passes > 3 else None
         chip = self.topology.chip
-        seconds = layer_cost(*of, backward=True).roofline_s(chip)
+        seconds = layer_cost(*of, backward=True, matrices=matrices).roofline_s(chip)
         seconds += again.roofline_s(chip) if again else 0.0
         return Operation("", module, what, layers * self.cfg.train.microbatches, seconds)
 
@@ -253,25 +262,28 @@ class _Step:
         return Transfer(kind, axis, passes * (members - 1) / members * size, passes * seconds)
 
     def _kinds_of_layers(self) -> list[tuple[int, float, int]]:
-        """(layers, hidden width that a token keeps, bytes of matrices) of the feed-forwards."""
+        """(layers, hidden units that a token keeps, bytes of matrices) of the feed-forwards."""
         model, moe = self.cfg.model, self.cfg.model.moe
         tensor, sparse = self.sizes["model"], model.num_moe_layers
+
+        def in_bytes(experts, hidden, matrices):
+            return expert_weight_bytes(experts, model.width, hidden // tensor, _BYTES, matrices)
+
+        here, groups = (n // self.sizes["expert"] for n in (moe.num_experts, adjugates_of(moe)))
+        of_expert = moe.expert_kind.matrices(model.width, moe.hidden_width)
+        experts = in_bytes(here, moe.hidden_width, of_expert)
+        experts += in_bytes(groups, moe.adjugate_width, of_expert)
+        experts += in_bytes(1, moe.shared_hidden_width, SWIGLU)
         kept = (saved_rows_per_token(moe) or self.experts) * moe.hidden_width
-        experts = expert_weight_bytes(
-            moe.num_experts // self.sizes["expert"],
-            model.width,
-            moe.hidden_width // tensor,
-            _BYTES,
-        )
-        shared = expert_weight_bytes(1, model.width, moe.shared_hidden_width // tensor, _BYTES)
-        groups = adjugates_of(moe) // self.sizes["expert"]
-        narrow = moe.adjugate_width
-        experts += expert_weight_bytes(groups, model.width, narrow // tensor, _BYTES)
-        kept += expected_adjugates(moe, self.experts) * narrow
-        dense = expert_weight_bytes(1, model.width, model.hidden_width // tensor, _BYTES)
+        kept += expected_adjugates(moe, self.experts) * moe.adjugate_width
+        # All matrices but the last make hidden units; a loop over used blocks keeps none.
+        kept *= of_expert - 1 if moe.expert_kind.dense is not None else 0
+        kept += (SWIGLU - 1) * moe.shared_hidden_width
+        of_dense = model.feed_forward_kind.matrices(model.width, model.hidden_width)
+        dense = in_bytes(1, model.hidden_width, of_dense)
         kinds = [
-            (model.num_layers - sparse, float(model.hidden_width), dense),
-            (sparse, kept + moe.shared_hidden_width, experts + shared),
+            (model.num_layers - sparse, (of_dense - 1) * model.hidden_width, dense),
+            (sparse, kept, experts),
         ]
         return [kind for kind in kinds if kind[0]]
 
@@ -285,8 +297,8 @@ class _Step:
         kept, layer, weights = 0.0, 0.0, 0.0
         for layers, hidden, matrices in self._kinds_of_layers():
             # Norms' inputs and outputs, the stream between the halves; queries to mixed values;
-            # gate and up.
-            of_kind = _BYTES * T * (5 * model.width + heads + 2 * hidden / tensor)
+            # hidden units, gate and up of SwiGLU.
+            of_kind = _BYTES * T * (5 * model.width + heads + hidden / tensor)
             kept += layers * (stream if self.cfg.model.remat == "layer" else of_kind)
             layer, weights = max(layer, of_kind), max(weights, matrices)
         logits = 3 * 4 * model.vocab_size / tensor * min(self.cfg.loss.chunk_tokens, T)

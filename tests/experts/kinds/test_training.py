@@ -25,7 +25,9 @@ def test_a_new_kind_is_one_class_and_one_line(settings, saved_state, tmp_path, c
     monkeypatch.setattr(hardware, "measured_matmul_flops_per_second", lambda: 1e9)
     with EXPERTS.temporarily("biased", Biased):
         asked = config.to_dict(settings)
-        asked["model"]["num_layers"], asked["train"]["steps"] = 1, 3
+        asked["model"]["num_layers"], asked["train"]["steps"] = 2, 3
+        asked["model"] |= {"activation": "biased", "biased": {"slope": 1.25}}
+        asked["model"]["moe"]["dense_first_layers"] = 1
         asked["checkpoint"]["every_steps"] = 2
         asked["data"]["seq_len"] = asked["model"]["max_seq_len"] = 8
         asked["evaluation"]["sample_tokens"] = 1
@@ -47,10 +49,10 @@ def test_a_new_kind_is_one_class_and_one_line(settings, saved_state, tmp_path, c
         assert (run / "report.html").stat().st_size > 10_000
         found, decoder, _ = load_run(run)
         assert found.model.moe.expert_kind == Biased(slope=2.0)
-        assert decoder.moe_layers == [range(1)]
-        with pytest.raises(
-            CheckpointError, match=r"no format .* without .*config\.model\.moe\.exp"
-        ):
+        assert found.model.feed_forward_kind == Biased(slope=1.25)
+        assert decoder.moe_layers == [range(1, 2)]
+        without = r"no format .* config\.model\.activation.*config\.model\.moe\.exp"
+        with pytest.raises(CheckpointError, match=without):
             export_model(run, tmp_path / "hf")
-    with pytest.raises(ConfigError, match=r"config\.model\.moe\.experts='biased'"):
+    with pytest.raises(ConfigError, match=r"config\.model\.activation='biased'"):
         saved_config(run)

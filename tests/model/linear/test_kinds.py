@@ -17,7 +17,7 @@ from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
 from dynmoe_jax.model.components import drawn as make
 from dynmoe_jax.model.linear import LinearKind
-from dynmoe_jax.model.linear.kind import MATRICES, input_axes
+from dynmoe_jax.model.linear.kind import input_axes, matrix_names
 from dynmoe_jax.registry import LINEARS, chosen
 from dynmoe_jax.routing import Parameter
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
@@ -113,7 +113,7 @@ def dense_of(model, params):
     given = dict(params.flat_state())
     for path, leaf in shapes.items():
         *where, name = path
-        if name not in MATRICES:
+        if name not in matrix_names():
             found[path] = given[path]
             continue
         names = kind.parameters(name, leaf.shape[1:])
