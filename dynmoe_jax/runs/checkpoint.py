@@ -224,8 +224,12 @@ class Checkpoints:
         """The parameters alone, placed like ``params_like``, without the optimizer's state."""
         like = {"params": params_like}
         self._check_all_asked_for(step, like, within="params")
+        return self.part(step, like)["params"]
+
+    def part(self, step: int, like: Any) -> Any:
+        """Those arrays of the state that ``like`` has, placed like there."""
         args = _restore(like, partial_restore=True)
-        return self._read(step, ocp.args.Composite(state=args))["state"]["params"]
+        return self._read(step, ocp.args.Composite(state=args))["state"]
 
     def _check_all_asked_for(self, step: int, like: Any, within: str = "") -> None:
         """Raises CheckpointError for stored arrays that would be left out without a word."""

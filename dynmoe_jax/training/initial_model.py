@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -16,7 +17,9 @@ from dynmoe_jax.model import Decoder, variable_shapes
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.runs.begun import saved_config
 from dynmoe_jax.runs.checkpoint import FOLDER
-from dynmoe_jax.runs.load import opened_run
+from dynmoe_jax.runs.load import OpenedRun, opened_run
+from dynmoe_jax.runs.saving.moments import GROUP, Moments
+from dynmoe_jax.training.optimizer import moments_of, with_moments
 from dynmoe_jax.training.step import TrainState, first_state
 
 
@@ -55,9 +58,12 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step, with the parameters of another run.
 
+    Moments come along from a model that was made with some, of trainable parameters of the same
+    name and shape; others begin at zero, and so do all after a training.
+
     Args:
       cfg: all settings.
-      optimizer: whose moments begin at zero.
+      optimizer: of the trainable parameters.
       shapes: of the state, and how it lies on the devices.
 
     Raises:
@@ -65,14 +71,56 @@ def initial_state(
     """
     folder = _folder(cfg)
     with opened_run(folder) as run:
-        console.print(f"The model is that of {folder}, step {run.step:,}.", soft_wrap=True)
+        carried = _carried(run, shapes)
+        told = _told(carried, shapes)
+        console.print(f"The model is that of {folder}, step {run.step:,}{told}.", soft_wrap=True)
         known, added = _known(shapes.params, run.config.model)
         params = run.checkpoints.params(run.step, known)
+        moments = carried and _read(run, carried)
     if added:
         params = nnx.merge_state(params, _drawn(cfg, added))
     placed = jax.tree.map(lambda x: x.sharding, shapes)
-    begin = jax.jit(partial(first_state, cfg, optimizer), out_shardings=placed, donate_argnums=0)
-    return begin(params)
+    begin = jax.jit(partial(_begin, cfg, optimizer), out_shardings=placed, donate_argnums=(0, 1))
+    return begin(params, moments)
+
+
+def _begin(
+    cfg: config.Config,
+    optimizer: optax.GradientTransformation,
+    params: nnx.State,
+    moments: Moments | None,
+) -> TrainState:
+    state = first_state(cfg, optimizer, params)
+    if moments is None:
+        return state
+    return dataclasses.replace(state, optimizer=with_moments(state.optimizer, moments))
+
+
+def _carried(run: OpenedRun, shapes: TrainState) -> Moments | None:
+    """Shapes of the moments that come along, and their count; None if none do."""
+    if not (run.imported and run.has_moments):
+        return None
+
+    def alike(path, leaf):
+        return all(run.shape(path, group) == leaf.shape for group in ("first", "second"))
+
+    asked = moments_of(shapes.optimizer)
+    first, second = (nnx.split_state(x, alike, ...)[0] for x in (asked.first, asked.second))
+    return Moments(first, second, run.updates) if first else None
+
+
+def _told(carried: Moments | None, shapes: TrainState) -> str:
+    """Words on moments that come along."""
+    if carried is None:
+        return ""
+    number, of = (len(x.flat_state()) for x in (carried.first, moments_of(shapes.optimizer).first))
+    which = "all" if number == of else f"{number} of {of}"
+    return f", with the moments of {which} trainable parameters after {carried.count:,} updates"
+
+
+def _read(run: OpenedRun, carried: Moments) -> Moments:
+    like = {GROUP: {"first": carried.first, "second": carried.second}}
+    return Moments(**run.checkpoints.part(run.step, like)[GROUP], count=jnp.int32(carried.count))
 
 
 def _known(shapes: nnx.State, model: config.Model) -> tuple[nnx.State, nnx.State]:

@@ -1,10 +1,11 @@
-"""AdamW with clipping, and the shapes of the learning rate."""
+"""AdamW with clipping, its moments, and the shapes of the learning rate."""
 
 import jax
 import optax
 from flax import nnx
 
 from dynmoe_jax import config
+from dynmoe_jax.runs.saving.moments import ADAM, OPTAX_NAMES, Moments
 
 
 def make_schedule(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
@@ -58,6 +59,29 @@ def make_optimizer(
             mask=is_matrix,
         ),
     )
+
+
+def moments_of(state: optax.OptState) -> Moments:
+    """The moments in the state of an optimizer of :func:`make_optimizer`, or their shapes."""
+    adam = optax.tree_utils.tree_get(state, ADAM)
+    return Moments(**{field: getattr(adam, name) for field, name in OPTAX_NAMES.items()})
+
+
+def with_moments(state: optax.OptState, moments: Moments) -> optax.OptState:
+    """The state of an optimizer with other moments; the learning rate stays where it is.
+
+    Args:
+      state: of an optimizer of :func:`make_optimizer`.
+      moments: of some or all of its parameters; those of others stay as they are.
+    """
+    before = moments_of(state)
+    merged = moments._replace(
+        first=nnx.merge_state(before.first, moments.first),
+        second=nnx.merge_state(before.second, moments.second),
+    )
+    adam = optax.tree_utils.tree_get(state, ADAM)
+    named = {name: getattr(merged, field) for field, name in OPTAX_NAMES.items()}
+    return optax.tree_utils.tree_set(state, **{ADAM: adam._replace(**named)})
 
 
 def is_matrix(params):

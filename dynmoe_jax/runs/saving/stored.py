@@ -46,7 +46,7 @@ class StoredArrays:
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """What stands at an index of the leading axes, in float32."""
         array = self._array(name)
-        if any(size > 1 for size in array.chunk_layout.read_chunk.shape[: len(index)]):
+        if index and max(array.chunk_layout.read_chunk.shape[: len(index)]) > 1:
             array = self._array(name, cached=True)
         return array[tuple(index)].read().result().astype(np.float32, copy=False)
 
