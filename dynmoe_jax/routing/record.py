@@ -263,3 +263,10 @@ def used_first(routing: Routing) -> Routing:
         expert_TK=take(routing.expert_TK, order_TK, axis=-1),
         weight_TK=take(routing.weight_TK, order_TK, axis=-1),
     )
+
+
+def straight_through(routing: Routing) -> Routing:
+    """The same routing with weights of exactly 1, whose gradient is that of the weights before."""
+    weight_TK = routing.weight_TK
+    one_TK = 1.0 + (weight_TK - jax.lax.stop_gradient(weight_TK))
+    return dataclasses.replace(routing, weight_TK=jnp.where(routing.used_TK, one_TK, 0.0))

@@ -15,6 +15,8 @@ from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.interop.architectures.registry import architecture_for
 from dynmoe_jax.mesh.make_mesh import batch_sharding, check_divides, make_mesh, state_shardings
 from dynmoe_jax.model.dense_feed_forward import DenseFeedForward
+from dynmoe_jax.model.feed_forward import MoEFeedForward
+from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.registry import EXPERTS, chosen
 from dynmoe_jax.runs.errors import CheckpointError
 from tests.experts.kinds.toy_kinds import TOYS
@@ -105,6 +107,34 @@ def test_a_dense_layer_computes_its_kind_on_one_device_and_on_eight(name):
     with jax.set_mesh(mesh):
         tokens_TD = jax.device_put(x_TD(), batch_sharding(mesh))
         assert_same(computed(structure, spread, tokens_TD), wanted)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "relu", "reglu"])
+def test_all_slices_of_a_dense_layer_together_compute_it(name):
+    E, dense = 4, model_of(name)
+    moe = config.MoE(
+        experts=name,
+        num_experts=E,
+        hidden_width=F // E,
+        router="top_k",
+        top_k={"k": E, "straight_through": True, "net": "tanh"},
+    )
+    structure, params = drawn(dense)
+    named = {path[-1]: np.asarray(leaf[...]) for path, leaf in params.flat_state()}
+    sparse = MoEFeedForward(dataclasses.replace(dense, moe=moe), rngs=nnx.Rngs(0))
+    for expert_name in sparse.expert_names:
+        whole = named[expert_name.replace("_E", "_")]
+        axis = expert_name.rsplit("_", 1)[1].index("F") - 1 if "2F" not in expert_name else 1
+        halves = np.split(whole, 2, axis=1) if "2F" in expert_name else [whole]
+        slices = [np.stack(np.split(half, E, axis=axis)) for half in halves]
+        experts = np.concatenate(slices, axis=-1) if len(slices) == 2 else slices[0]
+        setattr(sparse, expert_name, nnx.Param(jnp.asarray(experts)))
+    logits_TE = np.random.default_rng(2).normal(size=(T, E)).astype(np.float32)
+    positions = TokenPositions(np.ones((1, T), np.int32), None)
+    y_TD, record = sparse(jnp.asarray(x_TD()), logits_TE, positions)
+    assert np.all(np.asarray(record.routing.weight_TK) == 1.0)
+    wanted_TD = nnx.merge(structure, params)(x_TD())
+    np.testing.assert_allclose(y_TD, wanted_TD, rtol=1e-5, atol=1e-5)
 
 
 def test_lora_stands_beside_any_kind():

@@ -71,7 +71,7 @@ def test_jitter_multiplies_what_the_router_reads_by_uniform_noise():
 ROUTERS_OF_LOGITS = {
     name: kind()
     for name, kind in ROUTERS.items()
-    if kind().causal and kind.logits is None
+    if kind().causal and kind().logits is None
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from tests.routing.given import D, E, T, given, params_of, replace
 CASES = {name: kind() for name, kind in ROUTERS.items()}
 CASES["top_k with a random second"] = ROUTERS["top_k"](renormalize=True, second="random")
 CASES["top_k with a good second"] = ROUTERS["top_k"](k=3, softmax="after", second="threshold")
+CASES["top_k behind a tanh"] = ROUTERS["top_k"](k=3, net="tanh", straight_through=True)
 CASES["top_p with a budget"] = ROUTERS["top_p"](experts_per_token=1.76)
 CASES["top_p with a controller"] = ROUTERS["top_p"](
     experts_per_token=1.76, budget_rule="proportional_integral", normalize_logits=True

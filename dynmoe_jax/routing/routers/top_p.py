@@ -11,7 +11,7 @@ from dynmoe_jax.fields import free_setting, model_setting, setting, without_idle
 from dynmoe_jax.registry import ROUTERS
 from dynmoe_jax.routing.budget import RULES, Budget
 from dynmoe_jax.routing.normalize import normalized_logits
-from dynmoe_jax.routing.record import Routing, fill_slots, masked_logits
+from dynmoe_jax.routing.record import Routing, fill_slots, masked_logits, straight_through
 from dynmoe_jax.routing.router import Bounds, Parameter, Router, RouterInput
 
 EXPECTED_EXPERTS = 1.76
@@ -56,6 +56,12 @@ class TopP(Router):
         False,
         "divide the combine weights by their sum (the paper does not)",
         formerly=("model.moe.renormalize",),
+        only_with={"straight_through": (False,)},
+    )
+    straight_through: bool = model_setting(
+        False,
+        "the combine weights are 1, with the gradient of the probabilities, for experts that are "
+        "parts of a dense feed-forward",
     )
     min_experts: int = model_setting(
         1, "experts that a token uses at the least", unit="experts", low=1
@@ -202,7 +208,8 @@ class TopP(Router):
         if self.min_experts > 1:
             keep_TK |= jnp.arange(slots) < self.min_experts
         keep_TK &= valid_T[:, None]
-        return fill_slots(probs_TE, logits_TE, expert_TK, keep_TK, renormalize=self.renormalize)
+        routing = fill_slots(probs_TE, logits_TE, expert_TK, keep_TK, renormalize=self.renormalize)
+        return straight_through(routing) if self.straight_through else routing
 
     def measure(self, params, given: RouterInput, routing: Routing):
         """Sums for the budget."""

@@ -32,6 +32,7 @@ def test_a_new_kind_is_one_class_and_one_line(settings, saved_state, tmp_path, c
         asked["data"]["seq_len"] = asked["model"]["max_seq_len"] = 8
         asked["evaluation"]["sample_tokens"] = 1
         asked["model"]["moe"] |= {"experts": "biased", "biased": {"slope": 2.0}}
+        asked["model"]["moe"] |= {"router": "top_k", "top_k": {"net": "tanh"}}
         cfg = config.from_config_dict(asked)
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "finish_run", lambda *_: None)  # as if it ended before
