@@ -12,7 +12,7 @@ whether a layer has experts, whatever ``config.model.moe.every_n_layers`` says.
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dynmoe_jax.fields import ConfigError, check_value, from_text, nearest, walk
@@ -73,6 +73,34 @@ def layer_models(model: Any) -> tuple[LayerSettings, ...]:
     ]
     _check_effect(model, parts, is_moe)
     return tuple(map(functools.partial(_layer, model), values, is_moe))
+
+
+def own_values(model: Any) -> list[dict[str, Any]]:
+    """The values that ``config.model.layers`` gives each layer, by name."""
+    return _values_by_layer(model, list(_parts(model)))
+
+
+def written_layers(values: Sequence[Mapping[str, Any]]) -> str:
+    """The text of ``config.model.layers`` that gives each layer these values."""
+    layers: dict[tuple[str, Any], list[int]] = {}
+    for layer, own in enumerate(values):
+        for assignment in own.items():
+            layers.setdefault(assignment, []).append(layer)
+    together: dict[str, list[str]] = {}
+    for (name, value), numbers in layers.items():
+        together.setdefault(_ranges(numbers), []).append(f"{name}={value}")
+    return ";".join(f"{where}:{','.join(what)}" for where, what in together.items())
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers as they are written: ``0-3,5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _pattern(model: Any) -> range:

@@ -1,11 +1,7 @@
 """A foreign model as the checkpoint of a run's folder, without ever holding it as a whole."""
 
 import contextlib
-import dataclasses
 import math
-from collections import defaultdict
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +11,9 @@ from dynmoe_jax import config
 from dynmoe_jax.console import Stage, stage, warn
 from dynmoe_jax.data import Tokenizer, remove_tokenizer
 from dynmoe_jax.data.tokenizers.vocabulary import token_text
-from dynmoe_jax.interop.architectures.layouts import Shape
-from dynmoe_jax.interop.architectures.mapping import ParameterSlice, fill
-from dynmoe_jax.interop.architectures.mapping import Path as ParameterPath
 from dynmoe_jax.interop.described import describe
-from dynmoe_jax.interop.files.source import Source, open_source
+from dynmoe_jax.interop.files.source import open_source
+from dynmoe_jax.interop.foreign import ForeignModel
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.runs.begun import make_folder
 from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints
@@ -72,9 +66,9 @@ def import_model(source: Path | str, workdir: Path | str) -> config.Config:
         stage(f"Importing {foreign.architecture.name}", megabytes, "MB") as shown,
         contextlib.closing(Checkpoints(workdir, cfg.checkpoint)) as checkpoints,
     ):
-        slices = _Slices(foreign.source, foreign.found, shapes, shown)
+        model = ForeignModel(foreign)
         like = parameter_shapes(cfg.model).flat_state()
-        leaves = [(path, leaf.replace(slices.array(path))) for path, leaf in like]
+        leaves = [(path, leaf.replace(_streamed(model, path, shown))) for path, leaf in like]
         params = nnx.from_flat_state(leaves)
         checkpoints.save(STEP, {"params": params}, position, cfg)
     return cfg
@@ -93,45 +87,12 @@ def _compare(tokenizer: Tokenizer, rows: int) -> None:
     )
 
 
-class _Slices:
-    """Reads the tensors of one slice of one parameter at a time.
+def _streamed(model: ForeignModel, path: tuple, shown: Stage) -> StreamedArray:
+    """The parameter at a path, to be read when it is written: cut as its tensors cut it."""
 
-    Args:
-      source: the foreign model.
-      found: the slice of each of its tensors.
-      shapes: shapes of our parameters, by path.
-      shown: where progress is shown, in megabytes.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        found: Mapping[str, ParameterSlice],
-        shapes: Mapping[Path, Shape],
-        shown: Stage,
-    ):
-        self._source, self._shapes, self._shown = source, shapes, shown
-        self._slices: dict[ParameterPath, dict[str, ParameterSlice]] = defaultdict(dict)
-        for name, ours in found.items():
-            self._slices[ours.path][name] = ours
-
-    def array(self, path: ParameterPath) -> StreamedArray:
-        """The parameter at a path, to be read when it is written: cut as its tensors cut it."""
-        inside: dict[Index, dict[str, ParameterSlice]] = defaultdict(dict)
-        axes = min(len(ours.leading) for ours in self._slices[path].values())
-        made = StreamedArray(self._shapes[path], partial(self._read, path, inside), axes)
-        for name, ours in self._slices[path].items():
-            index, rest = ours.index[: made.axes], ours.index[made.axes :]
-            inside[index][name] = dataclasses.replace(ours, index=rest)
-        return made
-
-    def _read(
-        self,
-        path: ParameterPath,
-        slices: Mapping[Index, Mapping[str, ParameterSlice]],
-        index: Index,
-    ) -> np.ndarray:
-        values = np.empty(self._shapes[path][len(index) :], np.float32)
-        fill(slices[index], self._source.tensors(slices[index]), {path: values})
-        self._shown.advance(values.nbytes / 1e6)
+    def read(index: Index) -> np.ndarray:
+        values = model.read(path, index)
+        shown.advance(values.nbytes / 1e6)
         return values
+
+    return StreamedArray(model.described.shapes[path], read, model.axes(path))

@@ -47,11 +47,16 @@ class ExpertKind(abc.ABC):
       splits_hidden: tensor parallelism may give each device a part of every axis F (and of both
         halves of 2F), since the outputs of the parts add up.  Otherwise each device puts whole
         experts together.  A bias of the output forbids it: every part would add it.
+      degree: power of a factor on all matrices that comes out: f(c w) = c^degree f(w), of a kind
+        that is not homogeneous about so.
+      homogeneous: whether it is so exactly, for c > 0.
     """
 
     dense: ClassVar[Callable[[Any, Arrays], ExpertWeights] | None] = None
     stored_dense: ClassVar[bool] = False
     splits_hidden: ClassVar[bool] = False
+    degree: ClassVar[int] = 2
+    homogeneous: ClassVar[bool] = False
 
     @abc.abstractmethod
     def parameters(self, width: int, num_experts: int, hidden_width: int) -> dict[str, Parameter]:

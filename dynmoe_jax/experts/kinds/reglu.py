@@ -20,6 +20,8 @@ class ReGLU(ExpertKind):
     """``down(relu(x gate) * (x up))``, without biases."""
 
     splits_hidden = True
+    degree = 3
+    homogeneous = True
 
     def parameters(self, width, num_experts, hidden_width):
         """Gate and up side by side, and down."""

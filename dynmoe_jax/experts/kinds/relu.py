@@ -17,6 +17,8 @@ from dynmoe_jax.registry import EXPERTS
 class ReLU(TwoMatrices):
     """``down(relu(x up))``, without biases."""
 
+    homogeneous = True
+
     def between(self, hidden_RF):
         """Computes relu(x)."""
         return jax.nn.relu(hidden_RF)

@@ -14,6 +14,9 @@ from dynmoe_jax.registry import EXPERTS
 class SquaredReLU(TwoMatrices):
     """``down(relu(x up)^2)``, without biases."""
 
+    degree = 3
+    homogeneous = True
+
     def between(self, hidden_RF):
         """Computes relu(x)^2."""
         return jnp.square(jax.nn.relu(hidden_RF))

@@ -16,6 +16,7 @@ class SwiGLU(ExpertKind):
 
     stored_dense = True
     splits_hidden = True
+    degree = 3
 
     def parameters(self, width, num_experts, hidden_width):
         """Gate and up side by side, and down."""

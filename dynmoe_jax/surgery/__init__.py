@@ -1,0 +1,1 @@
+"""Operations that make another model of one or of several."""

@@ -1,0 +1,34 @@
+"""Command of surgery; ``--help`` says how it is used."""
+
+import sys
+
+from dynmoe_jax.command_line import exit_code
+from dynmoe_jax.data import DataError
+from dynmoe_jax.runs.errors import CheckpointError
+from dynmoe_jax.surgery import arguments, operations, tables
+from dynmoe_jax.surgery.perform import BrokenPromise, perform
+from dynmoe_jax.surgery.rebuild import rebuild
+from dynmoe_jax.surgery.request import checked
+
+BAD_INPUT = (CheckpointError, DataError, BrokenPromise)
+
+assert operations  # importing them registers them
+
+
+def main() -> int:
+    """Does what the command line asks for; returns the exit code."""
+    flags = arguments.parse(sys.argv[1:])
+    if flags.command == arguments.LIST:
+        tables.show_operations()
+    elif flags.command == arguments.REBUILD:
+        tables.show_record(rebuild(flags.source.expanduser(), flags.to.expanduser()), flags.to)
+    elif flags.plan:
+        with checked(flags.asked) as job:
+            tables.show_plan(job)
+    else:
+        tables.show_record(perform(flags.asked), flags.asked.to)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, BAD_INPUT))

@@ -1,0 +1,26 @@
+"""Digest of a model's numbers, whatever the order in which they are met and how they are stored."""
+
+import hashlib
+
+import numpy as np
+
+from dynmoe_jax.edits.places import Place
+from dynmoe_jax.edits.roles import Role
+
+
+class Digest:
+    """SHA-256 over those of all arrays, each with its place, sorted."""
+
+    def __init__(self):
+        self._found: dict[str, str] = {}
+
+    def add(self, place: Place, role: Role, values: np.ndarray) -> None:
+        """Takes in an array as it will be read: float32, of whatever type it is stored in."""
+        own = hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
+        numbers = (role.value, place.layer, place.name, place.expert, *values.shape)
+        self._found[":".join(map(str, numbers))] = own
+
+    def hex(self) -> str:
+        """The digest of all that was added."""
+        lines = (f"{name} {own}\n" for name, own in sorted(self._found.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,104 @@
+"""Base of operations that make experts of dense feed-forwards, with a new router."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dynmoe_jax import config
+from dynmoe_jax.edits.places import Place
+from dynmoe_jax.edits.settings import LayerPlan, plans_of, with_layers
+from dynmoe_jax.fields import ConfigError, free_setting
+from dynmoe_jax.surgery.layer_numbers import layers_from
+from dynmoe_jax.surgery.operation import Operation
+
+
+@dataclasses.dataclass(frozen=True)
+class NewExperts(Operation):
+    """Settings that such operations share."""
+
+    layers: str = free_setting("", "layers that get experts, such as 2,5-7; empty = all")
+    top_k: int = free_setting(
+        0,
+        "experts that a token uses, by top-k; 0 = 2, unless top_p is given",
+        unit="experts",
+        low=0,
+    )
+    top_p: float = free_setting(
+        0.0,
+        "cumulative probability that the experts of a token pass (p), by top-p; 0 = top-k",
+        low=0.0,
+        high=1.0,
+    )
+    renormalize: bool = free_setting(
+        True, "gates of a token sum to one; otherwise they are probabilities"
+    )
+    router_std: float = free_setting(
+        0.02, "standard deviation of the new router's entries", low=0.0
+    )
+
+    @property
+    def k(self) -> int:
+        """Experts of a token by top-k; 0 where it is top-p."""
+        return 0 if self.top_p else self.top_k or 2
+
+    def chosen(self, model: config.Model) -> tuple[int, ...]:
+        """Numbers of the layers that get experts."""
+        return layers_from(self.layers, model.num_layers)
+
+    def check_dense(self, model: config.Model) -> None:
+        """Raises ConfigError for a model that has experts, or for two routers."""
+        if model.moe_layers:
+            numbers = ", ".join(map(str, model.moe_layers))
+            raise ConfigError(
+                f"--from names a model that has experts in layers {numbers} already; give a dense "
+                "one, whose feed-forwards become experts."
+            )
+        if self.top_k and self.top_p:
+            raise ConfigError(
+                f"--top_k={self.top_k} --top_p={self.top_p:g} name two routers; give one of them."
+            )
+
+    def with_experts(
+        self, cfg: config.Config, num_experts: int, slices: int, router: Mapping[str, Any]
+    ) -> config.Config:
+        """Settings with experts in the chosen layers.
+
+        Args:
+          cfg: of the dense model.
+          num_experts: E of each such layer.
+          slices: experts that one feed-forward is cut into.
+          router: more settings below ``config.model.moe``.
+        """
+        chosen, plans = self.chosen(cfg.model), []
+        for i, plan in enumerate(plans_of(cfg.model)):
+            own = dict(plan.own)
+            if i in chosen:
+                for name, of_experts in (("hidden_width", "moe.hidden_width"), (KIND, EXPERTS)):
+                    if name in own:
+                        value = own.pop(name)
+                        own[of_experts] = value // slices if name == "hidden_width" else value
+            plans.append(LayerPlan(i in chosen, own))
+        changes = {
+            "moe.num_experts": num_experts,
+            "moe.hidden_width": cfg.model.hidden_width // slices,
+            EXPERTS: getattr(cfg.model, KIND),
+        }
+        return with_layers(cfg, plans, changes | dict(router))
+
+    def chosen_router(self) -> dict[str, Any]:
+        """Settings of the router below ``config.model.moe``."""
+        if self.top_p:
+            router = {"router": "top_p", "top_p.threshold": self.top_p}
+        else:
+            router = {"router": "top_k", "top_k.k": self.k}
+        router[f"{router['router']}.renormalize"] = self.renormalize
+        return {f"moe.{name}": value for name, value in router.items()}
+
+
+KIND, EXPERTS = "activation", "moe.experts"
+"""Settings that name what a dense feed-forward computes, and what an expert does."""
+
+
+def dense_place(place: Place) -> Place:
+    """The place of the dense feed-forward's array that an expert's is made of."""
+    return dataclasses.replace(place, name=f"feed_forward.{place.array_name}", expert=None)

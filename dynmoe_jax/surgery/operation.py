@@ -1,0 +1,125 @@
+"""Interface of operations, and their registry.
+
+An operation says what the settings of its result are and how each of its arrays is made of its
+parents'.  It reads no file and writes none: whoever runs it (:mod:`.perform`) asks for one array at
+a time, so no model is ever in memory as a whole.
+"""
+
+import abc
+import dataclasses
+import zlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dynmoe_jax import config
+from dynmoe_jax.edits.places import Place
+from dynmoe_jax.edits.roles import Role
+from dynmoe_jax.registry import Registry
+
+OPERATIONS = Registry("operation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """All that an array of the result is made of.
+
+    Attributes:
+      model: settings of the result.
+      shape: of the array.
+      role: whether it is a parameter, or a moment of one.
+      seed: of all that is drawn.
+      num_parents: how many models there are to read from.
+      read_from: (number of a parent, place, role) -> its array, float32.
+      memo: of what several arrays are made of, by key; see :meth:`once`.
+    """
+
+    model: config.Model
+    shape: tuple[int, ...]
+    role: Role
+    seed: int
+    num_parents: int
+    read_from: Callable[[int, Place, Role], np.ndarray]
+    memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made for the first array that asks, and kept for others."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def parameters(self) -> "Given":
+        """The same for parameters, whatever the role: a choice is made from those."""
+        return dataclasses.replace(self, role=Role.PARAMETER)
+
+    def read(self, place: Place, parent: int = 0) -> np.ndarray:
+        """An array of a parent, in the same role."""
+        return self.read_from(parent, place, self.role)
+
+    def random(self, place: Place, purpose: str = "") -> np.random.Generator:
+        """Random numbers of a place, the same for all roles, and whoever asks first."""
+        named = f"{place.name}:{purpose}".encode()
+        numbers = [-1 if x is None else x for x in (place.layer, place.expert)]
+        return np.random.default_rng([self.seed, zlib.crc32(named), *(x + 1 for x in numbers)])
+
+    def normal(self, place: Place, std: float, purpose: str = "") -> np.ndarray:
+        """Draws of N(0, std^2) in the array's shape."""
+        values = self.random(place, purpose).standard_normal(self.shape, np.float32)
+        return np.float32(std) * values
+
+
+class Operation(abc.ABC):
+    """An operation: a frozen dataclass whose fields are its settings.
+
+    Derive from it, write :meth:`result` and :meth:`array`, and register it: command, help, checks,
+    plan, provenance and the table in the documentation follow.
+
+    Attributes:
+      parents: fewest and most models that it takes; None: no bound.
+      paper: where it comes from, in a few words.
+      exact: when it keeps the function, in a few words; :meth:`promise` says it of settings.
+      statistics: of a calibration that it needs, by name.
+      streamed: whether an array needs no more than a few arrays of its parents.
+    """
+
+    parents: ClassVar[tuple[int, int | None]] = (1, 1)
+    paper: ClassVar[str] = ""
+    exact: ClassVar[str] = "no"
+    streamed: ClassVar[bool] = True
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of the statistics that it asks of a calibration."""
+        return frozenset()
+
+    def promise(self, parents: Sequence[config.Config]) -> float | None:
+        """Largest difference of logits, relative to the largest one where that is above 1; None
+        where it changes the function."""
+        return None
+
+    @abc.abstractmethod
+    def result(self, parents: Sequence[config.Config]) -> config.Config:
+        """The settings of the result.
+
+        Raises:
+          ConfigError: a setting does not fit, or a parent is none that it can work on.
+        """
+
+    @abc.abstractmethod
+    def array(self, place: Place, given: Given) -> np.ndarray:
+        """An array of the result, a parameter or moments of one, as ``given.role`` says.
+
+        Args:
+          place: where it stands in the result.
+          given: the parents, and more.
+        """
+
+    def remarks(self, parents: Sequence[config.Config]) -> list[str]:
+        """Sentences that a user should read about the result, such as that experts are equal."""
+        return []
+
+
+def settings_of(operation: Operation) -> Mapping[str, object]:
+    """The settings of an operation by name, as they are stored."""
+    return {field.name: getattr(operation, field.name) for field in dataclasses.fields(operation)}

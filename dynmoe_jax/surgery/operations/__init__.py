@@ -1,0 +1,5 @@
+"""Operations, one file each; importing the room registers them."""
+
+from dynmoe_jax.surgery.operations import average, mix, stack, upcycle
+
+__all__ = ["average", "mix", "stack", "upcycle"]

@@ -1,0 +1,129 @@
+"""Parents of an operation: runs, and foreign models, read one array at a time."""
+
+import contextlib
+import functools
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynmoe_jax import config
+from dynmoe_jax.data import Tokenizer, find_tokenizer
+from dynmoe_jax.edits.places import Place, Stored, stored_in
+from dynmoe_jax.edits.roles import Role
+from dynmoe_jax.interop.foreign import ForeignModel, opened_foreign
+from dynmoe_jax.model.components import RouterState
+from dynmoe_jax.runs.checkpoint import FOLDER
+from dynmoe_jax.runs.load import OpenedRun, opened_run
+from dynmoe_jax.surgery.digest import Digest
+from dynmoe_jax.surgery.provenance import FILE_NAME
+
+_KEPT_ARRAYS = 8
+"""Arrays that are kept after they were read: experts are made of one feed-forward, one after
+another, while other arrays are made between them."""
+
+
+class Parent:
+    """A model to be read.
+
+    Args:
+      folder: as the user named it.
+      model: an opened run, or an opened foreign model.
+
+    Attributes:
+      folder: as the user named it.
+      config: its settings.
+      model: what was opened: ``read(path, index, group)`` gives arrays.
+    """
+
+    def __init__(self, folder: Path, model: OpenedRun | ForeignModel):
+        self.folder, self.model, self.config = folder, model, model.config
+        self._stored: dict[str, list[Stored]] = {}
+        self._states: set[str] = set()
+        for stored, leaf in stored_in(self.config.model):
+            self._stored.setdefault(stored.name, []).append(stored)
+            if isinstance(leaf, RouterState):
+                self._states.add(stored.name)
+        self._kept: OrderedDict[tuple, np.ndarray] = OrderedDict()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is no run of ours."""
+        return isinstance(self.model, ForeignModel)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether an optimizer's moments are stored with it."""
+        return self.model.has_moments
+
+    def read(self, place: Place, role: Role = Role.PARAMETER) -> np.ndarray:
+        """The array of a place, float32."""
+        key = (place, role)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        stored = self._at(place)
+        values = self.model.read(stored.path, stored.index(place), role.value)
+        self._kept[key] = values
+        while len(self._kept) > _KEPT_ARRAYS:
+            self._kept.popitem(last=False)
+        return values
+
+    def _at(self, place: Place) -> Stored:
+        for stored in self._stored.get(place.name, ()):
+            if place.layer is None or place.layer in stored.layers:
+                return stored
+        raise KeyError(f"{self.folder} has no {place}")
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer; None if it has none."""
+        if self.is_foreign or find_tokenizer(self.folder):
+            return self.model.tokenizer()
+        return None
+
+    @property
+    def updates(self) -> int:
+        """Updates that went into its moments; 0 without any."""
+        return self.model.updates
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest of all its parameters and router states, see :class:`.digest.Digest`."""
+        found = Digest()
+        for all_stored in self._stored.values():
+            for stored in all_stored:
+                for place in stored.places():
+                    found.add(place, Role.PARAMETER, self.read(place))
+        return found.hex()
+
+    @functools.cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """What was done to it before, the oldest first."""
+        file = self.folder / FILE_NAME
+        if not file.is_file():
+            return []
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return [*record["history"], {k: record[k] for k in ("operation", "settings", "digest")}]
+
+
+@contextlib.contextmanager
+def opened_parent(folder: Path) -> Iterator[Parent]:
+    """Opens a run's folder, a folder in Hugging Face's format, or a GGUF file.
+
+    Raises:
+      ConfigError: there is none.
+      CheckpointError: it cannot be read.
+    """
+    folder = folder.expanduser()
+    if (folder / FOLDER).is_dir():
+        with opened_run(folder) as run:
+            yield Parent(folder, run)
+    elif folder.is_file() or (folder / "config.json").is_file():
+        yield Parent(folder, opened_foreign(folder))
+    else:
+        raise config.ConfigError(
+            f"--from={folder} is no run's folder, no folder with a config.json, and no GGUF file."
+        )

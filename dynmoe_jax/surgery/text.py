@@ -1,0 +1,86 @@
+"""Text that a result is measured on, and that statistics are gathered of."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from dynmoe_jax import config
+from dynmoe_jax.data import Batch, Prepared, Tokenizer, for_rows, heldout_batches, prepare
+from dynmoe_jax.surgery.parent import Parent
+
+ROWS = 4
+"""Sequences of a batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Prepared text and its tokenizer.
+
+    Attributes:
+      data: settings of the text.
+      prepared: the documents; those held out are for measuring alone.
+      tokenizer: of the model.
+    """
+
+    data: config.Data
+    prepared: Prepared
+    tokenizer: Tokenizer
+
+    def heldout(self, tokens: int) -> dict[str, list[Batch]]:
+        """Batches of held-out text by domain, of about so many tokens in all."""
+        domains = [name for name in self.prepared.domains if len(self.prepared.open_heldout(name))]
+        each = math.ceil(tokens / (ROWS * self.data.seq_len * len(domains)))
+        return {
+            name: list(heldout_batches(self.prepared, self.tokenizer, self.data, name, ROWS, each))
+            for name in domains
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the text of a result comes from.
+
+    Attributes:
+      data: settings as the result keeps them.
+      directory: where prepared text lies; None: in the folder of the result.
+    """
+
+    data: config.Data
+    directory: Path | None
+
+    def open(self, result: Path, tokenizer: Tokenizer, rows: int) -> Text:
+        """Prepares the text, or finds it prepared.
+
+        Args:
+          result: folder of the result.
+          tokenizer: of the model.
+          rows: of its embedding.
+
+        Raises:
+          DataError: a source cannot be read.
+        """
+        prepared = prepare(self.data, self.directory or result / "data")
+        return Text(self.data, prepared, for_rows(tokenizer, rows))
+
+
+def source_of(parent: Parent, sources: str) -> Source:
+    """The text of a result: what the user names, or that of the parent.
+
+    Args:
+      parent: the first one.
+      sources: as the user named them; may be empty.
+
+    Raises:
+      ConfigError: the parent has no text of its own, and none is named.
+    """
+    data = parent.config.data
+    if sources:
+        named = dataclasses.replace(data, sources=sources, directory="")
+        return Source(named, None)
+    if parent.is_foreign or (parent.model.imported and not parent.history):
+        raise config.ConfigError(
+            f"--from={parent.folder} was trained elsewhere, on text that is not known here; name "
+            "some to measure with: --data=SOURCES, such as --data=python."
+        )
+    own = Path(data.directory).expanduser() if data.directory else parent.folder / "data"
+    return Source(dataclasses.replace(data, directory=str(own)), own)
