@@ -199,10 +199,23 @@ def heldout_batches(
       batch_size: rows of a batch.
       max_batches: where to stop.
     """
-    documents = prepared.open_heldout(domain)
+    return document_batches(prepared.open_heldout(domain), tokenizer, data, batch_size, max_batches)
+
+
+def document_batches(
+    documents: Sequence[dict],
+    tokenizer: Tokenizer,
+    data: config.Data,
+    batch_size: int,
+    max_batches: int,
+    seed: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of documents, as :func:`heldout_batches`; with a seed in an order that it draws."""
     if not len(documents):
         return iter(())
-    rows = pack(grain.MapDataset.source(documents), tokenizer, data.seq_len)
+    source = grain.MapDataset.source(documents)
+    source = source if seed is None else source.shuffle(seed=seed)
+    rows = pack(source, tokenizer, data.seq_len)
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     return itertools.islice(iter(rows.batch(batch_size, batch_fn=pad)), max_batches)
 

@@ -7,6 +7,7 @@ Of several processes each writes its arrays; process 0 writes the rest, renames,
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from dynmoe_jax.runs.saving.snapshot import Snapshot
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
+CONFIG_FILE = "config/metadata"
+"""File in which Orbax keeps the settings of a checkpoint."""
 
 IMPORTED = "imported"
 """Key that stands in place of a position in the data: what the model was imported from."""
@@ -313,6 +316,19 @@ class Checkpoints:
                 f"The checkpoint {folder} cannot be read ({_shortly(error)}); move it away to go "
                 "on from the one before."
             ) from error
+
+
+def replace_config(workdir: Path, step: int, cfg: config.Config) -> None:
+    """Gives a checkpoint other settings, such as one that was chosen with its arrays at hand.
+
+    Args:
+      workdir: a folder that nobody else reads or writes.
+      step: of the checkpoint.
+      cfg: settings of a model with the same arrays.
+    """
+    folder = workdir / FOLDER / str(step)
+    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(cfg)), encoding="utf-8")
+    write_checksums(folder)
 
 
 def _array_names(tree: Any) -> set[str]:

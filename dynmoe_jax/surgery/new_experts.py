@@ -29,6 +29,12 @@ class NewExperts(Operation):
         low=0.0,
         high=1.0,
     )
+    experts_per_token: float = free_setting(
+        0.0,
+        "mean experts of a token, which p is moved to on training text; 0 = p as it is given",
+        unit="experts",
+        low=0.0,
+    )
     renormalize: bool = free_setting(
         True, "gates of a token sum to one; otherwise they are probabilities"
     )
@@ -37,9 +43,19 @@ class NewExperts(Operation):
     )
 
     @property
+    def p(self) -> float:
+        """Threshold of top-p to begin with; 0 where it is top-k."""
+        return self.top_p or (0.4 if self.experts_per_token else 0.0)
+
+    @property
     def k(self) -> int:
         """Experts of a token by top-k; 0 where it is top-p."""
-        return 0 if self.top_p else self.top_k or 2
+        return 0 if self.p else self.top_k or 2
+
+    @property
+    def wanted_experts(self) -> float:
+        """Mean experts of a token that p is moved to; 0: it stays."""
+        return self.experts_per_token
 
     def chosen(self, model: config.Model) -> tuple[int, ...]:
         """Numbers of the layers that get experts."""
@@ -53,10 +69,13 @@ class NewExperts(Operation):
                 f"--from names a model that has experts in layers {numbers} already; give a dense "
                 "one, whose feed-forwards become experts."
             )
-        if self.top_k and self.top_p:
-            raise ConfigError(
-                f"--top_k={self.top_k} --top_p={self.top_p:g} name two routers; give one of them."
+        if self.top_k and (self.top_p or self.experts_per_token):
+            other = (
+                f"top_p={self.top_p:g}"
+                if self.top_p
+                else (f"experts_per_token={self.experts_per_token:g}")
             )
+            raise ConfigError(f"--top_k={self.top_k} --{other} name two routers; give one of them.")
 
     def with_experts(
         self, cfg: config.Config, num_experts: int, slices: int, router: Mapping[str, Any]
@@ -87,8 +106,8 @@ class NewExperts(Operation):
 
     def chosen_router(self) -> dict[str, Any]:
         """Settings of the router below ``config.model.moe``."""
-        if self.top_p:
-            router = {"router": "top_p", "top_p.threshold": self.top_p}
+        if self.p:
+            router = {"router": "top_p", "top_p.threshold": self.p}
         else:
             router = {"router": "top_k", "top_k.k": self.k}
         router[f"{router['router']}.renormalize"] = self.renormalize

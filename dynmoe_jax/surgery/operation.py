@@ -98,6 +98,11 @@ class Operation(abc.ABC):
         where it changes the function."""
         return None
 
+    @property
+    def wanted_experts(self) -> float:
+        """Mean experts of a token that p of a top-p result is moved to; 0: it stays."""
+        return 0.0
+
     @abc.abstractmethod
     def result(self, parents: Sequence[config.Config]) -> config.Config:
         """The settings of the result.

@@ -18,6 +18,7 @@ from dynmoe_jax.surgery.parent import Parent
 from dynmoe_jax.surgery.provenance import versions, write_record
 from dynmoe_jax.surgery.request import Job, Request, checked
 from dynmoe_jax.surgery.size import size_of
+from dynmoe_jax.surgery.threshold import fit_threshold
 from dynmoe_jax.surgery.write import write_result
 
 
@@ -71,6 +72,9 @@ def _make(job: Job, folder: Path) -> dict[str, Any]:
         dtype=options.dtype,
     )
     text = job.source.open(folder, tokenizer, job.cfg.model.vocab_size)
+    if wanted := asked.operation.wanted_experts:
+        training = text.training(options.tokens, options.seed)
+        job = dataclasses.replace(job, cfg=fit_threshold(folder, job.cfg, training, wanted))
     with opened_run(folder) as result:
         measured = compare(
             job.parents[0].model, result, text.heldout(options.tokens), tokenizer.token_bytes_V

@@ -20,7 +20,10 @@ class Options:
         "", "text to measure with, as config.data.sources; empty = that of the first model"
     )
     tokens: int = free_setting(
-        8192, "held-out tokens that both models are measured on", unit="tokens", low=1
+        8192,
+        "held-out tokens that both models are measured on, and training ones that p is moved on",
+        unit="tokens",
+        low=1,
     )
     seed: int = free_setting(0, "of all that is drawn", low=0)
     moments: str = free_setting(

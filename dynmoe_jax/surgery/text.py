@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from dynmoe_jax import config
-from dynmoe_jax.data import Batch, Prepared, Tokenizer, for_rows, heldout_batches, prepare
+from dynmoe_jax.data import Batch, Prepared, Tokenizer, document_batches, for_rows, prepare
 from dynmoe_jax.surgery.parent import Parent
 
 ROWS = 4
@@ -28,12 +29,18 @@ class Text:
 
     def heldout(self, tokens: int) -> dict[str, list[Batch]]:
         """Batches of held-out text by domain, of about so many tokens in all."""
-        domains = [name for name in self.prepared.domains if len(self.prepared.open_heldout(name))]
-        each = math.ceil(tokens / (ROWS * self.data.seq_len * len(domains)))
-        return {
-            name: list(heldout_batches(self.prepared, self.tokenizer, self.data, name, ROWS, each))
-            for name in domains
-        }
+        return self._batches(self.prepared.open_heldout, tokens, None)
+
+    def training(self, tokens: int, seed: int) -> dict[str, list[Batch]]:
+        """Batches of training text by domain, of about so many tokens in all, drawn by a seed."""
+        return self._batches(self.prepared.open_train, tokens, seed)
+
+    def _batches(self, opened: Callable, tokens: int, seed: int | None) -> dict[str, list[Batch]]:
+        documents = {name: opened(name) for name in self.prepared.domains}
+        documents = {name: own for name, own in documents.items() if len(own)}
+        each = math.ceil(tokens / (ROWS * self.data.seq_len * max(1, len(documents))))
+        given = self.tokenizer, self.data, ROWS, each, seed
+        return {name: list(document_batches(own, *given)) for name, own in documents.items()}
 
 
 @dataclasses.dataclass(frozen=True)

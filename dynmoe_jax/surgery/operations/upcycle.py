@@ -63,7 +63,7 @@ class Upcycle(NewExperts):
     @property
     def unit_gates(self) -> bool:
         """Whether the gates of a token sum to one."""
-        return self.renormalize or (self.softmax == "after" and not self.top_p)
+        return self.renormalize or (self.softmax == "after" and not self.p)
 
     def factor(self) -> float:
         """What experts are multiplied by, to make up for gates (s; arXiv 2410.07524).
@@ -106,7 +106,7 @@ class Upcycle(NewExperts):
         self._check_slices(cfg.model)
         self._check_gates()
         router = self.chosen_router()
-        if not self.top_p:
+        if not self.p:
             router["moe.top_k.softmax"] = self.softmax
         return self.with_experts(cfg, self.num_experts, self.granularity, router)
 
@@ -136,9 +136,9 @@ class Upcycle(NewExperts):
                 "feed-forward smaller, and the model worse than its parent; leave --renormalize "
                 "true, or scale with --scale=down."
             )
-        if self.top_p and (self.granularity > 1 or not self.renormalize):
+        if self.p and (self.granularity > 1 or not self.renormalize):
             raise ConfigError(
-                f"--top_p={self.top_p:g} needs --renormalize=true and --granularity=1: how many "
+                f"--top_p={self.p:g} needs --renormalize=true and --granularity=1: how many "
                 "slices of a copy it takes, and what their gates sum to, differs from token to "
                 "token."
             )
