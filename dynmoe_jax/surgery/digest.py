@@ -14,11 +14,18 @@ class Digest:
     def __init__(self):
         self._found: dict[str, str] = {}
 
+    def __contains__(self, place: Place) -> bool:
+        """Whether the parameter in a place was added."""
+        return self._name(place, Role.PARAMETER) in self._found
+
+    @staticmethod
+    def _name(place: Place, role: Role) -> str:
+        return ":".join(map(str, (role.value, place.layer, place.name, place.expert)))
+
     def add(self, place: Place, role: Role, values: np.ndarray) -> None:
         """Takes in an array as it will be read: float32, of whatever type it is stored in."""
         own = hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
-        numbers = (role.value, place.layer, place.name, place.expert, *values.shape)
-        self._found[":".join(map(str, numbers))] = own
+        self._found[self._name(place, role)] = f"{values.shape} {own}"
 
     def hex(self) -> str:
         """The digest of all that was added."""

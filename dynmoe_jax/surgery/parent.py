@@ -48,6 +48,7 @@ class Parent:
             if isinstance(leaf, RouterState):
                 self._states.add(stored.name)
         self._kept: OrderedDict[tuple, np.ndarray] = OrderedDict()
+        self._digest = Digest()
 
     @property
     def is_foreign(self) -> bool:
@@ -67,6 +68,8 @@ class Parent:
             return self._kept[key]
         stored = self._at(place)
         values = self.model.read(stored.path, stored.index(place), role.value)
+        if role is Role.PARAMETER and place not in self._digest:
+            self._digest.add(place, role, values)
         self._kept[key] = values
         while len(self._kept) > _KEPT_ARRAYS:
             self._kept.popitem(last=False)
@@ -91,13 +94,16 @@ class Parent:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Digest of all its parameters and router states, see :class:`.digest.Digest`."""
-        found = Digest()
+        """Digest of all its parameters and router states, see :class:`.digest.Digest`.
+
+        What was read before is not read again.
+        """
         for all_stored in self._stored.values():
             for stored in all_stored:
                 for place in stored.places():
-                    found.add(place, Role.PARAMETER, self.read(place))
-        return found.hex()
+                    if place not in self._digest:
+                        self.read(place)
+        return self._digest.hex()
 
     @functools.cached_property
     def history(self) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from dynmoe_jax import config
 from dynmoe_jax.data import Batch, Prepared, Tokenizer, document_batches, for_rows, prepare
 from dynmoe_jax.surgery.parent import Parent
 
-ROWS = 4
-"""Sequences of a batch."""
+TOKENS_AT_ONCE = 2048
+"""Tokens of a batch, or one sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Text:
     def _batches(self, opened: Callable, tokens: int, seed: int | None) -> dict[str, list[Batch]]:
         documents = {name: opened(name) for name in self.prepared.domains}
         documents = {name: own for name, own in documents.items() if len(own)}
-        each = math.ceil(tokens / (ROWS * self.data.seq_len * max(1, len(documents))))
-        given = self.tokenizer, self.data, ROWS, each, seed
+        rows = max(1, TOKENS_AT_ONCE // self.data.seq_len)
+        each = math.ceil(tokens / (rows * self.data.seq_len * max(1, len(documents))))
+        given = self.tokenizer, self.data, rows, each, seed
         return {name: list(document_batches(own, *given)) for name, own in documents.items()}
 
 
