@@ -20,6 +20,7 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.runs.errors import CheckpointError
+from dynmoe_jax.runs.saving.chunks import save_args
 from dynmoe_jax.runs.saving.integrity import write_checksums
 from dynmoe_jax.runs.saving.pace import Pace, paced_types
 from dynmoe_jax.runs.saving.retention import (
@@ -159,7 +160,7 @@ class Checkpoints:
             state = self._snapshot.of(state)
             self._pace.begin(sum(x.nbytes for x in jax.tree.leaves(state)))
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
+            state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(save_args, state)),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(config.to_dict(cfg)),
         )
@@ -342,11 +343,6 @@ def _alone() -> ocp.options.MultiprocessingOptions:
         return ocp.options.MultiprocessingOptions()
     own = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-
-
-def _save_args(leaf: Any) -> ocp.SaveArgs:
-    """Options for saving a leaf: how it is cut into chunks, where it has an opinion."""
-    return getattr(leaf, "save_args", None) or ocp.SaveArgs()
 
 
 def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:

@@ -23,7 +23,7 @@ from dynmoe_jax.model import Decoder, parameter_shapes
 from dynmoe_jax.runs.begun import check_not_imported
 from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.load import load_run
-from dynmoe_jax.runs.saving import streamed
+from dynmoe_jax.runs.saving import chunks
 
 SHAPE = {
     "vocab_size": 20,
@@ -112,7 +112,7 @@ def test_imported_run_is_what_load_hf_gives(travelled):
 
 def test_an_expert_is_one_chunk_on_disk(tmp_path, monkeypatch):
     """Whoever works on a model expert by expert would read a whole layer for each else."""
-    monkeypatch.setattr(streamed, "_SMALL_BYTES", 4)
+    monkeypatch.setattr(chunks, "SMALL_BYTES", 4)
     source = write_hf(tmp_path / "hf", "MixtralForCausalLM")
     import_model(source, tmp_path / "run")
     base = f"file://{tmp_path}/run/checkpoints/0/state/"

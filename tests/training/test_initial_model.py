@@ -250,7 +250,7 @@ def test_a_model_in_bfloat16_is_begun_with_in_float32(settings, change, state, t
     folder.mkdir()
     tokenizer.save(folder / TRAINED)
     trees = [jax.tree.map(stored, state.params) for _ in range(3)]
-    moments = Moments(*trees[1:], np.asarray(2, np.int32))._asdict()
+    moments = Moments(*trees[1:], np.int32(2))._asdict()
     position = {"tokenizer": tokenizer.fingerprint, IMPORTED: "surgery"}
     with contextlib.closing(Checkpoints(folder, config.Checkpoint())) as checkpoints:
         checkpoints.save(0, {"params": trees[0], GROUP: moments}, position, settings)

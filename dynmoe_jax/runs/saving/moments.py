@@ -25,7 +25,7 @@ class Moments(NamedTuple):
     Attributes:
       first: of each trainable parameter: running mean of its gradient; a tree like theirs.
       second: running mean of its gradient's squares.
-      count: updates that went into them, an array of one int32.
+      count: updates that went into them, an int32.
     """
 
     first: Any

@@ -134,5 +134,7 @@ class _PacedArrays(ocp.type_handlers.ArrayHandler):
 def paced_types(pace: Pace) -> ocp.type_handlers.TypeHandlerRegistry:
     """Handlers by which Orbax saves the leaves of a state, arrays at a pace."""
     arrays = (jax.Array, _PacedArrays(pace))
-    others = [(t, ocp.type_handlers.get_type_handler(t)) for t in (np.ndarray, StreamedArray)]
+    others = [
+        (t, ocp.type_handlers.get_type_handler(t)) for t in (np.ndarray, np.number, StreamedArray)
+    ]
     return ocp.type_handlers.create_type_handler_registry(arrays, *others)

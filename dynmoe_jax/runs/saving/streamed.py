@@ -11,9 +11,7 @@ import tensorstore as ts
 from numpy.typing import DTypeLike
 
 from dynmoe_jax.compat import SlicewiseHandler
-
-_SMALL_BYTES = 1 << 20
-"""Chunks below this make reading slow, says Orbax."""
+from dynmoe_jax.runs.saving.chunks import finest_cut
 
 Index = tuple[int, ...]
 """Numbers along the leading axes of an array; empty for all of it."""
@@ -25,7 +23,8 @@ class StreamedArray:
     Attributes:
       shape: of the whole.
       dtype: of the numbers on disk.
-      axes: number of leading axes by which it is asked for, and cut on disk.
+      axes: number of leading axes by which it is asked for, and cut on disk: a chunk that is
+        written in parts would be read and merged.
 
     Args:
       shape: of the whole.
@@ -43,8 +42,7 @@ class StreamedArray:
         dtype: DTypeLike = np.float32,
     ):
         self.shape, self.make, self.dtype = tuple(shape), make, jnp.dtype(dtype)
-        cut = range(axes, 0, -1)
-        self.axes = next((n for n in cut if self._slice_bytes(n) >= _SMALL_BYTES), 0)
+        self.axes = finest_cut(self.shape, self.itemsize, axes)
 
     @property
     def size(self) -> int:
@@ -52,15 +50,9 @@ class StreamedArray:
         return math.prod(self.shape)
 
     @property
-    def save_args(self) -> ocp.SaveArgs:
-        """A slice is a chunk on disk: one that is written in parts would be read and merged."""
-        if not self.axes:
-            return ocp.SaveArgs()
-        axes = tuple(range(self.axes))
-        return ocp.SaveArgs(chunk_byte_size=self._slice_bytes(self.axes), shard_axes=axes)
-
-    def _slice_bytes(self, axes: int) -> int:
-        return self.dtype.itemsize * math.prod(self.shape[axes:])
+    def itemsize(self) -> int:
+        """Bytes of a number on disk."""
+        return self.dtype.itemsize
 
 
 class _Handler(SlicewiseHandler):
