@@ -5,13 +5,13 @@ import functools
 from collections.abc import Iterator
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.model import Decoder, decoder_shapes
 from dynmoe_jax.model.stacks import Stack, stacks_of
 from dynmoe_jax.runs.load import OpenedRun
+from dynmoe_jax.runs.saving.streamed import Index
 
 shapes_of = functools.lru_cache(maxsize=4)(decoder_shapes)
 """A decoder of shapes in place of arrays, made once for a model."""
@@ -45,11 +45,7 @@ class Group:
 
     def read(self, run: OpenedRun) -> nnx.State:
         """Its parameters and router states, on the first device."""
-        read = [
-            (path, leaf.replace(_cast(_slice(run, (self.stack.name, *path), self.index), leaf)))
-            for path, leaf in self.shapes.flat_state()
-        ]
-        return nnx.from_flat_state(read)
+        return _read(run, self.stack.name, self.shapes, (self.index,))
 
 
 def groups_of(model: config.Model) -> Iterator[Group]:
@@ -64,31 +60,20 @@ def groups_of(model: config.Model) -> Iterator[Group]:
 def read_norm(run: OpenedRun) -> tuple[nnx.GraphDef, nnx.State]:
     """(structure, parameters) of the norm behind all layers."""
     structure, shapes = nnx.split(shapes_of(run.config.model).norm)
+    return structure, _read(run, "norm", shapes)
+
+
+def _read(run: OpenedRun, name: str, shapes: nnx.State, index: Index = ()) -> nnx.State:
+    """The variables of a part of the decoder, on the first device.
+
+    Args:
+      run: to read from.
+      name: of the part.
+      shapes: of its variables.
+      index: numbers along the leading axes of each.
+    """
     read = [
-        (path, leaf.replace(_cast(read_whole(run, ("norm", *path)), leaf)))
+        (path, leaf.replace(jnp.asarray(run.read((name, *path), index), leaf.dtype)))
         for path, leaf in shapes.flat_state()
     ]
-    return structure, nnx.from_flat_state(read)
-
-
-def read_whole(run: OpenedRun, path: tuple) -> np.ndarray:
-    """All of a parameter, as it is stored."""
-    parts = list(run.slices(path))
-    if parts[0][0] is None:
-        return parts[0][1]
-    return np.stack([values for _, values in parts])
-
-
-def _slice(run: OpenedRun, path: tuple, index: int) -> np.ndarray:
-    """What stands at an index of the first axis of a parameter."""
-    for found, values in run.slices(path):
-        if found is None:
-            # A copy: a view would keep the whole.
-            return np.array(values[index])
-        if found == index:
-            return values
-    raise IndexError(index)
-
-
-def _cast(values: np.ndarray, leaf: nnx.Variable) -> jnp.ndarray:
-    return jnp.asarray(values, leaf.dtype)
+    return nnx.from_flat_state(read)

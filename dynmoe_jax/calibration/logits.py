@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dynmoe_jax import config
-from dynmoe_jax.calibration.groups import read_whole
 from dynmoe_jax.calibration.stream import Batch
 from dynmoe_jax.console import stage
 from dynmoe_jax.model.components import compute_dtype
@@ -138,8 +137,8 @@ def _all_sums(runs, flat, targets_T) -> dict[str, np.ndarray]:
 def _head_VD(run: OpenedRun) -> Float[np.ndarray, "V D"]:
     """The output projection, by rows of tokens."""
     if run.config.model.tie_embeddings:
-        return read_whole(run, ("embedding_VD",))
-    return read_whole(run, ("head_DV",)).T
+        return run.read(("embedding_VD",))
+    return run.read(("head_DV",)).T
 
 
 def _nothing(tokens: int, models: int) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynmoe_jax import config
-from dynmoe_jax.calibration.groups import Group, groups_of, read_norm, read_whole, shapes_of
+from dynmoe_jax.calibration.groups import Group, groups_of, read_norm, shapes_of
 from dynmoe_jax.console import Stage, stage
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.inputs import TokenPositions
@@ -101,7 +101,7 @@ class _OfOutput:
 def _embedded(run: OpenedRun, batches: Sequence[Batch]) -> list[Stream]:
     """What goes into the first layer."""
     model = run.config.model
-    table_VD = read_whole(run, ("embedding_VD",))
+    table_VD = run.read(("embedding_VD",))
     return [
         (table_VD[batch["tokens"]].astype(np.float32), _no_previous(model, batch))
         for batch in batches
