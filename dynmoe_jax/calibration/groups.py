@@ -34,14 +34,11 @@ class Group:
     shapes: nnx.State
 
     @property
-    def first(self) -> int:
-        """Number of its first layer in the decoder."""
-        return self.stack.first + self.index * self.length
-
-    @property
-    def length(self) -> int:
-        """Number of its layers."""
-        return len(self.stack.run.period)
+    def layers(self) -> range:
+        """Numbers of its layers in the decoder."""
+        period = len(self.stack.run.period)
+        first = self.stack.first + self.index * period
+        return range(first, first + period)
 
     def read(self, run: OpenedRun) -> nnx.State:
         """Its parameters and router states, on the first device."""

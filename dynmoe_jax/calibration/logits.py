@@ -81,13 +81,8 @@ def logit_statistics(
     """
     models = [(run, hidden)] + ([other] if other else [])
     _check_vocabularies([each.config.model for each, _ in models])
-    valid = [batch["segment_ids"] > 0 for batch in batches]
-    flat = [
-        np.concatenate([x_BLD[valid_BL] for x_BLD, valid_BL in zip(each, valid, strict=True)])
-        for _, each in models
-    ]
-    targets_T = np.concatenate([b["targets"][v] for b, v in zip(batches, valid, strict=True)])
-    sums = _all_sums([each for each, _ in models], flat, targets_T)
+    flat, targets, _ = zip(*(_flat(each, batches) for _, each in models), strict=True)
+    sums = _all_sums([each for each, _ in models], flat, targets[0])
     first = *_found(sums, 0), sums["largest"]
     if not other:
         return LogitStatistics(*first)
@@ -117,17 +112,16 @@ def _all_sums(runs, flat, targets_T) -> dict[str, np.ndarray]:
     """Sums over the whole vocabulary of every token, by name."""
     heads = [_head_VD(run) for run in runs]
     dtypes = tuple(compute_dtype(run.config.model) for run in runs)
-    tokens, vocabulary = len(targets_T), len(heads[0])
-    columns = -(-vocabulary // -(-vocabulary // COLUMNS_AT_ONCE))
-    chunks = [slice(t, t + TOKENS_AT_ONCE) for t in range(0, tokens, TOKENS_AT_ONCE)]
+    chunks = _chunks(len(targets_T), TOKENS_AT_ONCE)
+    parts = _chunks(len(heads[0]), COLUMNS_AT_ONCE)
     carried = [_nothing(len(targets_T[chunk]), len(runs)) for chunk in chunks]
-    steps = len(range(0, vocabulary, columns)) * len(chunks)
-    with stage("Comparing logits" if len(runs) > 1 else "Computing losses", steps) as shown:
-        for first in range(0, vocabulary, columns):
-            parts = [jnp.asarray(head[first : first + columns]) for head in heads]
+    title = "Comparing logits" if len(runs) > 1 else "Computing losses"
+    with stage(title, len(parts) * len(chunks)) as shown:
+        for part in parts:
+            of_part = [jnp.asarray(head[part]) for head in heads]
             for i, chunk in enumerate(chunks):
-                x_CDs = [x_TD[chunk] for x_TD in flat]
-                carried[i] = _add(dtypes, carried[i], x_CDs, parts, targets_T[chunk] - first, first)
+                x_CDs, at = [x_TD[chunk] for x_TD in flat], targets_T[chunk] - part.start
+                carried[i] = _add(dtypes, carried[i], x_CDs, of_part, at, part.start)
                 shown.advance()
     carried = jax.device_get(carried)
     names = carried[0] if carried else _nothing(0, len(runs))
@@ -189,3 +183,62 @@ def _add(dtypes, sums, x_CDs, head_vDs, targets_C, first):
         hit_Cv = targets_C[:, None] == jnp.arange(logits_Cv.shape[-1])
         sums[f"target_{i}"] += jnp.sum(jnp.where(hit_Cv, logits_Cv, 0), axis=-1)
     return sums
+
+
+def loss_gradients(
+    run: OpenedRun, hidden: Hidden, batches: Sequence[Batch]
+) -> list[Float[np.ndarray, "B L D"]]:
+    """The gradient of the sum of all losses by the normed stream of each batch, float32.
+
+    Args:
+      run: the model, of which the output projection is read.
+      hidden: what :func:`~dynmoe_jax.calibration.stream.forward` returned for it.
+      batches: with ``targets``.
+    """
+    x_TD, targets_T, valid = _flat(hidden, batches)
+    sums = _all_sums([run], [x_TD], targets_T)
+    log_z_T = np.log(sums["mass_0"]) + sums["most_0"]
+    dx_TD = np.zeros(x_TD.shape, np.float32)
+    dtype = compute_dtype(run.config.model)
+    head_VD, chunks = _head_VD(run), _chunks(len(targets_T), TOKENS_AT_ONCE)
+    parts = _chunks(len(head_VD), COLUMNS_AT_ONCE)
+    with stage("Computing gradients of losses", len(parts) * len(chunks)) as shown:
+        for part in parts:
+            head_vD = jnp.asarray(head_VD[part])
+            for chunk in chunks:
+                at = targets_T[chunk] - part.start
+                dx_TD[chunk] += _gradient(dtype, x_TD[chunk], head_vD, at, log_z_T[chunk])
+                shown.advance()
+    found, done = [], 0
+    for valid_BL in valid:
+        dx_BLD = np.zeros((*valid_BL.shape, dx_TD.shape[-1]), np.float32)
+        tokens = int(valid_BL.sum())
+        dx_BLD[valid_BL] = dx_TD[done : done + tokens]
+        found.append(dx_BLD)
+        done += tokens
+    return found
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradient(dtype, x_CD, head_vD, targets_C, log_z_C):
+    """The part of the gradient of losses by x_CD that some columns of the logits give."""
+    head_vD = head_vD.astype(dtype)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits_Cv = product("cd,vd->cv", x_CD.astype(dtype), head_vD)
+    hit_Cv = targets_C[:, None] == jnp.arange(len(head_vD))
+    dlogits_Cv = jnp.exp(logits_Cv - log_z_C[:, None]) - hit_Cv
+    return product("cv,vd->cd", dlogits_Cv.astype(dtype), head_vD)
+
+
+def _flat(hidden: Hidden, batches: Sequence[Batch]):
+    """(hidden states of all valid tokens, their targets, which tokens of each batch are valid)."""
+    valid = [batch["segment_ids"] > 0 for batch in batches]
+    x_TD = np.concatenate([x_BLD[v] for x_BLD, v in zip(hidden, valid, strict=True)])
+    targets_T = np.concatenate([b["targets"][v] for b, v in zip(batches, valid, strict=True)])
+    return x_TD, targets_T, valid
+
+
+def _chunks(size: int, most: int) -> list[slice]:
+    """Slices of about equal sizes."""
+    each = -(-size // max(1, -(-size // most)))
+    return [slice(first, first + each) for first in range(0, size, max(1, each))]

@@ -32,9 +32,9 @@ Batch = Mapping[str, np.ndarray]
 Taps = Callable[[LayerOutput], Any]
 """Picks or reduces results of a layer: a tree of arrays, or None."""
 
-Probe = Callable[[Layer, LayerOutput, Mapping[str, Array]], Any]
-"""``(layer, its output, the batch) -> tree of arrays``, compiled into the layer.  Equal ones share
-what is compiled."""
+Probe = Callable[[Layer, Array, TokenPositions, Mapping[str, Array]], tuple[LayerOutput, Any]]
+"""``(layer, x_BLD, positions, the batch) -> (its output, tree of arrays)``: computes a layer and
+looks at it.  Equal ones share what is compiled."""
 
 Fold = Callable[[int, int, Any], None]
 """``(number of the layer, number of the batch, what was picked)``, which is on the host."""
@@ -61,24 +61,34 @@ def forward(
     Returns:
       the normed residual stream of each batch, float32.
     """
-    return streamed(run, batches, None if taps is None else _OfOutput(taps), fold)
+    probe = Tapped(taps or (lambda output: None))
+    return streamed(run, batches, lambda layer: probe, fold)
 
 
 def streamed(
     run: OpenedRun,
     batches: Sequence[Batch],
-    probe: Probe | None = None,
+    probe_of: Callable[[int], Probe],
     fold: Fold | None = None,
-    keep: Callable[[Group, list[Stream]], None] | None = None,
+    keep: Callable[[list[Stream]], None] | None = None,
 ) -> list[Float[np.ndarray, "B L D"]]:
-    """:func:`forward` with a probe in place of taps; ``keep`` sees what goes into each group."""
+    """:func:`forward` with more to look at.
+
+    Args:
+      run: the model, as it lies on disk.
+      batches: of any number.
+      probe_of: the probe of a layer, by its number.
+      fold: is given what it found.
+      keep: is given the streams in front of each group, and those behind the last one.
+    """
     model = run.config.model
-    streams = _embedded(run, batches)
+    streams, keep = _embedded(run, batches), keep or (lambda streams: None)
     with stage("Passing text through the layers", model.num_layers, "layers") as shown:
         for group in groups_of(model):
-            if keep is not None:
-                keep(group, list(streams))
-            _pass_group(run, group, batches, streams, probe, fold, shown)
+            keep(list(streams))
+            probes = tuple(probe_of(layer) for layer in group.layers)
+            _pass_group(run, group, batches, streams, probes, fold, shown)
+    keep(list(streams))
     return _normed(run, streams)
 
 
@@ -89,13 +99,19 @@ def token_positions(model: config.Model, batch: Mapping[str, Array]) -> TokenPos
 
 
 @dataclasses.dataclass(frozen=True)
-class _OfOutput:
-    """Taps as a probe; equal for equal taps."""
+class Tapped:
+    """Taps as a probe; equal for equal taps.
+
+    Attributes:
+      taps: see :data:`Taps`.
+    """
 
     taps: Taps
 
-    def __call__(self, layer: Layer, output: LayerOutput, batch: Mapping[str, Array]) -> Any:
-        return self.taps(output)
+    def __call__(self, layer: Layer, x_BLD: Array, positions: TokenPositions, batch):
+        """(output of the layer, what the taps pick of it)."""
+        output = layer(x_BLD, positions)
+        return output, self.taps(output)
 
 
 def _embedded(run: OpenedRun, batches: Sequence[Batch]) -> list[Stream]:
@@ -120,19 +136,19 @@ def _pass_group(
     group: Group,
     batches: Sequence[Batch],
     streams: list[Stream],
-    probe: Probe | None,
+    probes: tuple[Probe, ...],
     fold: Fold | None,
     shown: Stage,
 ) -> None:
     """Replaces each stream by what leaves the group.  Its parameters are dropped at the end."""
-    compute = partial(_compute_group, group.structure, run.config.model, probe, group.read(run))
+    compute = partial(_compute_group, group.structure, run.config.model, probes, group.read(run))
 
     def settle(number, result):
         streams[number], tapped = jax.device_get(result)
-        for place, found in enumerate(tapped):
+        for layer, found in zip(group.layers, tapped, strict=True):
             if fold is not None and found is not None:
-                fold(group.first + place, number, found)
-        shown.advance(group.length / len(batches))
+                fold(layer, number, found)
+        shown.advance(len(group.layers) / len(batches))
 
     under_way = None
     for number, batch in enumerate(batches):
@@ -145,15 +161,14 @@ def _pass_group(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _compute_group(structure, model, probe, params, batch, stream):
-    """(what leaves a group of layers, what the probe found in each)."""
+def _compute_group(structure, model, probes, params, batch, stream):
+    """(what leaves a group of layers, what its probe found in each)."""
     x_BLD, previous_BLS = stream
-    x_BLD = x_BLD.astype(compute_dtype(model))
+    x_BLD, found = x_BLD.astype(compute_dtype(model)), []
     positions = token_positions(model, batch).with_previous(previous_BLS)
-    found = []
-    for layer in nnx.merge(structure, params).layers:
-        output = layer(x_BLD, positions)
-        found.append(probe and probe(layer, output, batch))
+    for layer, probe in zip(nnx.merge(structure, params).layers, probes, strict=True):
+        output, of_layer = probe(layer, x_BLD, positions, batch)
+        found.append(of_layer)
         x_BLD, positions = output.x_BLD, positions.with_previous(output.previous_BLS)
     return (x_BLD.astype(jnp.float32), positions.previous_BLS), found
 

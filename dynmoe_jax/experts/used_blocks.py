@@ -53,10 +53,10 @@ class UsedBlocks:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _used_blocks(kind, x_TD, weight_R, weights, token_R, group_size_E):
     def add_block(y_TD, e, start, token_b, weight_b):
-        y_bD = kind.apply(_of_expert(weights, e), _rows_of(x_TD, token_b))
+        y_bD = kind.apply(of_expert(weights, e), rows_of(x_TD, token_b))
         return scatter_add(y_TD, token_b, y_bD.astype(jnp.float32) * weight_b[:, None])
 
-    schedule = _schedule(x_TD, weight_R, token_R, group_size_E)
+    schedule = blocks_of(x_TD, weight_R, token_R, group_size_E)
     return schedule.fold(add_block, jnp.zeros(x_TD.shape, jnp.float32)).astype(x_TD.dtype)
 
 
@@ -70,7 +70,7 @@ def _backward(kind, arguments, dy_TD):
 
     def add_block(carry, e, start, token_b, weight_b):
         dx_TD, dweight_P, dweights = carry
-        y_bD, transpose = jax.vjp(kind.apply, _of_expert(weights, e), _rows_of(x_TD, token_b))
+        y_bD, transpose = jax.vjp(kind.apply, of_expert(weights, e), rows_of(x_TD, token_b))
         dy_bD = gather(dy_TD, token_b)
         dweight_b = jnp.sum(dy_bD.astype(jnp.float32) * y_bD.astype(jnp.float32), axis=-1)
         dweight_P = jax.lax.dynamic_update_slice(dweight_P, dweight_b, (start,))
@@ -79,7 +79,7 @@ def _backward(kind, arguments, dy_TD):
         dweights = jax.tree.map(lambda total, more: total.at[e].add(more), dweights, dweights_e)
         return scatter_add(dx_TD, token_b, dx_bD), dweight_P, dweights
 
-    schedule = _schedule(x_TD, weight_R, token_R, group_size_E)
+    schedule = blocks_of(x_TD, weight_R, token_R, group_size_E)
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     carry = zeros(x_TD.shape), zeros(schedule.weight_P.shape)
     carry = *carry, jax.tree.map(lambda weight: zeros(weight.shape), weights)
@@ -93,13 +93,18 @@ def _backward(kind, arguments, dy_TD):
 _used_blocks.defvjp(_forward, _backward)
 
 
-def _schedule(x_TD, weight_R, token_R, group_size_E) -> Schedule:
+def blocks_of(
+    x_TD: Float[Array, "T D"],
+    weight_R: Float[Array, "R"],
+    token_R: Int[Array, "R"],
+    group_size_E: Int[Array, "E"],
+) -> Schedule:
     """Cuts rows in blocks of every second size: each size is a kind's function compiled anew."""
     sizes = block_sizes(x_TD.shape[0])[::-2][::-1]
     return Schedule(token_R, weight_R, group_size_E, x_TD.shape[0], sizes)
 
 
-def _of_expert(weights: Arrays, e: Int[Array, ""]) -> Arrays:
+def of_expert(weights: Arrays, e: Int[Array, ""]) -> Arrays:
     """The arrays of one expert."""
     return {
         name: jax.lax.dynamic_index_in_dim(array, e, keepdims=False)
@@ -107,7 +112,7 @@ def _of_expert(weights: Arrays, e: Int[Array, ""]) -> Arrays:
     }
 
 
-def _rows_of(x_TD: Float[Array, "T D"], token_b: Int[Array, "b"]) -> Float[Array, "b D"]:
+def rows_of(x_TD: Float[Array, "T D"], token_b: Int[Array, "b"]) -> Float[Array, "b D"]:
     """The tokens of a block; in place of rows beyond those of its expert, its first row again.
 
     A kind may have no finite value or derivative at zero, and 0 * NaN is NaN.

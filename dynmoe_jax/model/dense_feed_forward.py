@@ -64,10 +64,29 @@ class DenseFeedForward(nnx.Module):
         if not isinstance(self.kind, SwiGLU):
             return apply_to_all(self.kind, x_TD, self._arrays())
         if matrices.apply_themselves:
-            hidden_TF = swiglu(matrices.applied(self, "gate_up_D2F", x_TD))
-            return matrices.applied(self, "down_FD", hidden_TF)
+            return self.output(self.hidden(x_TD)[1])
         gate_up_D2F, down_FD = (matrices.whole(self, n) for n in ("gate_up_D2F", "down_FD"))
         return swiglu_of_all(x_TD, gate_up_D2F, down_FD, self.dtype, self.plain)
+
+    def hidden(self, x_TD: Float[Array, "T D"]) -> tuple[Float[Array, "T F"], Float[Array, "T F"]]:
+        """(activations, hidden units) on one device, see :class:`ExpertKind`, by the products that
+        :meth:`__call__` computes: within one program they are computed once."""
+        if not isinstance(self.kind, SwiGLU):
+            return self.kind.hidden(self._arrays(), x_TD)
+        gate_TF, up_TF = jnp.split(self._times("gate_up_D2F", x_TD), 2, axis=-1)
+        return gate_TF, gated(gate_TF, up_TF)
+
+    def output(self, hidden_TF: Float[Array, "T F"]) -> Float[Array, "T D"]:
+        """The linear function from hidden units to outputs, on one device."""
+        if not isinstance(self.kind, SwiGLU):
+            return self.kind.output(self._arrays(), hidden_TF)
+        return self._times("down_FD", hidden_TF)
+
+    def _times(self, name: str, x_TX: Float[Array, "T X"]) -> Float[Array, "T Y"]:
+        """The product with a matrix on one device."""
+        if self.matrices.apply_themselves:
+            return self.matrices.applied(self, name, x_TX)
+        return times(x_TX, self.matrices.whole(self, name).astype(self.dtype), self.plain)
 
     def _arrays(self) -> dict[str, Array]:
         """Whole matrices and what else there is, in the compute type, as the kind names them."""

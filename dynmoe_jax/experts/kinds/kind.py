@@ -44,6 +44,9 @@ class ExpertKind(abc.ABC):
         compute the same, with which every kernel for SwiGLU experts computes this kind.
       stored_dense: ``dense`` only gives other names to the parameters, so that kernels may read
         them where they lie among those of all layers.
+      hidden: None, or a method (arrays of one expert, x_RD) -> (activation_RF, hidden_RF): its
+        hidden units, and what their nonlinear function is computed of (the gate of a gated kind).
+      output: with ``hidden``, a method (arrays of one expert, hidden_RF) -> y_RD, linear in them.
       splits_hidden: tensor parallelism may give each device a part of every axis F (and of both
         halves of 2F), since the outputs of the parts add up.  Otherwise each device puts whole
         experts together.  A bias of the output forbids it: every part would add it.
@@ -54,6 +57,8 @@ class ExpertKind(abc.ABC):
 
     dense: ClassVar[Callable[[Any, Arrays], ExpertWeights] | None] = None
     stored_dense: ClassVar[bool] = False
+    hidden: ClassVar[Callable[[Any, Arrays, Array], tuple[Array, Array]] | None] = None
+    output: ClassVar[Callable[[Any, Arrays, Array], Array] | None] = None
     splits_hidden: ClassVar[bool] = False
     degree: ClassVar[int] = 2
     homogeneous: ClassVar[bool] = False

@@ -30,10 +30,18 @@ class ReGLU(ExpertKind):
             "down_EFD": Parameter((num_experts, hidden_width, width)),
         }
 
+    def hidden(self, weights, x_RD):
+        """Computes the gate, and relu(gate) * up."""
+        gate_RF, up_RF = jnp.split(x_RD @ weights["gate_up_ED2F"], 2, axis=-1)
+        return gate_RF, jax.nn.relu(gate_RF) * up_RF
+
+    def output(self, weights, hidden_RF):
+        """Multiplies by the last matrix."""
+        return hidden_RF @ weights["down_EFD"]
+
     def apply(self, weights, x_RD):
         """Computes rows of one expert."""
-        gate_RF, up_RF = jnp.split(x_RD @ weights["gate_up_ED2F"], 2, axis=-1)
-        return (jax.nn.relu(gate_RF) * up_RF) @ weights["down_EFD"]
+        return self.output(weights, self.hidden(weights, x_RD)[1])
 
     def flops_per_row(self, width, hidden_width):
         """Counts gate, up and down."""

@@ -27,9 +27,18 @@ class TwoMatrices(ExpertKind):
             "down_EFD": Parameter((num_experts, hidden_width, width)),
         }
 
+    def hidden(self, weights, x_RD):
+        """Computes x up, and f of it."""
+        activation_RF = x_RD @ weights["up_EDF"]
+        return activation_RF, self.between(activation_RF)
+
+    def output(self, weights, hidden_RF):
+        """Multiplies by the second matrix."""
+        return hidden_RF @ weights["down_EFD"]
+
     def apply(self, weights, x_RD):
         """Computes rows of one expert."""
-        return self.between(x_RD @ weights["up_EDF"]) @ weights["down_EFD"]
+        return self.output(weights, self.hidden(weights, x_RD)[1])
 
     def flops_per_row(self, width, hidden_width):
         """Counts up and down."""

@@ -1,0 +1,110 @@
+"""Views of a layer's computation that statistics are taken of; nothing is computed unless read.
+
+Axis legend: T tokens of a batch, S sampled tokens, R rows of one feed-forward, D model width, F
+hidden width.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dynmoe_jax.experts.rows import Rows
+from dynmoe_jax.model.kernels.norm.norm import forked
+from dynmoe_jax.model.layer import Layer, LayerOutput
+
+SAMPLE = "sample"
+"""Name, among the arrays of a batch, of the places of its sampled tokens in T; filled up with 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenLayer:
+    """A layer and a batch that went through it.
+
+    Attributes:
+      layer: the module.
+      output: its results.
+      rows: that its experts computed; None in a dense layer.
+      batch: arrays of the batch.
+    """
+
+    layer: Layer
+    output: LayerOutput
+    rows: Rows | None
+    batch: Mapping[str, Array]
+
+    @property
+    def valid_T(self) -> Bool[Array, "T"]:
+        """False for padding."""
+        return self.batch["segment_ids"].reshape(-1) > 0
+
+    @cached_property
+    def input_TD(self) -> Float[Array, "T D"]:
+        """The normed stream that feed-forward and router read."""
+        # The compiler computes it once, for this and for the layer.
+        plain = self.layer.feed_forward.plain
+        _, normed_BLD = forked(self.layer.feed_forward_norm, self.output.attended_BLD, plain)
+        return normed_BLD.reshape(-1, normed_BLD.shape[-1])
+
+    def sampled(self, x_TX: Float[Array, "T X"]) -> Float[Array, "S X"]:
+        """The sampled tokens, float32."""
+        return x_TX[self.batch[SAMPLE]].astype(jnp.float32)
+
+
+class SeenRows:
+    """Rows of one feed-forward: all tokens of a dense one, or a block of rows of an expert.
+
+    Args:
+      x_RD: its inputs.
+      valid_R: False for rows that do not count; they may hold anything.
+      hidden: the function from inputs to (activations, hidden units).
+      output: the linear one from hidden units to outputs.
+      doutput_RD: the gradient of the loss by the outputs; None unless a statistic needs gradients.
+    """
+
+    def __init__(
+        self,
+        x_RD: Float[Array, "R D"],
+        valid_R: Bool[Array, "R"],
+        hidden: Callable[[Array], tuple[Array, Array]],
+        output: Callable[[Array], Array],
+        doutput_RD: Float[Array, "R D"] | None = None,
+    ):
+        self._x_RD, self._valid_R, self._doutput_RD = x_RD, valid_R, doutput_RD
+        self._of_inputs, self._of_hidden = hidden, output
+
+    @cached_property
+    def _hidden(self) -> tuple[Array, Array]:
+        return self._of_inputs(self._x_RD)
+
+    @property
+    def activation_RF(self) -> Float[Array, "R F"]:
+        """What the nonlinear function is computed of: the gate of a gated feed-forward."""
+        return self._hidden[0]
+
+    @property
+    def hidden_RF(self) -> Float[Array, "R F"]:
+        """What goes into the last matrix."""
+        return self._hidden[1]
+
+    @cached_property
+    def output_RD(self) -> Float[Array, "R D"]:
+        """What comes out of it."""
+        return self._of_hidden(self.hidden_RF)
+
+    @cached_property
+    def gradient_RF(self) -> Float[Array, "R F"]:
+        """The gradient of the loss by the hidden units."""
+        _, transpose = jax.vjp(self._of_hidden, self.hidden_RF)
+        return transpose(self._doutput_RD.astype(self.hidden_RF.dtype))[0]
+
+    def valid(self, x_RX: Array) -> Float[Array, "R X"]:
+        """Numbers of rows, 0 where a row does not count; float32."""
+        return jnp.where(self._valid_R[:, None], x_RX.astype(jnp.float32), 0.0)
+
+    def summed(self, x_RX: Array) -> Float[Array, "X"]:
+        """The sum over the rows that count, float32."""
+        return jnp.sum(self.valid(x_RX), axis=0)
