@@ -78,7 +78,9 @@ def write_result(
 def _tree(variables, make: Callable, dtype: str) -> nnx.State:
     leaves = []
     for stored, leaf in variables:
-        array = StreamedArray(stored.shape, make(stored), stored.leading, dtype)
+        # A state is compared with what it was, so it is kept as it is.
+        own = "float32" if isinstance(leaf, RouterState) else dtype
+        array = StreamedArray(stored.shape, make(stored), stored.leading, own)
         leaves.append((stored.path, leaf.replace(array)))
     return nnx.from_flat_state(leaves)
 
