@@ -287,6 +287,10 @@ def declared(kind: type, prefix: str = "") -> Iterator[tuple[str, Mapping[str, A
 # ── Plug-ins ─────────────────────────────────────────────────────────────────────────────────────
 
 
+PLUGIN_MODULE = "dynmoe_jax_plugin_"
+"""What the name of a plug-in's module begins with; its file's name follows."""
+
+
 def load_plugin(path: str) -> None:
     """Runs a user's own Python file, which registers kinds; one that is loaded is left alone.
 
@@ -298,7 +302,7 @@ def load_plugin(path: str) -> None:
     file = Path(path).expanduser()
     if not file.is_file() or file.suffix != ".py":
         raise ConfigError(f"--plugin={path} is no Python file; name one that registers kinds.")
-    name = f"dynmoe_jax_plugin_{file.stem}"
+    name = f"{PLUGIN_MODULE}{file.stem}"
     if name in sys.modules:
         if Path(inspect.getfile(sys.modules[name])) != file.resolve():
             raise ConfigError(f"--plugin={path} has the name of another plug-in; rename the file.")

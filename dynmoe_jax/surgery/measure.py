@@ -1,6 +1,7 @@
-"""Before and after: losses of both models on held-out text, and how far apart they are.
+"""Before and after: losses of both models on held-out text, how far apart they are, and what their
+routers do.
 
-Axis legend: T tokens.
+Axis legend: T tokens, E experts.
 """
 
 import dataclasses
@@ -8,12 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from dynmoe_jax.calibration.logits import logit_statistics
-from dynmoe_jax.calibration.stream import forward
+from dynmoe_jax.calibration.stream import streamed
 from dynmoe_jax.data import Batch
-from dynmoe_jax.model.layer import LayerOutput
+from dynmoe_jax.model.layer import Layer, LayerOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,25 @@ class Compared:
 
 
 @dataclasses.dataclass(frozen=True)
+class Routed:
+    """What the routers of a model do with the text, by the number of the MoE layer.
+
+    Attributes:
+      load: share of the tokens that chose each expert.
+      entropy: of the router's probabilities, mean over tokens, nats.
+    """
+
+    load: dict[int, list[float]]
+    entropy: dict[int, float]
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean over tokens and MoE layers; NaN in a dense model."""
+        counts = [sum(shares) for shares in self.load.values()]
+        return sum(counts) / len(counts) if counts else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
 class Measured:
     """All of a comparison.
 
@@ -49,15 +71,15 @@ class Measured:
       all: over all domains.
       domains: by domain.
       largest_logit: of the model before, by absolute value.
-      load_before: share of the tokens that chose each expert, by MoE layer.
-      load_after: the same of the result.
+      routed_before: what the routers do.
+      routed_after: the same of the result.
     """
 
     all: Compared
     domains: dict[str, Compared]
     largest_logit: float
-    load_before: dict[int, list[float]]
-    load_after: dict[int, list[float]]
+    routed_before: Routed
+    routed_after: Routed
 
     @property
     def relative_difference(self) -> float:
@@ -77,15 +99,7 @@ def compare(
       token_bytes_V: bytes of UTF-8 that each token stands for.
     """
     batches = [batch for of_domain in text.values() for batch in of_domain]
-    hidden, loads = [], []
-    for model in (before, after):
-        load: dict[int, np.ndarray] = {}
-
-        def add(layer, _, load_E, load=load):
-            load[layer] = load.get(layer, 0) + load_E.astype(np.int64)
-
-        hidden.append(forward(model, batches, _load, add))
-        loads.append(load)
+    hidden, routed = zip(*(_passed(model, batches) for model in (before, after)), strict=True)
     found = logit_statistics(before, hidden[0], batches, (after, hidden[1]))
     targets_T, owner_T = _targets(text)
     bytes_T = token_bytes_V[targets_T]
@@ -94,12 +108,43 @@ def compare(
         _compared(found, bytes_T, everywhere),
         {name: _compared(found, bytes_T, owner_T == i) for i, name in enumerate(text)},
         found.largest,
-        *({n: (x / len(targets_T)).tolist() for n, x in sorted(load.items())} for load in loads),
+        *routed,
     )
 
 
-def _load(output: LayerOutput):
-    return output.moe and output.moe.routing.load_E
+def _passed(model: Any, batches: Sequence[Batch]) -> tuple[list[np.ndarray], Routed]:
+    """(what the output projection reads, what the routers do) of a model."""
+    load: dict[int, np.ndarray] = {}
+    entropy: dict[int, float] = {}
+
+    def add(layer, _, found):
+        load_E, of_tokens = found
+        load[layer] = load.get(layer, 0) + load_E.astype(np.int64)
+        entropy[layer] = entropy.get(layer, 0.0) + float(of_tokens)
+
+    hidden = streamed(model, batches, _routing_sums, add)
+    tokens = max(1, sum(int((batch["segment_ids"] > 0).sum()) for batch in batches))
+    return hidden, Routed(
+        {layer: (load[layer] / tokens).tolist() for layer in sorted(load)},
+        {layer: entropy[layer] / tokens for layer in sorted(entropy)},
+    )
+
+
+def _routing_sums(layer: Layer, output: LayerOutput, batch: Mapping[str, Array]):
+    """(tokens that chose each expert, sum of entropies) of an MoE layer."""
+    if output.moe is None:
+        return None
+    routing = output.moe.routing
+    entropy_T = entropy_of(routing.probs_TE)
+    return routing.load_E, jnp.sum(entropy_T, where=batch["segment_ids"].reshape(-1) > 0)
+
+
+def entropy_of(probs_TE: Float[Array, "T E"]) -> Float[Array, "T"]:
+    """Entropy of each token's scores, nats; scores that are no distribution are divided by their
+    sum."""
+    total_T1 = jnp.sum(probs_TE, axis=-1, keepdims=True)
+    p_TE = probs_TE / jnp.where(total_T1 > 0, total_T1, 1.0)
+    return -jnp.sum(p_TE * jnp.log(jnp.where(p_TE > 0, p_TE, 1.0)), axis=-1)
 
 
 def _targets(text: Mapping[str, Sequence[Batch]]) -> tuple[np.ndarray, np.ndarray]:

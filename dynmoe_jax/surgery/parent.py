@@ -14,7 +14,10 @@ from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer, find_tokenizer
 from dynmoe_jax.edits.places import Place, Stored, stored_in
 from dynmoe_jax.edits.roles import Role
+from dynmoe_jax.interop.files.tensor_files import tensor_files
 from dynmoe_jax.interop.foreign import ForeignModel, opened_foreign
+from dynmoe_jax.interop.load import load_hf
+from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.components import RouterState
 from dynmoe_jax.runs.checkpoint import FOLDER
 from dynmoe_jax.runs.load import OpenedRun, opened_run
@@ -87,6 +90,18 @@ class Parent:
             return self.model.tokenizer()
         return None
 
+    def files(self) -> list[Path]:
+        """Files that hold its numbers."""
+        if not self.is_foreign:
+            return files_of(self.model)
+        if self.folder.is_file():
+            return [self.folder]
+        return sorted(set(tensor_files(self.folder).values()))
+
+    def decoder(self) -> Decoder:
+        """The whole model, in memory."""
+        return load_hf(self.folder) if self.is_foreign else self.model.decoder()
+
     @property
     def updates(self) -> int:
         """Updates that went into its moments; 0 without any."""
@@ -113,6 +128,12 @@ class Parent:
             return []
         record = json.loads(file.read_text(encoding="utf-8"))
         return [*record["history"], {k: record[k] for k in ("operation", "settings", "digest")}]
+
+
+def files_of(run: OpenedRun) -> list[Path]:
+    """Files that hold the numbers of a run's checkpoint, moments included."""
+    state = run.checkpoints.folder(run.step) / "state"
+    return sorted(path for path in state.rglob("*") if path.is_file())
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Performs an operation: writes the result, proves what it promises, records where it came from."""
 
 import dataclasses
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,11 +12,12 @@ from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.runs.begun import make_folder
 from dynmoe_jax.runs.load import opened_run
 from dynmoe_jax.surgery.measure import Measured, compare
-from dynmoe_jax.surgery.operation import settings_of
-from dynmoe_jax.surgery.parent import Parent
-from dynmoe_jax.surgery.provenance import versions, write_record
+from dynmoe_jax.surgery.page import write_page
+from dynmoe_jax.surgery.parent import Parent, files_of
+from dynmoe_jax.surgery.provenance import write_record
+from dynmoe_jax.surgery.record import record_of
 from dynmoe_jax.surgery.request import Job, Request, checked
-from dynmoe_jax.surgery.size import size_of
+from dynmoe_jax.surgery.samples import samples_of
 from dynmoe_jax.surgery.threshold import fit_threshold
 from dynmoe_jax.surgery.write import write_result
 
@@ -47,6 +47,7 @@ def perform(asked: Request) -> dict[str, Any]:
             record = _make(job, unfinished)
             record["seconds"] = time.perf_counter() - begun
             write_record(unfinished, record)
+            write_page(unfinished, record)
             if asked.to.exists():
                 asked.to.rmdir()
             unfinished.replace(asked.to)
@@ -79,8 +80,9 @@ def _make(job: Job, folder: Path) -> dict[str, Any]:
         measured = compare(
             job.parents[0].model, result, text.heldout(options.tokens), tokenizer.token_bytes_V
         )
-    _check_promise(job, measured)
-    return _record(job, digest, measured, text.prepared.content)
+        _check_promise(job, measured)
+        record = record_of(job, digest, files_of(result), measured, text.prepared.content)
+        return record | {"samples": samples_of(job, result, text)}
 
 
 def _tokenizer(parents: Sequence[Parent]) -> Tokenizer:
@@ -106,36 +108,3 @@ def _check_promise(job: Job, measured: Measured) -> None:
         f"{job.asked.name} promises logits that differ by at most {job.promise:g} of the largest, "
         f"and they differ by {measured.relative_difference:.3g}; nothing was kept."
     )
-
-
-def _record(job: Job, digest: str, measured: Measured, content: str) -> dict[str, Any]:
-    asked, first = job.asked, job.parents[0]
-    sides = {"before": size_of(first.config), "after": size_of(job.cfg, asked.options.dtype)}
-    found = {side: dataclasses.asdict(size) for side, size in sides.items()}
-    for side, load in (("before", measured.load_before), ("after", measured.load_after)):
-        total = [sum(shares) for shares in load.values()]
-        found[side] |= {
-            "heldout_loss": getattr(measured.all, f"loss_{side}"),
-            "heldout_bits_per_byte": getattr(measured.all, f"bits_{side}"),
-            "experts_per_token": sum(total) / len(total) if total else math.nan,
-            "load": {str(layer): shares for layer, shares in load.items()},
-        }
-    return {
-        "operation": asked.name,
-        "settings": dict(settings_of(asked.operation)),
-        "options": dataclasses.asdict(asked.options),
-        "parents": [{"folder": str(p.folder), "digest": p.digest} for p in job.parents],
-        "digest": digest,
-        "exact": {"promised": job.promise, "measured": measured.relative_difference},
-        **found,
-        "compared": {
-            "all": dataclasses.asdict(measured.all),
-            "domains": {name: dataclasses.asdict(x) for name, x in measured.domains.items()},
-            "largest_logit": measured.largest_logit,
-        },
-        "data": {"sources": job.cfg.data.sources, "content": content},
-        "moments": "carried" if job.moments else "none",
-        "remarks": asked.operation.remarks([parent.config for parent in job.parents]),
-        "history": first.history,
-        "versions": versions(),
-    }

@@ -11,6 +11,10 @@ from dynmoe_jax.surgery.operation import OPERATIONS, Operation
 from dynmoe_jax.surgery.parent import Parent, opened_parent
 from dynmoe_jax.surgery.text import Source, source_of
 
+AUTO, DEFAULT = -1, 2
+MOST_PARAMETERS = 3e8
+"""How many texts models write, and up to what size they do so unasked: whole models are loaded."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -35,6 +39,13 @@ class Options:
         "float32",
         "type that parameters are stored in; they are read as float32",
         choices=("float32", "bfloat16"),
+    )
+    samples: int = free_setting(
+        AUTO,
+        "texts that both models write from the same prompts, for the page; 0 = none, -1 = "
+        f"{DEFAULT} where neither has more than {MOST_PARAMETERS / 1e6:.0f}M parameters",
+        unit="texts",
+        low=AUTO,
     )
 
 

@@ -24,7 +24,7 @@ def routing_pictures(heldout: HeldOut, canvas: Canvas) -> dict[str, Picture]:
         return {}
     pictures = {"layers": _layers(heldout, canvas)}
     if heldout.load_by_layer:
-        pictures["load"] = _load(_side_by_side(heldout.load_by_layer), canvas)
+        pictures["load"] = load_picture(heldout.load_by_layer, canvas)
     if heldout.histogram_by_layer:
         counts = np.nan_to_num(np.array(heldout.histogram_by_layer, dtype=float))
         if counts.sum() > 0:
@@ -80,7 +80,21 @@ def _side_by_side(load_by_layer: Sequence[Sequence[float]]) -> Float[np.ndarray,
     return load_NE
 
 
-def _load(load_NE: Float[np.ndarray, "N E"], canvas: Canvas) -> Picture:
+def load_picture(
+    load_by_layer: Sequence[Sequence[float]],
+    canvas: Canvas,
+    title: str = "Which experts do the work?",
+    names: Sequence[str] = (),
+) -> Picture:
+    """Heat map of the load of every expert.
+
+    Args:
+      load_by_layer: share of the tokens that chose each expert of each MoE layer.
+      canvas: that draws it.
+      title: of the picture.
+      names: of the layers; without any, they are counted.
+    """
+    load_NE = _side_by_side(load_by_layer)
     known_NE = ~np.isnan(load_NE)
     experts_N1 = np.maximum(known_NE.sum(axis=1, keepdims=True), 1)
     even_N1 = np.nansum(load_NE, axis=1, keepdims=True) / experts_N1
@@ -106,7 +120,10 @@ def _load(load_NE: Float[np.ndarray, "N E"], canvas: Canvas) -> Picture:
     axis.grid(False)
     axis.xaxis.set_major_locator(integer_ticks(9))
     axis.yaxis.set_major_locator(integer_ticks(9))
-    axis.set(xlabel="expert", ylabel="MoE layer")
+    if names:
+        every = -(-len(names) // 10)
+        axis.set_yticks(range(0, len(names), every), names[::every])
+    axis.set(xlabel="expert", ylabel="layer" if names else "MoE layer")
     ticks = np.arange(-limit, limit + 1)
     bar = figure.colorbar(image, ax=axis, ticks=ticks, pad=0.02, label="load / even share")
     bar.ax.set_yticklabels([_times(tick, limit) for tick in ticks])
@@ -115,7 +132,7 @@ def _load(load_NE: Float[np.ndarray, "N E"], canvas: Canvas) -> Picture:
     found = f"Never chosen (×): {len(unused)} of {experts} experts. " if len(unused) else ""
     return canvas.picture(
         figure,
-        "Which experts do the work?",
+        title,
         f"{found}White is an even share of the layer's tokens, orange is more, purple is less. "
         "Healthy: a patchwork of pale colours. Dark orange columns of a few experts beside dark "
         "purple ones mean that the balance loss is too weak.",

@@ -1,0 +1,227 @@
+"""The page of a result: one HTML file that needs nothing but itself, drawn from its record."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynmoe_jax.evaluation.report.parts import coloured, escaped, page, section, table_of
+from dynmoe_jax.evaluation.report.theme import Canvas, figure_style
+from dynmoe_jax.runs.formatting import MISSING, compact, decimals, duration, percent
+from dynmoe_jax.runs.records import write_atomically
+from dynmoe_jax.surgery.command import changed, command_of, flag, settings_told
+from dynmoe_jax.surgery.figures import domain_pictures, layer_pictures
+from dynmoe_jax.surgery.operation import OPERATIONS
+
+FILE_NAME = "surgery.html"
+
+
+def write_page(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Writes ``surgery.html`` into the folder of a result; returns its path."""
+    canvas, title = Canvas(), _title(record)
+    with figure_style():
+        domains, layers = domain_pictures(record, canvas), layer_pictures(record, canvas)
+    body = [
+        f"<h1>{escaped(title)}</h1>",
+        _lead(record),
+        "".join(f'<p class="warning">{escaped(remark)}</p>' for remark in record["remarks"]),
+        _cards(record),
+        _before_and_after(record),
+        section("Held-out text by domain", domains),
+        _domains(record),
+        section("Layers", layers),
+        _samples(record["samples"]),
+        _done(record),
+        _history(record),
+        _versions(record),
+    ]
+    path = folder / FILE_NAME
+    write_atomically(path, page(f"{title} – surgery", body))
+    return path
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    names = [Path(parent["folder"]).name for parent in record["parents"]]
+    return f"{record['operation']} of {', '.join(names)}"
+
+
+def _lead(record: Mapping[str, Any]) -> str:
+    """What the operation does, where it comes from, and whether it kept its promise."""
+    kind = OPERATIONS.get(record["operation"])
+    about = f"{inspect.getdoc(kind).splitlines()[0]} " if kind else ""
+    paper = f"({kind.paper}.) " if kind and kind.paper else ""
+    exact = record["exact"]
+    largest = f"the largest difference of two logits is {exact['measured']:.2g} of the largest"
+    if _promised(record):
+        said = f"It promises to keep the function: {largest}, and {exact['promised']:g} is allowed."
+    else:
+        said = f"It does not promise to keep the function: {largest}."
+    return f'<p class="lead">{escaped(about + paper + said)}</p>'
+
+
+def _promised(record: Mapping[str, Any]) -> bool:
+    promised = record["exact"]["promised"]
+    return promised is not None and math.isfinite(promised)
+
+
+def _cards(record: Mapping[str, Any]) -> str:
+    before, after, compared = record["before"], record["after"], record["compared"]["all"]
+    cards = [
+        (compact(after["parameters"]), f"parameters, from {compact(before['parameters'])}"),
+        (
+            compact(after["active_parameters"]),
+            f"active for a token, from {compact(before['active_parameters'])}",
+        ),
+        (_megabytes(after["file_bytes"]), f"on disk, from {_megabytes(before['file_bytes'])}"),
+        (
+            decimals(after["heldout_bits_per_byte"], 3),
+            f"bits per byte, from {decimals(before['heldout_bits_per_byte'], 3)}",
+        ),
+        (percent(compared["agreement"]), "of tokens: the same one most probable"),
+        (f"{record['exact']['measured']:.2g}", "largest difference of logits / largest logit"),
+    ]
+    shown = "".join(
+        f'<div class="card"><b>{escaped(a)}</b><span>{escaped(b)}</span></div>' for a, b in cards
+    )
+    return f'<div class="cards">{shown}</div>'
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _before_and_after(record: Mapping[str, Any]) -> str:
+    sides = [record["before"], record["after"]]
+    rows = [
+        [name, *(shown(side[key]) for side in sides), _ratio(*(side[key] for side in sides))]
+        for name, key, shown in (
+            ("parameters", "parameters", "{:,}".format),
+            ("active parameters of a token", "active_parameters", lambda x: f"{x:,.0f}"),
+            ("bytes by arithmetic, as stored", "stored_bytes", "{:,}".format),
+            ("bytes of the files", "file_bytes", "{:,}".format),
+            ("FLOPs of a token, forward", "flops_per_token", compact),
+            ("keys and values of a token, bytes", "kv_bytes_per_token", "{:,}".format),
+            ("held-out loss, nats per token", "heldout_loss", lambda x: decimals(x, 4)),
+            ("held-out bits per byte", "heldout_bits_per_byte", lambda x: decimals(x, 4)),
+            ("experts per token", "experts_per_token", lambda x: decimals(x, 3)),
+        )
+    ]
+    rows.append(["routers", *(", ".join(side["routers"]) or MISSING for side in sides), MISSING])
+    table = table_of(["", "before", "after", "ratio"], rows, (1, 2, 3))
+    return f'<h2>Before and after</h2>{table}<p class="soft">{escaped(_on_files(record))}</p>'
+
+
+def _ratio(before: float, after: float) -> str:
+    known = before and math.isfinite(before) and math.isfinite(after)
+    return decimals(after / before, 3) if known else MISSING
+
+
+def _on_files(record: Mapping[str, Any]) -> str:
+    """What the two counts of bytes are of."""
+    first, several = record["parents"][0], len(record["parents"]) > 1
+    words = {True: "with", False: "without"}
+    return (
+        f"Before is {'the first parent' if several else 'the parent'}. Arithmetic counts "
+        "parameters and router states; files are those of the checkpoint, which hold the "
+        "optimizer's moments too where there are any: before "
+        f"{words[bool(first['moments'])]}, after {words[record['moments'] == 'carried']} them."
+    )
+
+
+def _domains(record: Mapping[str, Any]) -> str:
+    compared = record["compared"]
+    header = ["domain", "tokens", "loss before", "after", "bits per byte before", "after", "KL",
+              "same top-1"]  # fmt: skip
+    parts = {**compared["domains"], "all": compared["all"]}
+    *rows, total = (
+        [
+            name,
+            f"{part['tokens']:,}",
+            *(decimals(part[f"loss_{side}"], 3) for side in ("before", "after")),
+            *(decimals(part[f"bits_{side}"], 3) for side in ("before", "after")),
+            f"{part['kl']:.2g}",
+            percent(part["agreement"]),
+        ]
+        for name, part in parts.items()
+    )
+    data = escaped(f"Held-out documents of {record['data']['sources']}. KL is KL(before || after).")
+    table = table_of(header, rows, range(1, len(header)), total)
+    return f'{table}<p class="soft">{data}</p>'
+
+
+# ── Samples ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _samples(samples: Mapping[str, Any]) -> str:
+    if samples["left_out"]:
+        return f'<h2>Samples</h2><p class="soft">{escaped(samples["left_out"])}</p>'
+    same = sum(text["before"]["text"] == text["after"]["text"] for text in samples["texts"])
+    said = (
+        "Beginnings of held-out documents in bold, and what each model writes, greedily. "
+        f"{same} of {len(samples['texts'])} are the same before and after."
+    )
+    shown = "".join(
+        f'<div class="grid">{"".join(_sample(side, text) for side in ("before", "after"))}</div>'
+        for text in samples["texts"]
+    )
+    return f'<h2>Samples</h2><p class="soft">{escaped(said)}</p>{shown}'
+
+
+def _sample(side: str, text: Mapping[str, Any]) -> str:
+    pieces = [(piece, count) for piece, count in text[side]["pieces"]]
+    if len({count for _, count in pieces}) > 1:
+        written, key = coloured(pieces)
+    else:
+        written, key = escaped(text[side]["text"]), ""
+    return (
+        f"<div><h3>{side}</h3>{key}"
+        f'<div class="panel sample"><b>{escaped(text["prompt"])}</b>{written}</div></div>'
+    )
+
+
+# ── How it was made ──────────────────────────────────────────────────────────────────────────────
+
+
+def _done(record: Mapping[str, Any]) -> str:
+    settings = [
+        [flag(name, value), default, help] for name, value, default, help in settings_told(record)
+    ]
+    parents = [
+        [parent["folder"], _megabytes(parent["file_bytes"]), parent["digest"]]
+        for parent in record["parents"]
+    ]
+    parents.append(["the result", _megabytes(record["after"]["file_bytes"]), record["digest"]])
+    columns = ["setting", "default", "meaning"]
+    return (
+        "<h2>What was done</h2>"
+        f'<p class="soft">This makes the result again, in {escaped(duration(record["seconds"]))} '
+        f"as it did here.</p>"
+        f'<pre class="panel sample">{escaped(command_of(record))}</pre>'
+        f"{table_of(['model', 'files', 'digest'], parents, (1,))}"
+        f"{table_of(columns, settings)}"
+    )
+
+
+def _history(record: Mapping[str, Any]) -> str:
+    """The chain of operations, from the first to this one."""
+    chain = [*record["history"], record]
+    rows = [
+        [
+            number,
+            step["operation"],
+            " ".join(changed(settings_told(step))) or MISSING,
+            f"{step['digest'][:16]}…",
+        ]
+        for number, step in enumerate(chain, start=1)
+    ]
+    header = ["", "operation", "settings that were changed", "digest of the result"]
+    return f"<h2>History</h2>{table_of(header, rows, (0,))}"
+
+
+def _versions(record: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f'<h2>Versions</h2><p class="soft">{escaped(said)}</p>'

@@ -1,0 +1,191 @@
+"""The page of a result, over records of every shape."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from dynmoe_jax.runs.records import from_json, to_json
+from dynmoe_jax.surgery import operations
+from dynmoe_jax.surgery.arguments import parse
+from dynmoe_jax.surgery.command import command_of
+from dynmoe_jax.surgery.operation import OPERATIONS, settings_of
+from dynmoe_jax.surgery.page import write_page
+from dynmoe_jax.surgery.request import Options
+from tests.evaluation.report.test_report import Page
+
+assert operations  # importing them registers them
+
+
+def side(layers, width, experts, kept=1.0):
+    """One side of a record: so many layers, with experts in every second one."""
+    random = np.random.default_rng(layers)
+    routed = [n for n in range(layers) if experts and n % 2]
+    load = {str(n): (2 * random.dirichlet(np.full(experts, 9.0))).tolist() for n in routed}
+    return {
+        "parameters": 7_000_000 * layers,
+        "active_parameters": 5_000_000.0 * layers,
+        "stored_bytes": 28_000_000 * layers,
+        "file_bytes": 29_000_000 * layers,
+        "layers": [
+            {"experts": experts if n in routed else 0, "width": width} for n in range(layers)
+        ],
+        "routers": ["top-2"] if experts else [],
+        "flops_per_token": 3e9,
+        "kv_bytes_per_token": 4096,
+        "heldout_loss": 3.0 * kept,
+        "heldout_bits_per_byte": 1.3 * kept,
+        "experts_per_token": 2.0 if experts else float("nan"),
+        "load": load,
+        "router_entropy": {n: 1.9 + 0.1 * random.random() for n in load},
+    }
+
+
+def record(operation="upcycle", parents=("runs/dense",), layers=6, experts=8, **changes):
+    """A record as surgery.json holds it; texts that are written can be given."""
+    domains = {
+        name: {
+            "tokens": 4000 - 100 * i,
+            "loss_before": 3.0,
+            "loss_after": 3.1 + 0.1 * i,
+            "bits_before": 1.3 + 0.1 * i,
+            "bits_after": 1.31 + 0.12 * i,
+            "kl": 0.02 * (i + 1),
+            "agreement": 0.97,
+            "difference": 0.4,
+        }
+        for i, name in enumerate(changes.pop("domains", ("code", "docs", "prose")))
+    }
+    text = changes.pop("text", "def main(argv):\n    return 0")
+    pieces = [["def", 1.5], [" main", 2.5], ["(argv):\n    return 0", 2.0]]
+    sample = {
+        "prompt": text[:9],
+        "before": {"text": text[9:], "pieces": []},
+        "after": {"text": text[9:] + "!", "pieces": pieces if experts else []},
+    }
+    kind = OPERATIONS.get(operation)
+    told = {
+        "operation": operation,
+        "settings": dict(settings_of(kind())) if kind else {"ratio": 0.5},
+        "options": dict(vars(Options())),
+        "parents": [
+            {"folder": folder, "digest": f"{i}" * 64, "file_bytes": 10**8, "moments": True}
+            for i, folder in enumerate(parents)
+        ],
+        "digest": "f" * 64,
+        "exact": {"promised": None, "measured": 0.031},
+        "before": side(layers, 1536, 0),
+        "after": side(layers, 1536, experts, 1.05),
+        "compared": {
+            "all": next(iter(domains.values())),
+            "domains": domains,
+            "largest_logit": 13.0,
+        },
+        "data": {"sources": "python", "content": "c" * 64},
+        "moments": "carried",
+        "remarks": ["All experts of a layer are equal: until training tells them apart, …"],
+        "history": [],
+        "versions": {"dynmoe_jax": "0.1.0", "jax": "0.10.2"},
+        "samples": {"texts": [sample, sample], "left_out": ""},
+        "seconds": 93.0,
+    }
+    return from_json(to_json(told | changes))
+
+
+def rendered(folder, given):
+    return write_page(folder, given).read_text(encoding="utf-8")
+
+
+def headings(text):
+    return re.findall(r"<h2>(.*?)</h2>", text)
+
+
+SECTIONS = ["Before and after", "Held-out text by domain", "Layers", "Samples", "What was done",
+            "History", "Versions"]  # fmt: skip
+
+
+def test_page_has_all_sections_and_needs_nothing_from_outside(tmp_path):
+    text = rendered(tmp_path, record())
+    page = Page(text)
+    assert headings(text) == SECTIONS
+    links = [v for k, v in page.attributes if k in ("src", "href", "xlink:href", "data", "srcset")]
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert not re.search(r"@import|url\((?!#)|https?://(?!www\.w3\.org)", text)
+
+
+def test_every_picture_has_a_caption_and_an_alternative_text(tmp_path):
+    text = rendered(tmp_path, record())
+    figures = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)
+    assert len(figures) == 6  # bits, KL, experts, load, experts per token, entropy
+    for figure in figures:
+        title, caption = re.findall(r"<figcaption><(?:b|span)>(.*?)</(?:b|span)>", figure)
+        assert re.search(r'role="img" aria-label="(.*?)"', figure)[1] == title
+        assert len(caption) > 30
+
+
+def test_what_is_the_same_before_and_after_is_said_and_not_drawn(tmp_path):
+    given = record("stack", layers=2, experts=0)
+    for part in given["compared"]["domains"].values():
+        part["kl"] = 1e-9
+    given["exact"] = {"promised": 1e-5, "measured": 2e-7}
+    text = rendered(tmp_path, given)
+    assert text.count("<figure>") == 2  # bits, and the layers; nobody has a router
+    assert "promises to keep the function" in text
+    assert "2e-07 of the largest, and 1e-05 is allowed" in text
+
+
+def test_the_chain_of_operations_ends_with_this_one(tmp_path):
+    first = {"operation": "upcycle", "settings": {"noise": 0.01, "layers": ""}, "digest": "a" * 64}
+    table = rendered(tmp_path, record("stack", history=[first])).split("<h2>History</h2>")[1]
+    rows = [re.findall(r"<td.*?>(.*?)</td>", row) for row in table.split("<tr>")[2:4]]
+    assert rows[0] == ["1", "upcycle", "--noise=0.01", f"{'a' * 16}…"]
+    assert rows[1][:2] == ["2", "stack"]
+
+
+def test_several_parents_are_all_named(tmp_path):
+    text = rendered(tmp_path, record("mix", parents=("runs/code", "runs/prose")))
+    assert "mix of code, prose" in text
+    assert "--from=runs/code --from=runs/prose" in text
+    assert "0" * 64 in text
+    assert "1" * 64 in text
+    assert "Before is the first parent" in text
+
+
+def test_samples_that_were_left_out_say_why(tmp_path):
+    given = record(samples={"texts": [], "left_out": "A model has 700M parameters."})
+    assert '<h2>Samples</h2><p class="soft">A model has 700M parameters.' in rendered(
+        tmp_path, given
+    )
+
+
+def test_an_operation_that_is_not_known_here_is_shown_all_the_same(tmp_path):
+    text = rendered(tmp_path, record("prune_somehow"))
+    assert headings(text) == SECTIONS
+    assert "--ratio=0.5" in text
+
+
+def test_hostile_text_is_shown_and_never_run(tmp_path):
+    attack = "<script>alert(1)</script> \"' onload=x <img/src=y> \x1b[31m"
+    given = record(parents=(attack,), domains=(attack, "__hidden", "$x_{"), text=attack,
+                   remarks=[attack], data={"sources": attack, "content": ""})  # fmt: skip
+    page = Page(rendered(tmp_path, given))
+    assert not {"script", "img"} & set(page.tags)
+    assert not any(name == "onload" for name, _ in page.attributes)
+    assert "\x1b" not in "".join(page.text)
+
+
+@pytest.mark.parametrize("moments", ["carry", "reset"])
+def test_the_command_has_every_setting_that_is_not_a_default_and_reads_back(moments):
+    given = record(parents=("runs/my model",))
+    given["settings"] |= {"num_experts": 16, "shuffle": True, "layers": "2,5-7"}
+    given["options"] |= {"moments": moments, "tokens": 99}
+    line = command_of(given, "runs/again")
+    assert ("--moments" in line) == (moments == "reset")
+    program, *argv = shlex.split(line.removeprefix("python -m "))
+    assert program == "dynmoe_jax.surgery"
+    asked = parse(argv).asked
+    assert dict(settings_of(asked.operation)) == given["settings"]
+    assert vars(asked.options) == given["options"]
+    assert [str(parent) for parent in asked.parents] == ["runs/my model"]
