@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from dynmoe_jax.calibration.logits import logit_statistics
 from dynmoe_jax.calibration.stream import streamed
 from dynmoe_jax.data import Batch
-from dynmoe_jax.model.layer import Layer, LayerOutput
+from dynmoe_jax.model.inputs import TokenPositions
+from dynmoe_jax.model.layer import Layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _passed(model: Any, batches: Sequence[Batch]) -> tuple[list[np.ndarray], Rou
         load[layer] = load.get(layer, 0) + load_E.astype(np.int64)
         entropy[layer] = entropy.get(layer, 0.0) + float(of_tokens)
 
-    hidden = streamed(model, batches, _routing_sums, add)
+    hidden = streamed(model, batches, lambda layer: _routing_sums, add)
     tokens = max(1, sum(int((batch["segment_ids"] > 0).sum()) for batch in batches))
     return hidden, Routed(
         {layer: (load[layer] / tokens).tolist() for layer in sorted(load)},
@@ -130,13 +131,17 @@ def _passed(model: Any, batches: Sequence[Batch]) -> tuple[list[np.ndarray], Rou
     )
 
 
-def _routing_sums(layer: Layer, output: LayerOutput, batch: Mapping[str, Array]):
-    """(tokens that chose each expert, sum of entropies) of an MoE layer."""
+def _routing_sums(
+    layer: Layer, x_BLD: Array, positions: TokenPositions, batch: Mapping[str, Array]
+):
+    """(output of a layer, (tokens that chose each expert, sum of entropies) of an MoE layer)."""
+    output = layer(x_BLD, positions)
     if output.moe is None:
-        return None
+        return output, None
     routing = output.moe.routing
     entropy_T = entropy_of(routing.probs_TE)
-    return routing.load_E, jnp.sum(entropy_T, where=batch["segment_ids"].reshape(-1) > 0)
+    valid_T = batch["segment_ids"].reshape(-1) > 0
+    return output, (routing.load_E, jnp.sum(entropy_T, where=valid_T))
 
 
 def entropy_of(probs_TE: Float[Array, "T E"]) -> Float[Array, "T"]:
