@@ -143,7 +143,7 @@ def _settings_of(group: Any, registry: Mapping[str, type], name: str) -> Any:
     """The settings of a kind in a group; None of a kind that has none, though another registry's
     kind of that name may have some."""
     found = getattr(group, name, None)
-    return found if isinstance(found, registry[name]) else None
+    return found if isinstance(found, registry.get(name, object)) else None
 
 
 def names_in(text: str) -> list[str]:
