@@ -12,7 +12,6 @@ from dynmoe_jax.calibration.groups import Group, groups_of
 from dynmoe_jax.calibration.statistics import STATISTICS
 from dynmoe_jax.calibration.statistics.statistic import (
     Statistic,
-    UnitStatistic,
     kind_of,
     rows_per_token,
     sizes_of,
@@ -170,14 +169,12 @@ def _of_layer(layer: LayerSettings, names: Collection[str]) -> float:
     """FLOPs of a token for the statistics of a layer."""
     statistics = [STATISTICS[name]() for name in names]
     flops = sum(statistic.flops(layer) for statistic in statistics)
-    of_units = [each for each in statistics if isinstance(each, UnitStatistic)]
-    if not layer.is_moe or not of_units:
-        return flops
-    # Kernels keep hidden units of experts to themselves: they are computed again.
-    sizes = sizes_of(layer, 0)
-    row, last = kind_of(layer).flops_per_row(sizes["D"], sizes["F"]), 2.0 * sizes["D"] * sizes["F"]
-    with_outputs = any("outputs" in each.needs for each in of_units)
-    return flops + rows_per_token(layer) * (row if with_outputs else row - last)
+    if layer.is_moe and any("gradients" in statistic.needs for statistic in statistics):
+        # Kernels keep hidden units of experts to themselves: they are computed again.
+        sizes = sizes_of(layer, 0)
+        again = kind_of(layer).flops_per_row(sizes["D"], sizes["F"]) - 2.0 * sizes["D"] * sizes["F"]
+        flops += rows_per_token(layer) * again
+    return flops
 
 
 def check_price(found: Price, bound_bytes: int, tokens: int) -> None:

@@ -20,7 +20,7 @@ from dynmoe_jax.calibration.statistics import STATISTICS
 _HEADER, _FORMAT = "calibration", 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
     """Statistics by name and layer.
 

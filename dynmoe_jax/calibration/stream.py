@@ -61,8 +61,12 @@ def forward(
     Returns:
       the normed residual stream of each batch, float32.
     """
-    probe = Tapped(taps or (lambda output: None))
+    probe = Tapped(taps or pick_nothing)
     return streamed(run, batches, lambda layer: probe, fold)
+
+
+def pick_nothing(output: LayerOutput) -> None:
+    """Taps of a pass of which nothing is wanted but what leaves the last layer."""
 
 
 def streamed(

@@ -13,7 +13,6 @@ class ExpertOutputNorm(UnitStatistic):
     """Mean norm of what an expert gives a token, before it is weighed."""
 
     axes = ""
-    needs = frozenset({"outputs"})
 
     def exists(self, layer):
         """Holds in layers with experts."""

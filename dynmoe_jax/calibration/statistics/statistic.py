@@ -25,7 +25,7 @@ class Statistic(abc.ABC):
       axes: letters of the axes of a layer's array.
       form: ``"sum"`` over tokens, ``"mean"`` over them, or ``"sample"``: of S of them, the same in
         every layer.
-      needs: ``"outputs"`` of experts beside their hidden units, ``"gradients"`` of the loss.
+      needs: ``"gradients"`` of the loss, by a second sweep from the top down, or nothing.
     """
 
     axes: ClassVar[str]
