@@ -231,7 +231,7 @@ def _bars(kinds: dict, canvas):
     short = [words.replace("surprise of the token that is read", "read") for words in short]
     axis.set_yticks(range(len(kinds)), short)
     axis.invert_yaxis()
-    axis.set(xlabel="Spearman's rank correlation with the number of experts")
+    axis.set(xlabel="rank correlation with the number of experts")
     legend(figure)
     return canvas.picture(
         figure,
