@@ -104,7 +104,7 @@ class SignedImportance(GradientImportance):
 def test_gradients_of_experts_are_those_of_the_whole_model(on_disk, batches):
     """With routers that read the layer before; and a statistic of one's own is one class."""
     router = {"router": "moe_plus_plus", "top_p": {}, "backend": "reference"}
-    shared = {"shared_hidden_width": 8, "routed_scale": 2.0}
+    shared = {"shared_hidden_width": 8, "routed_scale": 2.0, "unroll": 1}
     run = on_disk(num_layers=4, every_n_layers=2, **router, **shared)
     with STATISTICS.temporarily("signed_importance", SignedImportance):
         found = gather(run, batches, {"signed_importance"}, BOUND, NEW)
