@@ -15,7 +15,13 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
-from broken import (
+
+from dynmoe_jax import config
+from dynmoe_jax.data import DataError
+from dynmoe_jax.interop import CheckpointError
+from dynmoe_jax.interop.described import configured, describe
+from dynmoe_jax.interop.files.source import open_source
+from tests.interop.broken import (
     ENDS,
     GGUF_KEYS,
     GGUF_VALUES,
@@ -26,19 +32,14 @@ from broken import (
     broken_safetensors,
     replace,
 )
-
-from dynmoe_jax import config
-from dynmoe_jax.data import DataError
-from dynmoe_jax.interop import CheckpointError
-from dynmoe_jax.interop.described import configured, describe
-from dynmoe_jax.interop.files.source import open_source
 from tests.interop.small_gguf import METADATA, write_gguf
 from tests.interop.small_models import SETTINGS, settings_of, tensors_of, write_small
 
 pytest.importorskip("transformers", reason="needs the extra test")
 
-import config_oracle
 from transformers import GenerationConfig
+
+from tests.interop import config_oracle
 
 pytestmark = pytest.mark.slow
 

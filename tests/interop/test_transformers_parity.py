@@ -74,7 +74,7 @@ def save_theirs(kind, settings, folder):
     """Writes a random model, norms and biases drawn too; returns its logits."""
     torch.manual_seed(1)
     if kind == "Deepseek":
-        import deepseek_torch
+        from tests.interop import deepseek_torch
 
         model = deepseek_torch.make(SHAPE | settings)
     else:
