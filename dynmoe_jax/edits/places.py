@@ -4,6 +4,7 @@ Axis legend: N layers of a stack, E experts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -87,8 +88,13 @@ class Stored:
         return (*layer, place.expert) if self.experts else layer
 
 
-def stored_in(model: config.Model) -> Iterator[tuple[Stored, object]]:
-    """Yields all variables of a model, each with its leaf of shapes."""
+@functools.lru_cache(maxsize=8)
+def stored_in(model: config.Model) -> tuple[tuple[Stored, object], ...]:
+    """All variables of a model, each with its leaf of shapes."""
+    return tuple(_stored_in(model))
+
+
+def _stored_in(model: config.Model) -> Iterator[tuple[Stored, object]]:
     stacks = {stack.name: stack for stack in stacks_of(model)}
     for path, leaf in variable_shapes(model).flat_state():
         stack = stacks.get(path[0])
