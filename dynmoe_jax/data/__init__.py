@@ -25,7 +25,7 @@ from dynmoe_jax.data.pipeline import (
     merge_states,
     shards_of_rows,
 )
-from dynmoe_jax.data.preparation.prepare import Prepared, prepare
+from dynmoe_jax.data.preparation.prepare import Prepared, is_prepared, prepare
 from dynmoe_jax.data.preparation.unchanged import check_unchanged
 from dynmoe_jax.data.sources.registry import check_sources
 from dynmoe_jax.data.tokenizers.api import (
@@ -53,6 +53,7 @@ __all__ = [
     "find_tokenizer",
     "for_rows",
     "heldout_batches",
+    "is_prepared",
     "kept_tokenizer",
     "merge_states",
     "open_tokenizer",

@@ -5,9 +5,7 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from dynmoe_jax import config
 from dynmoe_jax.console import console, stage
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.preparation.abandoned import own_name, remove_abandoned
 from dynmoe_jax.data.preparation.builder import (
     damaged,
     open_split,
@@ -30,6 +29,7 @@ from dynmoe_jax.data.sources.registry import parse_sources, read_documents, sour
 # Raised when the same settings would give other documents than before.
 _FORMAT = 1
 _SUMMARY = "summary.json"
+_UNFINISHED = "unfinished-"
 _BROKEN_PRINTED = 10
 _BROKEN_LISTED = 1000
 _MOST_DOMAINS = 1000
@@ -144,10 +144,9 @@ def prepare(data: config.Data, directory: Path) -> Prepared:
         console.print(f"Reusing the data prepared in {final}", markup=False)
         return Prepared(final)
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory)
+    remove_abandoned(directory, _UNFINISHED)
     # A folder gets its final name only when everything is in it.
-    unfinished = directory / f"unfinished-{socket.gethostname()}-{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = directory / own_name(_UNFINISHED)
     unfinished.mkdir()
     try:
         _prepare_in(unfinished, data, fingerprint)
@@ -284,20 +283,17 @@ def settings_of(data: config.Data) -> dict:
     return {"sources": identities, **{name: getattr(data, name) for name in names}}
 
 
+def is_prepared(data: config.Data, directory: Path) -> bool:
+    """Whether :func:`prepare` would write nothing.
+
+    Raises:
+      DataError: a source is not there.
+    """
+    return (directory / source_fingerprint(data)[:16] / _SUMMARY).is_file()
+
+
 def source_fingerprint(data: config.Data) -> str:
     """Fingerprint of everything that determines the documents; cheap, reads only the ends of
     files."""
     content = json.dumps([_FORMAT, settings_of(data)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Removes what killed processes of this machine left unfinished."""
-    for folder in directory.glob(f"unfinished-{socket.gethostname()}-*"):
-        process = int(folder.name.rpartition("-")[2])
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:  # alive, of another user
-            continue
