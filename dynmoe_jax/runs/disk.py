@@ -62,8 +62,15 @@ def is_seen(look: Callable[[], bool]) -> bool:
 
 
 @contextlib.contextmanager
-def disk_errors(workdir: Path) -> Iterator[None]:
-    """Turns a full or failing disk, wherever it shows, into a DiskError."""
+def disk_errors(
+    workdir: Path, then: str = "it goes on from the newest checkpoint"
+) -> Iterator[None]:
+    """Turns a full or failing disk, wherever it shows, into a DiskError.
+
+    Args:
+      workdir: the folder that is written to.
+      then: what the same command does when it is started again.
+    """
     try:
         yield
     except OSError as error:
@@ -73,5 +80,5 @@ def disk_errors(workdir: Path) -> Iterator[None]:
         where = error.filename or workdir
         raise DiskError(
             f"{where} could not be written ({error.strerror}); {remedy}, and start the same "
-            "command again: it goes on from the newest checkpoint."
+            f"command again: {then}."
         ) from error

@@ -101,18 +101,39 @@ class OpenedRun:
           group: ``params``, or ``first`` or ``second``: its moments.
 
         Raises:
-          CheckpointError: there is no such array.
+          CheckpointError: there is no such array, or it cannot be read.
         """
-        return self._stored.read(self._name(path, group), index)
+        name = self._name(path, group)
+        with self._readable():
+            return self._stored.read(name, index)
 
     def shape(self, path: tuple, group: str = "params") -> tuple[int, ...] | None:
         """Shape of a parameter, or of its moments, as it is stored; None if it is not."""
-        with contextlib.suppress(CheckpointError):
-            return self._stored.shape(self._name(path, group))
+        try:
+            name = self._name(path, group)
+        except CheckpointError:
+            return None
+        with self._readable():
+            return self._stored.shape(name)
 
     def slices(self, path: tuple) -> Iterator[tuple[int | None, np.ndarray]]:
         """A parameter in parts, see :meth:`.saving.stored.StoredArrays.slices`."""
-        return self._stored.slices(self._name(path, "params"))
+        name = self._name(path, "params")
+        with self._readable():
+            yield from self._stored.slices(name)
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turns TensorStore's errors into one sentence."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            folder = self.checkpoints.folder(self.step)
+            why = "has changed" if folder.is_dir() else "is not there any more"
+            raise CheckpointError(
+                f"The checkpoint {folder} {why} since it was opened; start again, when nobody else "
+                "writes there."
+            ) from error
 
     def params(self, shapes: nnx.State) -> nnx.State:
         """All variables, on the first device; ``shapes`` as :func:`variable_shapes` gives."""
