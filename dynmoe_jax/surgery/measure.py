@@ -84,7 +84,11 @@ class Measured:
 
     @property
     def relative_difference(self) -> float:
-        """The largest difference, in units of the largest logit where that is above 1."""
+        """The largest difference, in units of the largest logit where that is above 1; NaN where a
+        loss is no finite number."""
+        # Maxima alone would not tell: on a CPU they pass over NaN.
+        if not (math.isfinite(self.all.loss_before) and math.isfinite(self.all.loss_after)):
+            return math.nan
         return self.all.difference / max(1.0, self.largest_logit)
 
 
@@ -100,6 +104,7 @@ def compare(
       token_bytes_V: bytes of UTF-8 that each token stands for.
     """
     batches = [batch for of_domain in text.values() for batch in of_domain]
+    before, after = _InFloat32(before), _InFloat32(after)
     hidden, routed = zip(*(_passed(model, batches) for model in (before, after)), strict=True)
     found = logit_statistics(before, hidden[0], batches, (after, hidden[1]))
     targets_T, owner_T = _targets(text)
@@ -150,6 +155,18 @@ def entropy_of(probs_TE: Float[Array, "T E"]) -> Float[Array, "T"]:
     total_T1 = jnp.sum(probs_TE, axis=-1, keepdims=True)
     p_TE = probs_TE / jnp.where(total_T1 > 0, total_T1, 1.0)
     return -jnp.sum(p_TE * jnp.log(jnp.where(p_TE > 0, p_TE, 1.0)), axis=-1)
+
+
+class _InFloat32:
+    """An opened model that is computed in float32, in which a promise can be told from rounding."""
+
+    def __init__(self, model: Any):
+        cfg = model.config
+        own = dataclasses.replace(cfg.model, dtype="float32")
+        self.config, self._model = dataclasses.replace(cfg, model=own), model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def _targets(text: Mapping[str, Sequence[Batch]]) -> tuple[np.ndarray, np.ndarray]:
