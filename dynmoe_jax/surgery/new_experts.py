@@ -1,12 +1,13 @@
 """Base of operations that make experts of dense feed-forwards, with a new router."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.edits.places import Place
+from dynmoe_jax.edits.places import Place, stored_in
 from dynmoe_jax.edits.settings import LayerPlan, plans_of, with_layers
+from dynmoe_jax.experts.kinds.kind import without_experts
 from dynmoe_jax.fields import ConfigError, free_setting
 from dynmoe_jax.surgery.layer_numbers import layers_from
 from dynmoe_jax.surgery.operation import Operation
@@ -62,12 +63,18 @@ class NewExperts(Operation):
         return layers_from(self.layers, model.num_layers)
 
     def check_dense(self, model: config.Model) -> None:
-        """Raises ConfigError for a model that has experts, or for two routers."""
+        """Raises ConfigError for a model that has experts, or feed-forwards that they cannot be
+        made of, and for two routers."""
         if model.moe_layers:
             numbers = ", ".join(map(str, model.moe_layers))
             raise ConfigError(
                 f"--from names a model that has experts in layers {numbers} already; give a dense "
                 "one, whose feed-forwards become experts."
+            )
+        if lost := _not_of_experts(model, self.chosen(model)):
+            raise ConfigError(
+                f"--from names a model with config.model.linear={model.linear!r}, and experts have "
+                f"no {', '.join(lost)}; give one whose feed-forwards are dense matrices."
             )
         if self.top_k and (self.top_p or self.experts_per_token):
             other = (
@@ -88,6 +95,11 @@ class NewExperts(Operation):
           slices: experts that one feed-forward is cut into.
           router: more settings below ``config.model.moe``.
         """
+        if self.experts_per_token and not 1 <= self.experts_per_token <= num_experts:
+            raise ConfigError(
+                f"--experts_per_token={self.experts_per_token:g} must be from 1 to the "
+                f"{num_experts} experts of a layer."
+            )
         chosen, plans = self.chosen(cfg.model), []
         for i, plan in enumerate(plans_of(cfg.model)):
             own = dict(plan.own)
@@ -116,6 +128,19 @@ class NewExperts(Operation):
 
 KIND, EXPERTS = "activation", "moe.experts"
 """Settings that name what a dense feed-forward computes, and what an expert does."""
+
+
+def _not_of_experts(model: config.Model, layers: Sequence[int]) -> list[str]:
+    """Names of the arrays of dense feed-forwards that have no place in experts: what a kind of
+    linear map adds to matrices, or has in place of them."""
+    found: set[str] = set()
+    for i in layers:
+        own = model.by_layer[i].model
+        declared = own.feed_forward_kind.parameters(own.width, 1, own.hidden_width)
+        known = {f"feed_forward.{without_experts(name)}" for name in declared}
+        names = {stored.name for stored, _ in stored_in(model) if i in stored.layers}
+        found |= known ^ {name for name in names if name.startswith("feed_forward.")}
+    return sorted(found)
 
 
 def dense_place(place: Place) -> Place:

@@ -14,7 +14,6 @@ from dynmoe_jax import config
 from dynmoe_jax.calibration.stream import forward
 from dynmoe_jax.data import Batch
 from dynmoe_jax.edits.settings import edited
-from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.model.layer import LayerOutput
 from dynmoe_jax.runs.checkpoint import replace_config
 from dynmoe_jax.runs.load import opened_run
@@ -38,16 +37,8 @@ def fit_threshold(
 
     Returns:
       the settings with the p that was found.
-
-    Raises:
-      ConfigError: no p gives so many.
     """
     batches = [batch for own in text.values() for batch in own]
-    most = cfg.model.moe.num_experts
-    if not 1 <= experts <= most:
-        raise ConfigError(
-            f"--experts_per_token={experts:g} must be from 1 to the {most} experts of a layer."
-        )
     for _ in range(ROUNDS):
         with opened_run(folder) as run:
             before = mass_before(run, batches)

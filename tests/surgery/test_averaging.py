@@ -5,6 +5,7 @@ import pytest
 
 from dynmoe_jax.edits.arrays import average
 from dynmoe_jax.edits.places import Place
+from dynmoe_jax.edits.roles import Role
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.operations.mix import Mix
@@ -28,6 +29,15 @@ def test_the_mean_is_weighed(branches):
     place = Place(1, "attention.query_DHW")
     expected = 0.75 * branches[0][1][place] + 0.25 * branches[1][1][place]
     np.testing.assert_allclose(arrays[place], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_means_of_squares_stay_what_squares_are(branches):
+    """With a negative weight, which goes beyond a model, they would have no root."""
+    squares = [(cfg, {place: x**2 for place, x in own.items()}) for cfg, own in branches]
+    _, arrays = result_of(Average(weights="1.5,-0.5"), *squares, role=Role.SECOND)
+    place = Place(1, "attention.query_DHW")
+    expected = 0.75 * squares[0][1][place] + 0.25 * squares[1][1][place]
+    np.testing.assert_allclose(arrays[place], expected, rtol=1e-5)
 
 
 def test_feed_forwards_become_experts_and_the_rest_is_averaged(branches):

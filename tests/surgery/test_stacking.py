@@ -5,8 +5,9 @@ import pytest
 
 from dynmoe_jax.edits.places import Place
 from dynmoe_jax.edits.roles import Role
+from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.surgery.operations.stack import Stack, growth_tokens
-from tests.in_memory_surgery import drawn, result_of, settings
+from tests.in_memory_surgery import drawn, logits, result_of, settings
 
 
 @pytest.mark.parametrize(("times", "interleaved"), [(2, False), (2, True), (4, False)])
@@ -25,6 +26,16 @@ def test_layers_are_copies_bit_for_bit(times, interleaved):
     is_moe = [layer.is_moe for layer in result.model.by_layer]
     order = [i // times if interleaved else i % 4 for i in range(4 * times)]
     assert is_moe == [cfg.model.by_layer[i].is_moe for i in order]
+
+
+def test_a_stack_computes_the_same_scanned_and_unrolled():
+    cfg = settings(num_layers=1)
+    parent = cfg, drawn(cfg)
+    found = []
+    for unroll in (1, 2):
+        stacked, arrays = result_of(Stack(2), parent)
+        found.append(logits(edited(stacked, {"model.unroll": unroll}), arrays))
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-5)
 
 
 def test_layers_keep_what_they_have_of_their_own():

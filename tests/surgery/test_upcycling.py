@@ -156,6 +156,7 @@ def test_moments_are_those_of_the_feed_forward_and_zero_for_the_router(parent):
         ({"granularity": 2, "top_k": 3}, "multiple of --granularity=2"),
         ({"granularity": 2, "top_p": 0.4}, "needs --renormalize=true and --granularity=1"),
         ({"layers": "0,7"}, "names '7'"),
+        ({"experts_per_token": 9.0}, "from 1 to the 8 experts of a layer"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_settings_name(parent, wrong, named):
@@ -167,6 +168,15 @@ def test_a_model_with_experts_is_refused():
     cfg = settings(moe={"num_experts": 4, "hidden_width": 8})
     with pytest.raises(ConfigError, match="has experts in layers 0, 1"):
         Upcycle().result([cfg])
+
+
+def test_what_experts_would_lose_of_a_feed_forward_is_refused():
+    """Adapters of attention are kept, those of feed-forwards have no place in experts."""
+    adapted = settings(linear="lora")
+    assert Upcycle().result([adapted]).model.linear == "lora"
+    adapted = settings(linear="lora", lora={"targets": "query|down"})
+    with pytest.raises(ConfigError, match=r"no feed_forward\.down_lora_FR"):
+        Upcycle().result([adapted])
 
 
 def test_experts_in_some_layers_scan_where_they_repeat():

@@ -9,6 +9,7 @@ import numpy as np
 from dynmoe_jax import config
 from dynmoe_jax.edits.arrays import average
 from dynmoe_jax.edits.places import Place
+from dynmoe_jax.edits.roles import Role
 from dynmoe_jax.fields import ConfigError, free_setting
 from dynmoe_jax.surgery.operation import OPERATIONS, Given, Operation
 
@@ -43,6 +44,10 @@ class Average(Operation):
 
 def averaged(place: Place, given: Given, weights: Sequence[float]) -> np.ndarray:
     """Mean over parents of the arrays in a place."""
+    if given.role is not Role.PARAMETER:
+        # Gradients of a weight below 0 are no smaller, and means of squares no less than 0.
+        total = sum(map(abs, weights))
+        weights = [abs(weight) / total for weight in weights]
     return average([given.read(place, i) for i in range(given.num_parents)], weights)
 
 
