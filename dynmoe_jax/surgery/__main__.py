@@ -2,15 +2,17 @@
 
 import sys
 
-from dynmoe_jax.command_line import exit_code
+from dynmoe_jax.command_line import EXIT_INTERRUPTED, exit_code
+from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError
+from dynmoe_jax.runs.disk import DiskError
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.surgery import arguments, operations, tables
 from dynmoe_jax.surgery.perform import BrokenPromise, perform
 from dynmoe_jax.surgery.rebuild import rebuild
 from dynmoe_jax.surgery.request import checked
 
-BAD_INPUT = (CheckpointError, DataError, BrokenPromise)
+BAD_INPUT = (CheckpointError, DataError, DiskError, BrokenPromise)
 
 assert operations  # importing them registers them
 
@@ -21,7 +23,7 @@ def main() -> int:
     if flags.command == arguments.LIST:
         tables.show_operations()
     elif flags.command == arguments.REBUILD:
-        tables.show_record(rebuild(flags.source.expanduser(), flags.to.expanduser()), flags.to)
+        tables.show_record(rebuild(flags.source, flags.to), flags.to)
     elif flags.plan:
         with checked(flags.asked) as job:
             tables.show_plan(job)
@@ -30,5 +32,14 @@ def main() -> int:
     return 0
 
 
+def _main_or_nothing() -> int:
+    """Says of Ctrl-C what is left."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        console.print("Interrupted; nothing was kept.")
+        return EXIT_INTERRUPTED
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, BAD_INPUT))
+    sys.exit(exit_code(_main_or_nothing, BAD_INPUT))

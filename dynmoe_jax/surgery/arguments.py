@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import difflib
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,12 +44,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       ConfigError: a flag is unknown, or its value cannot be.
     """
-    flags = _parser().parse_args(argv)
+    parser = _parser()
+    _check_names(parser, argv)
+    flags = parser.parse_args(argv)
     if flags.command in OPERATIONS:
         operation = _built(OPERATIONS[flags.command], flags)
-        parents = tuple(Path(folder).expanduser() for folder in flags.source)
-        flags.asked = Request(operation, parents, flags.to.expanduser(), _built(Options, flags))
+        flags.asked = Request(operation, tuple(flags.source), flags.to, _built(Options, flags))
     return flags
+
+
+def _check_names(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Raises ConfigError for an operation, or a flag of one, that does not exist."""
+    (commands,) = (each for each in parser._actions if isinstance(each.choices, dict))
+    command = next((word for word in argv if not word.startswith("-")), None)
+    if command is None:
+        return
+    if command not in commands.choices:
+        near = difflib.get_close_matches(command, commands.choices, 1, 0.0)[0]
+        raise ConfigError(f"{command!r} is no operation; did you mean {near}?")
+    known = [f for each in commands.choices[command]._actions for f in each.option_strings]
+    for word in argv:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            raise ConfigError(f"{name} is no flag of {command}; did you mean {near}?")
+
+
+def _path(text: str) -> Path:
+    """A path as people write it; unlike Path's, this leaves a home alone that is not there."""
+    return Path(os.path.expanduser(text))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     again = commands.add_parser(
         REBUILD, help="makes a result again from its parents", allow_abbrev=False
     )
-    again.add_argument("--from", dest="source", type=Path, required=True, help="the result")
-    again.add_argument("--to", type=Path, required=True, help="a folder that is not there yet")
+    again.add_argument("--from", dest="source", type=_path, required=True, help="the result")
+    again.add_argument("--to", type=_path, required=True, help="a folder that is not there yet")
     for name, kind in OPERATIONS.items():
         _add_operation(commands, name, kind)
     return parser
@@ -81,13 +106,14 @@ def _add_operation(commands: Any, name: str, kind: type) -> None:
     added.add_argument(
         "--from",
         dest="source",
+        type=_path,
         action="append",
         required=True,
         metavar="MODEL",
         help="a run's folder, a folder in Hugging Face's format, or a .gguf file"
         + ("; once for each model" if kind.parents[1] != 1 else ""),
     )
-    added.add_argument("--to", type=Path, required=True, help="folder of the result")
+    added.add_argument("--to", type=_path, required=True, help="folder of the result")
     added.add_argument(
         "--plan", action="store_true", help="say what it will be and cost, and do nothing"
     )

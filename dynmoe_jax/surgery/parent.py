@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import json
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ from dynmoe_jax.model.components import RouterState
 from dynmoe_jax.runs.checkpoint import FOLDER
 from dynmoe_jax.runs.load import OpenedRun, opened_run
 from dynmoe_jax.surgery.digest import Digest
-from dynmoe_jax.surgery.provenance import FILE_NAME
+from dynmoe_jax.surgery.provenance import FILE_NAME, read_record
 
 _KEPT_ARRAYS = 8
 """Arrays that are kept after they were read: experts are made of one feed-forward, one after
@@ -70,7 +70,10 @@ class Parent:
             self._kept.move_to_end(key)
             return self._kept[key]
         stored = self._at(place)
-        values = self.model.read(stored.path, stored.index(place), role.value)
+        if role is Role.PARAMETER or self.model.shape(stored.path, role.value):
+            values = self.model.read(stored.path, stored.index(place), role.value)
+        else:  # it was not trained, and has no moments
+            values = np.zeros(stored.shape[stored.leading :], np.float32)
         if role is Role.PARAMETER and place not in self._digest:
             self._digest.add(place, role, values)
         self._kept[key] = values
@@ -123,11 +126,11 @@ class Parent:
     @functools.cached_property
     def history(self) -> list[dict[str, Any]]:
         """What was done to it before, the oldest first."""
-        file = self.folder / FILE_NAME
-        if not file.is_file():
+        if not os.path.isfile(self.folder / FILE_NAME):
             return []
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return [*record["history"], {k: record[k] for k in ("operation", "settings", "digest")}]
+        record = read_record(self.folder)
+        newest = {name: record.get(name) for name in ("operation", "settings", "digest")}
+        return [*record.get("history", []), newest]
 
 
 def files_of(run: OpenedRun) -> list[Path]:
@@ -144,11 +147,12 @@ def opened_parent(folder: Path) -> Iterator[Parent]:
       ConfigError: there is none.
       CheckpointError: it cannot be read.
     """
-    folder = folder.expanduser()
-    if (folder / FOLDER).is_dir():
+    # Unlike Path's, these say no to a name that is too long.
+    folder = Path(os.path.expanduser(folder))
+    if os.path.isdir(folder / FOLDER):
         with opened_run(folder) as run:
             yield Parent(folder, run)
-    elif folder.is_file() or (folder / "config.json").is_file():
+    elif os.path.isfile(folder) or os.path.isfile(folder / "config.json"):
         yield Parent(folder, opened_foreign(folder))
     else:
         raise config.ConfigError(

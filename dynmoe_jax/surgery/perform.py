@@ -1,23 +1,20 @@
 """Performs an operation: writes the result, proves what it promises, records where it came from."""
 
 import dataclasses
-import shutil
+import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynmoe_jax import config
-from dynmoe_jax.data import Tokenizer
-from dynmoe_jax.runs.begun import make_folder
 from dynmoe_jax.runs.load import opened_run
 from dynmoe_jax.surgery.measure import Measured, compare
 from dynmoe_jax.surgery.page import write_page
-from dynmoe_jax.surgery.parent import Parent, files_of
+from dynmoe_jax.surgery.parent import files_of
 from dynmoe_jax.surgery.provenance import write_record
 from dynmoe_jax.surgery.record import record_of
 from dynmoe_jax.surgery.request import Job, Request, checked
 from dynmoe_jax.surgery.samples import samples_of
+from dynmoe_jax.surgery.target import written_whole
 from dynmoe_jax.surgery.threshold import fit_threshold
 from dynmoe_jax.surgery.write import write_result
 
@@ -34,34 +31,24 @@ def perform(asked: Request) -> dict[str, Any]:
 
     Raises:
       ConfigError: something speaks against the request.
-      CheckpointError: a model cannot be read, or the result cannot be written.
+      CheckpointError, DiskError: a model cannot be read, or the result cannot be written.
       DataError: the text or a tokenizer cannot be read.
       BrokenPromise: the result differs from its parent by more than the operation promises.
     """
     begun = time.perf_counter()
-    with checked(asked) as job:
-        unfinished = asked.to.with_name(asked.to.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        make_folder(unfinished)
-        try:
-            record = _make(job, unfinished)
-            record["seconds"] = time.perf_counter() - begun
-            write_record(unfinished, record)
-            write_page(unfinished, record)
-            if asked.to.exists():
-                asked.to.rmdir()
-            unfinished.replace(asked.to)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    with checked(asked) as job, written_whole(job.to) as folder:
+        record = _make(job, folder)
+        record["seconds"] = time.perf_counter() - begun
+        write_record(folder, record)
+        write_page(folder, record)
     return record
 
 
 def _make(job: Job, folder: Path) -> dict[str, Any]:
     """Writes and measures the result in a folder; returns its record."""
-    asked, options = job.asked, job.asked.options
-    tokenizer = _tokenizer(job.parents)
+    asked, options, tokenizer = job.asked, job.asked.options, job.tokenizer
     tokenizer.save(folder / tokenizer.name_in_run)
-    digest = write_result(
+    digests = write_result(
         folder,
         asked.operation,
         job.parents,
@@ -81,29 +68,18 @@ def _make(job: Job, folder: Path) -> dict[str, Any]:
             job.parents[0].model, result, text.heldout(options.tokens), tokenizer.token_bytes_V
         )
         _check_promise(job, measured)
-        record = record_of(job, digest, files_of(result), measured, text.prepared.content)
+        record = record_of(job, digests, files_of(result), measured, text.prepared.content)
         return record | {"samples": samples_of(job, result, text)}
-
-
-def _tokenizer(parents: Sequence[Parent]) -> Tokenizer:
-    """The tokenizer that all parents share."""
-    found = [parent.tokenizer() for parent in parents]
-    for parent, tokenizer in zip(parents, found, strict=True):
-        if tokenizer is None:
-            raise config.ConfigError(
-                f"--from={parent.folder} holds no tokenizer; put the model's own one there."
-            )
-        if tokenizer.fingerprint != found[0].fingerprint:
-            raise config.ConfigError(
-                f"--from={parent.folder} has another tokenizer than --from={parents[0].folder}; "
-                "give models that share one."
-            )
-    return found[0]
 
 
 def _check_promise(job: Job, measured: Measured) -> None:
     if job.promise is None or measured.relative_difference <= job.promise:
         return
+    if not math.isfinite(measured.all.loss_before):
+        raise BrokenPromise(
+            f"--from={job.parents[0].folder} has a held-out loss of {measured.all.loss_before}, so "
+            f"nothing shows that {job.asked.name} keeps what it computes; nothing was kept."
+        )
     raise BrokenPromise(
         f"{job.asked.name} promises logits that differ by at most {job.promise:g} of the largest, "
         f"and they differ by {measured.relative_difference:.3g}; nothing was kept."

@@ -1,7 +1,6 @@
 """Provenance of a result: ``surgery.json``, enough to make it again."""
 
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,9 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"--from={folder} has no {FILE_NAME}; name the folder of a result of surgery."
         )
     try:
-        return from_json(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise config.ConfigError(
-            f"{file} is not whole ({error}); make the result again."
-        ) from error
+        record = from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise config.ConfigError(f"{file} is not whole ({error}); bring it back.") from error
+    if not isinstance(record, dict):
+        raise config.ConfigError(f"{file} holds no record of surgery; bring it back.")
+    return record

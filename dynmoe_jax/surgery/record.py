@@ -11,16 +11,17 @@ from dynmoe_jax.surgery.parent import Parent
 from dynmoe_jax.surgery.provenance import versions
 from dynmoe_jax.surgery.request import Job
 from dynmoe_jax.surgery.size import Size, size_of
+from dynmoe_jax.surgery.write import Digests
 
 
 def record_of(
-    job: Job, digest: str, files: list[Path], measured: Measured, content: str
+    job: Job, digests: Digests, files: list[Path], measured: Measured, content: str
 ) -> dict[str, Any]:
     """The record, but for samples and seconds.
 
     Args:
       job: what was asked for.
-      digest: of the result.
+      digests: of the result.
       files: that hold its numbers.
       measured: what both models do.
       content: digest of the text that they were measured on.
@@ -33,7 +34,8 @@ def record_of(
         "settings": dict(settings_of(asked.operation)),
         "options": dataclasses.asdict(asked.options),
         "parents": [_parent(parent) for parent in job.parents],
-        "digest": digest,
+        "digest": digests.model,
+        "moments_digest": digests.moments,
         "exact": {"promised": job.promise, "measured": measured.relative_difference},
         "before": _size(first.config.model, size_of(first.config), first.files())
         | _measured(losses.loss_before, losses.bits_before, routed[0]),
@@ -46,8 +48,8 @@ def record_of(
         },
         "data": {"sources": job.cfg.data.sources, "content": content},
         "moments": "carried" if job.moments else "none",
-        "remarks": asked.operation.remarks([parent.config for parent in job.parents]),
-        "history": first.history,
+        "remarks": job.remarks,
+        "history": job.history,
         "versions": versions(),
     }
 
@@ -59,7 +61,7 @@ def file_bytes(files: list[Path]) -> int:
 
 def _parent(parent: Parent) -> dict[str, Any]:
     return {
-        "folder": str(parent.folder),
+        "folder": str(parent.folder.absolute()),
         "digest": parent.digest,
         "file_bytes": file_bytes(parent.files()),
         "moments": parent.has_moments,

@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dynmoe_jax import config
+from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.fields import free_setting
 from dynmoe_jax.surgery.operation import OPERATIONS, Operation
 from dynmoe_jax.surgery.parent import Parent, opened_parent
+from dynmoe_jax.surgery.target import free_place
 from dynmoe_jax.surgery.text import Source, source_of
 
 AUTO, DEFAULT = -1, 2
@@ -68,7 +71,7 @@ class Request:
     @property
     def name(self) -> str:
         """Name of the operation."""
-        return next(name for name, kind in OPERATIONS.items() if isinstance(self.operation, kind))
+        return next(name for name, kind in OPERATIONS.items() if type(self.operation) is kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +80,37 @@ class Job:
 
     Attributes:
       asked: the request.
+      to: folder of the result, links followed.
       parents: the models, opened.
       cfg: settings of the result.
       source: of the text that both are measured on.
+      tokenizer: which all models share.
+      history: of the first model, see :attr:`.parent.Parent.history`.
       moments: whether moments are carried over.
-      promise: see :meth:`.operation.Operation.promise`.
+      promise: see :meth:`.operation.Operation.promise`; None where parameters are rounded.
     """
 
     asked: Request
+    to: Path
     parents: list[Parent]
     cfg: config.Config
     source: Source
+    tokenizer: Tokenizer
+    history: list[dict[str, Any]]
     moments: bool
     promise: float | None
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences that a user should read about the result."""
+        settings = [parent.config for parent in self.parents]
+        found = self.asked.operation.remarks(settings)
+        if self.promise is None and self.asked.operation.promise(settings) is not None:
+            found.append(
+                f"Parameters are rounded to {self.asked.options.dtype}: the function is kept no "
+                "better than that allows."
+            )
+        return found
 
 
 @contextlib.contextmanager
@@ -99,10 +120,10 @@ def checked(asked: Request) -> Iterator[Job]:
     Raises:
       ConfigError: something speaks against it.
       CheckpointError: a model cannot be read.
+      DataError: a tokenizer or a source of text cannot be.
     """
     _check_count(asked)
-    if asked.to.exists() and (not asked.to.is_dir() or any(asked.to.iterdir())):
-        raise config.ConfigError(f"--to={asked.to} is not empty; name another folder.")
+    to = free_place(asked.to)
     with contextlib.ExitStack() as opened:
         parents = [opened.enter_context(opened_parent(folder)) for folder in asked.parents]
         settings = [parent.config for parent in parents]
@@ -111,7 +132,25 @@ def checked(asked: Request) -> Iterator[Job]:
         train = dataclasses.replace(cfg.train, init_from="")
         cfg = dataclasses.replace(cfg, data=source.data, train=train)
         carry = asked.options.moments == "carry" and all(each.has_moments for each in parents)
-        yield Job(asked, parents, cfg, source, carry, asked.operation.promise(settings))
+        promise = asked.operation.promise(settings) if asked.options.dtype == "float32" else None
+        tokenizer, history = _shared_tokenizer(parents), parents[0].history
+        yield Job(asked, to, parents, cfg, source, tokenizer, history, carry, promise)
+
+
+def _shared_tokenizer(parents: Sequence[Parent]) -> Tokenizer:
+    """The tokenizer that all parents share."""
+    found = [parent.tokenizer() for parent in parents]
+    for parent, tokenizer in zip(parents, found, strict=True):
+        if tokenizer is None:
+            raise config.ConfigError(
+                f"--from={parent.folder} holds no tokenizer; put the model's own one there."
+            )
+        if tokenizer.fingerprint != found[0].fingerprint:
+            raise config.ConfigError(
+                f"--from={parent.folder} has another tokenizer than --from={parents[0].folder}; "
+                "give models that share one."
+            )
+    return found[0]
 
 
 def _check_count(asked: Request) -> None:

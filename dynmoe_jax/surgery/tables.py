@@ -50,7 +50,7 @@ def show_plan(job: Job) -> None:
         "written.",
         soft_wrap=True,
     )
-    _tell(job.asked.operation.remarks([parent.config for parent in job.parents]))
+    _tell(job.remarks)
 
 
 def show_record(record: dict[str, Any], folder: Path) -> None:

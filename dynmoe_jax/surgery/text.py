@@ -6,7 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dynmoe_jax import config
-from dynmoe_jax.data import Batch, Prepared, Tokenizer, document_batches, for_rows, prepare
+from dynmoe_jax.data import (
+    Batch,
+    DataError,
+    Prepared,
+    Tokenizer,
+    check_sources,
+    document_batches,
+    for_rows,
+    is_prepared,
+    prepare,
+)
 from dynmoe_jax.surgery.parent import Parent
 
 TOKENS_AT_ONCE = 2048
@@ -28,8 +38,18 @@ class Text:
     tokenizer: Tokenizer
 
     def heldout(self, tokens: int) -> dict[str, list[Batch]]:
-        """Batches of held-out text by domain, of about so many tokens in all."""
-        return self._batches(self.prepared.open_heldout, tokens, None)
+        """Batches of held-out text by domain, of about so many tokens in all.
+
+        Raises:
+          DataError: there is none.
+        """
+        found = self._batches(self.prepared.open_heldout, tokens, None)
+        if not found:
+            raise DataError(
+                f"config.data.sources={self.data.sources!r} gives no two different documents, so "
+                "none is held out to measure on; name other text: --data=SOURCES."
+            )
+        return found
 
     def training(self, tokens: int, seed: int) -> dict[str, list[Batch]]:
         """Batches of training text by domain, of about so many tokens in all, drawn by a seed."""
@@ -80,10 +100,12 @@ def source_of(parent: Parent, sources: str) -> Source:
 
     Raises:
       ConfigError: the parent has no text of its own, and none is named.
+      DataError: a source is not there.
     """
     data = parent.config.data
     if sources:
         named = dataclasses.replace(data, sources=sources, directory="")
+        check_sources(named)
         return Source(named, None)
     if parent.is_foreign or (parent.model.imported and not parent.history):
         raise config.ConfigError(
@@ -91,4 +113,12 @@ def source_of(parent: Parent, sources: str) -> Source:
             "some to measure with: --data=SOURCES, such as --data=python."
         )
     own = Path(data.directory).expanduser() if data.directory else parent.folder / "data"
-    return Source(dataclasses.replace(data, directory=str(own)), own)
+    own = own.absolute()
+    try:
+        there = is_prepared(data, own)
+    except DataError as error:
+        said = str(error).removesuffix(".")
+        raise DataError(f"{said}, or name other text to measure with: --data=SOURCES.") from error
+    # Nothing is written into a parent's folder.
+    kept = dataclasses.replace(data, directory=str(own) if there else "")
+    return Source(kept, own if there else None)

@@ -1,9 +1,11 @@
 """Checkpoint of a result, written while its arrays are made, one after another."""
 
-import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,9 +19,22 @@ from dynmoe_jax.runs.saving.streamed import Index, StreamedArray
 from dynmoe_jax.surgery.digest import Digest
 from dynmoe_jax.surgery.operation import Given, Operation
 from dynmoe_jax.surgery.parent import Parent
+from dynmoe_jax.surgery.stopping import Stopping
 
 STEP = 0
 """A result has done no step of training of its own."""
+
+
+class Digests(NamedTuple):
+    """Digests of a result, see :class:`.digest.Digest`.
+
+    Attributes:
+      model: of its parameters and router states, as a parent's.
+      moments: of its moments; empty without any.
+    """
+
+    model: str
+    moments: str
 
 
 def write_result(
@@ -33,7 +48,7 @@ def write_result(
     seed: int,
     moments: bool,
     dtype: str,
-) -> str:
+) -> Digests:
     """Writes the checkpoint of a result.
 
     Args:
@@ -48,19 +63,19 @@ def write_result(
       dtype: that parameters are stored in.
 
     Returns:
-      the digest of the result.
+      the digests of the result.
+
+    Raises:
+      CheckpointError: a parent cannot be read, or the result cannot be written.
     """
     roles = [Role.PARAMETER, *((Role.FIRST, Role.SECOND) if moments else ())]
-    digest, memo = Digest(), {}
+    digests, memo = (Digest(), Digest()), {}
     variables = list(stored_in(cfg.model))
     numbers = sum(np.prod(stored.shape) for stored, _ in variables)
-    with (
-        stage(
-            f"Writing {numbers / 1e6:,.1f}M parameters", len(roles) * numbers / 1e6, "M"
-        ) as shown,
-        contextlib.closing(Checkpoints(folder, cfg.checkpoint)) as checkpoints,
-    ):
-        maker = _Maker(operation, parents, cfg.model, seed, digest, memo, shown)
+    with stage(
+        f"Writing {numbers / 1e6:,.1f}M parameters", len(roles) * numbers / 1e6, "M"
+    ) as shown:
+        maker = _Maker(operation, parents, cfg.model, seed, digests, memo, shown)
         state = {"params": _tree(variables, maker.of(Role.PARAMETER), dtype)}
         if moments:
             trained = [each for each in variables if not isinstance(each[1], RouterState)]
@@ -71,8 +86,11 @@ def write_result(
                 max(parent.updates for parent in parents), np.int32
             )
         position = {"tokenizer": tokenizer, IMPORTED: name}
-        checkpoints.save(STEP, state, position, cfg)
-    return digest.hex()
+        checkpoints = Checkpoints(folder, cfg.checkpoint)
+        with maker.stopping.saving(checkpoints):
+            checkpoints.save(STEP, state, position, cfg)
+    model, of_moments = (digest.hex() for digest in digests)
+    return Digests(model, of_moments if moments else "")
 
 
 def _tree(variables, make: Callable, dtype: str) -> nnx.State:
@@ -80,7 +98,7 @@ def _tree(variables, make: Callable, dtype: str) -> nnx.State:
     for stored, leaf in variables:
         # A state is compared with what it was, so it is kept as it is.
         own = "float32" if isinstance(leaf, RouterState) else dtype
-        array = StreamedArray(stored.shape, make(stored), stored.leading, own)
+        array = StreamedArray(stored.shape, make(stored, own), stored.leading, own)
         leaves.append((stored.path, leaf.replace(array)))
     return nnx.from_flat_state(leaves)
 
@@ -94,24 +112,27 @@ class _Maker:
         parents: list[Parent],
         model: config.Model,
         seed: int,
-        digest: Digest,
+        digests: tuple[Digest, Digest],
         memo: dict,
         shown: Stage,
     ):
         self._operation, self._parents, self._model = operation, parents, model
-        self._seed, self._digest, self._memo, self._shown = seed, digest, memo, shown
+        self._seed, self._digests, self._memo, self._shown = seed, digests, memo, shown
+        self.stopping = Stopping()
 
-    def of(self, role: Role) -> Callable[[Stored], Callable[[Index], np.ndarray]]:
-        """A function of a variable that gives its slices in a role."""
+    def of(self, role: Role) -> Callable[[Stored, str], Callable[[Index], np.ndarray]]:
+        """A function of a variable, and its type on disk, that gives its slices in a role."""
 
-        def make(stored: Stored, index: Index) -> np.ndarray:
+        def make(stored: Stored, dtype: str, index: Index) -> np.ndarray:
             missing = stored.shape[len(index) : stored.leading]
-            arrays = [self._array(stored, (*index, *rest), role) for rest in np.ndindex(missing)]
+            each = ((*index, *rest) for rest in np.ndindex(missing))
+            with self.stopping.making():
+                arrays = [self._array(stored, one, role, dtype) for one in each]
             return np.stack(arrays).reshape(stored.shape[len(index) :]) if missing else arrays[0]
 
-        return lambda stored: lambda index: make(stored, index)
+        return lambda *variable: partial(make, *variable)
 
-    def _array(self, stored: Stored, index: Index, role: Role) -> np.ndarray:
+    def _array(self, stored: Stored, index: Index, role: Role, dtype: str) -> np.ndarray:
         place, shape = stored.place(index), stored.shape[stored.leading :]
         given = Given(
             self._model,
@@ -125,6 +146,8 @@ class _Maker:
         values = np.asarray(self._operation.array(place, given))
         if values.shape != shape:
             raise ValueError(f"The operation makes {values.shape} for {place}, not {shape}.")
-        self._digest.add(place, role, values)
+        # As it will be read, so that a result has the same digest when it is a parent.
+        values = values.astype(jnp.dtype(dtype), copy=False).astype(np.float32, copy=False)
+        self._digests[role is not Role.PARAMETER].add(place, role, values)
         self._shown.advance(values.size / 1e6)
         return values
