@@ -35,7 +35,12 @@ def changed(told: Iterable[tuple[str, Any, Any, str]]) -> list[str]:
 
 def flag(name: str, value: Any) -> str:
     """A setting as the command line takes it."""
-    return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+    return f"--{name}={text_of(value)}"
+
+
+def text_of(value: Any) -> str:
+    """The value of a setting as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def settings_told(record: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:

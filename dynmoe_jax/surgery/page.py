@@ -10,7 +10,7 @@ from dynmoe_jax.evaluation.report.parts import coloured, escaped, page, section,
 from dynmoe_jax.evaluation.report.theme import Canvas, figure_style
 from dynmoe_jax.runs.formatting import MISSING, compact, decimals, duration, percent
 from dynmoe_jax.runs.records import write_atomically
-from dynmoe_jax.surgery.command import changed, command_of, flag, settings_told
+from dynmoe_jax.surgery.command import changed, command_of, flag, settings_told, text_of
 from dynmoe_jax.surgery.figures import domain_pictures, layer_pictures
 from dynmoe_jax.surgery.operation import OPERATIONS
 
@@ -188,22 +188,26 @@ def _sample(side: str, text: Mapping[str, Any]) -> str:
 
 def _done(record: Mapping[str, Any]) -> str:
     settings = [
-        [flag(name, value), default, help] for name, value, default, help in settings_told(record)
+        [flag(name, value), help + _default(default) * (value != default and bool(help))]
+        for name, value, default, help in settings_told(record)
     ]
     parents = [
         [parent["folder"], _megabytes(parent["file_bytes"]), parent["digest"]]
         for parent in record["parents"]
     ]
     parents.append(["the result", _megabytes(record["after"]["file_bytes"]), record["digest"]])
-    columns = ["setting", "default", "meaning"]
     return (
         "<h2>What was done</h2>"
         f'<p class="soft">This makes the result again, in {escaped(duration(record["seconds"]))} '
         f"as it did here.</p>"
         f'<pre class="panel sample">{escaped(command_of(record))}</pre>'
         f"{table_of(['model', 'files', 'digest'], parents, (1,))}"
-        f"{table_of(columns, settings)}"
+        f"{table_of(['setting', 'meaning'], settings)}"
     )
+
+
+def _default(value: Any) -> str:
+    return f" (default: {text_of(value) or 'empty'})"
 
 
 def _history(record: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The page of a result, over records of every shape."""
 
+import itertools
 import re
 import shlex
 
@@ -158,6 +159,17 @@ def test_samples_that_were_left_out_say_why(tmp_path):
     assert '<h2>Samples</h2><p class="soft">A model has 700M parameters.' in rendered(
         tmp_path, given
     )
+
+
+def test_settings_are_told_with_the_defaults_that_they_differ_from(tmp_path):
+    given = record()
+    given["settings"] |= {"noise": 0.01, "shuffle": True, "layers": "0-3"}
+    cells = re.findall(r"<td>(.*?)</td>", rendered(tmp_path, given))
+    told = dict(itertools.pairwise(cells))
+    assert told["--noise=0.01"].endswith("(default: 0.0)")
+    assert told["--shuffle=true"].endswith("(default: false)")
+    assert told["--layers=0-3"].endswith("(default: empty)")
+    assert "default" not in told["--num_experts=8"]
 
 
 def test_an_operation_that_is_not_known_here_is_shown_all_the_same(tmp_path):
