@@ -22,6 +22,7 @@ SHOWN = {
     "03_do_harder_tokens_need_more_experts": (
         3, 'experts">', 1, "study.html", "Do harder tokens get more experts?",
     ),
+    "04_surgery": (1, "kv bytes per token", 1, "moe/surgery.html", "promises to keep the function"),
 }  # fmt: skip
 """Of each notebook: its pictures, how many pieces of HTML have such a text, and the page that it
 leaves, with a text there."""
