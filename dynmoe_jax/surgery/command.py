@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dynmoe_jax.registry import PLUGIN_MODULE
@@ -14,7 +14,7 @@ PROGRAM = "python -m dynmoe_jax.surgery"
 
 
 def command_of(record: Mapping[str, Any], to: str = "FOLDER") -> str:
-    """One line of a shell that makes a result again.
+    """A command that makes a result again, with a flag in every line.
 
     Args:
       record: of the result.
@@ -22,20 +22,11 @@ def command_of(record: Mapping[str, Any], to: str = "FOLDER") -> str:
     """
     flags = [f"--from={parent['folder']}" for parent in record["parents"]]
     told = [*settings_told(record), *told_of(Options, record["options"])]
-    flags += [f"--to={to}", *changed(told)]
+    flags.append(f"--to={to}")
+    flags += [f"--{name}={text_of(value)}" for name, value, default, _ in told if value != default]
     if plugin := _plugin(record["operation"]):
         flags.insert(0, f"--plugin={plugin}")
-    return " ".join([PROGRAM, record["operation"], *map(shlex.quote, flags)])
-
-
-def changed(told: Iterable[tuple[str, Any, Any, str]]) -> list[str]:
-    """``--NAME=VALUE`` of the settings that differ from their defaults."""
-    return [flag(name, value) for name, value, default, _ in told if value != default]
-
-
-def flag(name: str, value: Any) -> str:
-    """A setting as the command line takes it."""
-    return f"--{name}={text_of(value)}"
+    return " \\\n    ".join([f"{PROGRAM} {record['operation']}", *map(shlex.quote, flags)])
 
 
 def text_of(value: Any) -> str:

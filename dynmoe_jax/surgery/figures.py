@@ -58,8 +58,8 @@ def _bits(names: Sequence[str], parts: Sequence[Mapping], canvas: Canvas) -> Pic
     return canvas.picture(
         figure,
         "Held-out text: how well is it predicted?",
-        "Bits per byte of documents that the first parent has not been trained on; less is better. "
-        "Equal bars: nothing was lost.",
+        "Bits per byte of documents that no run here is trained on; less is better. Equal bars: "
+        "nothing was lost.",
     )
 
 
@@ -180,8 +180,7 @@ def _curves(
         bound = (dashed or {}).get(side, {})
         axis.plot(list(bound), list(bound.values()), color=color, alpha=0.6, dashes=(4, 3))
         axis.plot(list(curve), list(curve.values()), "o-", color=color, markersize=3.5, label=side)
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.1)
+    axis.set_ylim(0, 1.1 * axis.dataLim.y1)
     axis.set(xlabel=_BY_LAYER, ylabel=label)
     _whole_layers(axis)
     legend(figure)

@@ -10,7 +10,7 @@ from dynmoe_jax.evaluation.report.parts import coloured, escaped, page, section,
 from dynmoe_jax.evaluation.report.theme import Canvas, figure_style
 from dynmoe_jax.runs.formatting import MISSING, compact, decimals, duration, percent
 from dynmoe_jax.runs.records import write_atomically
-from dynmoe_jax.surgery.command import changed, command_of, flag, settings_told, text_of
+from dynmoe_jax.surgery.command import command_of, settings_told, text_of
 from dynmoe_jax.surgery.figures import domain_pictures, layer_pictures
 from dynmoe_jax.surgery.operation import OPERATIONS
 
@@ -101,7 +101,7 @@ def _before_and_after(record: Mapping[str, Any]) -> str:
         for name, key, shown in (
             ("parameters", "parameters", "{:,}".format),
             ("active parameters of a token", "active_parameters", lambda x: f"{x:,.0f}"),
-            ("bytes by arithmetic, as stored", "stored_bytes", "{:,}".format),
+            ("bytes by arithmetic", "stored_bytes", "{:,}".format),
             ("bytes of the files", "file_bytes", "{:,}".format),
             ("FLOPs of a token, forward", "flops_per_token", compact),
             ("keys and values of a token, bytes", "kv_bytes_per_token", "{:,}".format),
@@ -126,9 +126,9 @@ def _on_files(record: Mapping[str, Any]) -> str:
     words = {True: "with", False: "without"}
     return (
         f"Before is {'the first parent' if several else 'the parent'}. Arithmetic counts "
-        "parameters and router states; files are those of the checkpoint, which hold the "
-        "optimizer's moments too where there are any: before "
-        f"{words[bool(first['moments'])]}, after {words[record['moments'] == 'carried']} them."
+        "parameters and router states, of a parent in float32. Files hold the optimizer's moments "
+        f"too where there are any: before {words[bool(first['moments'])]}, after "
+        f"{words[record['moments'] == 'carried']} them."
     )
 
 
@@ -188,7 +188,7 @@ def _sample(side: str, text: Mapping[str, Any]) -> str:
 
 def _done(record: Mapping[str, Any]) -> str:
     settings = [
-        [flag(name, value), help + _default(default) * (value != default and bool(help))]
+        [_setting(name, value), help + _default(default) * (value != default and bool(help))]
         for name, value, default, help in settings_told(record)
     ]
     parents = [
@@ -200,10 +200,15 @@ def _done(record: Mapping[str, Any]) -> str:
         "<h2>What was done</h2>"
         f'<p class="soft">This makes the result again, in {escaped(duration(record["seconds"]))} '
         f"as it did here.</p>"
-        f'<pre class="panel sample">{escaped(command_of(record))}</pre>'
+        f'<pre class="panel scroll command">{escaped(command_of(record))}</pre>'
         f"{table_of(['model', 'files', 'digest'], parents, (1,))}"
         f"{table_of(['setting', 'meaning'], settings)}"
     )
+
+
+def _setting(name: str, value: Any) -> str:
+    """With spaces, where a narrow screen can break the line."""
+    return f"{name} = {text_of(value) or 'empty'}"
 
 
 def _default(value: Any) -> str:
@@ -212,18 +217,18 @@ def _default(value: Any) -> str:
 
 def _history(record: Mapping[str, Any]) -> str:
     """The chain of operations, from the first to this one."""
-    chain = [*record["history"], record]
     rows = [
-        [
-            number,
-            step["operation"],
-            " ".join(changed(settings_told(step))) or MISSING,
-            f"{step['digest'][:16]}…",
-        ]
-        for number, step in enumerate(chain, start=1)
+        [number, step["operation"], _changed(step), f"{step['digest'][:16]}…"]
+        for number, step in enumerate([*record["history"], record], start=1)
     ]
     header = ["", "operation", "settings that were changed", "digest of the result"]
     return f"<h2>History</h2>{table_of(header, rows, (0,))}"
+
+
+def _changed(step: Mapping[str, Any]) -> str:
+    """The settings of an operation that differ from their defaults."""
+    told = settings_told(step)
+    return ", ".join(_setting(n, v) for n, v, default, _ in told if v != default) or MISSING
 
 
 def _versions(record: Mapping[str, Any]) -> str:
