@@ -92,13 +92,15 @@ def _rows_of(names: Sequence[str], canvas: Canvas, bars: int):
 
 def _experts(sides: Mapping[str, Mapping], canvas: Canvas) -> Picture:
     figure, axes = canvas.figure(rows=2, height=4.2)
-    for place, (side, part) in enumerate(sides.items()):
+    for side, part in sides.items():
         layers = part["layers"]
-        x = np.arange(len(layers)) + 0.4 * (place - 0.5)
         heights = [max(1, each["experts"]) for each in layers], [each["width"] for each in layers]
+        looks = {"before": {"fill": True, "alpha": 0.45}, "after": {"linewidth": 1.8}}[side]
         for axis, values in zip(axes, heights, strict=True):
-            axis.bar(x, values, 0.38, color=light(SIDES[side]), label=side)
+            edges = np.arange(len(layers) + 1) - 0.5
+            axis.stairs(values, edges, color=light(SIDES[side]), label=side, **looks)
             axis.grid(axis="x", visible=False)
+            axis.set_ylim(0, 1.1 * max(axis.dataLim.y1, 1))
     axes[0].yaxis.set_major_locator(integer_ticks(5))
     axes[0].set(ylabel="experts")
     axes[1].set(ylabel="width of each")

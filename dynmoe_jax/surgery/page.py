@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from dynmoe_jax.runs.records import write_atomically
 from dynmoe_jax.surgery.command import command_of, settings_told, text_of
 from dynmoe_jax.surgery.figures import domain_pictures, layer_pictures
 from dynmoe_jax.surgery.operation import OPERATIONS
+from dynmoe_jax.surgery.starving import STARVING, tokens_by_expert
 
 FILE_NAME = "surgery.html"
+_MOST_NAMED = 12
 
 
 def write_page(folder: Path, record: Mapping[str, Any]) -> Path:
@@ -31,6 +33,7 @@ def write_page(folder: Path, record: Mapping[str, Any]) -> Path:
         section("Held-out text by domain", domains),
         _domains(record),
         section("Layers", layers),
+        _tokens(record),
         _samples(record["samples"]),
         _done(record),
         _history(record),
@@ -151,6 +154,41 @@ def _domains(record: Mapping[str, Any]) -> str:
     data = escaped(f"Held-out documents of {record['data']['sources']}. KL is KL(before || after).")
     table = table_of(header, rows, range(1, len(header)), total)
     return f'{table}<p class="soft">{data}</p>'
+
+
+def _tokens(record: Mapping[str, Any]) -> str:
+    """Tokens that the experts of the result were given, with those that starve named."""
+    measured = record["compared"]["all"]["tokens"]
+    layers = tokens_by_expert(record["after"], measured)
+    if not layers:
+        return ""
+    rows = [
+        [
+            own.layer,
+            f"{own.even:,.0f}",
+            *(f"{own.tokens[e]:,} (expert {e})" for e in (own.fewest, own.most)),
+            _numbers(own.starving),
+        ]
+        for own in layers
+    ]
+    starving, experts = (
+        sum(len(of(own)) for own in layers) for of in (lambda x: x.starving, lambda x: x.tokens)
+    )
+    said = (
+        f"Of {measured:,} held-out tokens. {starving or 'None'} of {experts} experts got less than "
+        f"{percent(STARVING, 0)} of an even share: such an expert learns little, and what is "
+        "measured of it rests on few tokens."
+    )
+    header = ["layer", "even share", "fewest tokens", "most tokens", "experts that starve"]
+    table = table_of(header, rows, (0, 1, 2, 3))
+    return f'<h2>Tokens by expert</h2>{table}<p class="soft">{escaped(said)}</p>'
+
+
+def _numbers(experts: Sequence[int]) -> str:
+    """Numbers of experts, the first of them where they are many."""
+    shown = ", ".join(map(str, experts[:_MOST_NAMED]))
+    more = len(experts) - _MOST_NAMED
+    return f"{shown} and {more} more" if more > 0 else shown or MISSING
 
 
 # ── Samples ──────────────────────────────────────────────────────────────────────────────────────

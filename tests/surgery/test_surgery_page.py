@@ -102,8 +102,8 @@ def headings(text):
     return re.findall(r"<h2>(.*?)</h2>", text)
 
 
-SECTIONS = ["Before and after", "Held-out text by domain", "Layers", "Samples", "What was done",
-            "History", "Versions"]  # fmt: skip
+SECTIONS = ["Before and after", "Held-out text by domain", "Layers", "Tokens by expert", "Samples",
+            "What was done", "History", "Versions"]  # fmt: skip
 
 
 def test_page_has_all_sections_and_needs_nothing_from_outside(tmp_path):
@@ -124,6 +124,17 @@ def test_every_picture_has_a_caption_and_an_alternative_text(tmp_path):
         title, caption = re.findall(r"<figcaption><(?:b|span)>(.*?)</(?:b|span)>", figure)
         assert re.search(r'role="img" aria-label="(.*?)"', figure)[1] == title
         assert len(caption) > 30
+
+
+def test_experts_that_starve_are_named(tmp_path):
+    given = record(layers=4, experts=4)
+    given["after"]["load"] = {"1": [0.0, 1.0, 0.96, 0.04], "3": [0.5, 0.5, 0.5, 0.5]}
+    text = rendered(tmp_path, given).split("<h2>Tokens by expert</h2>")[1]
+    rows = [re.findall(r"<td.*?>(.*?)</td>", row) for row in text.split("<tr>")[2:4]]
+    assert rows[0] == ["1", "2,000", "0 (expert 0)", "4,000 (expert 1)", "0, 3"]
+    assert rows[1][:2] == ["3", "2,000"]
+    assert rows[1][-1] == "–"
+    assert "Of 4,000 held-out tokens. 2 of 8 experts got less than 10 %" in text
 
 
 def test_what_is_the_same_before_and_after_is_said_and_not_drawn(tmp_path):
