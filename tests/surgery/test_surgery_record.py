@@ -21,6 +21,7 @@ from dynmoe_jax.surgery.request import AUTO, Options, Request
 from dynmoe_jax.surgery.samples import left_out
 from dynmoe_jax.training.step import TrainState
 from tests.small_run import corpus, settings, tokenizer
+from tests.surgery.test_surgery_page import record as record_of_page
 
 __all__ = ["corpus", "settings", "tokenizer"]
 
@@ -99,6 +100,18 @@ def test_page_and_record_lie_in_the_folder(made):
     page = (result / PAGE).read_text(encoding="utf-8")
     assert "upcycle of dense" in page
     assert "promises to keep the function" in page
+
+
+def test_pages_are_tried_on_records_of_the_same_fields(made):
+    _, _, record = made
+    example = record_of_page()
+    for found, wanted in (
+        (example, record),
+        (example["before"], record["before"]),
+        (example["parents"][0], record["parents"][0]),
+        (example["compared"]["all"], record["compared"]["all"]),
+    ):
+        assert found.keys() == wanted.keys()
 
 
 def test_large_models_write_only_if_they_are_asked_to():
