@@ -8,6 +8,7 @@ from rich.markup import escape
 from dynmoe_jax import config
 from dynmoe_jax.console import console, titled_table
 from dynmoe_jax.data import DataError, prepare
+from dynmoe_jax.jobs.workers import Workers
 from dynmoe_jax.runs.disk import disk_errors
 from dynmoe_jax.runs.formatting import duration
 from dynmoe_jax.runs.lock import locked
@@ -21,11 +22,11 @@ from dynmoe_jax.study.questions import QUESTIONS
 from dynmoe_jax.study.questions.question import SILENT
 from dynmoe_jax.study.record import FILE_NAME, make_record, write_record
 from dynmoe_jax.study.running.jobs import jobs_of, left_of, timed
-from dynmoe_jax.study.running.workers import Workers
 
 REQUEST = "request.json"
 TEXT = "text.sha256"
 LOGS = "logs"
+WORKER = "dynmoe_jax.study.running.worker"
 
 
 def study(asked: Request, arguments: Sequence[str] = ()) -> int:
@@ -51,7 +52,7 @@ def study(asked: Request, arguments: Sequence[str] = ()) -> int:
         # ── Text and tokenizer, the same for all; then runs and measures ─────────────────────────
         if left := left_of(asked, arms):
             flags = asked.of_size.xla_flags
-            with Workers(asked.processes, workdir / LOGS, arguments, flags) as workers:
+            with Workers(WORKER, asked.processes, workdir / LOGS, arguments, flags) as workers:
                 domains = _prepare(asked)
                 costs = timed(asked, workers)
                 jobs = jobs_of(asked, left, costs, domains)

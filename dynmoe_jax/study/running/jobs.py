@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from dynmoe_jax import config
+from dynmoe_jax.jobs.workers import Job, Workers
 from dynmoe_jax.runs.formatting import decimals
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.study.comparison.models import MODELS
@@ -13,7 +14,6 @@ from dynmoe_jax.study.comparison.plan import Arm, Request, summary_of
 from dynmoe_jax.study.measures.measuring import missing
 from dynmoe_jax.study.questions import QUESTIONS
 from dynmoe_jax.study.running.estimate import Costs, Timing, models_to_time
-from dynmoe_jax.study.running.workers import Job, Workers
 
 
 def left_of(asked: Request, arms: list[Arm]) -> list[Arm]:

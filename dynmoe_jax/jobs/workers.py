@@ -47,12 +47,13 @@ class Worker:
     """A worker process.
 
     Args:
+      program: module that it runs, which ends in :func:`.serve.serve`.
       log: file for what it says.
       arguments: of its command line besides, such as plug-ins.
       xla_flags: that it has besides those of the environment.
     """
 
-    def __init__(self, log: Path, arguments: Sequence[str], xla_flags: str):
+    def __init__(self, program: str, log: Path, arguments: Sequence[str], xla_flags: str):
         self.log, self.number, self.begun = log, None, 0.0
         log.parent.mkdir(parents=True, exist_ok=True)
         # Of blanks alone, XLA makes the name of a file, and ends.
@@ -60,7 +61,7 @@ class Worker:
         # A log is no terminal, whatever a notebook says of where it prints itself.
         uncolored = {name: os.environ[name] for name in os.environ if name != "FORCE_COLOR"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dynmoe_jax.study.running.worker", str(log), *arguments],
+            [sys.executable, "-m", program, str(log), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -85,8 +86,8 @@ class Worker:
         if not line:
             code = self.process.wait()
             raise config.ConfigError(
-                f"A process of the study ended with code {code}; {self.log} says why.  The same "
-                "command continues."
+                f"A worker process ended with code {code}; {self.log} says why.  The same command "
+                "continues."
             )
         return json.loads(line)
 
@@ -101,15 +102,23 @@ class Workers:
     """Worker processes that do jobs side by side.
 
     Args:
+      program: module that they run.
       count: how many.
       logs: folder of what they say.
       arguments: of their command lines.
       xla_flags: of all of them.
     """
 
-    def __init__(self, count: int, logs: Path, arguments: Sequence[str] = (), xla_flags: str = ""):
+    def __init__(
+        self,
+        program: str,
+        count: int,
+        logs: Path,
+        arguments: Sequence[str] = (),
+        xla_flags: str = "",
+    ):
         names = [f"worker-{number}.txt" for number in range(count)]
-        self._workers = [Worker(logs / name, arguments, xla_flags) for name in names]
+        self._workers = [Worker(program, logs / name, arguments, xla_flags) for name in names]
 
     def __enter__(self) -> "Workers":
         return self

@@ -1,10 +1,10 @@
-"""Processes that train and measure."""
+"""Worker processes."""
 
 import subprocess
 
 import pytest
 
-from dynmoe_jax.study.running.workers import Worker
+from dynmoe_jax.jobs.workers import Worker
 
 
 @pytest.mark.parametrize(
@@ -23,5 +23,5 @@ def test_a_worker_without_flags_gets_none(monkeypatch, tmp_path, inherited, own,
     if inherited is not None:
         monkeypatch.setenv("XLA_FLAGS", inherited)
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: begun.update(options))
-    Worker(tmp_path / "log.txt", (), own)
+    Worker("module", tmp_path / "log.txt", (), own)
     assert begun["env"]["XLA_FLAGS"] == flags

@@ -1,0 +1,1 @@
+"""Jobs done by worker processes side by side, with progress over all of them."""
