@@ -328,3 +328,13 @@ def _print_help(about: str) -> None:
         default = repr(config.shown(field, value))
         table.add_row(path, default, field.metadata["unit"], escape(about_it))
     console.print(table)
+
+
+def plugin_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments that name plug-ins, which workers load too."""
+    found, unread = [], iter(arguments)
+    for argument in unread:
+        name, equals, path = argument.partition("=")
+        if name == "--plugin":
+            found.append(f"--plugin={path if equals else next(unread, '')}")
+    return found

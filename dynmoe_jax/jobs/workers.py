@@ -33,6 +33,7 @@ class Job:
       needs: numbers of the jobs that must be done before.
       share_done: part of it that is done, from 0 to 1, while it is under way.
       told: a line about it when it is done.
+      keep: keeps what was found.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Job:
     needs: frozenset[int] = frozenset()
     share_done: Callable[[], float] = lambda: 0.0
     told: Callable[[], str] = lambda: ""
+    keep: Callable[[Any], None] = lambda found: None
 
 
 class Worker:
@@ -158,6 +160,7 @@ class Workers:
                     if answer["code"]:
                         raise KeyboardInterrupt
                     found[number] = answer.get("found")
+                    jobs[number].keep(found[number])
                     progress.done(number, time.perf_counter() - worker.begun)
                 progress.show({w.number: jobs[w.number].share_done() for w in self._busy})
         return [found[number] for number in range(len(jobs))]

@@ -11,11 +11,10 @@ Ctrl-C saves and stops; the same command continues.  Sizes:
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from dynmoe_jax import config
-from dynmoe_jax.command_line import exit_code
+from dynmoe_jax.command_line import exit_code, plugin_arguments
 from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError, check_sources
 from dynmoe_jax.runs.disk import DiskError
@@ -126,7 +125,7 @@ def _number(text: str, flag: str, kind: type):
 
 def main() -> int:
     """Returns the exit code."""
-    plugins = _plugins(sys.argv[1:])
+    plugins = plugin_arguments(sys.argv[1:])
 
     def program() -> int:
         asked = parser().parse_args()
@@ -142,16 +141,6 @@ def main() -> int:
         return study(request, plugins)
 
     return exit_code(program, (DataError, CheckpointError, DiskError))
-
-
-def _plugins(arguments: Sequence[str]) -> list[str]:
-    """The arguments that name plug-ins, which workers load too."""
-    found, unread = [], iter(arguments)
-    for argument in unread:
-        name, equals, path = argument.partition("=")
-        if name == "--plugin":
-            found.append(f"--plugin={path if equals else next(unread, '')}")
-    return found
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ _ABOUT = """Makes another model of one or of several.
     python -m dynmoe_jax.surgery upcycle --from=runs/dense --to=runs/moe --num_experts=8 --plan
     python -m dynmoe_jax.surgery upcycle --from=model.gguf --to=runs/moe --data=python
     python -m dynmoe_jax.surgery rebuild --from=runs/moe --to=runs/again
+    python -m dynmoe_jax.surgery --recipe=recipes/upcycling.py --workdir=runs/upcycling
 
 A model is a run's folder, a folder in Hugging Face's format, or a GGUF file.  The result is a run's
 folder: train on with --config.train.init_from=FOLDER, generate, evaluate, export."""

@@ -1,0 +1,70 @@
+"""Command line of recipes: ``python -m dynmoe_jax.surgery --recipe=FILE --workdir=DIR``."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dynmoe_jax.fields import ConfigError
+from dynmoe_jax.surgery.recipes.recipe import Asked
+from dynmoe_jax.surgery.recipes.sizes import SIZES
+
+FLAG = "--recipe"
+
+_ABOUT = """Does the steps of a recipe: operations, trainings, evaluations, exports.
+
+    python -m dynmoe_jax.surgery --recipe=recipes/upcycling.py --workdir=runs/upcycling --plan
+    python -m dynmoe_jax.surgery --recipe=recipes/upcycling.py --workdir=runs/upcycling --seeds=3
+
+Writes DIR/recipe.html and recipe.json; every step has a folder in DIR/steps.  Stopped at any
+moment, the same command continues.  A step is done again if something that it depends on has
+changed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(f"{message}; see {FLAG} --help.")
+
+
+def is_of_recipe(argv: Sequence[str]) -> bool:
+    """Whether a command line of surgery asks for a recipe."""
+    return any(word.partition("=")[0] == FLAG for word in argv)
+
+
+def parse(argv: Sequence[str]) -> tuple[Asked, bool]:
+    """Reads a command line.
+
+    Returns:
+      (what is asked for, whether nothing but the plan is).
+
+    Raises:
+      ConfigError: a flag is unknown, or its value cannot be.
+    """
+    parser = _Parser(
+        prog="python -m dynmoe_jax.surgery",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(FLAG, type=_path, required=True, metavar="FILE", help="of the recipe")
+    add("--workdir", type=_path, help="folder of everything that is made; not needed by --plan")
+    add("--size", default="laptop", help=f"one of {', '.join(SIZES)} (default: %(default)s)")
+    add("--seeds", type=int, default=1, help="how often all of it is done (default: %(default)s)")
+    add("--data", default="", metavar="SOURCES", help="text, as config.data.sources")
+    add("--processes", type=int, default=1, metavar="N", help="steps side by side (default: 1)")
+    add("--plan", action="store_true", help="say which steps there are and what they cost")
+    flags = parser.parse_args(argv)
+    for name in ("seeds", "processes"):
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1.")
+    if flags.workdir is None and not flags.plan:
+        raise ConfigError("--workdir is missing; name the folder of everything that is made.")
+    asked = Asked(flags.recipe, flags.workdir, flags.size, flags.seeds, flags.data, flags.processes)
+    return asked, flags.plan
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))

@@ -1,0 +1,146 @@
+"""The page of a recipe: one HTML file over all its steps, drawn from its record."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynmoe_jax.evaluation.report.parts import escaped, figures_of, page, table_of
+from dynmoe_jax.evaluation.report.theme import CYCLE, Canvas, Picture, figure_style, legend, light
+from dynmoe_jax.runs.formatting import MISSING, compact, decimals, duration
+from dynmoe_jax.runs.records import write_atomically
+
+FILE_NAME = "recipe.html"
+_STEPS_FOLDER = "steps"
+_COLUMNS = ("bits per byte", "experts per token", "parameters", "active", "FLOPs",
+            "with what it needs", "MB", "time")  # fmt: skip
+
+
+def write_page(workdir: Path, record: Mapping[str, Any]) -> Path:
+    """Writes ``recipe.html``; returns its path."""
+    canvas = Canvas()
+    with figure_style():
+        pictures = [_against_flops(record, canvas), _by_domain(record, canvas)]
+    body = [
+        f"<h1>{escaped(record['title'])}</h1>",
+        f'<p class="lead">{escaped(_lead(record))}</p>',
+        _comparisons(record),
+        figures_of(pictures),
+        _steps(record),
+        _samples(record["steps"]),
+        _how(record),
+    ]
+    path = workdir / FILE_NAME
+    write_atomically(path, page(record["title"], body))
+    return path
+
+
+def _lead(record: Mapping[str, Any]) -> str:
+    seeds, steps = record["seeds"], record["steps"]
+    return (
+        f"{len(steps)} steps of size {record['size']}, {seeds} seed{'s' * (seeds != 1)}, "
+        f"{duration(record['seconds']['steps'])} in all. FLOPs count everything that was trained "
+        "on the way to a model, what it was made of too, each training once."
+    )
+
+
+def _comparisons(record: Mapping[str, Any]) -> str:
+    said = "".join(f"<p>{escaped(each['sentence'])}</p>" for each in record["comparisons"])
+    return f"<h2>What came out</h2>{said}" if said else ""
+
+
+def _against_flops(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
+    """Held-out bits per byte against FLOPs spent: a line for each training, of the first seed."""
+    shown = [s for s in record["steps"] if s["curve"] and s["seed"].partition(",")[0] in ("", "0")]
+    if not shown:
+        return None
+    figure, (axis,) = canvas.figure(height=3.6)
+    for number, step in enumerate(shown):
+        x, y = zip(*step["curve"], strict=True)
+        look = {"color": light(CYCLE[number % len(CYCLE)]), "label": step["name"]}
+        axis.plot(x, y, marker="o" if len(x) == 1 else ".", markersize=4, **look)
+    axis.set(xlabel="FLOPs spent, all training counted", ylabel="held-out bits per byte")
+    legend(figure)
+    return canvas.picture(
+        figure,
+        "What does a FLOP buy?",
+        "Each line begins where the FLOPs of what it was made of end; single points are "
+        "operations, which cost none. Less is better. First seed.",
+    )
+
+
+def _by_domain(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
+    """Bits per byte by domain of the steps that are compared."""
+    names = {name for each in record["comparisons"] for name in (each["model"], each["than"])}
+    shown = [s for s in record["steps"] if s["name"] in names and s["by_domain"]]
+    shown = [s for s in shown if s["seed"].partition(",")[0] in ("", "0")]
+    domains = sorted({domain for step in shown for domain in step["by_domain"]})
+    if not shown or len(domains) < 2:
+        return None
+    figure, (axis,) = canvas.figure(height=1.2 + 0.22 * len(domains) * len(shown))
+    height = 0.8 / len(shown)
+    for number, step in enumerate(shown):
+        at = [i + height * (number - (len(shown) - 1) / 2) for i in range(len(domains))]
+        bits = [step["by_domain"].get(domain, math.nan) for domain in domains]
+        color = light(CYCLE[number % len(CYCLE)])
+        axis.barh(at, bits, 0.9 * height, color=color, label=step["name"])
+    axis.set_yticks(range(len(domains)), domains)
+    axis.invert_yaxis()
+    axis.set(xlabel="held-out bits per byte")
+    legend(figure)
+    return canvas.picture(figure, "Which text?", "By domain; less is better. First seed.")
+
+
+def _steps(record: Mapping[str, Any]) -> str:
+    names = {step["key"]: step["name"] for step in record["steps"]}
+    several = record["seeds"] > 1
+    header = ["step", "", "of", *(["seed"] if several else []), *_COLUMNS]
+    rows = [
+        [
+            step["name"],
+            step["kind"],
+            ", ".join(names[key] for key in step["needs"]) or MISSING,
+            *([step["seed"]] if several else []),
+            decimals(step["bits_per_byte"], 4),
+            decimals(step["experts_per_token"], 2),
+            compact(step["parameters"]) if step["parameters"] else MISSING,
+            compact(step["active_parameters"]) if step["active_parameters"] else MISSING,
+            compact(step["flops"]) if step["flops"] else MISSING,
+            compact(step["all_flops"]) if step["all_flops"] else MISSING,
+            f"{step['bytes'] / 1e6:,.1f}",
+            duration(step["seconds"]) if step["seconds"] is not None else MISSING,
+        ]
+        for step in record["steps"]
+    ]
+    table = table_of(header, rows, range(3 + several, len(header)))
+    return f"<h2>Steps</h2>{table}{_links(record['steps'])}"
+
+
+def _links(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Links to the pages of steps that have one."""
+    links = [
+        f'<a href="{escaped("/".join((_STEPS_FOLDER, step["folder"], step["page"])))}">'
+        f"{escaped(step['name'])}{' ' + escaped(step['seed']) if step['seed'] else ''}</a>"
+        for step in steps
+        if step["page"]
+    ]
+    return f'<p class="soft">Pages of single steps: {", ".join(links)}.</p>' if links else ""
+
+
+def _samples(steps: Sequence[Mapping[str, Any]]) -> str:
+    """What models write, the prompt in bold."""
+    shown = "".join(
+        f'<div><h3>{escaped(step["name"])}</h3><div class="panel sample">'
+        f"<b>{escaped(step['sample'][0])}</b>{escaped(step['sample'][1])}</div></div>"
+        for step in steps
+        if step["sample"] and step["seed"].partition(",")[0] in ("", "0")
+    )
+    return f'<h2>Samples</h2><div class="grid">{shown}</div>' if shown else ""
+
+
+def _how(record: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return (
+        f'<h2>The recipe</h2><pre class="panel sample">{escaped(record["about"])}</pre>'
+        f'<p class="soft">{escaped(told)}</p>'
+    )

@@ -1,0 +1,134 @@
+"""Record of a recipe: ``recipe.json``, from which its page is drawn."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from dynmoe_jax.runs.formatting import decimals
+from dynmoe_jax.runs.records import from_json, to_json, write_atomically
+from dynmoe_jax.surgery.provenance import versions
+from dynmoe_jax.surgery.recipes.recipe import Asked, Comparison, Plan
+from dynmoe_jax.surgery.recipes.step import Place, Result
+from dynmoe_jax.surgery.recipes.steps.train import Train
+
+FILE_NAME = "recipe.json"
+CONFIDENCE = 0.95
+
+
+def make_record(plan: Plan, asked: Asked, seconds: Mapping[str, float], place: Place) -> dict:
+    """The record of a recipe all of whose steps are done.
+
+    Args:
+      plan: its steps.
+      asked: how it was asked for.
+      seconds: of steps, by the name of the folder.
+      place: folder of a step.
+    """
+    results = {key: step.result(place(step)) for key, step in plan.steps.items()}
+    steps = [_step(plan, key, results[key], seconds, place) for key in plan.steps]
+    return {
+        "title": plan.title,
+        "about": plan.about,
+        "file": str(asked.file),
+        "size": asked.size,
+        "seeds": asked.seeds,
+        "data": asked.sources,
+        "steps": steps,
+        "comparisons": _comparisons(plan, results),
+        "seconds": {"steps": sum(step["seconds"] or 0.0 for step in steps)},
+        "versions": versions(),
+    }
+
+
+def _step(plan: Plan, key: str, result: Result, seconds, place: Place) -> dict[str, Any]:
+    step = plan.steps[key]
+    folder = place(step)
+    own, all_flops = step.price().flops, plan.flops(step)
+    return {
+        "name": step.name,
+        "kind": step.kind,
+        "key": key,
+        "seed": plan.seed_of(step),
+        "needs": [need.key for need in step.needs],
+        "folder": folder.name,
+        "seconds": seconds.get(folder.name),
+        "flops": own,
+        "all_flops": all_flops,
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "curve": _curve(step, result, all_flops - own, own),
+        **{name: value for name, value in dataclasses.asdict(result).items() if name != "curve"},
+    }
+
+
+def _curve(step, result: Result, before: float, own: float) -> list[tuple[float, float]]:
+    """(FLOPs spent so far, bits per byte), those of all that it needs counted."""
+    if not isinstance(step, Train):
+        return [(before, result.bits_per_byte)] if math.isfinite(result.bits_per_byte) else []
+    points = [(before + own * n / step.cfg.train.steps, bits) for n, bits in result.curve]
+    if not points or points[-1][0] < before + own:
+        points.append((before + own, result.bits_per_byte))
+    return points
+
+
+def _comparisons(plan: Plan, results: Mapping[str, Result]) -> list[dict[str, Any]]:
+    """Every question, over seeds."""
+    return [
+        _comparison(plan, [recipe.compared[i] for recipe in plan.recipes], results)
+        for i in range(len(plan.recipes[0].compared))
+    ]
+
+
+def _comparison(plan: Plan, seeds: list[Comparison], results) -> dict[str, Any]:
+    first = seeds[0]
+    pairs = [(results[c.model.key].bits_per_byte, results[c.than.key].bits_per_byte) for c in seeds]
+    differences = np.array([mine - other for mine, other in pairs])
+    half = math.nan
+    if len(differences) > 1:
+        t = stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)
+        half = float(t * differences.std(ddof=1) / np.sqrt(len(differences)))
+    mean, flops = float(differences.mean()), [plan.flops(c) for c in (first.model, first.than)]
+    return {
+        "model": first.model.name,
+        "than": first.than.name,
+        "difference": mean,
+        "half": half,
+        "better": int((differences < 0).sum()),
+        "seeds": len(pairs),
+        "flops": flops,
+        "sentence": _sentence(first, mean, half, differences, flops),
+    }
+
+
+def _sentence(first: Comparison, mean: float, half: float, differences, flops) -> str:
+    word = "less" if mean < 0 else "more"
+    said = f"{first.model.name} has {decimals(abs(mean), 4)} bits per byte {word} than "
+    said += first.than.name
+    if math.isfinite(half):
+        low, high = mean - half, mean + half
+        better = int((differences < 0).sum())
+        said += (
+            f" ({decimals(low, 4)} to {decimals(high, 4)}, 95 %; better from {better} of "
+            f"{len(differences)} seeds)"
+        )
+        if low <= 0 <= high:
+            said += ", which these seeds do not decide"
+    else:
+        said += ", from one seed"
+    return f"{said}; at {decimals(flops[0] / flops[1], 2)} of its FLOPs."
+
+
+def write_record(workdir: Path, record: Mapping[str, Any]) -> Path:
+    """Writes ``recipe.json`` atomically; returns its path."""
+    path = workdir / FILE_NAME
+    write_atomically(path, to_json(record, indent=2) + "\n")
+    return path
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """The record in a folder."""
+    return from_json((workdir / FILE_NAME).read_text(encoding="utf-8"))

@@ -1,0 +1,168 @@
+"""A recipe, told from top to bottom: its steps, what is left of them, text, work, the page."""
+
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from dynmoe_jax.console import console, titled_table
+from dynmoe_jax.jobs.workers import Job, Workers
+from dynmoe_jax.runs.disk import disk_errors
+from dynmoe_jax.runs.formatting import compact, decimals, duration
+from dynmoe_jax.runs.lock import locked
+from dynmoe_jax.surgery.recipes.page import write_page
+from dynmoe_jax.surgery.recipes.recipe import Asked, Plan, planned
+from dynmoe_jax.surgery.recipes.record import FILE_NAME, make_record, write_record
+from dynmoe_jax.surgery.recipes.step import Step
+
+STEPS_FOLDER, TEXT, LOGS, SECONDS = "steps", "data", "logs", "seconds.jsonl"
+WORKER = "dynmoe_jax.surgery.recipes.worker"
+
+
+def run_recipe(asked: Asked, arguments: Sequence[str] = ()) -> int:
+    """Does what is not done yet of a recipe, and writes the page over all of it.
+
+    Args:
+      asked: the recipe.
+      arguments: of the command lines of workers, such as plug-ins.
+
+    Returns:
+      the exit code.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, DiskError: with one sentence for the user.
+    """
+    # ── Which steps there are, and which are done ────────────────────────────────────────────────
+    begin = time.perf_counter()
+    plan, workdir = planned(asked), asked.workdir.expanduser().absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with disk_errors(workdir), locked(workdir):
+        left = [step for step in plan.steps.values() if not step.is_done(_folder(workdir, step))]
+        show_steps(plan, workdir)
+        _say_others(plan, workdir)
+
+        # ── What is left, each behind what it needs ──────────────────────────────────────────────
+        if left:
+            seconds = sum(step.price().seconds for step in left) / asked.processes
+            console.print(
+                f"{len(left)} of {len(plan.steps)} steps are left, about {duration(seconds)} by "
+                "arithmetic. Ctrl-C saves and stops; the same command continues.",
+                markup=False,
+                soft_wrap=True,
+            )
+            with Workers(WORKER, asked.processes, workdir / LOGS, arguments) as workers:
+                workers.run(_jobs(left, workdir), "recipe")
+
+        # ── The page ─────────────────────────────────────────────────────────────────────────────
+        record = make_record(plan, asked, _seconds(workdir), partial(_folder, workdir))
+        record["seconds"]["command"] = time.perf_counter() - begin
+        write_record(workdir, record)
+        page = write_page(workdir, record)
+    _show_comparisons(record)
+    console.print(f" numbers   {workdir / FILE_NAME}", soft_wrap=True, markup=False)
+    console.print(f" page      {page}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _folder(workdir: Path, step: Step) -> Path:
+    return workdir / STEPS_FOLDER / step.folder_name
+
+
+def _jobs(left: Sequence[Step], workdir: Path) -> list[Job]:
+    numbers = {step.key: number for number, step in enumerate(left)}
+    return [
+        Job(
+            f"{step.kind} {step.name}",
+            partial(_message, step, workdir),
+            step.price().seconds,
+            frozenset(numbers[need.key] for need in step.needs if need.key in numbers),
+            partial(step.share_done, _folder(workdir, step)),
+            partial(_told, step, workdir),
+            partial(_keep_seconds, step, workdir),
+        )
+        for step in left
+    ]
+
+
+def _message(step: Step, workdir: Path) -> dict:
+    place = partial(_folder, workdir)
+    job = step.message(place, workdir / TEXT)
+    return {"kind": step.kind, "folder": str(place(step)), "job": job}
+
+
+def _told(step: Step, workdir: Path) -> str:
+    found = step.result(_folder(workdir, step))
+    bits = found.bits_per_byte
+    figures = f": {decimals(bits, 3)} bits per byte" if bits == bits else ""
+    return f"{step.kind} {step.name}{figures}" + (f" ({found.note})" if found.note else "")
+
+
+# ── Seconds ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _keep_seconds(step: Step, workdir: Path, seconds: float) -> None:
+    """Adds a line for a step, or for the part of it that this process has done."""
+    line = json.dumps({"step": step.folder_name, "seconds": seconds})
+    with (workdir / SECONDS).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def _seconds(workdir: Path) -> dict[str, float]:
+    """Seconds by folder of a step."""
+    found: dict[str, float] = {}
+    if (workdir / SECONDS).exists():
+        for line in (workdir / SECONDS).read_text(encoding="utf-8").splitlines():
+            kept = json.loads(line)
+            found[kept["step"]] = found.get(kept["step"], 0.0) + kept["seconds"]
+    return found
+
+
+# ── On the terminal ──────────────────────────────────────────────────────────────────────────────
+
+
+def show_steps(plan: Plan, workdir: Path | None = None) -> None:
+    """Prints all steps with their price, and with their state where there is a folder."""
+    table = titled_table(plan.title)
+    for name in ("", "step", "of", "seed", "FLOPs", "disk, MB", "seconds, about", "state"):
+        table.add_column(name, justify="right" if name in _NUMBERS else "left")
+    for step in plan.steps.values():
+        price = step.price()
+        table.add_row(
+            step.kind,
+            step.name,
+            ", ".join(need.name for need in step.needs) or "–",
+            plan.seed_of(step) or "0",
+            compact(price.flops) if price.flops else "–",
+            f"{price.stored_bytes / 1e6:,.1f}" if price.stored_bytes else "–",
+            f"{price.seconds:,.0f}",
+            "" if workdir is None else _state(step, _folder(workdir, step)),
+        )
+    console.print(table)
+
+
+_NUMBERS = {"FLOPs", "disk, MB", "seconds, about"}
+
+
+def _state(step: Step, folder: Path) -> str:
+    if step.is_done(folder):
+        return "done"
+    return "begun" if folder.exists() else "to do"
+
+
+def _say_others(plan: Plan, workdir: Path) -> None:
+    """Says what is there of steps that the recipe has no more."""
+    known = {step.folder_name for step in plan.steps.values()}
+    folder = workdir / STEPS_FOLDER
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if others := [name for name in there if name not in known and ".unfinished-" not in name]:
+        console.print(
+            f"Of another form of this recipe, left alone in {folder}: {', '.join(others)}.",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _show_comparisons(record: dict) -> None:
+    for said in record["comparisons"]:
+        console.print(said["sentence"], markup=False, soft_wrap=True)

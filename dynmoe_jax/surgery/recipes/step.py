@@ -1,0 +1,147 @@
+"""Interface of the steps of a recipe, and the registry of their kinds.
+
+A step says what it is made of; its key, a digest of that and of the keys of the steps that it
+needs, names its folder.  So a step is done again exactly if something that it depends on has
+changed, and what was made before stays.
+"""
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dynmoe_jax import config
+from dynmoe_jax.registry import Registry
+
+STEPS = Registry("step")
+
+Place = Callable[["Step"], Path]
+"""Folder of a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """Price of a step, by arithmetic.
+
+    Attributes:
+      flops: of training.
+      seconds: on this machine, roughly.
+      stored_bytes: that stay on disk.
+    """
+
+    flops: float = 0.0
+    seconds: float = 0.0
+    stored_bytes: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Figures of a step that is done; NaN or None where it has none.
+
+    Attributes:
+      bits_per_byte: on held-out text.
+      by_domain: the same by domain.
+      experts_per_token: mean over held-out tokens and layers.
+      curve: (steps of training, held-out bits per byte) while it was trained.
+      parameters: of its model.
+      active_parameters: that a token uses.
+      sample: what the model writes, after its prompt.
+      page: file of its own page, relative to its folder.
+      note: a line for people.
+    """
+
+    bits_per_byte: float = float("nan")
+    by_domain: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    experts_per_token: float = float("nan")
+    curve: tuple[tuple[int, float], ...] = ()
+    parameters: int | None = None
+    active_parameters: float | None = None
+    sample: tuple[str, str] | None = None
+    page: str = ""
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step(abc.ABC):
+    """Step of a recipe: a frozen dataclass, registered in :data:`STEPS`.
+
+    Attributes:
+      name: of the step, for people and in the name of its folder.
+    """
+
+    name: str
+    kind: ClassVar[str] = ""
+
+    @property
+    @abc.abstractmethod
+    def needs(self) -> tuple["Step", ...]:
+        """Steps that must be done before."""
+
+    @abc.abstractmethod
+    def facts(self) -> Mapping[str, Any]:
+        """All that decides what comes out, but the steps that it needs; as JSON can hold it."""
+
+    @abc.abstractmethod
+    def price(self) -> Price:
+        """The price, before anything is read."""
+
+    @abc.abstractmethod
+    def message(self, place: Place, text: Path) -> Mapping[str, Any]:
+        """The job that a worker is given, see :meth:`do`.
+
+        Args:
+          place: folder of a step.
+          text: folder in which text is prepared for all steps.
+        """
+
+    @staticmethod
+    @abc.abstractmethod
+    def do(job: Mapping[str, Any], folder: Path) -> int:
+        """Does it in a worker process; returns an exit code, not 0 where it was stopped."""
+
+    @property
+    def settings(self) -> config.Config | None:
+        """Settings of the model that its folder holds; None where it holds none."""
+        return None
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether its folder holds all of it."""
+        return folder.is_dir()
+
+    def share_done(self, folder: Path) -> float:
+        """Part that is done, from 0 to 1."""
+        return float(self.is_done(folder))
+
+    @abc.abstractmethod
+    def result(self, folder: Path) -> Result:
+        """Its figures, once it is done."""
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Digest of all that decides what comes out."""
+        facts = [self.kind, self.facts(), [step.key for step in self.needs]]
+        text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its folder."""
+        return f"{self.name}-{self.key[:8]}"
+
+
+def model_of(step: Step, for_what: str) -> config.Config:
+    """Settings of the model of a step that another one needs.
+
+    Raises:
+      ConfigError: its folder holds no model.
+    """
+    if step.settings is None:
+        raise config.ConfigError(
+            f"The step {for_what} needs a model, and {step.name} makes none; name a training or an "
+            "operation."
+        )
+    return step.settings

@@ -1,0 +1,59 @@
+"""Step of a recipe: an evaluation of the model of another step."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynmoe_jax.surgery.recipes.step import STEPS, Place, Price, Result, Step, model_of
+from dynmoe_jax.surgery.target import written_whole
+
+SECONDS = 60.0
+"""Of an evaluation whose text is as long as nobody knows before it is read."""
+
+
+@STEPS.register("evaluate")
+@dataclasses.dataclass(frozen=True)
+class Evaluate(Step):
+    """An evaluation.
+
+    Attributes:
+      of: the step whose model is evaluated.
+      arguments: of ``python -m dynmoe_jax.evaluation``, but for ``--workdir`` and ``--output``.
+    """
+
+    of: Step
+    arguments: tuple[str, ...]
+    kind = "evaluate"
+
+    @property
+    def needs(self) -> tuple[Step, ...]:
+        """The step whose model is evaluated."""
+        return (self.of,)
+
+    def facts(self) -> Mapping[str, Any]:
+        """The arguments."""
+        return {"arguments": list(self.arguments)}
+
+    def price(self) -> Price:
+        """A minute; that there is a model."""
+        model_of(self.of, self.name)
+        return Price(seconds=SECONDS)
+
+    def message(self, place: Place, text: Path) -> Mapping[str, Any]:
+        """The command line."""
+        return {"arguments": [f"--workdir={place(self.of)}", *self.arguments]}
+
+    @staticmethod
+    def do(job: Mapping[str, Any], folder: Path) -> int:
+        """Evaluates into a folder that is there when all of it is."""
+        from dynmoe_jax.evaluation.__main__ import evaluate, parsed
+
+        with written_whole(folder) as unfinished:
+            return evaluate(parsed([*job["arguments"], f"--output={unfinished}"]))
+
+    def result(self, folder: Path) -> Result:
+        """Files that it wrote."""
+        pages = sorted(folder.glob("*.html"))
+        files = ", ".join(sorted(path.name for path in folder.iterdir()))
+        return Result(page=pages[0].name if pages else "", note=files)

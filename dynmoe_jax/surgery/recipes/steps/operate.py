@@ -1,0 +1,104 @@
+"""Step of a recipe: an operation on the models of other steps, or on models that are there."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynmoe_jax import config
+from dynmoe_jax.surgery.operation import OPERATIONS, Operation, settings_of
+from dynmoe_jax.surgery.page import FILE_NAME as PAGE
+from dynmoe_jax.surgery.parent import opened_parent
+from dynmoe_jax.surgery.provenance import read_record
+from dynmoe_jax.surgery.recipes.step import STEPS, Place, Price, Result, Step, model_of
+from dynmoe_jax.surgery.request import Options, Request
+from dynmoe_jax.surgery.size import size_of
+
+START_SECONDS, BYTES_A_SECOND = 25.0, 5e7
+"""Seconds of starting, measuring and drawing a page, and how fast arrays are made, roughly."""
+
+
+@STEPS.register("operate")
+@dataclasses.dataclass(frozen=True)
+class Operate(Step):
+    """An operation.
+
+    Attributes:
+      operation: which, with its settings.
+      parents: steps whose models it takes, or models that are there: folders, or GGUF files.
+      options: settings that all operations share.
+    """
+
+    operation: Operation
+    parents: tuple[Step | Path, ...]
+    options: Options = dataclasses.field(default_factory=Options)
+    kind = "operate"
+
+    @property
+    def needs(self) -> tuple[Step, ...]:
+        """Its parents that are steps."""
+        return tuple(parent for parent in self.parents if isinstance(parent, Step))
+
+    @property
+    def _name(self) -> str:
+        return Request(self.operation, (), Path()).name
+
+    @property
+    def settings(self) -> config.Config:
+        """Settings of the result; nothing but settings of models that are there is read."""
+        found = []
+        for parent in self.parents:
+            if isinstance(parent, Step):
+                found.append(model_of(parent, self.name))
+            else:
+                with opened_parent(parent) as there:
+                    found.append(there.config)
+        return self.operation.result(found)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Operation, settings and options."""
+        return {
+            "operation": self._name,
+            "settings": dict(settings_of(self.operation)),
+            "options": dataclasses.asdict(self.options),
+            "parents": [str(p) for p in self.parents if not isinstance(p, Step)],
+        }
+
+    def price(self) -> Price:
+        """Bytes by arithmetic; moments are counted as carried where they would be."""
+        roles = 3 if self.options.moments == "carry" and self.needs else 1
+        stored = roles * size_of(self.settings, self.options.dtype).stored_bytes
+        return Price(0.0, START_SECONDS + stored / BYTES_A_SECOND, stored)
+
+    def message(self, place: Place, text: Path) -> Mapping[str, Any]:
+        """The request."""
+        folders = [str(place(p) if isinstance(p, Step) else p) for p in self.parents]
+        return {**self.facts(), "parents": folders}
+
+    @staticmethod
+    def do(job: Mapping[str, Any], folder: Path) -> int:
+        """Performs it."""
+        from dynmoe_jax.surgery.perform import perform
+
+        operation = OPERATIONS[job["operation"]](**job["settings"])
+        parents = tuple(Path(parent) for parent in job["parents"])
+        perform(Request(operation, parents, folder, Options(**job["options"])))
+        return 0
+
+    def result(self, folder: Path) -> Result:
+        """Figures of its record."""
+        record = read_record(folder)
+        after, samples = record["after"], record["samples"]["texts"]
+        sample = samples and (samples[0]["prompt"], samples[0]["after"]["text"])
+        exact = record["exact"]["measured"]
+        return Result(
+            after["heldout_bits_per_byte"],
+            {n: part["bits_after"] for n, part in record["compared"]["domains"].items()},
+            after["experts_per_token"],
+            (),
+            after["parameters"],
+            after["active_parameters"],
+            sample or None,
+            PAGE,
+            f"logits differ by {exact:.2g} of the largest",
+        )
