@@ -29,7 +29,7 @@ def make_record(plan: Plan, asked: Asked, seconds: Mapping[str, float], place: P
       seconds: of steps, by the name of the folder.
       place: folder of a step.
     """
-    results = {key: step.result(place(step)) for key, step in plan.steps.items()}
+    results = _results(plan, place)
     steps = [_step(plan, key, results[key], seconds, place) for key in plan.steps]
     return {
         "title": plan.title,
@@ -43,6 +43,22 @@ def make_record(plan: Plan, asked: Asked, seconds: Mapping[str, float], place: P
         "seconds": {"steps": sum(step["seconds"] or 0.0 for step in steps)},
         "versions": versions(),
     }
+
+
+def _results(plan: Plan, place: Place) -> dict[str, Result]:
+    """Results by key, all on the text of trainings.
+
+    Operations measure on less text: what they have added there is added to what the model that they
+    began with has on all of it.
+    """
+    found: dict[str, Result] = {}
+    for key, step in plan.steps.items():
+        result = step.result(place(step))
+        if result.bits_added is not None and step.needs:
+            base = found[step.needs[0].key].bits_per_byte
+            result = dataclasses.replace(result, bits_per_byte=base + result.bits_added)
+        found[key] = result
+    return found
 
 
 def _step(plan: Plan, key: str, result: Result, seconds, place: Place) -> dict[str, Any]:

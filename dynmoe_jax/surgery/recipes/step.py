@@ -44,6 +44,8 @@ class Result:
 
     Attributes:
       bits_per_byte: on held-out text.
+      bits_added: what was added to those of the first step that it needs, on the same text; None
+        where the two cannot be told apart so.
       by_domain: the same by domain.
       experts_per_token: mean over held-out tokens and layers.
       curve: (steps of training, held-out bits per byte) while it was trained.
@@ -55,6 +57,7 @@ class Result:
     """
 
     bits_per_byte: float = float("nan")
+    bits_added: float | None = None
     by_domain: Mapping[str, float] = dataclasses.field(default_factory=dict)
     experts_per_token: float = float("nan")
     curve: tuple[tuple[int, float], ...] = ()

@@ -91,8 +91,10 @@ class Operate(Step):
         after, samples = record["after"], record["samples"]["texts"]
         sample = samples and (samples[0]["prompt"], samples[0]["after"]["text"])
         exact = record["exact"]["measured"]
+        bits, before = after["heldout_bits_per_byte"], record["before"]["heldout_bits_per_byte"]
         return Result(
-            after["heldout_bits_per_byte"],
+            bits,
+            bits - before,
             {n: part["bits_after"] for n, part in record["compared"]["domains"].items()},
             after["experts_per_token"],
             (),

@@ -106,6 +106,7 @@ class Train(Step):
         )
         return Result(
             held.bits_per_byte,
+            None,
             {name: domain.bits_per_byte for name, domain in held.domains.items()},
             held.experts_per_token,
             curve,

@@ -1,0 +1,160 @@
+"""Keys, prices, plans and answers of recipes: nothing is trained."""
+
+import dataclasses
+import math
+
+import pytest
+from scipy import stats
+
+from dynmoe_jax.config import ConfigError
+from dynmoe_jax.surgery.operations.upcycle import Upcycle
+from dynmoe_jax.surgery.recipes import Comparison, Export, Operate, Recipe, Train, sizes
+from dynmoe_jax.surgery.recipes.command import parse
+from dynmoe_jax.surgery.recipes.recipe import Asked, Plan, planned
+from dynmoe_jax.surgery.recipes.record import make_record
+from dynmoe_jax.surgery.recipes.step import Result
+
+
+def steps_of(learning_rate=5e-3, num_experts=4, later_steps=20):
+    """A dense model, what is made of it, and that trained on."""
+    cfg = sizes.dense("tiny", 0)
+    optimizer = dataclasses.replace(cfg.optimizer, learning_rate=learning_rate)
+    dense = Train("dense", dataclasses.replace(cfg, optimizer=optimizer))
+    made = Operate("made", Upcycle(num_experts=num_experts, top_k=2), (dense,))
+    return dense, made, Train("later", sizes.dense("tiny", 1, steps=later_steps), made)
+
+
+@pytest.mark.parametrize(
+    ("change", "done_again"),
+    [
+        ({}, []),
+        ({"later_steps": 21}, ["later"]),
+        ({"num_experts": 8}, ["made", "later"]),
+        ({"learning_rate": 4e-3}, ["dense", "made", "later"]),
+    ],
+)
+def test_a_change_does_again_what_depends_on_it_and_nothing_else(change, done_again):
+    pairs = zip(steps_of(), steps_of(**change), strict=True)
+    assert [now.name for was, now in pairs if was.key != now.key] == done_again
+
+
+def test_a_step_takes_the_model_of_what_it_needs():
+    _, made, later = steps_of()
+    assert made.settings.model.moe.num_experts == 4
+    assert later.settings.model == made.settings.model
+    # In each of two layers three more feed-forwards of 3 x 32 x 64, and a router of 32 x 4; all
+    # with two moments, in float32.
+    more = 2 * (3 * 3 * 32 * 64 + 32 * 4) * 3 * 4
+    assert later.price().stored_bytes == steps_of()[0].price().stored_bytes + more
+
+
+def test_so_many_flops_pay_for_as_many_steps():
+    dense, _, later = steps_of()
+    paid = later.with_flops(10 * dense.flops)
+    assert paid.flops == pytest.approx(10 * dense.flops, rel=0.03)
+    assert paid.cfg.train.steps < 10 * dense.cfg.train.steps  # a step of the mixture costs more
+
+
+def test_what_holds_no_model_cannot_be_built_on():
+    dense = steps_of()[0]
+    export = Export("export", dense)
+    with pytest.raises(ConfigError, match="step twice needs a model, and export makes none"):
+        Export("twice", export).price()
+
+
+def plan_of(*recipes):
+    steps = {}
+    for recipe in recipes:
+        for step in recipe.steps:
+            steps[step.key] = step
+    return Plan("title", "about", recipes, steps)
+
+
+def test_flops_of_a_model_count_what_it_is_made_of_once():
+    dense, made, later = steps_of()
+    again = Train("again", sizes.dense("tiny", 2), made)
+    plan = plan_of(Recipe((dense, made, later, again)))
+    assert plan.flops(made) == dense.flops
+    assert plan.flops(later) == dense.flops + later.flops
+
+
+class Found:
+    """Steps whose results are given, in folders that are empty."""
+
+    def __init__(self, bits):
+        self.bits = bits
+
+    def record(self, tmp_path, monkeypatch):
+        recipes = []
+        for seed, pair in enumerate(self.bits):
+            one, other = (Train(name, sizes.dense("tiny", seed)) for name in ("one", "other"))
+            other = dataclasses.replace(other, cfg=sizes.dense("tiny", seed + 10, steps=10))
+            recipes.append(Recipe((one, other), (Comparison(one, other),)))
+            for step, value in zip((one, other), pair, strict=True):
+                folder = tmp_path / step.folder_name
+                folder.mkdir()
+                (folder / "bits").write_text(str(value))
+        read = lambda step, folder: Result(float((folder / "bits").read_text()))  # noqa: E731
+        monkeypatch.setattr(Train, "result", read)
+        asked = Asked(tmp_path / "recipe.py", tmp_path, "tiny", len(self.bits))
+        place = lambda step: tmp_path / step.folder_name  # noqa: E731
+        return make_record(plan_of(*recipes), asked, {}, place)
+
+
+def test_comparison_has_the_interval_of_students_t(tmp_path, monkeypatch):
+    found = Found([(2.0, 2.5), (2.1, 2.4), (2.2, 2.6)]).record(tmp_path, monkeypatch)
+    (said,) = found["comparisons"]
+    assert said["difference"] == pytest.approx(-0.4)
+    # Differences -0.5, -0.3, -0.4: their standard deviation is 0.1.
+    assert said["half"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))
+    assert said["better"] == 3
+    assert said["sentence"].startswith("one has 0.4000 bits per byte less than other (-0.648")
+    assert "2.00 of its FLOPs" in said["sentence"]
+
+
+def test_comparison_that_seeds_do_not_decide_says_so(tmp_path, monkeypatch):
+    found = Found([(2.0, 2.5), (2.5, 2.1)]).record(tmp_path, monkeypatch)
+    assert "which these seeds do not decide" in found["comparisons"][0]["sentence"]
+
+
+def test_comparison_from_one_seed_has_no_interval(tmp_path, monkeypatch):
+    found = Found([(2.0, 2.5)]).record(tmp_path, monkeypatch)
+    assert math.isnan(found["comparisons"][0]["half"])
+    assert "from one seed" in found["comparisons"][0]["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "is not there"),
+        ("def get_recipe(size, seed, data): pass", "must have a docstring"),
+        ('"""About."""\n', "a function get_recipe"),
+        ('"""About."""\nimport no_such_module\n', "cannot be read: No module named"),
+        ('"""About."""\ndef get_recipe(:\n', "cannot be read"),
+    ],
+)
+def test_file_that_is_no_recipe_is_refused(tmp_path, text, sentence):
+    file = tmp_path / "recipe.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        planned(Asked(file, tmp_path, "tiny"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--recipe=x.py"], "--workdir is missing"),
+        (["--recipe=x.py", "--workdir=w", "--seeds=0"], "--seeds=0 must be at least 1"),
+        (["--recipe=x.py", "--workdir=w", "--processes=0"], "--processes=0 must be at least 1"),
+        (["--recipe=x.py", "--workdir=w", "--stepz=1"], "unrecognized arguments: --stepz=1"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(flags, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        parse(flags)
+
+
+def test_unknown_size_names_those_there_are(tmp_path):
+    with pytest.raises(ConfigError, match="--size=huge must be one of laptop, tiny"):
+        planned(Asked(tmp_path / "recipe.py", tmp_path, "huge"))
