@@ -49,6 +49,13 @@ def test_settings_that_are_named_exist(page):
     assert not [name for name in found if name.islower() and name not in names]
 
 
+def test_every_page_and_notebook_is_found_from_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [*PAGES[1:], *(ROOT / "notebooks").glob("*.ipynb"), ROOT / "benchmarks" / "RESULTS.md"]
+    links = [f"]({page.relative_to(ROOT).as_posix()})" for page in pages]
+    assert not [link for link in links if link not in text]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_linked_exist(page):
     links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8"))
