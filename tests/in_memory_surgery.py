@@ -44,12 +44,14 @@ def drawn(cfg, seed=0):
 
 
 def result_of(operation, *parents, role=Role.PARAMETER, seed=0):
-    """(settings, arrays by place) of the result; parents are such pairs, too."""
+    """(settings, arrays by place) of the result; parents are such pairs, too, or have arrays by
+    role and place."""
     cfg = operation.result([each for each, _ in parents])
     memo, arrays = {}, {}
 
     def read(parent, place, role):
-        return parents[parent][1][place]
+        found = parents[parent][1]
+        return found.get(role, found)[place]
 
     for stored, _ in stored_in(cfg.model):
         for place in stored.places():

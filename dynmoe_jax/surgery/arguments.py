@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dynmoe_jax.fields import ConfigError, check_value, from_text
+from dynmoe_jax.fields import ConfigError, check_value, from_text, idle_settings, shown
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.request import Options, Request
 
@@ -121,7 +121,10 @@ def _add_operation(commands: Any, name: str, kind: type) -> None:
     for group, settings in ((f"settings of {name}", kind), ("settings of all operations", Options)):
         flags = added.add_argument_group(group)
         for field in dataclasses.fields(settings):
-            flags.add_argument(f"--{field.name}", metavar=_metavar(field), help=_help(field))
+            bare = {"nargs": "?", "const": "true"} if field.type is bool else {}
+            flags.add_argument(
+                f"--{field.name}", metavar=_metavar(field), help=_help(field), **bare
+            )
 
 
 def _metavar(field: dataclasses.Field) -> str:
@@ -129,7 +132,8 @@ def _metavar(field: dataclasses.Field) -> str:
 
 
 def _help(field: dataclasses.Field) -> str:
-    default = str(field.default).lower() if field.type is bool else str(field.default)
+    default = str(shown(field, field.default))
+    default = default.lower() if field.type is bool else default
     unit = f" {field.metadata['unit']}" if field.metadata["unit"] else ""
     told = f" (default: {default}{unit})" if default else ""
     return (field.metadata["help"] + told).replace("%", "%%")
@@ -144,4 +148,11 @@ def _built(kind: type, flags: argparse.Namespace) -> Any:
             value = from_text(field, text)
             check_value(field.name, field, value, prefix="--")
             values[field.name] = value
-    return kind(**values)
+    built = kind(**values)
+    for name, other in idle_settings(kind, vars(built)).items():
+        if name in values:
+            raise ConfigError(
+                f"--{name}={values[name]} has no effect with --{other}={getattr(built, other)}; "
+                "leave it out."
+            )
+    return built

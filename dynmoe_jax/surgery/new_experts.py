@@ -1,7 +1,10 @@
-"""Base of operations that make experts of dense feed-forwards, with a new router."""
+"""Bases of operations that make experts of dense feed-forwards, with a new router.
+
+Axis legend: E experts, F hidden width.
+"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dynmoe_jax import config
@@ -15,9 +18,65 @@ from dynmoe_jax.surgery.operation import Operation
 
 @dataclasses.dataclass(frozen=True)
 class NewExperts(Operation):
-    """Settings that such operations share."""
+    """Settings that all such operations share."""
 
     layers: str = free_setting("", "layers that get experts, such as 2,5-7; empty = all")
+    router_std: float = free_setting(
+        0.02, "standard deviation of the new router's entries", low=0.0
+    )
+
+    def chosen(self, model: config.Model) -> tuple[int, ...]:
+        """Numbers of the layers that get experts."""
+        return layers_from(self.layers, model.num_layers)
+
+    def check_dense(self, model: config.Model) -> None:
+        """Raises ConfigError for a model that has experts, or feed-forwards that they cannot be
+        made of."""
+        if model.moe_layers:
+            numbers = ", ".join(map(str, model.moe_layers))
+            raise ConfigError(
+                f"--from names a model that has experts in layers {numbers} already; give a dense "
+                "one, whose feed-forwards become experts."
+            )
+        if lost := _not_of_experts(model, self.chosen(model)):
+            raise ConfigError(
+                f"--from names a model with config.model.linear={model.linear!r}, and experts have "
+                f"no {', '.join(lost)}; give one whose feed-forwards are dense matrices."
+            )
+
+    def with_experts(
+        self,
+        cfg: config.Config,
+        num_experts: int,
+        widths: Callable[[int], Mapping[str, int]],
+        router: Mapping[str, Any],
+    ) -> config.Config:
+        """Settings with experts in the chosen layers.
+
+        Args:
+          cfg: of the dense model, in which settings of experts had no effect.
+          num_experts: E of each such layer.
+          widths: (F of a dense layer) -> settings of widths below ``config.model.moe``.
+          router: more settings there.
+        """
+        chosen, plans = self.chosen(cfg.model), []
+        for i, plan in enumerate(plans_of(cfg.model)):
+            own = dict(plan.own)
+            if i in chosen:
+                if "hidden_width" in own:
+                    own |= _below_moe(widths(own.pop("hidden_width")))
+                if KIND in own:
+                    own[EXPERTS] = own.pop(KIND)
+            plans.append(LayerPlan(i in chosen, own))
+        changes = {"num_experts": num_experts, **widths(cfg.model.hidden_width), **router}
+        changes = _below_moe(_defaults(cfg.model.moe) | changes)
+        return with_layers(cfg, plans, changes | {EXPERTS: getattr(cfg.model, KIND)})
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedExperts(NewExperts):
+    """Settings of those whose router weighs experts by gates."""
+
     top_k: int = free_setting(
         0,
         "experts that a token uses, by top-k; 0 = 2, unless top_p is given",
@@ -39,9 +98,6 @@ class NewExperts(Operation):
     renormalize: bool = free_setting(
         True, "gates of a token sum to one; otherwise they are probabilities"
     )
-    router_std: float = free_setting(
-        0.02, "standard deviation of the new router's entries", low=0.0
-    )
 
     @property
     def p(self) -> float:
@@ -58,24 +114,9 @@ class NewExperts(Operation):
         """Mean experts of a token that p is moved to; 0: it stays."""
         return self.experts_per_token
 
-    def chosen(self, model: config.Model) -> tuple[int, ...]:
-        """Numbers of the layers that get experts."""
-        return layers_from(self.layers, model.num_layers)
-
-    def check_dense(self, model: config.Model) -> None:
-        """Raises ConfigError for a model that has experts, or feed-forwards that they cannot be
-        made of, and for two routers."""
-        if model.moe_layers:
-            numbers = ", ".join(map(str, model.moe_layers))
-            raise ConfigError(
-                f"--from names a model that has experts in layers {numbers} already; give a dense "
-                "one, whose feed-forwards become experts."
-            )
-        if lost := _not_of_experts(model, self.chosen(model)):
-            raise ConfigError(
-                f"--from names a model with config.model.linear={model.linear!r}, and experts have "
-                f"no {', '.join(lost)}; give one whose feed-forwards are dense matrices."
-            )
+    def check_dense(self, model):
+        """Raises ConfigError for two routers, too."""
+        super().check_dense(model)
         if self.top_k and (self.top_p or self.experts_per_token):
             other = (
                 f"top_p={self.top_p:g}"
@@ -84,37 +125,18 @@ class NewExperts(Operation):
             )
             raise ConfigError(f"--top_k={self.top_k} --{other} name two routers; give one of them.")
 
-    def with_experts(
-        self, cfg: config.Config, num_experts: int, slices: int, router: Mapping[str, Any]
-    ) -> config.Config:
-        """Settings with experts in the chosen layers.
+    def with_experts(self, cfg, num_experts, widths, router):
+        """Settings with experts in the chosen layers, of which a token can use so many.
 
-        Args:
-          cfg: of the dense model.
-          num_experts: E of each such layer.
-          slices: experts that one feed-forward is cut into.
-          router: more settings below ``config.model.moe``.
+        Raises:
+          ConfigError: a token is to use more experts than there are, or less than one.
         """
         if self.experts_per_token and not 1 <= self.experts_per_token <= num_experts:
             raise ConfigError(
                 f"--experts_per_token={self.experts_per_token:g} must be from 1 to the "
                 f"{num_experts} experts of a layer."
             )
-        chosen, plans = self.chosen(cfg.model), []
-        for i, plan in enumerate(plans_of(cfg.model)):
-            own = dict(plan.own)
-            if i in chosen:
-                for name, of_experts in (("hidden_width", "moe.hidden_width"), (KIND, EXPERTS)):
-                    if name in own:
-                        value = own.pop(name)
-                        own[of_experts] = value // slices if name == "hidden_width" else value
-            plans.append(LayerPlan(i in chosen, own))
-        changes = {
-            "moe.num_experts": num_experts,
-            "moe.hidden_width": cfg.model.hidden_width // slices,
-            EXPERTS: getattr(cfg.model, KIND),
-        }
-        return with_layers(cfg, plans, changes | dict(router))
+        return super().with_experts(cfg, num_experts, widths, router)
 
     def chosen_router(self) -> dict[str, Any]:
         """Settings of the router below ``config.model.moe``."""
@@ -123,7 +145,7 @@ class NewExperts(Operation):
         else:
             router = {"router": "top_k", "top_k.k": self.k}
         router[f"{router['router']}.renormalize"] = self.renormalize
-        return {f"moe.{name}": value for name, value in router.items()}
+        return router
 
 
 KIND, EXPERTS = "activation", "moe.experts"
@@ -141,6 +163,19 @@ def _not_of_experts(model: config.Model, layers: Sequence[int]) -> list[str]:
         names = {stored.name for stored, _ in stored_in(model) if i in stored.layers}
         found |= known ^ {name for name in names if name.startswith("feed_forward.")}
     return sorted(found)
+
+
+_WHICH_LAYERS = ("every_n_layers", "layer_offset", "dense_first_layers")
+
+
+def _defaults(moe: config.MoE) -> dict[str, Any]:
+    """Settings of experts as a new model begins with, but for which layers have any."""
+    new = config.to_dict(type(moe)())
+    return {name: value for name, value in new.items() if name not in _WHICH_LAYERS}
+
+
+def _below_moe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"moe.{name}": value for name, value in settings.items()}
 
 
 def dense_place(place: Place) -> Place:

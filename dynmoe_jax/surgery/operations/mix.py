@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from dynmoe_jax.fields import free_setting
-from dynmoe_jax.surgery.new_experts import NewExperts, dense_place
+from dynmoe_jax.surgery.new_experts import GatedExperts, dense_place
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.operations.average import averaged, check_alike, weights_of
 from dynmoe_jax.surgery.routers import is_of_router, new_array
@@ -12,7 +12,7 @@ from dynmoe_jax.surgery.routers import is_of_router, new_array
 
 @OPERATIONS.register("mix")
 @dataclasses.dataclass(frozen=True)
-class Mix(NewExperts):
+class Mix(GatedExperts):
     """Makes the feed-forward of each model an expert, and averages everything else.
 
     Of equal models it computes what they compute, whatever the new router says, as long as gates
@@ -31,7 +31,10 @@ class Mix(NewExperts):
         check_alike(parents)
         weights_of(self.weights, len(parents))
         self.check_dense(parents[0].model)
-        return self.with_experts(parents[0], len(parents), 1, self.chosen_router())
+        router = self.chosen_router()
+        return self.with_experts(
+            parents[0], len(parents), lambda units: {"hidden_width": units}, router
+        )
 
     def array(self, place, given):
         """A model's feed-forward, a new router, or a mean."""

@@ -15,14 +15,14 @@ from dynmoe_jax import config
 from dynmoe_jax.edits.arrays import has_axis, size_of, take
 from dynmoe_jax.edits.roles import disturbed, drawn, redrawn, rescale
 from dynmoe_jax.fields import ConfigError, free_setting
-from dynmoe_jax.surgery.new_experts import NewExperts, dense_place
+from dynmoe_jax.surgery.new_experts import GatedExperts, dense_place
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.routers import is_of_router, new_array
 
 
 @OPERATIONS.register("upcycle")
 @dataclasses.dataclass(frozen=True)
-class Upcycle(NewExperts):
+class Upcycle(GatedExperts):
     """Makes experts of copies or slices of dense feed-forwards, with a new router.
 
     With gates that sum to one, experts that are equal compute what the feed-forward did, whatever
@@ -107,8 +107,11 @@ class Upcycle(NewExperts):
         self._check_gates()
         router = self.chosen_router()
         if not self.p:
-            router["moe.top_k.softmax"] = self.softmax
-        return self.with_experts(cfg, self.num_experts, self.granularity, router)
+            router["top_k.softmax"] = self.softmax
+        return self.with_experts(cfg, self.num_experts, self._widths, router)
+
+    def _widths(self, units: int) -> dict[str, int]:
+        return {"hidden_width": units // self.granularity}
 
     def _check_slices(self, model: config.Model) -> None:
         if self.grouped and self.num_experts % self.granularity:

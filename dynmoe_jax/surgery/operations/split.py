@@ -1,0 +1,150 @@
+"""Splitting: the hidden units of a dense feed-forward are divided among experts.
+
+MoEfication (arXiv 2110.01786), FactorLLM (arXiv 2408.11855), LLaMA-MoE (arXiv 2406.16554).
+
+Axis legend: E experts, F hidden units of the feed-forward.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from dynmoe_jax import config
+from dynmoe_jax.edits.arrays import size_of, take
+from dynmoe_jax.fields import AUTO, ConfigError, free_setting
+from dynmoe_jax.surgery.new_experts import NewExperts, dense_place
+from dynmoe_jax.surgery.operation import OPERATIONS
+from dynmoe_jax.surgery.partitions import PARTITIONS, Units
+from dynmoe_jax.surgery.routers import is_of_router, layer_of, new_array
+from dynmoe_jax.surgery.unit_rows import WHICH, input_matrix
+
+
+@OPERATIONS.register("split")
+@dataclasses.dataclass(frozen=True)
+class Split(NewExperts):
+    """Divides the hidden units of dense feed-forwards among experts of one size.
+
+    All experts together, each with weight 1, compute what the feed-forward did; so does the result
+    unless --top_k says that a token uses fewer.  Nothing but the order of units changes.
+
+    Of fewer, weights are 1 (--gates=ones, straight through: the router learns by the gradient of
+    its probabilities), or a softmax over those chosen (--gates=softmax, LLaMA-MoE).  The output of
+    the k that are chosen of E is multiplied by E / k where experts are alike in size
+    (contiguous, random, importance: FactorLLM, LLaMA-MoE), and by 1 where those left out are to be
+    those that give little (clusters, coactivation: MoEfication).  Gates of a softmax sum to one, so
+    that with LLaMA-MoE's factor E / k the output is about 1 / k of the feed-forward's, and 1 / E
+    of it with all experts on; --scale=E makes up for it.
+    """
+
+    num_experts: int = free_setting(8, "experts of a layer", unit="experts", low=1)
+    by: str = free_setting("contiguous", "how units are divided", choices=PARTITIONS)
+    on: str = free_setting(
+        "auto",
+        "matrix that clusters are found in, of gated kinds; auto = the gate, which says what is on",
+        choices=WHICH,
+        only_with={"by": ("clusters",)},
+    )
+    top_k: int = free_setting(
+        0, "experts that a token uses; 0 = all, which is exact", unit="experts", low=0
+    )
+    gates: str = free_setting(
+        "ones",
+        "weights of the chosen experts: 1, or the softmax over their logits",
+        choices=("ones", "softmax"),
+    )
+    scale: float = free_setting(
+        AUTO,
+        "the experts' output is multiplied by this; auto = experts / top_k, but 1 by clusters and "
+        "coactivation",
+        above=0.0,
+        auto=True,
+    )
+    exact: ClassVar = "with all experts on and weights of 1"
+    paper: ClassVar = "MoEfication, 2110.01786; FactorLLM, 2408.11855; LLaMA-MoE, 2406.16554"
+
+    @property
+    def k(self) -> int:
+        """Experts of a token."""
+        return self.top_k or self.num_experts
+
+    @property
+    def factor(self) -> float:
+        """What the experts' output is multiplied by."""
+        if self.scale != AUTO:
+            return self.scale
+        return self.num_experts / self.k if PARTITIONS[self.by].makes_up else 1.0
+
+    def promise(self, parents):
+        """1e-5 where all units are there, with weights of 1."""
+        whole = self.k == self.num_experts and self.gates == "ones" and self.factor == 1.0
+        return 1e-5 if whole else None
+
+    def remarks(self, parents):
+        """Says what is left to do, and what softmax gates do to the output."""
+        said = []
+        if self.k < self.num_experts:
+            said.append("The router knows nothing yet: fit it with fit_router, or train the model.")
+        if self.gates == "softmax" and self.factor != self.num_experts:
+            share = self.factor / self.num_experts
+            said.append(
+                f"Gates sum to one and --scale is {self.factor:g}, so the experts give about "
+                f"{share:.2g} of what the feed-forward gave; --scale={self.num_experts} makes up "
+                "for it."
+            )
+        return said
+
+    def result(self, parents):
+        """The parent's settings with experts in the chosen layers."""
+        (cfg,) = parents
+        self.check_dense(cfg.model)
+        self._check_units(cfg.model)
+        if self.k > self.num_experts:
+            raise ConfigError(
+                f"--top_k={self.top_k} is more than --num_experts={self.num_experts}; a token "
+                "uses each at most once."
+            )
+        ones = self.gates == "ones"
+        weights = {"straight_through": ones, "renormalize": not ones}
+        router = {"router": "top_k", "top_k.k": self.k, "routed_scale": self.factor}
+        router |= {f"top_k.{name}": value for name, value in weights.items()}
+        return self.with_experts(cfg, self.num_experts, self._widths, router)
+
+    def _widths(self, units: int) -> dict[str, int]:
+        return {"hidden_width": units // self.num_experts}
+
+    def _check_units(self, model: config.Model) -> None:
+        for i in self.chosen(model):
+            layer = model.by_layer[i].model
+            if not layer.feed_forward_kind.splits_hidden:
+                raise ConfigError(
+                    f"config.model.activation={layer.activation} of layer {i} is no sum over "
+                    "hidden units, so it cannot be split; upcycle copies it."
+                )
+            input_matrix(layer.feed_forward_kind, self.on)
+            if layer.hidden_width % self.num_experts:
+                raise ConfigError(
+                    f"--num_experts={self.num_experts} must divide the hidden width "
+                    f"{layer.hidden_width} of layer {i}."
+                )
+
+    # ── Arrays ──
+
+    def array(self, place, given):
+        """Copies what is not of experts; the units of an expert; a new router."""
+        if is_of_router(given.model, place):
+            return new_array(place, given, self.router_std)
+        if place.expert is None:
+            return given.read(place)
+        values, name = given.read(dense_place(place)), place.array_name
+        units = given.once(
+            ("units", place.layer), lambda: self._divided(place, size_of(values, name, "F"), given)
+        )
+        return take(values, name, "F", units[place.expert])
+
+    def _divided(self, place, count: int, given) -> list[np.ndarray]:
+        """The numbers of the units of each expert, rising."""
+        kind = layer_of(given.model, place).moe.expert_kind
+        units = Units(place.layer, count, given.parameters(), input_matrix(kind, self.on))
+        expert_F = PARTITIONS[self.by]()(units, self.num_experts)
+        return [np.flatnonzero(expert_F == e) for e in range(self.num_experts)]
