@@ -43,11 +43,11 @@ def drawn(cfg, seed=0):
     }
 
 
-def result_of(operation, *parents, role=Role.PARAMETER, seed=0):
+def result_of(operation, *parents, role=Role.PARAMETER, seed=0, statistic=None, findings=None):
     """(settings, arrays by place) of the result; parents are such pairs, too, or have arrays by
     role and place."""
     cfg = operation.result([each for each, _ in parents])
-    memo, arrays = {}, {}
+    memo, arrays, findings = {}, {}, {} if findings is None else findings
 
     def read(parent, place, role):
         found = parents[parent][1]
@@ -56,7 +56,9 @@ def result_of(operation, *parents, role=Role.PARAMETER, seed=0):
     for stored, _ in stored_in(cfg.model):
         for place in stored.places():
             shape = stored.shape[stored.leading :]
-            given = Given(cfg.model, shape, role, seed, len(parents), read, memo)
+            given = Given(
+                cfg.model, shape, role, seed, len(parents), read, memo, statistic, findings
+            )
             arrays[place] = operation.array(place, given)
             assert arrays[place].shape == shape
     return cfg, arrays

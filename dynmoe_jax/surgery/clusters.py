@@ -54,7 +54,21 @@ def balanced_assignment(cost_FE: Float[np.ndarray, "F E"]) -> Int[np.ndarray, "F
     points, clusters = cost_FE.shape
     if points % clusters:
         raise ValueError(f"{points} points cannot be divided into {clusters} equal clusters.")
-    labels_F, size = _nearly_balanced(cost_FE), points // clusters
+    return evened(cost_FE, _nearly_balanced(cost_FE))
+
+
+def evened(
+    cost_FE: Float[np.ndarray, "F E"], labels_F: Int[np.ndarray, "F"]
+) -> Int[np.ndarray, "F"]:
+    """Clusters of one size, by moves of points from larger clusters that cost the least.
+
+    Args:
+      cost_FE: of each point in each cluster; F must be a multiple of E.
+      labels_F: cluster of each point to begin with, of the least cost for the sizes that clusters
+        have: then so is what is returned.
+    """
+    points, clusters = cost_FE.shape
+    labels_F, size = np.array(labels_F), points // clusters
     moves = _Moves(cost_FE, labels_F)
     counts_E = np.bincount(labels_F, minlength=clusters)
     while (counts_E > size).any():

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from dynmoe_jax.fields import shown
 from dynmoe_jax.registry import PLUGIN_MODULE
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.request import Options
@@ -44,7 +45,11 @@ def told_of(kind: type | None, values: Mapping[str, Any]) -> list[tuple[str, Any
     """(name, value, default, help) of stored settings."""
     fields = {field.name: field for field in dataclasses.fields(kind)} if kind else {}
     return [
-        (name, value, fields[name].default, fields[name].metadata["help"])
+        (
+            name,
+            *(shown(fields[name], each) for each in (value, fields[name].default)),
+            fields[name].metadata["help"],
+        )
         if name in fields
         else (name, value, "", "")
         for name, value in values.items()

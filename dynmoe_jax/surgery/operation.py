@@ -14,11 +14,31 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dynmoe_jax import config
+from dynmoe_jax.calibration.pricing import SAMPLES
 from dynmoe_jax.edits.places import Place
 from dynmoe_jax.edits.roles import Role
 from dynmoe_jax.registry import Registry
 
 OPERATIONS = Registry("operation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Statistics that an operation asks of its first parent, on training text.
+
+    Attributes:
+      names: of the statistics, see :data:`dynmoe_jax.calibration.STATISTICS`.
+      layers: numbers of those that they are wanted of; None: all.
+      clusters: of texts that are alike, with statistics of each; 1: all text is one.
+      samples: tokens of which there are samples.
+      model: settings that the parent is computed with; None: its own.
+    """
+
+    names: frozenset[str] = frozenset()
+    layers: tuple[int, ...] | None = None
+    clusters: int = 1
+    samples: int = SAMPLES
+    model: config.Model | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +53,9 @@ class Given:
       num_parents: how many models there are to read from.
       read_from: (number of a parent, place, role) -> its array, float32.
       memo: of what several arrays are made of, by key; see :meth:`once`.
+      statistic: (name, number of a layer) -> the array, of those that the operation wanted; with an
+        axis of clusters in front where it wanted some.
+      findings: numbers by layer and name that the record is to hold, filled by the operation.
     """
 
     model: config.Model
@@ -42,6 +65,8 @@ class Given:
     num_parents: int
     read_from: Callable[[int, Place, Role], np.ndarray]
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+    statistic: Callable[[str, int], np.ndarray] | None = None
+    findings: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, made for the first array that asks, and kept for others."""
@@ -79,19 +104,20 @@ class Operation(abc.ABC):
       parents: fewest and most models that it takes; None: no bound.
       paper: where it comes from, in a few words.
       exact: when it keeps the function, in a few words; :meth:`promise` says it of settings.
-      statistics: of a calibration that it needs, by name.
+      statistics: names of those that it may need, of a calibration; :meth:`wanted` says it of
+        settings.
       streamed: whether an array needs no more than a few arrays of its parents.
     """
 
     parents: ClassVar[tuple[int, int | None]] = (1, 1)
     paper: ClassVar[str] = ""
     exact: ClassVar[str] = "no"
+    statistics: ClassVar[frozenset[str]] = frozenset()
     streamed: ClassVar[bool] = True
 
-    @property
-    def statistics(self) -> frozenset[str]:
-        """Names of the statistics that it asks of a calibration."""
-        return frozenset()
+    def wanted(self, parents: Sequence[config.Config]) -> Wanted:
+        """The statistics that it needs."""
+        return Wanted()
 
     def promise(self, parents: Sequence[config.Config]) -> float | None:
         """Largest difference of logits, relative to the largest one where that is above 1; None

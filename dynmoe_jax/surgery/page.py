@@ -34,6 +34,7 @@ def write_page(folder: Path, record: Mapping[str, Any]) -> Path:
         _domains(record),
         section("Layers", layers),
         _tokens(record),
+        _found(record.get("found", {})),
         _samples(record["samples"]),
         _done(record),
         _history(record),
@@ -189,6 +190,19 @@ def _numbers(experts: Sequence[int]) -> str:
     shown = ", ".join(map(str, experts[:_MOST_NAMED]))
     more = len(experts) - _MOST_NAMED
     return f"{shown} and {more} more" if more > 0 else shown or MISSING
+
+
+def _found(found: Mapping[str, Mapping[str, float]]) -> str:
+    """What the operation found out of each layer."""
+    if not found:
+        return ""
+    names = list(dict.fromkeys(name for own in found.values() for name in own))
+    rows = [
+        [layer, *(f"{own[name]:.4g}" if name in own else MISSING for name in names)]
+        for layer, own in found.items()
+    ]
+    table = table_of(["layer", *names], rows, range(1, 1 + len(names)))
+    return f"<h2>Found in layers</h2>{table}"
 
 
 # ── Samples ──────────────────────────────────────────────────────────────────────────────────────

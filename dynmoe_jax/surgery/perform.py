@@ -14,6 +14,7 @@ from dynmoe_jax.surgery.provenance import write_record
 from dynmoe_jax.surgery.record import record_of
 from dynmoe_jax.surgery.request import Job, Request, checked
 from dynmoe_jax.surgery.samples import samples_of
+from dynmoe_jax.surgery.statistics import statistics_of
 from dynmoe_jax.surgery.target import written_whole
 from dynmoe_jax.surgery.threshold import fit_threshold
 from dynmoe_jax.surgery.write import write_result
@@ -48,6 +49,8 @@ def _make(job: Job, folder: Path) -> dict[str, Any]:
     """Writes and measures the result in a folder; returns its record."""
     asked, options, tokenizer = job.asked, job.asked.options, job.tokenizer
     tokenizer.save(folder / tokenizer.name_in_run)
+    text = job.source.open(folder, tokenizer, job.cfg.model.vocab_size)
+    gathered, findings = statistics_of(job, text), {}
     digests = write_result(
         folder,
         asked.operation,
@@ -58,8 +61,9 @@ def _make(job: Job, folder: Path) -> dict[str, Any]:
         seed=options.seed,
         moments=job.moments,
         dtype=options.dtype,
+        statistic=gathered.array,
+        findings=findings,
     )
-    text = job.source.open(folder, tokenizer, job.cfg.model.vocab_size)
     if wanted := asked.operation.wanted_experts:
         training = text.training(options.tokens, options.seed)
         job = dataclasses.replace(job, cfg=fit_threshold(folder, job.cfg, training, wanted))
@@ -69,6 +73,8 @@ def _make(job: Job, folder: Path) -> dict[str, Any]:
         )
         _check_promise(job, measured)
         record = record_of(job, digests, files_of(result), measured, text.prepared.content)
+        found = {str(layer): findings[layer] for layer in sorted(findings)}
+        record |= {"calibration": gathered.record(), "found": found}
         return record | {"samples": samples_of(job, result, text)}
 
 

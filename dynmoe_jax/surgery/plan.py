@@ -43,6 +43,7 @@ def cost_of(job: Job) -> Cost:
     written = after.stored_bytes + (roles - 1) * size_of(job.cfg).stored_bytes
     tokens = job.asked.options.tokens
     flops = tokens * (befores[0].flops_per_token + after.flops_per_token)
+    flops += job.price.flops if job.price else 0.0
     # Parents are read once more for their digest, and both models once more to measure them.
     seconds = _START_SECONDS + flops / _FLOPS + 3 * read / _READ_RATE + 2 * written / _WRITE_RATE
     model = job.cfg.model
@@ -55,4 +56,6 @@ def cost_of(job: Job) -> Cost:
     hidden = 2 * 4 * tokens * model.width
     logits = 2 * 4 * TOKENS_AT_ONCE * COLUMNS_AT_ONCE
     head = 2 * 4 * model.vocab_size * model.width
-    return Cost(seconds, _START_BYTES + 2 * widest + hidden + logits + head, read, written)
+    calibration = job.price.bytes if job.price else 0
+    most = max(2 * widest + hidden + logits + head, calibration)
+    return Cost(seconds, _START_BYTES + most, read, written)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_jax import config
+from dynmoe_jax.calibration import Price, price
+from dynmoe_jax.calibration.pricing import check_price
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.fields import free_setting
-from dynmoe_jax.surgery.operation import OPERATIONS, Operation
+from dynmoe_jax.surgery.operation import OPERATIONS, Operation, Wanted
 from dynmoe_jax.surgery.parent import Parent, opened_parent
 from dynmoe_jax.surgery.target import free_place
 from dynmoe_jax.surgery.text import Source, source_of
@@ -33,6 +35,15 @@ class Options:
         low=1,
     )
     seed: int = free_setting(0, "of all that is drawn", low=0)
+    calibration_tokens: int = free_setting(
+        16384,
+        "training tokens that statistics are gathered of, where an operation needs any",
+        unit="tokens",
+        low=1,
+    )
+    calibration_memory: float = free_setting(
+        8.0, "most memory that gathering them may take", unit="GB", above=0.0
+    )
     moments: str = free_setting(
         "carry",
         "carry the optimizer's moments over, so that training goes on with them, or reset them",
@@ -88,6 +99,8 @@ class Job:
       history: of the first model, see :attr:`.parent.Parent.history`.
       moments: whether moments are carried over.
       promise: see :meth:`.operation.Operation.promise`; None where parameters are rounded.
+      wanted: statistics of the first parent.
+      price: of gathering them; None where there are none.
     """
 
     asked: Request
@@ -99,6 +112,8 @@ class Job:
     history: list[dict[str, Any]]
     moments: bool
     promise: float | None
+    wanted: Wanted
+    price: Price | None
 
     @property
     def remarks(self) -> list[str]:
@@ -133,8 +148,11 @@ def checked(asked: Request) -> Iterator[Job]:
         cfg = dataclasses.replace(cfg, data=source.data, train=train)
         carry = asked.options.moments == "carry" and all(each.has_moments for each in parents)
         promise = asked.operation.promise(settings) if asked.options.dtype == "float32" else None
+        wanted = asked.operation.wanted(settings)
+        cost = price_of(wanted, settings[0], asked.options)
         tokenizer, history = _shared_tokenizer(parents), parents[0].history
-        yield Job(asked, to, parents, cfg, source, tokenizer, history, carry, promise)
+        of_result = to, parents, cfg, source, tokenizer, history, carry, promise
+        yield Job(asked, *of_result, wanted, cost)
 
 
 def _shared_tokenizer(parents: Sequence[Parent]) -> Tokenizer:
@@ -151,6 +169,23 @@ def _shared_tokenizer(parents: Sequence[Parent]) -> Tokenizer:
                 "give models that share one."
             )
     return found[0]
+
+
+def price_of(wanted: Wanted, parent: config.Config, options: Options) -> Price | None:
+    """The price of statistics; None where none are wanted.
+
+    Raises:
+      ConfigError: they need more memory than they may have.
+    """
+    if not wanted.names:
+        return None
+    tokens, own = options.calibration_tokens, wanted.model or parent.model
+    lengths = {"length": parent.data.seq_len, "samples": wanted.samples, "layers": wanted.layers}
+    found = price(own, wanted.names, tokens, **lengths)
+    # Clusters of text are gathered one after another, and what was found is kept.
+    kept = sum(found.statistic_bytes.values()) * (wanted.clusters - 1)
+    check_price(found, int(options.calibration_memory * 1e9) - kept, tokens)
+    return found
 
 
 def _check_count(asked: Request) -> None:

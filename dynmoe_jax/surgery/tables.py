@@ -19,7 +19,7 @@ def operation_rows() -> list[list[str]]:
             name,
             kind.exact,
             "yes" if kind.streamed else "no",
-            ", ".join(sorted(kind().statistics)) or "–",
+            ", ".join(sorted(kind.statistics)) or "–",
             kind.paper,
         ]
         for name, kind in OPERATIONS.items()
@@ -76,6 +76,8 @@ def show_record(record: dict[str, Any], folder: Path) -> None:
         f"for {compared['agreement']:.1%} of {compared['tokens']:,}.",
         soft_wrap=True,
     )
+    if record.get("found"):
+        _show_findings(record["found"])
     _tell(record["remarks"])
     console.print(f"Written to {folder}. Digest {record['digest'][:16]}…", soft_wrap=True)
 
@@ -95,6 +97,17 @@ def _show_sizes(title: str, before: Size, after: Size, more: list[list[str]]) ->
         table.add_row(text, shown(getattr(before, name)), shown(getattr(after, name)))
     for row in more:
         table.add_row(*row)
+    console.print(table)
+
+
+def _show_findings(found: dict[str, dict[str, float]]) -> None:
+    """Prints numbers by layer."""
+    table = titled_table("By layer")
+    names = list(dict.fromkeys(name for own in found.values() for name in own))
+    for column in ("layer", *names):
+        table.add_column(column, justify="right")
+    for layer, own in found.items():
+        table.add_row(str(layer), *(f"{own[n]:.4g}" if n in own else "–" for n in names))
     console.print(table)
 
 

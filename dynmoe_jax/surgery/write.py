@@ -48,6 +48,8 @@ def write_result(
     seed: int,
     moments: bool,
     dtype: str,
+    statistic: Callable[[str, int], np.ndarray] | None = None,
+    findings: dict[int, dict[str, float]] | None = None,
 ) -> Digests:
     """Writes the checkpoint of a result.
 
@@ -61,6 +63,8 @@ def write_result(
       seed: of what is drawn.
       moments: whether the optimizer's moments are written too.
       dtype: that parameters are stored in.
+      statistic: see :class:`.operation.Given`.
+      findings: likewise; filled.
 
     Returns:
       the digests of the result.
@@ -69,13 +73,23 @@ def write_result(
       CheckpointError: a parent cannot be read, or the result cannot be written.
     """
     roles = [Role.PARAMETER, *((Role.FIRST, Role.SECOND) if moments else ())]
-    digests, memo = (Digest(), Digest()), {}
+    digests = (Digest(), Digest())
+    made_of = partial(
+        Given,
+        cfg.model,
+        seed=seed,
+        num_parents=len(parents),
+        read_from=lambda parent, place, role: parents[parent].read(place, role),
+        memo={},
+        statistic=statistic,
+        findings={} if findings is None else findings,
+    )
     variables = list(stored_in(cfg.model))
     numbers = sum(np.prod(stored.shape) for stored, _ in variables)
     with stage(
         f"Writing {numbers / 1e6:,.1f}M parameters", len(roles) * numbers / 1e6, "M"
     ) as shown:
-        maker = _Maker(operation, parents, cfg.model, seed, digests, memo, shown)
+        maker = _Maker(operation, made_of, digests, shown)
         state = {"params": _tree(variables, maker.of(Role.PARAMETER), dtype)}
         if moments:
             trained = [each for each in variables if not isinstance(each[1], RouterState)]
@@ -109,15 +123,12 @@ class _Maker:
     def __init__(
         self,
         operation: Operation,
-        parents: list[Parent],
-        model: config.Model,
-        seed: int,
+        made_of: Callable[..., Given],
         digests: tuple[Digest, Digest],
-        memo: dict,
         shown: Stage,
     ):
-        self._operation, self._parents, self._model = operation, parents, model
-        self._seed, self._digests, self._memo, self._shown = seed, digests, memo, shown
+        self._operation, self._made_of = operation, made_of
+        self._digests, self._shown = digests, shown
         self.stopping = Stopping()
 
     def of(self, role: Role) -> Callable[[Stored, str], Callable[[Index], np.ndarray]]:
@@ -134,16 +145,7 @@ class _Maker:
 
     def _array(self, stored: Stored, index: Index, role: Role, dtype: str) -> np.ndarray:
         place, shape = stored.place(index), stored.shape[stored.leading :]
-        given = Given(
-            self._model,
-            shape,
-            role,
-            self._seed,
-            len(self._parents),
-            lambda parent, place, role: self._parents[parent].read(place, role),
-            self._memo,
-        )
-        values = np.asarray(self._operation.array(place, given))
+        values = np.asarray(self._operation.array(place, self._made_of(shape=shape, role=role)))
         if values.shape != shape:
             raise ValueError(f"The operation makes {values.shape} for {place}, not {shape}.")
         # As it will be read, so that a result has the same digest when it is a parent.

@@ -18,8 +18,15 @@ from tests.in_memory_surgery import drawn, logits, result_of, settings
 
 E, WIDTH = 4, 6
 SPLITS = [name for name, kind in EXPERTS.items() if kind.splits_hidden]
-FREE = [name for name, kind in PARTITIONS.items() if not kind.statistics]
-"""Partitions that need no statistics."""
+
+
+def statistic(name, layer):
+    """Something that a calibration could have gathered of a model of E x WIDTH units."""
+    random, units = np.random.default_rng([layer, 5]), E * WIDTH
+    if name == "gradient_importance":
+        return random.exponential(size=(E, units)).astype(np.float32)
+    on_TF = np.maximum(random.standard_normal((50, units)), 0)
+    return (on_TF.T @ on_TF).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +35,16 @@ def parent():
     return cfg, drawn(cfg)
 
 
-def units_of(parent, operation, layer=0):
+def units_of(parent, operation, layer=0, gathered=statistic):
     """Numbers of the units of each expert, found by their rows of the last matrix."""
-    _, arrays = result_of(operation, parent)
+    _, arrays = result_of(operation, parent, statistic=gathered)
     dense = parent[1][Place(layer, "feed_forward.down_FD")]
     number = {row.tobytes(): unit for unit, row in enumerate(dense)}
     experts = [arrays[Place(layer, "feed_forward.down_EFD", e)] for e in range(E)]
     return [[number[row.tobytes()] for row in rows] for rows in experts]
 
 
-@pytest.mark.parametrize("by", FREE)
+@pytest.mark.parametrize("by", PARTITIONS)
 def test_every_unit_is_in_one_expert_and_all_are_of_one_size(parent, by):
     units = units_of(parent, Split(num_experts=E, by=by))
     assert [len(own) for own in units] == [WIDTH] * E
@@ -45,12 +52,12 @@ def test_every_unit_is_in_one_expert_and_all_are_of_one_size(parent, by):
     assert (units == np.arange(E * WIDTH).reshape(E, WIDTH).tolist()) == (by == "contiguous")
 
 
-@pytest.mark.parametrize("by", FREE)
+@pytest.mark.parametrize("by", PARTITIONS)
 @pytest.mark.parametrize("activation", SPLITS)
 def test_experts_of_any_kind_add_up_to_the_feed_forward(activation, by):
     cfg = settings(activation=activation, num_layers=1)
     parent = cfg, drawn(cfg)
-    made, arrays = result_of(Split(num_experts=E, by=by), parent)
+    made, arrays = result_of(Split(num_experts=E, by=by), parent, statistic=statistic)
     kind = made.model.moe.expert_kind
     names = kind.parameters(1, 1, 1)
     x_SD = np.random.default_rng(1).standard_normal((5, 16), np.float32)
@@ -126,12 +133,61 @@ def test_moments_are_permuted_as_parameters_are(parent):
     assert (arrays[Place(0, "feed_forward.router_DE")] == 0).all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "swiglu"])
-def test_clusters_recover_planted_groups(activation):
+@pytest.mark.parametrize("by", ["clusters", "coactivation"])
+@pytest.mark.parametrize("activation", ["relu", "reglu"])
+def test_planted_groups_are_found_and_the_one_that_is_on_gives_all_of_the_output(activation, by):
     cfg = settings(activation=activation, num_layers=1)
     parent, planted_F = planted(cfg)
-    units = units_of(parent, Split(num_experts=E, by="clusters"))
+    # Tokens of one group of dimensions each, for which the units of that group are on.
+    random = np.random.default_rng(4)
+    group_S = random.integers(0, E, 40)
+    x_SD = random.uniform(0.1, 1, (40, 16)) * np.repeat(np.eye(E), 16 // E, axis=1)[group_S]
+    kind = cfg.model.feed_forward_kind
+    names = kind.parameters(1, 1, 1)
+    dense = {name: parent[1][Place(0, f"feed_forward.{without_experts(name)}")] for name in names}
+    on_SF = np.maximum(kind.hidden(dense, x_SD)[0], 0)
+    operation = Split(num_experts=E, by=by)
+    gathered = lambda name, layer: on_SF.T @ on_SF  # noqa: E731
+    units = units_of(parent, operation, gathered=gathered)
     assert sorted(map(sorted, units)) == groups(planted_F)
+    # An oracle picks the expert of most activation: with the others left out nothing is lost.
+    _, arrays = result_of(operation, parent, statistic=gathered)
+    best_S = np.stack([on_SF[:, own].sum(axis=1) for own in units], axis=1).argmax(axis=1)
+    for x_D, best in zip(x_SD, best_S, strict=True):
+        expert = {name: arrays[Place(0, f"feed_forward.{name}", int(best))] for name in names}
+        assert_close(kind.apply(expert, x_D[None]), kind.apply(dense, x_D[None]), 1e-5)
+
+
+def test_shared_units_are_counted(parent):
+    operation = Split(num_experts=E, by="importance", share="inner")
+    assert operation.promise([parent[0]]) is None
+    found = {}
+    result_of(operation, parent, statistic=statistic, findings=found)
+    for layer in range(2):
+        units = units_of(parent, operation, layer)
+        importance_EF = statistic("gradient_importance", layer)
+        for e, own in enumerate(units):
+            assert own == sorted(np.argsort(importance_EF[e])[-WIDTH:].tolist())
+        often = np.bincount([unit for own in units for unit in own], minlength=E * WIDTH)
+        assert often.sum() == E * WIDTH
+        counts = {"different units": (often > 0).sum(), "in several experts": (often > 1).sum()}
+        assert found[layer] == counts
+        assert 0 < counts["in several experts"] < WIDTH * E
+
+
+def test_a_shared_expert_has_what_most_experts_want_and_all_of_it_is_the_parent(parent):
+    operation = Split(num_experts=E, by="importance", share="inter", layers="0")
+    assert operation.promise([parent[0]]) == 1e-5
+    cfg, arrays = result_of(operation, parent, statistic=statistic)
+    # 24 units: 4 experts of 4, and the 8 that are left.
+    assert (cfg.model.moe.hidden_width, cfg.model.moe.shared_hidden_width) == (4, 8)
+    dense = parent[1][Place(0, "feed_forward.down_FD")]
+    shared = arrays[Place(0, "feed_forward.shared_down_FD")]
+    own = [int(np.flatnonzero((dense == row).all(axis=1))[0]) for row in shared]
+    chosen = np.argsort(-statistic("gradient_importance", 0), axis=1)[:, :4]
+    often = np.bincount(chosen.ravel(), minlength=E * WIDTH)
+    assert min(often[own]) >= max(np.delete(often, own))
+    assert np.abs(logits(cfg, arrays) - logits(*parent)).max() < 1e-5
 
 
 def planted(cfg):
@@ -158,6 +214,10 @@ def groups(planted_F):
     ("wrong", "named"),
     [
         ({"num_experts": 5}, "must divide the hidden width 24 of layer 0"),
+        (
+            {"num_experts": 4, "by": "importance", "share": "inter", "shared_width": 5},
+            "hidden width 24 less --shared_width=5",
+        ),
         ({"num_experts": 4, "top_k": 5}, "--top_k=5 is more than --num_experts=4"),
     ],
 )

@@ -12,10 +12,18 @@ import numpy as np
 
 from dynmoe_jax import config
 from dynmoe_jax.edits.arrays import size_of, take
+from dynmoe_jax.edits.places import Place
+from dynmoe_jax.experts.kinds.swiglu import SwiGLU
 from dynmoe_jax.fields import AUTO, ConfigError, free_setting
-from dynmoe_jax.surgery.new_experts import NewExperts, dense_place
-from dynmoe_jax.surgery.operation import OPERATIONS
-from dynmoe_jax.surgery.partitions import PARTITIONS, Units
+from dynmoe_jax.surgery.new_experts import NewExperts
+from dynmoe_jax.surgery.operation import OPERATIONS, Wanted
+from dynmoe_jax.surgery.partitions import PARTITIONS, Partition, Units
+from dynmoe_jax.surgery.partitions.importance import (
+    assigned,
+    importance,
+    most_important,
+    shared_by_most,
+)
 from dynmoe_jax.surgery.routers import is_of_router, layer_of, new_array
 from dynmoe_jax.surgery.unit_rows import WHICH, input_matrix
 
@@ -45,6 +53,21 @@ class Split(NewExperts):
         choices=WHICH,
         only_with={"by": ("clusters",)},
     )
+    share: str = free_setting(
+        "none",
+        "units that several experts share: none; inner: each expert has the units that are most "
+        "important for its text, whoever has them besides; inter: those that most experts would "
+        "choose are a shared expert that every token uses, and the others are divided",
+        choices=("none", "inner", "inter"),
+        only_with={"by": ("importance",)},
+    )
+    shared_width: int = free_setting(
+        0,
+        "units of the shared expert; 0 = about as many as an expert has",
+        unit="units",
+        low=0,
+        only_with={"share": ("inter",)},
+    )
     top_k: int = free_setting(
         0, "experts that a token uses; 0 = all, which is exact", unit="experts", low=0
     )
@@ -61,6 +84,7 @@ class Split(NewExperts):
         auto=True,
     )
     exact: ClassVar = "with all experts on and weights of 1"
+    statistics: ClassVar = frozenset().union(*(each.statistics for each in PARTITIONS.values()))
     paper: ClassVar = "MoEfication, 2110.01786; FactorLLM, 2408.11855; LLaMA-MoE, 2406.16554"
 
     @property
@@ -73,12 +97,23 @@ class Split(NewExperts):
         """What the experts' output is multiplied by."""
         if self.scale != AUTO:
             return self.scale
-        return self.num_experts / self.k if PARTITIONS[self.by].makes_up else 1.0
+        return self.num_experts / self.k if self.partition.makes_up else 1.0
+
+    @property
+    def partition(self) -> Partition:
+        """The way in which units are divided."""
+        return PARTITIONS[self.by]()
+
+    def wanted(self, parents):
+        """What the partition needs, of the layers that are split."""
+        names, layers = self.partition.statistics, self.chosen(parents[0].model)
+        clusters = self.num_experts if self.partition.of_clusters else 1
+        return Wanted(names, layers, clusters) if names else Wanted()
 
     def promise(self, parents):
-        """1e-5 where all units are there, with weights of 1."""
-        whole = self.k == self.num_experts and self.gates == "ones" and self.factor == 1.0
-        return 1e-5 if whole else None
+        """1e-5 where all units are there once, with weights of 1."""
+        whole = self.k == self.num_experts and self.share != "inner"
+        return 1e-5 if whole and self.gates == "ones" and self.factor == 1.0 else None
 
     def remarks(self, parents):
         """Says what is left to do, and what softmax gates do to the output."""
@@ -98,6 +133,7 @@ class Split(NewExperts):
         """The parent's settings with experts in the chosen layers."""
         (cfg,) = parents
         self.check_dense(cfg.model)
+        self.partition.check()
         self._check_units(cfg.model)
         if self.k > self.num_experts:
             raise ConfigError(
@@ -111,7 +147,13 @@ class Split(NewExperts):
         return self.with_experts(cfg, self.num_experts, self._widths, router)
 
     def _widths(self, units: int) -> dict[str, int]:
-        return {"hidden_width": units // self.num_experts}
+        """Widths of an expert and of the shared one; all units of a feed-forward are in them."""
+        shared = 0
+        if self.share == "inter":
+            each = units // (self.num_experts + 1)
+            shared = self.shared_width or units - each * self.num_experts
+        hidden = (units - shared) // self.num_experts
+        return {"hidden_width": hidden, "shared_hidden_width": shared}
 
     def _check_units(self, model: config.Model) -> None:
         for i in self.chosen(model):
@@ -122,10 +164,17 @@ class Split(NewExperts):
                     "hidden units, so it cannot be split; upcycle copies it."
                 )
             input_matrix(layer.feed_forward_kind, self.on)
-            if layer.hidden_width % self.num_experts:
+            if self.share == "inter" and not isinstance(layer.feed_forward_kind, SwiGLU):
                 raise ConfigError(
-                    f"--num_experts={self.num_experts} must divide the hidden width "
-                    f"{layer.hidden_width} of layer {i}."
+                    f"--share=inter makes a shared expert, which is a SwiGLU, and layer {i} has "
+                    f"config.model.activation={layer.activation}; take --share=inner."
+                )
+            width, (hidden, shared) = layer.hidden_width, self._widths(layer.hidden_width).values()
+            if hidden < 1 or hidden * self.num_experts + shared != width:
+                less = f" less --shared_width={shared}" if shared else ""
+                raise ConfigError(
+                    f"--num_experts={self.num_experts} must divide the hidden width {width}{less} "
+                    f"of layer {i}."
                 )
 
     # ── Arrays ──
@@ -134,17 +183,38 @@ class Split(NewExperts):
         """Copies what is not of experts; the units of an expert; a new router."""
         if is_of_router(given.model, place):
             return new_array(place, given, self.router_std)
-        if place.expert is None:
+        name = place.array_name.removeprefix("shared_")
+        if place.expert is None and name == place.array_name:
             return given.read(place)
-        values, name = given.read(dense_place(place)), place.array_name
-        units = given.once(
+        values = given.read(Place(place.layer, f"feed_forward.{name}"))
+        experts, shared = given.once(
             ("units", place.layer), lambda: self._divided(place, size_of(values, name, "F"), given)
         )
-        return take(values, name, "F", units[place.expert])
+        units = shared if place.expert is None else experts[place.expert]
+        return take(values, name, "F", units)
 
-    def _divided(self, place, count: int, given) -> list[np.ndarray]:
-        """The numbers of the units of each expert, rising."""
+    def _divided(self, place, count: int, given) -> tuple[list[np.ndarray], np.ndarray]:
+        """(numbers of the units of each expert, those of the shared expert), all rising."""
         kind = layer_of(given.model, place).moe.expert_kind
         units = Units(place.layer, count, given.parameters(), input_matrix(kind, self.on))
-        expert_F = PARTITIONS[self.by]()(units, self.num_experts)
-        return [np.flatnonzero(expert_F == e) for e in range(self.num_experts)]
+        if self.share == "none":
+            return _by_expert(self.partition(units, self.num_experts)), np.arange(0)
+        importance_EF, width = importance(units), self._widths(count)["hidden_width"]
+        if self.share == "inner":
+            experts = most_important(importance_EF, width)
+            given.findings[place.layer] = _counts(experts)
+            return experts, np.arange(0)
+        shared = shared_by_most(importance_EF, width, count - width * self.num_experts)
+        rest = np.setdiff1d(np.arange(count), shared)
+        experts = _by_expert(assigned(importance_EF[:, rest]))
+        return [rest[own] for own in experts], shared
+
+
+def _by_expert(expert_F: np.ndarray) -> list[np.ndarray]:
+    return [np.flatnonzero(expert_F == e) for e in range(expert_F.max() + 1)]
+
+
+def _counts(experts: list[np.ndarray]) -> dict[str, float]:
+    """Numbers of different units in experts, and of those in several."""
+    _, often = np.unique(np.concatenate(experts), return_counts=True)
+    return {"different units": len(often), "in several experts": int((often > 1).sum())}

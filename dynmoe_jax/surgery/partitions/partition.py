@@ -51,12 +51,17 @@ class Partition(abc.ABC):
 
     Attributes:
       statistics: of a calibration that it needs, by name.
+      of_clusters: whether it needs them of as many clusters of text as there are experts.
       makes_up: whether those who split so multiply the output of k of E experts by E / k, as if
         those left out would have given as much as those chosen.
     """
 
     statistics: ClassVar[frozenset[str]] = frozenset()
+    of_clusters: ClassVar[bool] = False
     makes_up: ClassVar[bool] = True
+
+    def check(self) -> None:  # noqa: B027
+        """Raises ConfigError where something that it needs is missing."""
 
     @abc.abstractmethod
     def __call__(self, units: Units, num_experts: int) -> Int[np.ndarray, "F"]:

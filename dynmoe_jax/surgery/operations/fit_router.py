@@ -1,0 +1,197 @@
+"""Routers of a split model, fitted to what its experts give.
+
+MoEfication (arXiv 2110.01786), FactorLLM (arXiv 2408.11855).
+
+Axis legend: S sampled tokens, E experts, D model width, P steps, B tokens of a step.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from dynmoe_jax import config
+from dynmoe_jax.edits.places import Place
+from dynmoe_jax.edits.roles import drawn
+from dynmoe_jax.edits.settings import edited
+from dynmoe_jax.fields import AUTO, ConfigError, free_setting
+from dynmoe_jax.routing.routers.top_k import TopK
+from dynmoe_jax.surgery.operation import OPERATIONS, Given, Operation, Wanted
+from dynmoe_jax.surgery.router_fit import METHODS, Pairs, fitted, largest, logits_of, pairs_of
+from dynmoe_jax.surgery.routers import is_of_router
+from dynmoe_jax.surgery.unit_rows import input_matrix
+
+_INPUTS = "ffn_input_samples"
+_KEPT_BACK = 0.25
+"""Share of the samples that errors are measured on, and nothing is learned from."""
+
+
+@OPERATIONS.register("fit_router")
+@dataclasses.dataclass(frozen=True)
+class FitRouter(Operation):
+    """Fits the routers of a split model, and says how many experts a token uses from now on.
+
+    They learn from inputs of the feed-forwards while all experts are on, that is of the dense
+    model.  By scores (MoEfication), a net of two layers learns the share that each expert's hidden
+    units have; it begins with the means of the experts' rows, and with the identity.  By labels
+    (FactorLLM), one matrix learns which k experts alone come nearest to their share of the output.
+
+    Of every layer, the squared error of its output with the chosen experts alone is reported, as a
+    share of the whole output's square: with those that an oracle chooses, the fitted router, the
+    means of rows that it began with, and chance.
+    """
+
+    by: str = free_setting(
+        "scores", "what routers learn: scores of experts, or labels of the nearest", choices=METHODS
+    )
+    top_k: int = free_setting(
+        0, "experts that a token uses; 0 = as many as now", unit="experts", low=0
+    )
+    scale: float = free_setting(
+        AUTO,
+        "the experts' output is multiplied by this; auto = 1 by scores, experts / top_k by labels",
+        above=0.0,
+        auto=True,
+    )
+    net: str = free_setting(
+        "auto",
+        "router of one matrix, or of two with a tanh between them; auto = tanh by scores, linear "
+        "by labels",
+        choices=("auto", "linear", "tanh"),
+    )
+    pairs: int = free_setting(
+        8192, "tokens that are learned from, a quarter of them to measure on", unit="tokens", low=8
+    )
+    epochs: int = free_setting(30, "times that each is learned from", low=1)
+    batch_size: int = free_setting(512, "tokens of a step", unit="tokens", low=1)
+    learning_rate: float = free_setting(1e-2, "of Adam", above=0.0)
+    exact: ClassVar = "with all experts on"
+    statistics: ClassVar = frozenset({_INPUTS})
+    paper: ClassVar = "MoEfication, 2110.01786; FactorLLM, 2408.11855"
+
+    def wanted(self, parents):
+        """Inputs of the feed-forwards, with all experts on."""
+        (cfg,) = parents
+        names, layers = self.statistics, cfg.model.moe_layers
+        return Wanted(names, layers, samples=self.pairs, model=_all_on(cfg).model)
+
+    def promise(self, parents):
+        """1e-5 where all experts stay on."""
+        before = parents[0].model
+        after = self.result(parents).model
+        on = all(moe.route.k == moe.num_experts for m in (before, after) for moe in m.moe_settings)
+        return 1e-5 if on and before.moe.routed_scale == after.moe.routed_scale else None
+
+    def result(self, parents):
+        """The parent's settings with another net and k."""
+        (cfg,) = parents
+        _check(cfg.model)
+        moe = cfg.model.moe
+        k = self.top_k or moe.route.k
+        if k > moe.num_experts:
+            raise ConfigError(
+                f"--top_k={k} is more than the {moe.num_experts} experts of a layer; a token uses "
+                "each at most once."
+            )
+        scale = self.scale
+        if scale == AUTO:
+            scale = moe.num_experts / k if self.by == "labels" else 1.0
+        changes = {"moe.top_k.k": k, "moe.top_k.net": self._net, "moe.routed_scale": scale}
+        return edited(cfg, {f"model.{name}": value for name, value in changes.items()})
+
+    @property
+    def _net(self) -> str:
+        if self.net != "auto":
+            return self.net
+        return "tanh" if self.by == "scores" else "linear"
+
+    def array(self, place, given):
+        """A fitted router, and everything else as it was."""
+        if not is_of_router(given.model, place):
+            return given.read(place)
+        params = given.once(
+            ("router", place.layer), lambda: self._fitted(place.layer, given.parameters())
+        )
+        return drawn(params[place.array_name], given.role)
+
+    def _fitted(self, layer: int, given: Given) -> dict[str, np.ndarray]:
+        """Parameters of the router of a layer, with its errors among the findings."""
+        moe = given.model.by_layer[layer].model.moe
+        weights = {
+            name: np.stack(
+                [
+                    given.read(Place(layer, f"feed_forward.{name}", expert))
+                    for expert in range(moe.num_experts)
+                ]
+            )
+            for name in moe.expert_kind.parameters(1, 1, 1)
+        }
+        pairs = pairs_of(moe.expert_kind, weights, given.statistic(_INPUTS, layer))
+        random = given.random(Place(layer, "feed_forward"), "pairs")
+        order_S = random.permutation(len(pairs.input_SD))
+        kept, learned = np.split(order_S, [max(1, round(_KEPT_BACK * len(order_S)))])
+        first = _centroids(moe, weights)
+        params = self._descended(moe, first, pairs.at(learned), random)
+        given.findings[layer] = self._errors(moe, first, params, pairs.at(kept), given, layer)
+        return params
+
+    def _descended(self, moe, first, pairs: Pairs, random) -> dict[str, np.ndarray]:
+        count = len(pairs.input_SD)
+        size = min(self.batch_size, count)
+        orders = [random.permutation(count)[: count // size * size] for _ in range(self.epochs)]
+        order_PB = np.concatenate(orders).reshape(-1, size)
+        k = moe.route.k
+        return fitted(moe.route, first, pairs, self.by, k, order_PB, self.learning_rate)
+
+    def _errors(self, moe, first, params, pairs: Pairs, given: Given, layer: int):
+        """Errors of the output by who chooses."""
+        k, shape = moe.route.k, pairs.score_SE.shape
+        random = given.random(Place(layer, "feed_forward"), "chance")
+        chosen = {
+            "oracle": pairs.best(self.by, k),
+            "fitted": largest(logits_of(moe.route, params, pairs.input_SD), k),
+            "means of rows": largest(logits_of(moe.route, first, pairs.input_SD), k),
+            "chance": largest(random.random(shape), k),
+        }
+        return {name: pairs.error(each, moe.routed_scale) for name, each in chosen.items()}
+
+
+def _check(model: config.Model) -> None:
+    """Raises ConfigError for a model that was not split."""
+    if len({(moe.num_experts, moe.route) for moe in model.moe_settings}) > 1:
+        raise ConfigError(
+            f"config.model.layers={model.layers!r} gives layers of --from different numbers of "
+            "experts, or routers; name a model that split made."
+        )
+    for number in model.moe_layers or (0,):
+        layer = model.by_layer[number]
+        moe = layer.model.moe
+        if layer.is_moe and isinstance(moe.route, TopK) and moe.route.straight_through:
+            if moe.expert_kind.hidden is None:
+                raise ConfigError(
+                    f"config.model.moe.experts={moe.experts} of layer {number} does not say what "
+                    "its hidden units are, of which experts are scored."
+                )
+            continue
+        raise ConfigError(
+            f"Layer {number} of --from has no experts that top-k weighs by 1; name a model that "
+            "split made, with --gates=ones."
+        )
+
+
+def _all_on(cfg: config.Config) -> config.Config:
+    """Settings with which all experts are on, as in the model before it was split."""
+    experts = cfg.model.moe.num_experts
+    return edited(cfg, {"model.moe.top_k.k": experts, "model.moe.routed_scale": 1.0})
+
+
+def _centroids(moe: config.MoE, weights) -> dict[str, np.ndarray]:
+    """A router of the means of experts' rows, each row at length 1, and of the identity."""
+    matrix = input_matrix(moe.expert_kind, "auto")
+    name = next(name for name in weights if name.replace("_E", "_", 1) == matrix.name)
+    rows_EFD = np.stack([matrix.rows(array) for array in weights[name]])
+    rows_EFD = rows_EFD / (np.linalg.norm(rows_EFD, axis=2, keepdims=True) + 1e-12)
+    params = {"router_DE": np.ascontiguousarray(rows_EFD.mean(axis=1).T, np.float32)}
+    if moe.route.net == "tanh":
+        params["mix_SS"] = np.eye(moe.num_experts, dtype=np.float32)
+    return params
