@@ -7,6 +7,7 @@ from typing import Any
 from dynmoe_jax.fields import AUTO, ConfigError, idle_settings, shown, walk
 from dynmoe_jax.registry import EXPERTS, LINEARS, all_kinds, chosen, idle_kinds, names_in
 from dynmoe_jax.routing.losses import coefficients, moves
+from dynmoe_jax.routing.router import OUTPUTS
 
 
 def check_together(config: Any) -> None:
@@ -265,6 +266,7 @@ def _check_served(moe: Any, name: str, loss: Any, width: int) -> None:
     known = moe.experts in EXPERTS
     if known:
         gives |= moe.expert_kind.parameters(width, moe.num_experts, moe.hidden_width).keys()
+    gives |= {OUTPUTS}
     lacks = sorted(need for need in loss.needs - gives if known or "_E" not in need)
     if lacks and (loss.weight != AUTO or name in moe.route.losses):
         raise ConfigError(

@@ -4,7 +4,8 @@ Axis legend: B batch, L positions, T = B L tokens, D model width, E experts, F h
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from dynmoe_jax.routing import ExpertSlots, RouterInput, Routing, SoftSlots
 from dynmoe_jax.routing.normalize import normalized_logits
 from dynmoe_jax.routing.record import masked_logits
 from dynmoe_jax.routing.regularizers import Regularizer
-from dynmoe_jax.routing.router import READABLE, Params
+from dynmoe_jax.routing.router import OUTPUTS, READABLE, Params
 from dynmoe_jax.routing.transforms import chain, dropped
 
 Weights = ExpertWeights | dict[str, Array]
@@ -289,8 +290,9 @@ class MoEFeedForward(nnx.Module):
     def _with_losses_of_experts(
         self, sums: LayerSums, routing: Routing, seen: RouterInput, training: TrainingInput
     ) -> LayerSums:
-        """The sums with those of losses that need parameters of experts, of all devices at once."""
-        names = set(self.expert_names)
+        """The sums with those of losses that need parameters of experts, or what they give, of all
+        devices at once."""
+        names = {*self.expert_names, OUTPUTS}
         losses = [(name, loss) for name, loss in training.losses if loss.needs & names]
         if not losses:
             return sums
@@ -298,12 +300,20 @@ class MoEFeedForward(nnx.Module):
             seen = dataclasses.replace(seen, layer_key=training.layer_key())
         experts = {name: getattr(self, name)[...] for name in self.expert_names}
         params = self.router_parameters() | experts
+        seen = dataclasses.replace(seen, output=partial(self._output, experts, seen.x_TD))
         found = {
             name: jax.tree.map(lambda x: x[None], loss.sums(routing, seen, params))
             for name, loss in losses
-            if loss.needs <= self.router.gives | params.keys()
+            if loss.needs <= self.router.gives | params.keys() | {OUTPUTS}
         }
         return dataclasses.replace(sums, losses={**sums.losses, **found})
+
+    def _output(
+        self, experts: Mapping[str, Array], x_TD: Float[Array, "T D"], e: Int[Array, ""]
+    ) -> Float[Array, "T D"]:
+        """What an expert gives all tokens, of the arrays of all experts."""
+        own = {name: array[e].astype(self.dtype) for name, array in experts.items()}
+        return self.kind.apply(own, x_TD.astype(self.dtype))
 
     def _read(self, x_TD, logits_TE, positions) -> dict[str, Array]:
         """The arrays of tokens that router and losses read, by their names in

@@ -18,6 +18,9 @@ READABLE = frozenset({"noise", "previous_logits", "segments", "step", "token_ids
 """All that a router may read by naming it in ``reads``; regularizers all but the logits before, and
 losses ``"segments"``, ``"token_ids"`` and, with parameters of experts, ``"noise"``."""
 
+OUTPUTS = "outputs"
+"""What a loss needs that reads :attr:`RouterInput.output`; every kind of expert gives it."""
+
 Params = Mapping[str, Array]
 """Parameters or state of a router, by name."""
 
@@ -69,6 +72,8 @@ class RouterInput:
         position.  None in inference, and unless the router reads ``"noise"``.
       layer_key: a key of seed, step and layer, for losses of parameters of experts that read
         ``"noise"``; None otherwise.
+      output: (number of an expert) -> what it gives all tokens, [T, D], for losses that need
+        :data:`OUTPUTS`; None otherwise.
       token_id_T: None unless the router reads ``"token_ids"``.
       segment_id_T: document of each token, within its sequence; 0: padding.  None unless the router
         or a loss reads ``"segments"``.
@@ -93,6 +98,9 @@ class RouterInput:
     state: Params = dataclasses.field(default_factory=dict)
     key_T: UInt32[Array, "T 2"] | None = None
     layer_key: UInt32[Array, "2"] | None = None
+    output: Callable[[Int[Array, ""]], Float[Array, "T D"]] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
     token_id_T: Int[Array, "T"] | None = None
     segment_id_T: Int[Array, "T"] | None = None
     cache: Params = dataclasses.field(default_factory=dict)

@@ -7,6 +7,7 @@ import pytest
 
 from dynmoe_jax.registry import LOSSES, ROUTERS
 from dynmoe_jax.routing import RouterInput
+from dynmoe_jax.routing.router import OUTPUTS
 from tests.routing.given import D, E, T, given, params_of, replace
 
 LENGTH = 6
@@ -24,7 +25,7 @@ def router_for(name):
     fitting = [
         router
         for router in (kind() for kind in ROUTERS.values())
-        if needs <= router.gives | params_of(router).keys() | OF_EXPERTS.keys()
+        if needs <= router.gives | params_of(router).keys() | OF_EXPERTS.keys() | {OUTPUTS}
     ]
 
     def shortcomings(router):
@@ -44,6 +45,8 @@ def parts_of(name, logits_TE, valid_T, length=LENGTH):
     seen: RouterInput = given(
         router, logits_TE, valid_T, training=True, x_TD=alike_TD, length=length, reads=reads
     )
+    if OUTPUTS in LOSSES[name].needs:
+        seen = replace(seen, output=lambda e: jnp.full((len(logits_TE), D), 1.0 + e))
     if "noise" in router.reads:
         seen = replace(seen, key_T=None)
     params = params_of(router)

@@ -43,8 +43,9 @@ class RoutingLoss(abc.ABC):
       controller: who moves it, see :func:`controller_setting`.
       label: name beside the axis of its picture; empty: that of the registry.
       needs: facts that the router has to give, see :attr:`dynmoe_jax.routing.router.Router.gives`,
-        and names of parameters of router and experts.  A loss that needs those of experts is
-        computed once, with all tokens, and ``given.layer_key`` if it reads ``"noise"``.
+        and names of parameters of router and experts, or ``"outputs"`` of these.  A loss that
+        needs those of experts is computed once, with all tokens, and ``given.layer_key`` if it
+        reads ``"noise"``.
       reads: fields of :class:`~dynmoe_jax.routing.router.RouterInput` that it needs beyond those
         which the router reads, likewise.
       additive: whether the loss of a batch is the mean of those of its microbatches, weighted by
