@@ -10,7 +10,7 @@ from flax import nnx
 from dynmoe_jax import config
 from dynmoe_jax.edits.places import stored_in
 from dynmoe_jax.edits.roles import Role
-from dynmoe_jax.model import Decoder, decoder_structure
+from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.surgery.operation import Given
 
 
@@ -33,33 +33,41 @@ def settings(**model):
 
 @functools.lru_cache(maxsize=16)
 def drawn(cfg, seed=0):
-    """Parameters of a model as a new one begins with, by place."""
-    state = nnx.state(Decoder(cfg.model, rngs=nnx.Rngs(seed)))
-    leaves = dict(state.flat_state())
-    return {
-        place: np.asarray(leaves[stored.path].get_value())[stored.index(place)]
-        for stored, _ in stored_in(cfg.model)
-        for place in stored.places()
-    }
+    """Parameters of a model by place, drawn by numpy: nothing is compiled."""
+    random, arrays = np.random.default_rng(seed), {}
+    for stored, _ in stored_in(cfg.model):
+        shape = stored.shape[stored.leading :]
+        for place in stored.places():
+            values = random.standard_normal(shape, np.float32) * np.float32(cfg.model.init_std)
+            arrays[place] = np.ones_like(values) if place.array_name == "scale" else values
+    return arrays
 
 
-def result_of(operation, *parents, role=Role.PARAMETER, seed=0, statistic=None, findings=None):
-    """(settings, arrays by place) of the result; parents are such pairs, too, or have arrays by
-    role and place."""
+def made_by(operation, *parents, role=Role.PARAMETER, seed=0, statistic=None, findings=None):
+    """(settings of the result, function that gives its array at a place); parents are pairs of
+    settings and arrays by place, or by role and place."""
     cfg = operation.result([each for each, _ in parents])
-    memo, arrays, findings = {}, {}, {} if findings is None else findings
+    memo, findings = {}, {} if findings is None else findings
 
     def read(parent, place, role):
         found = parents[parent][1]
         return found.get(role, found)[place]
 
+    def array(place, shape=()):
+        given = Given(cfg.model, shape, role, seed, len(parents), read, memo, statistic, findings)
+        return operation.array(place, given)
+
+    return cfg, array
+
+
+def result_of(operation, *parents, **more):
+    """(settings, arrays by place) of the result; for arguments see :func:`made_by`."""
+    cfg, array = made_by(operation, *parents, **more)
+    arrays = {}
     for stored, _ in stored_in(cfg.model):
+        shape = stored.shape[stored.leading :]
         for place in stored.places():
-            shape = stored.shape[stored.leading :]
-            given = Given(
-                cfg.model, shape, role, seed, len(parents), read, memo, statistic, findings
-            )
-            arrays[place] = operation.array(place, given)
+            arrays[place] = array(place, shape)
             assert arrays[place].shape == shape
     return cfg, arrays
 
@@ -71,6 +79,11 @@ def logits(cfg, arrays):
     for stored, leaf in stored_in(cfg.model):
         whole = np.stack([arrays[place] for place in stored.places()]).reshape(stored.shape)
         leaves.append((stored.path, leaf.replace(jnp.asarray(whole))))
-    structure, params = decoder_structure(cfg.model), nnx.from_flat_state(leaves)
-    compute = jax.jit(lambda params, ids: nnx.merge(structure, params)(ids).logits)
-    return np.asarray(compute(params, jnp.asarray(tokens_BL)))
+    compute = _computation(cfg.model)
+    return np.asarray(compute(nnx.from_flat_state(leaves), jnp.asarray(tokens_BL)))
+
+
+@functools.lru_cache(maxsize=8)
+def _computation(model):
+    structure = decoder_structure(model)
+    return jax.jit(lambda params, ids: nnx.merge(structure, params)(ids).logits)

@@ -14,7 +14,7 @@ from dynmoe_jax.registry import EXPERTS
 from dynmoe_jax.surgery.operations.split import Split
 from dynmoe_jax.surgery.partitions import PARTITIONS
 from tests.close import assert_close
-from tests.in_memory_surgery import drawn, logits, result_of, settings
+from tests.in_memory_surgery import drawn, logits, made_by, result_of, settings
 
 E, WIDTH = 4, 6
 SPLITS = [name for name, kind in EXPERTS.items() if kind.splits_hidden]
@@ -35,12 +35,38 @@ def parent():
     return cfg, drawn(cfg)
 
 
-def units_of(parent, operation, layer=0, gathered=statistic):
+def feed_forward(cfg, seed=0):
+    """(settings, arrays of the feed-forward of layer 0 by place): all that a split reads."""
+    model, random = cfg.model, np.random.default_rng(seed)
+    shapes = model.feed_forward_kind.parameters(model.width, 1, model.hidden_width)
+    return cfg, {
+        Place(0, f"feed_forward.{without_experts(name)}"): random.standard_normal(
+            each.shape[1:], np.float32
+        )
+        for name, each in shapes.items()
+    }
+
+
+def dense_weights(parent):
+    """Arrays of the feed-forward in layer 0 by the names that experts of its kind have."""
+    names = parent[0].model.feed_forward_kind.parameters(1, 1, 1)
+    return {n: parent[1][Place(0, f"feed_forward.{without_experts(n)}")] for n in names}
+
+
+def experts_of(operation, parent, **more):
+    """(kind, arrays of each expert by name) in layer 0."""
+    cfg, array = made_by(operation, parent, **more)
+    kind = cfg.model.by_layer[0].model.moe.expert_kind
+    names = kind.parameters(1, 1, 1)
+    return kind, [{n: array(Place(0, f"feed_forward.{n}", e)) for n in names} for e in range(E)]
+
+
+def units_of(parent, operation, layer=0, gathered=statistic, findings=None):
     """Numbers of the units of each expert, found by their rows of the last matrix."""
-    _, arrays = result_of(operation, parent, statistic=gathered)
+    _, array = made_by(operation, parent, statistic=gathered, findings=findings)
     dense = parent[1][Place(layer, "feed_forward.down_FD")]
     number = {row.tobytes(): unit for unit, row in enumerate(dense)}
-    experts = [arrays[Place(layer, "feed_forward.down_EFD", e)] for e in range(E)]
+    experts = [array(Place(layer, "feed_forward.down_EFD", e)) for e in range(E)]
     return [[number[row.tobytes()] for row in rows] for rows in experts]
 
 
@@ -52,21 +78,13 @@ def test_every_unit_is_in_one_expert_and_all_are_of_one_size(parent, by):
     assert (units == np.arange(E * WIDTH).reshape(E, WIDTH).tolist()) == (by == "contiguous")
 
 
-@pytest.mark.parametrize("by", PARTITIONS)
 @pytest.mark.parametrize("activation", SPLITS)
-def test_experts_of_any_kind_add_up_to_the_feed_forward(activation, by):
-    cfg = settings(activation=activation, num_layers=1)
-    parent = cfg, drawn(cfg)
-    made, arrays = result_of(Split(num_experts=E, by=by), parent, statistic=statistic)
-    kind = made.model.moe.expert_kind
-    names = kind.parameters(1, 1, 1)
+def test_experts_of_any_kind_add_up_to_the_feed_forward(activation):
+    parent = feed_forward(settings(activation=activation))
+    kind, experts = experts_of(Split(num_experts=E, by="random"), parent)
     x_SD = np.random.default_rng(1).standard_normal((5, 16), np.float32)
-    dense = {name: parent[1][Place(0, f"feed_forward.{without_experts(name)}")] for name in names}
-    found = sum(
-        kind.apply({name: arrays[Place(0, f"feed_forward.{name}", e)] for name in names}, x_SD)
-        for e in range(E)
-    )
-    assert_close(found, kind.apply(dense, x_SD), 1e-5)
+    found = sum(kind.apply(own, x_SD) for own in experts)
+    assert_close(found, kind.apply(dense_weights(parent), x_SD), 1e-5)
 
 
 def test_a_model_with_all_experts_on_is_its_parent(parent):
@@ -79,22 +97,18 @@ def test_a_model_with_all_experts_on_is_its_parent(parent):
 
 def test_even_softmax_gates_weigh_the_chosen_by_llama_moes_factor(parent):
     """(N/k)(1/k) times their sum: of the dense output's size about 1/k, which is said."""
-    cfg = settings(num_layers=1)
-    parent, k = (cfg, drawn(cfg)), 2
+    k = 2
     operation = Split(num_experts=E, top_k=k, gates="softmax", router_std=0.0)
-    assert operation.promise([cfg]) is None
-    assert "0.5 of what" in operation.remarks([cfg])[1]
-    assert "--scale=4" in operation.remarks([cfg])[1]
+    assert operation.promise([parent[0]]) is None
+    assert "0.5 of what" in operation.remarks([parent[0]])[1]
+    assert "--scale=4" in operation.remarks([parent[0]])[1]
     # Of even logits, the first experts are taken: the first units of the parent.
-    fewer = settings(num_layers=1, hidden_width=k * WIDTH)
     arrays = dict(parent[1])
-    place = Place(0, "feed_forward.gate_up_D2F")
-    gate_up = arrays[place].reshape(16, 2, E * WIDTH)
-    arrays[place] = gate_up[:, :, : k * WIDTH].reshape(16, -1)
-    place = Place(0, "feed_forward.down_FD")
-    arrays[place] = arrays[place][: k * WIDTH] * (E / k) * (1 / k)
-    expected = logits(fewer, arrays)
-    assert_close(logits(*result_of(operation, parent)), expected, 1e-5)
+    for layer in range(2):
+        place = Place(layer, "feed_forward.down_FD")
+        arrays[place] = arrays[place] * (E / k) * (1 / k)
+        arrays[place][k * WIDTH :] = 0
+    assert_close(logits(*result_of(operation, parent)), logits(parent[0], arrays), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -125,53 +139,50 @@ def test_moments_are_permuted_as_parameters_are(parent):
     }
     # Parameters and moments of one parent, as the writer asks for them: choices are of parameters.
     both = {Role.PARAMETER: parent[1], Role.SECOND: moments}
-    _, arrays = result_of(operation, (parent[0], both), role=Role.SECOND)
+    _, array = made_by(operation, (parent[0], both), role=Role.SECOND)
     for e in range(E):
-        assert arrays[Place(0, "feed_forward.down_EFD", e)][:, 3].tolist() == units[e]
-        gate_up = arrays[Place(0, "feed_forward.gate_up_ED2F", e)][2]
+        assert array(Place(0, "feed_forward.down_EFD", e))[:, 3].tolist() == units[e]
+        gate_up = array(Place(0, "feed_forward.gate_up_ED2F", e))[2]
         assert gate_up.tolist() == units[e] + [E * WIDTH + unit for unit in units[e]]
-    assert (arrays[Place(0, "feed_forward.router_DE")] == 0).all()
+    assert (array(Place(0, "feed_forward.router_DE"), (16, E)) == 0).all()
 
 
 @pytest.mark.parametrize("by", ["clusters", "coactivation"])
 @pytest.mark.parametrize("activation", ["relu", "reglu"])
 def test_planted_groups_are_found_and_the_one_that_is_on_gives_all_of_the_output(activation, by):
-    cfg = settings(activation=activation, num_layers=1)
-    parent, planted_F = planted(cfg)
+    parent, planted_F = planted(settings(activation=activation))
     # Tokens of one group of dimensions each, for which the units of that group are on.
     random = np.random.default_rng(4)
     group_S = random.integers(0, E, 40)
     x_SD = random.uniform(0.1, 1, (40, 16)) * np.repeat(np.eye(E), 16 // E, axis=1)[group_S]
-    kind = cfg.model.feed_forward_kind
-    names = kind.parameters(1, 1, 1)
-    dense = {name: parent[1][Place(0, f"feed_forward.{without_experts(name)}")] for name in names}
+    kind, dense = parent[0].model.feed_forward_kind, dense_weights(parent)
     on_SF = np.maximum(kind.hidden(dense, x_SD)[0], 0)
     operation = Split(num_experts=E, by=by)
     gathered = lambda name, layer: on_SF.T @ on_SF  # noqa: E731
     units = units_of(parent, operation, gathered=gathered)
     assert sorted(map(sorted, units)) == groups(planted_F)
     # An oracle picks the expert of most activation: with the others left out nothing is lost.
-    _, arrays = result_of(operation, parent, statistic=gathered)
+    _, experts = experts_of(operation, parent, statistic=gathered)
     best_S = np.stack([on_SF[:, own].sum(axis=1) for own in units], axis=1).argmax(axis=1)
-    for x_D, best in zip(x_SD, best_S, strict=True):
-        expert = {name: arrays[Place(0, f"feed_forward.{name}", int(best))] for name in names}
-        assert_close(kind.apply(expert, x_D[None]), kind.apply(dense, x_D[None]), 1e-5)
+    kept_SD = np.zeros(x_SD.shape, np.float32)
+    for e, own in enumerate(experts):
+        kept_SD[best_S == e] = kind.apply(own, x_SD[best_S == e])
+    assert_close(kept_SD, kind.apply(dense, x_SD), 1e-5)
 
 
 def test_shared_units_are_counted(parent):
     operation = Split(num_experts=E, by="importance", share="inner")
     assert operation.promise([parent[0]]) is None
-    found = {}
-    result_of(operation, parent, statistic=statistic, findings=found)
     for layer in range(2):
-        units = units_of(parent, operation, layer)
+        found = {}
+        units = units_of(parent, operation, layer, findings=found)
         importance_EF = statistic("gradient_importance", layer)
         for e, own in enumerate(units):
             assert own == sorted(np.argsort(importance_EF[e])[-WIDTH:].tolist())
         often = np.bincount([unit for own in units for unit in own], minlength=E * WIDTH)
         assert often.sum() == E * WIDTH
         counts = {"different units": (often > 0).sum(), "in several experts": (often > 1).sum()}
-        assert found[layer] == counts
+        assert found == {layer: counts}
         assert 0 < counts["in several experts"] < WIDTH * E
 
 
@@ -194,15 +205,14 @@ def planted(cfg):
     """A model whose units read, and are on for, one of E groups of dimensions each."""
     random = np.random.default_rng(3)
     planted_F = random.permutation(np.repeat(np.arange(E), WIDTH))
-    arrays = drawn(cfg)
+    arrays = feed_forward(cfg)[1]
     reads_DF = np.repeat(np.eye(E), 16 // E, axis=0)[:, planted_F]
     reads_DF = (reads_DF * random.uniform(0.5, 1.5, (1, E * WIDTH))).astype(np.float32)
-    for place in arrays:
-        if place.name == "feed_forward.up_DF":
-            arrays = {**arrays, place: reads_DF}
-        if place.name == "feed_forward.gate_up_D2F":
-            gate_up = np.concatenate([reads_DF, arrays[place][:, E * WIDTH :]], axis=1)
-            arrays = {**arrays, place: gate_up}
+    for place, array in arrays.items():
+        if place.array_name == "up_DF":
+            arrays[place] = reads_DF
+        if place.array_name == "gate_up_D2F":
+            arrays[place] = np.concatenate([reads_DF, array[:, E * WIDTH :]], axis=1)
     return (cfg, arrays), planted_F
 
 
