@@ -9,7 +9,6 @@ Axis legend: C clusters of text.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from dynmoe_jax.surgery.text import Text
 from dynmoe_jax.surgery.text_clusters import text_clusters
 
 FOLDER = "calibration"
-"""Name of the folder of such files, in that of the parent, or beside the result where the parent
-cannot be written to or is no run."""
+"""Name of the folder of such files, beside the result: nothing is written into a parent's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +77,7 @@ def statistics_of(job: Job, text: Text) -> Gathered:
         parts = text_clusters(parts[0], table_VD, wanted.clusters, options.seed)
     model = wanted.model or parent.config.model
     run = _computed_with(parent.model, model)
-    digest, folder = _digest(parent.digest, model), _folder(job)
+    digest, folder = _digest(parent.digest, model), job.to.parent / FOLDER
     found, files = [], []
     for part in parts:
         new = Statistics(digest, digest_of(part), wanted.samples, options.seed)
@@ -115,9 +113,3 @@ def _computed_with(run: Any, model: config.Model) -> Any:
     if model == run.config.model:
         return run
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
-
-
-def _folder(job: Job) -> Path:
-    parent = job.parents[0]
-    beside = not parent.is_foreign and os.access(parent.folder, os.W_OK)
-    return (parent.folder if beside else job.asked.to.absolute().parent) / FOLDER

@@ -52,12 +52,13 @@ def gathered(tmp_path, monkeypatch):
             return np.repeat(np.eye(3, 5), 10, axis=0)
 
     parent = types.SimpleNamespace(
-        model=Run(cfg), config=cfg, digest="of the model", folder=tmp_path, is_foreign=False
+        model=Run(cfg), config=cfg, digest="of the model", folder=tmp_path / "parent"
     )
 
     def run(wanted, batches):
-        asked = types.SimpleNamespace(options=Options(), to=tmp_path / "result")
-        job = types.SimpleNamespace(wanted=wanted, asked=asked, parents=[parent])
+        asked = types.SimpleNamespace(options=Options())
+        to = tmp_path / "result"
+        job = types.SimpleNamespace(wanted=wanted, asked=asked, parents=[parent], to=to)
         told = types.SimpleNamespace(training=lambda tokens, seed: {"": batches})
         return statistics.statistics_of(job, told)
 
