@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from dynmoe_jax.edits.places import Place
+from dynmoe_jax.edits.places import Place, stored_in
 from dynmoe_jax.experts.kinds.relu import ReLU
 from dynmoe_jax.fields import ConfigError
+from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.stacks import stacks_of
 from dynmoe_jax.surgery.operations.fit_router import FitRouter
 from dynmoe_jax.surgery.operations.split import Split
@@ -23,6 +25,16 @@ E, D, F = 5, 16, 40
 UP, DOWN = (Place(0, f"feed_forward.{name}") for name in ("up_DF", "down_FD"))
 
 
+def new_weights(cfg):
+    """Arrays of a new model by place: it learns better than one whose weights are all alike."""
+    leaves = dict(nnx.state(Decoder(cfg.model, rngs=nnx.Rngs(0))).flat_state())
+    return {
+        place: np.asarray(leaves[stored.path].get_value())[stored.index(place)]
+        for stored, _ in stored_in(cfg.model)
+        for place in stored.places()
+    }
+
+
 @pytest.fixture(scope="module")
 def trained():
     """(model, samples): one ReLU layer, trained to tell eight kinds of tokens apart."""
@@ -32,7 +44,7 @@ def trained():
     of_S = random.integers(0, 8, 2048)
     x_SD = (kinds[of_S] + 0.3 * random.standard_normal((2048, D))).astype(np.float32)
     y_SD = np.einsum("sd,sde->se", x_SD, maps[of_S]).astype(np.float32)
-    weights = {p: drawn(cfg)[p] for p in (UP, DOWN)}
+    new = new_weights(cfg)
 
     @jax.jit
     def train(up_DF, down_FD):
@@ -47,7 +59,7 @@ def trained():
         (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=300)
         return params
 
-    up_DF, down_FD = map(np.asarray, train(weights[UP], weights[DOWN]))
+    up_DF, down_FD = map(np.asarray, train(new[UP], new[DOWN]))
     return (cfg, {**drawn(cfg), UP: up_DF, DOWN: down_FD}), x_SD
 
 

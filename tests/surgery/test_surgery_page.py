@@ -88,6 +88,8 @@ def record(operation="upcycle", parents=("runs/dense",), layers=6, experts=8, **
         "moments": "carried",
         "remarks": ["All experts of a layer are equal: until training tells them apart, …"],
         "history": [],
+        "calibration": None,
+        "found": {"0": {"oracle": 0.1234567, "chance": 0.5}, "3": {"oracle": 0.25}},
         "versions": {"dynmoe_jax": "0.1.0", "jax": "0.10.2"},
         "samples": {"texts": [sample, sample], "left_out": ""},
         "seconds": 93.0,
@@ -103,8 +105,8 @@ def headings(text):
     return re.findall(r"<h2>(.*?)</h2>", text)
 
 
-SECTIONS = ["Before and after", "Held-out text by domain", "Layers", "Tokens by expert", "Samples",
-            "What was done", "History", "Versions"]  # fmt: skip
+SECTIONS = ["Before and after", "Held-out text by domain", "Layers", "Tokens by expert",
+            "Found in layers", "Samples", "What was done", "History", "Versions"]  # fmt: skip
 
 
 def test_page_has_all_sections_and_needs_nothing_from_outside(tmp_path):
