@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe_jax.evaluation.report.routing_figures import load_picture
-from dynmoe_jax.evaluation.report.theme import Canvas, Picture, integer_ticks, legend, light
+from dynmoe_jax.evaluation.report.theme import CYCLE, Canvas, Picture, integer_ticks, legend, light
 from dynmoe_jax.runs.formatting import printable
 
 SIDES = {"before": "orange", "after": "blue"}
@@ -187,6 +187,39 @@ def _curves(
     _whole_layers(axis)
     legend(figure)
     return canvas.picture(figure, title, caption)
+
+
+def choices_picture(
+    found: Mapping[str, Mapping[str, float]], names: Sequence[str], canvas: Canvas
+) -> Picture | None:
+    """What is lost in every layer by who chose.
+
+    Args:
+      found: numbers by layer and name.
+      names: of the operation's own choice, then of its controls.
+      canvas: that draws it.
+    """
+    known = [name for name in names if any(name in own for own in found.values())]
+    if not known:
+        return None
+    figure, (axis,) = canvas.figure()
+    for number, name in enumerate(known):
+        curve = {int(layer): own[name] for layer, own in found.items() if name in own}
+        look = {"dashes": (4, 3)} if number else {}
+        color = light(CYCLE[number % len(CYCLE)])
+        axis.plot(
+            list(curve), list(curve.values()), "o-", color=color, markersize=3.5, label=name, **look
+        )
+    axis.set_ylim(0, 1.1 * axis.dataLim.y1)
+    axis.set(xlabel=_BY_LAYER, ylabel="squared error / output's square")
+    _whole_layers(axis)
+    legend(figure)
+    return canvas.picture(
+        figure,
+        "How good is the choice?",
+        "Error of a layer's output with the chosen experts alone; less is better. Dashed: "
+        "controls.",
+    )
 
 
 def _whole_layers(axis) -> None:

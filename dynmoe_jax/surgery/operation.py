@@ -107,6 +107,8 @@ class Operation(abc.ABC):
       statistics: names of those that it may need, of a calibration; :meth:`wanted` says it of
         settings.
       streamed: whether an array needs no more than a few arrays of its parents.
+      choices: names of findings that are one number by who chose, its own first, then controls.
+      found: says what its findings are, in a sentence or two.
     """
 
     parents: ClassVar[tuple[int, int | None]] = (1, 1)
@@ -114,6 +116,8 @@ class Operation(abc.ABC):
     exact: ClassVar[str] = "no"
     statistics: ClassVar[frozenset[str]] = frozenset()
     streamed: ClassVar[bool] = True
+    choices: ClassVar[tuple[str, ...]] = ()
+    found: ClassVar[str] = ""
 
     def wanted(self, parents: Sequence[config.Config]) -> Wanted:
         """The statistics that it needs."""

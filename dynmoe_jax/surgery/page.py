@@ -6,12 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynmoe_jax.evaluation.report.parts import coloured, escaped, page, section, table_of
+from dynmoe_jax.evaluation.report.parts import (
+    coloured,
+    escaped,
+    figures_of,
+    page,
+    section,
+    table_of,
+)
 from dynmoe_jax.evaluation.report.theme import Canvas, figure_style
 from dynmoe_jax.runs.formatting import MISSING, compact, decimals, duration, percent
 from dynmoe_jax.runs.records import write_atomically
 from dynmoe_jax.surgery.command import command_of, settings_told, text_of
-from dynmoe_jax.surgery.figures import domain_pictures, layer_pictures
+from dynmoe_jax.surgery.figures import choices_picture, domain_pictures, layer_pictures
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.starving import STARVING, tokens_by_expert
 
@@ -34,7 +41,7 @@ def write_page(folder: Path, record: Mapping[str, Any]) -> Path:
         _domains(record),
         section("Layers", layers),
         _tokens(record),
-        _found(record.get("found", {})),
+        _found(record, canvas),
         _samples(record["samples"]),
         _done(record),
         _history(record),
@@ -192,8 +199,9 @@ def _numbers(experts: Sequence[int]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown or MISSING
 
 
-def _found(found: Mapping[str, Mapping[str, float]]) -> str:
+def _found(record: Mapping[str, Any], canvas: Canvas) -> str:
     """What the operation found out of each layer."""
+    found, kind = record["found"], OPERATIONS.get(record["operation"])
     if not found:
         return ""
     names = list(dict.fromkeys(name for own in found.values() for name in own))
@@ -202,7 +210,11 @@ def _found(found: Mapping[str, Mapping[str, float]]) -> str:
         for layer, own in found.items()
     ]
     table = table_of(["layer", *names], rows, range(1, 1 + len(names)))
-    return f"<h2>Found in layers</h2>{table}"
+    if not kind:
+        return f"<h2>Found in layers</h2>{table}"
+    with figure_style():
+        figures = figures_of([choices_picture(found, kind.choices, canvas)])
+    return f'<h2>Found in layers</h2>{figures}{table}<p class="soft">{escaped(kind.found)}</p>'
 
 
 # ── Samples ──────────────────────────────────────────────────────────────────────────────────────

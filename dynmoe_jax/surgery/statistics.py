@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe_jax import config
-from dynmoe_jax.calibration import Statistics, gather
+from dynmoe_jax.calibration import STATISTICS, Statistics, gather
 from dynmoe_jax.data import Batch
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.surgery.request import Job
@@ -42,8 +42,10 @@ class Gathered:
     files: Sequence[Path] = ()
 
     def array(self, name: str, layer: int) -> np.ndarray:
-        """A statistic of a layer, [C, ...] where there are clusters."""
+        """A statistic of a layer, [C, ...] where there are clusters; samples of all of them."""
         arrays = [each[name, layer] for each in self.by_cluster]
+        if STATISTICS[name].form == "sample":
+            return np.concatenate(arrays)
         return np.stack(arrays) if len(arrays) > 1 else arrays[0]
 
     def record(self) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from dynmoe_jax.edits.roles import Role
 from dynmoe_jax.experts.kinds.kind import without_experts
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.registry import EXPERTS
+from dynmoe_jax.surgery.controls import Division, lost_by_division
 from dynmoe_jax.surgery.operations.split import Split
 from dynmoe_jax.surgery.partitions import PARTITIONS
 from tests.close import assert_close
@@ -98,7 +99,7 @@ def test_a_model_with_all_experts_on_is_its_parent(parent):
 def test_even_softmax_gates_weigh_the_chosen_by_llama_moes_factor(parent):
     """(N/k)(1/k) times their sum: of the dense output's size about 1/k, which is said."""
     k = 2
-    operation = Split(num_experts=E, top_k=k, gates="softmax", router_std=0.0)
+    operation = Split(num_experts=E, top_k=k, gates="softmax", router_std=0.0, controls=False)
     assert operation.promise([parent[0]]) is None
     assert "0.5 of what" in operation.remarks([parent[0]])[1]
     assert "--scale=4" in operation.remarks([parent[0]])[1]
@@ -168,6 +169,38 @@ def test_planted_groups_are_found_and_the_one_that_is_on_gives_all_of_the_output
     for e, own in enumerate(experts):
         kept_SD[best_S == e] = kind.apply(own, x_SD[best_S == e])
     assert_close(kept_SD, kind.apply(dense, x_SD), 1e-5)
+
+
+def test_planted_experts_lose_nothing_that_is_their_groups_and_controls_do():
+    parent, _ = planted(settings(activation="relu"))
+    group_S = np.random.default_rng(4).integers(0, E, 40)
+    x_SD = np.repeat(np.eye(E), 16 // E, axis=1)[group_S]
+    operation, found = Split(num_experts=E, by="clusters", top_k=1), {}
+    assert operation.wanted([parent[0]]).names == {"ffn_input_samples"}
+    units_of(parent, operation, gathered=lambda name, layer: x_SD, findings=found)
+    own, *controls = (found[0][name] for name in operation.choices)
+    assert own == pytest.approx(0, abs=1e-6)
+    assert min(controls) > 0.1
+
+
+def test_what_is_lost_is_what_no_factor_makes_up_for(parent):
+    """Of two experts with shared units, by hand."""
+    kind, weights = parent[0].model.feed_forward_kind, dense_weights(parent)
+    x_SD = np.random.default_rng(1).standard_normal((30, 16)).astype(np.float32)
+    hidden_SF = np.asarray(kind.hidden(weights, x_SD)[1])
+    experts, shared = [np.arange(10), np.arange(10, 20)], np.arange(20, 24)
+    found = lost_by_division(
+        kind, weights, x_SD, Division(experts, shared), 1, np.random.default_rng(0)
+    )
+    used_SF = np.zeros_like(hidden_SF)
+    used_SF[:, shared] = 1
+    for own_F, hidden_F in zip(used_SF, np.abs(hidden_SF), strict=True):
+        own_F[max(experts, key=lambda units: hidden_F[units].sum())] = 1
+    whole, part = (np.ravel(h @ weights["down_EFD"]) for h in (hidden_SF, hidden_SF * used_SF))
+    (factor,), (error,), *_ = np.linalg.lstsq(part[:, None], whole, rcond=None)
+    assert factor > 0
+    assert found["these experts"] == pytest.approx(error / (whole @ whole), rel=1e-4)
+    assert all(0 < lost < 1 for lost in found.values())
 
 
 def test_shared_units_are_counted(parent):

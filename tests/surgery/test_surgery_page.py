@@ -140,6 +140,23 @@ def test_experts_that_starve_are_named(tmp_path):
     assert "Of 4,000 held-out tokens. 2 of 8 experts got less than 10 %" in text
 
 
+def test_choices_are_drawn_beside_their_controls(tmp_path):
+    found = {
+        str(layer): {"these experts": 0.1, "random units": 0.3, "different units": 20}
+        for layer in range(3)
+    }
+    text = rendered(tmp_path, record("split", found=found))
+    section = text.split("<h2>Found in layers</h2>")[1].split("<h2>")[0]
+    assert "How good is the choice?" in section
+    # What is not there of them, and what is no choice, is not drawn.
+    legend = re.findall(r"<text[^>]*>([a-z ]+)</text>", section)
+    assert {"these experts", "random units"} <= set(legend)
+    assert not {"units by size", "different units"} & set(legend)
+    rows = re.findall(r"<tr>(.*?)</tr>", section)
+    assert re.findall(r"<td.*?>(.*?)</td>", rows[-1]) == ["2", "0.1", "0.3", "20"]
+    assert OPERATIONS["split"].found in text.replace("&#x27;", "'")
+
+
 def test_what_is_the_same_before_and_after_is_said_and_not_drawn(tmp_path):
     given = record("stack", layers=2, experts=0)
     for part in given["compared"]["domains"].values():

@@ -68,6 +68,13 @@ class FitRouter(Operation):
     exact: ClassVar = "with all experts on"
     statistics: ClassVar = frozenset({_INPUTS})
     paper: ClassVar = "MoEfication, 2110.01786; FactorLLM, 2408.11855"
+    choices: ClassVar = ("fitted", "oracle", "means of rows", "chance")
+    found: ClassVar = (
+        "Squared error of the layer's output with the chosen experts alone, as a share of the "
+        "whole output's square, on samples that nothing was learned from: chosen by the fitted "
+        "router, by an oracle that knows what was to be learned, by the means of rows that the "
+        "router began with, and by chance."
+    )
 
     def wanted(self, parents):
         """Inputs of the feed-forwards, with all experts on."""

@@ -11,10 +11,13 @@ from typing import ClassVar
 import numpy as np
 
 from dynmoe_jax import config
+from dynmoe_jax.calibration.pricing import SAMPLES
 from dynmoe_jax.edits.arrays import size_of, take
 from dynmoe_jax.edits.places import Place
+from dynmoe_jax.experts.kinds.kind import ExpertKind, without_experts
 from dynmoe_jax.experts.kinds.swiglu import SwiGLU
 from dynmoe_jax.fields import AUTO, ConfigError, free_setting
+from dynmoe_jax.surgery.controls import BY_DIVISION, Division, lost_by_division
 from dynmoe_jax.surgery.new_experts import NewExperts
 from dynmoe_jax.surgery.operation import OPERATIONS, Wanted
 from dynmoe_jax.surgery.partitions import PARTITIONS, Partition, Units
@@ -26,6 +29,8 @@ from dynmoe_jax.surgery.partitions.importance import (
 )
 from dynmoe_jax.surgery.routers import is_of_router, layer_of, new_array
 from dynmoe_jax.surgery.unit_rows import WHICH, input_matrix
+
+_INPUTS = "ffn_input_samples"
 
 
 @OPERATIONS.register("split")
@@ -83,8 +88,22 @@ class Split(NewExperts):
         above=0.0,
         auto=True,
     )
+    controls: bool = free_setting(
+        True,
+        "with fewer experts than all, say what is lost with the best ones of each token, beside "
+        "experts of random units and of units by size",
+    )
     exact: ClassVar = "with all experts on and weights of 1"
-    statistics: ClassVar = frozenset().union(*(each.statistics for each in PARTITIONS.values()))
+    statistics: ClassVar = frozenset({_INPUTS}).union(
+        *(each.statistics for each in PARTITIONS.values())
+    )
+    choices: ClassVar = BY_DIVISION
+    found: ClassVar = (
+        "Squared error of the layer's output with the best experts of each token alone, as a share "
+        "of the whole output's square, and after the factor that makes it least: with these "
+        "experts, with experts of random units, and with experts of units in the order of their "
+        "size. A router can only come near it."
+    )
     paper: ClassVar = "MoEfication, 2110.01786; FactorLLM, 2408.11855; LLaMA-MoE, 2406.16554"
 
     @property
@@ -100,6 +119,10 @@ class Split(NewExperts):
         return self.num_experts / self.k if self.partition.makes_up else 1.0
 
     @property
+    def _has_controls(self) -> bool:
+        return self.controls and self.k < self.num_experts
+
+    @property
     def partition(self) -> Partition:
         """The way in which units are divided."""
         return PARTITIONS[self.by]()
@@ -107,6 +130,7 @@ class Split(NewExperts):
     def wanted(self, parents):
         """What the partition needs, of the layers that are split."""
         names, layers = self.partition.statistics, self.chosen(parents[0].model)
+        names |= {_INPUTS} if self._has_controls else frozenset()
         clusters = self.num_experts if self.partition.of_clusters else 1
         return Wanted(names, layers, clusters) if names else Wanted()
 
@@ -187,27 +211,49 @@ class Split(NewExperts):
         if place.expert is None and name == place.array_name:
             return given.read(place)
         values = given.read(Place(place.layer, f"feed_forward.{name}"))
-        experts, shared = given.once(
+        division = given.once(
             ("units", place.layer), lambda: self._divided(place, size_of(values, name, "F"), given)
         )
-        units = shared if place.expert is None else experts[place.expert]
+        units = division.shared if place.expert is None else division.experts[place.expert]
         return take(values, name, "F", units)
 
-    def _divided(self, place, count: int, given) -> tuple[list[np.ndarray], np.ndarray]:
-        """(numbers of the units of each expert, those of the shared expert), all rising."""
+    def _divided(self, place, count: int, given) -> Division:
+        """Units of every expert of a layer, with what is found out of them among the findings."""
         kind = layer_of(given.model, place).moe.expert_kind
         units = Units(place.layer, count, given.parameters(), input_matrix(kind, self.on))
+        division = self._division(units)
+        found = _counts(division.experts) if self.share == "inner" else {}
+        if self._has_controls:
+            found |= self._lost(kind, units, division)
+        if found:
+            given.findings[place.layer] = found
+        return division
+
+    def _division(self, units: Units) -> Division:
+        """Units of every expert, all rising."""
+        nothing = np.arange(0)
         if self.share == "none":
-            return _by_expert(self.partition(units, self.num_experts)), np.arange(0)
-        importance_EF, width = importance(units), self._widths(count)["hidden_width"]
+            return Division(_by_expert(self.partition(units, self.num_experts)), nothing)
+        count, width = units.count, self._widths(units.count)["hidden_width"]
+        importance_EF = importance(units)
         if self.share == "inner":
-            experts = most_important(importance_EF, width)
-            given.findings[place.layer] = _counts(experts)
-            return experts, np.arange(0)
+            return Division(most_important(importance_EF, width), nothing)
         shared = shared_by_most(importance_EF, width, count - width * self.num_experts)
         rest = np.setdiff1d(np.arange(count), shared)
         experts = _by_expert(assigned(importance_EF[:, rest]))
-        return [rest[own] for own in experts], shared
+        return Division([rest[own] for own in experts], shared)
+
+    def _lost(self, kind: ExpertKind, units: Units, division: Division) -> dict[str, float]:
+        """What is lost with fewer experts than all, beside controls."""
+        given, place = units.given, Place(units.layer, "feed_forward")
+        weights = {
+            name: given.read(Place(units.layer, f"feed_forward.{without_experts(name)}"))
+            for name in kind.parameters(1, 1, 1)
+        }
+        input_SD = np.asarray(given.statistic(_INPUTS, units.layer), np.float32)
+        every = -(-len(input_SD) // SAMPLES)  # of several clusters of text there are more
+        random = given.random(place, "controls")
+        return lost_by_division(kind, weights, input_SD[::every], division, self.k, random)
 
 
 def _by_expert(expert_F: np.ndarray) -> list[np.ndarray]:
