@@ -214,7 +214,8 @@ def _found(record: Mapping[str, Any], canvas: Canvas) -> str:
         return f"<h2>Found in layers</h2>{table}"
     with figure_style():
         figures = figures_of([choices_picture(found, kind.choices, canvas)])
-    return f'<h2>Found in layers</h2>{figures}{table}<p class="soft">{escaped(kind.found)}</p>'
+    title = "Choices beside controls" if figures else "Found in layers"
+    return f'<h2>{title}</h2>{figures}{table}<p class="soft">{escaped(kind.found)}</p>'
 
 
 # ── Samples ──────────────────────────────────────────────────────────────────────────────────────
@@ -266,7 +267,7 @@ def _done(record: Mapping[str, Any]) -> str:
         f"as it did here.</p>"
         f'<pre class="panel scroll command">{escaped(command_of(record))}</pre>'
         f"{table_of(['model', 'files', 'digest'], parents, (1,))}"
-        f"{table_of(['setting', 'meaning'], settings)}"
+        f'<div class="settings">{table_of(["setting", "meaning"], settings)}</div>'
     )
 
 

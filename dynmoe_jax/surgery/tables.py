@@ -78,6 +78,7 @@ def show_record(record: dict[str, Any], folder: Path) -> None:
     )
     if record.get("found"):
         _show_findings(record["found"])
+        console.print(OPERATIONS[record["operation"]].found, soft_wrap=True)
     _tell(record["remarks"])
     console.print(f"Written to {folder}. Digest {record['digest'][:16]}…", soft_wrap=True)
 

@@ -146,7 +146,7 @@ def test_choices_are_drawn_beside_their_controls(tmp_path):
         for layer in range(3)
     }
     text = rendered(tmp_path, record("split", found=found))
-    section = text.split("<h2>Found in layers</h2>")[1].split("<h2>")[0]
+    section = text.split("<h2>Choices beside controls</h2>")[1].split("<h2>")[0]
     assert "How good is the choice?" in section
     # What is not there of them, and what is no choice, is not drawn.
     legend = re.findall(r"<text[^>]*>([a-z ]+)</text>", section)

@@ -197,6 +197,7 @@ figure svg text { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", 
 figcaption span { display: block; font-size: .88rem; line-height: 1.45; }
 .scroll { overflow-x: auto; margin-top: .9rem; }
 .command { padding: .8rem 1rem; }
+.settings td:first-child { min-width: 10em; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; padding: .4rem .8rem; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere; min-width: 4.5em; }
