@@ -192,8 +192,14 @@ def _check_file(path: Path) -> None:
     """Raises ConfigError unless the path is that of a config file."""
     if not path.is_file():
         near = [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(str(path), near, n=1, cutoff=0.6) or [DEFAULT_CONFIG]
-        raise config.ConfigError(f"--config={path} is not a file; did you mean --config={near[0]}?")
+        near = difflib.get_close_matches(str(path), near, n=1, cutoff=0.6)
+        if not near and not Path(DEFAULT_CONFIG).is_file():
+            raise config.ConfigError(
+                f"--config={path} is not a file; start the command in the project's folder, or "
+                "name a config file by its path."
+            )
+        meant = (near or [DEFAULT_CONFIG])[0]
+        raise config.ConfigError(f"--config={path} is not a file; did you mean --config={meant}?")
     if b"get_config" not in path.read_bytes():
         raise config.ConfigError(
             f"--config={path} defines no get_config(); start from a copy of {DEFAULT_CONFIG}."

@@ -133,6 +133,13 @@ def test_what_does_not_exist_is_refused_with_what_does(argument, sentence):
     assert sentence in refusal(argument)
 
 
+def test_outside_of_the_projects_folder_it_is_said_where_to_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refusal("--config.train.steps=7")
+    assert "start the command in the project's folder" in said
+    assert "did you mean" not in said
+
+
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
