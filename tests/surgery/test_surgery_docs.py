@@ -16,6 +16,7 @@ from dynmoe_jax.surgery import operations
 from dynmoe_jax.surgery.arguments import parse
 from dynmoe_jax.surgery.command import command_of
 from dynmoe_jax.surgery.operation import OPERATIONS
+from dynmoe_jax.surgery.partitions import PARTITIONS
 from dynmoe_jax.surgery.tables import OPERATION_COLUMNS, operation_rows
 from tests.in_memory_surgery import drawn, result_of, settings
 from tests.surgery.test_surgery_page import record
@@ -48,6 +49,12 @@ def test_every_operation_has_its_row():
     wanted = [f"| {' | '.join(row)} |".replace("``", "`") for row in rows]
     missing = [row for row in wanted if row not in lines]
     assert not missing, "rows that docs/surgery.md lacks:\n" + "\n".join(missing)
+
+
+def test_every_way_to_split_has_its_row():
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    starts = [f"| `{name}` | " for name in PARTITIONS]
+    assert not [start for start in starts if not any(line.startswith(start) for line in lines)]
 
 
 def test_every_field_of_the_record_is_explained():
