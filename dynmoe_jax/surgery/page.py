@@ -121,9 +121,9 @@ def _before_and_after(record: Mapping[str, Any]) -> str:
             ("experts per token", "experts_per_token", lambda x: decimals(x, 3)),
         )
     ]
-    rows.append(["routers", *(", ".join(side["routers"]) or MISSING for side in sides), MISSING])
     table = table_of(["", "before", "after", "ratio"], rows, (1, 2, 3))
-    return f'<h2>Before and after</h2>{table}<p class="soft">{escaped(_on_files(record))}</p>'
+    said = f"{_on_files(record)}{_routers(record)}"
+    return f'<h2>Before and after</h2>{table}<p class="soft">{escaped(said)}</p>'
 
 
 def _ratio(before: float, after: float) -> str:
@@ -141,6 +141,14 @@ def _on_files(record: Mapping[str, Any]) -> str:
         f"too where there are any: before {words[bool(first['moments'])]}, after "
         f"{words[record['moments'] == 'carried']} them."
     )
+
+
+def _routers(record: Mapping[str, Any]) -> str:
+    """Routers of both sides; nothing where neither has any."""
+    sides = {side: "; ".join(record[side]["routers"]) for side in ("before", "after")}
+    if not any(sides.values()):
+        return ""
+    return " Routers: " + ", ".join(f"{side} {own or 'none'}" for side, own in sides.items()) + "."
 
 
 def _domains(record: Mapping[str, Any]) -> str:

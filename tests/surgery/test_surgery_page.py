@@ -157,6 +157,11 @@ def test_choices_are_drawn_beside_their_controls(tmp_path):
     assert OPERATIONS["split"].found in text.replace("&#x27;", "'")
 
 
+def test_routers_of_both_sides_are_named(tmp_path):
+    assert "Routers: before none, after top-2." in rendered(tmp_path, record())
+    assert "Routers:" not in rendered(tmp_path, record("stack", experts=0))
+
+
 def test_what_is_the_same_before_and_after_is_said_and_not_drawn(tmp_path):
     given = record("stack", layers=2, experts=0)
     for part in given["compared"]["domains"].values():
