@@ -20,7 +20,12 @@ from dynmoe_jax.runs.records import write_atomically
 from dynmoe_jax.surgery.command import command_of, settings_told, text_of
 from dynmoe_jax.surgery.figures import choices_picture, domain_pictures, layer_pictures
 from dynmoe_jax.surgery.operation import OPERATIONS
-from dynmoe_jax.surgery.starving import STARVING, tokens_by_expert
+from dynmoe_jax.surgery.starving import (
+    STARVING,
+    Given,
+    calibrated_by_expert,
+    tokens_by_expert,
+)
 
 FILE_NAME = "surgery.html"
 _MOST_NAMED = 12
@@ -41,6 +46,7 @@ def write_page(folder: Path, record: Mapping[str, Any]) -> Path:
         _domains(record),
         section("Layers", layers),
         _tokens(record),
+        _calibration(record.get("calibration")),
         _found(record, canvas),
         _samples(record["samples"]),
         _done(record),
@@ -178,6 +184,32 @@ def _tokens(record: Mapping[str, Any]) -> str:
     layers = tokens_by_expert(record["after"], measured)
     if not layers:
         return ""
+    said = (
+        f"Of {measured:,} held-out tokens. {_starving(layers)}: such an expert learns little, and "
+        "what is measured of it rests on few tokens."
+    )
+    table = _by_expert(layers)
+    return f'<h2>Tokens by expert</h2>{table}<p class="soft">{escaped(said)}</p>'
+
+
+def _calibration(found: Mapping[str, Any] | None) -> str:
+    """What was gathered of training text, and experts of which too little was."""
+    if not found:
+        return ""
+    clusters = len(found["tokens"])
+    said = (
+        f"Gathered of {sum(found['tokens']):,} tokens of training text"
+        f"{f' in {clusters} clusters' * (clusters > 1)}: {', '.join(found['statistics'])}."
+    )
+    layers, table = calibrated_by_expert(found), ""
+    if layers:
+        said += f" {_starving(layers)}: statistics of such an expert rest on few tokens."
+        table = _by_expert(layers)
+    return f'<h2>Calibration</h2>{table}<p class="soft">{escaped(said)}</p>'
+
+
+def _by_expert(layers: Sequence[Given]) -> str:
+    """A table of layers, with the experts that starve."""
     rows = [
         [
             own.layer,
@@ -187,17 +219,17 @@ def _tokens(record: Mapping[str, Any]) -> str:
         ]
         for own in layers
     ]
+    header = ["layer", "even share", "fewest tokens", "most tokens", "experts that starve"]
+    return table_of(header, rows, (0, 1, 2, 3))
+
+
+def _starving(layers: Sequence[Given]) -> str:
+    """How many of the experts starve, without the end of the sentence."""
     starving, experts = (
         sum(len(of(own)) for own in layers) for of in (lambda x: x.starving, lambda x: x.tokens)
     )
-    said = (
-        f"Of {measured:,} held-out tokens. {starving or 'None'} of {experts} experts got less than "
-        f"{percent(STARVING, 0)} of an even share: such an expert learns little, and what is "
-        "measured of it rests on few tokens."
-    )
-    header = ["layer", "even share", "fewest tokens", "most tokens", "experts that starve"]
-    table = table_of(header, rows, (0, 1, 2, 3))
-    return f'<h2>Tokens by expert</h2>{table}<p class="soft">{escaped(said)}</p>'
+    share = percent(STARVING, 0)
+    return f"{starving or 'None'} of {experts} experts got less than {share} of an even share"
 
 
 def _numbers(experts: Sequence[int]) -> str:

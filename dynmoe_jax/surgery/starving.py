@@ -55,3 +55,12 @@ def tokens_by_expert(side: Mapping[str, Any], tokens: int) -> list[Given]:
         Given(int(layer), [round(share * tokens) for share in shares])
         for layer, shares in side["load"].items()
     ]
+
+
+def calibrated_by_expert(calibration: Mapping[str, Any]) -> list[Given]:
+    """The MoE layers of the first parent, with the tokens that statistics of experts are of.
+
+    Args:
+      calibration: what the record says of it.
+    """
+    return [Given(int(layer), own) for layer, own in calibration["by_expert"].items()]

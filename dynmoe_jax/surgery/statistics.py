@@ -57,7 +57,16 @@ class Gathered:
             "files": [str(file) for file in self.files],
             "data": [each.data for each in self.by_cluster],
             "tokens": [each.tokens for each in self.by_cluster],
+            "by_expert": {str(layer): own_E.tolist() for layer, own_E in self._by_expert().items()},
         }
+
+    def _by_expert(self) -> dict[int, np.ndarray]:
+        """Tokens of all text that each expert computed, by layer: of so few its statistics are."""
+        found: dict[int, np.ndarray] = {}
+        for each in self.by_cluster:
+            for layer, tokens_E in each.by_layer("routed_tokens").items():
+                found[layer] = found.get(layer, 0) + tokens_E
+        return found
 
 
 def statistics_of(job: Job, text: Text) -> Gathered:

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 
+from dynmoe_jax.calibration import Statistics
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.surgery import statistics
 from dynmoe_jax.surgery.operation import Wanted
@@ -73,6 +74,7 @@ def test_a_second_operation_finds_them_and_gathers_only_what_is_missing(gathered
     assert len(calls) == 1
     np.testing.assert_array_equal(first.array(NAME, 0), again.array(NAME, 0))
     assert again.record()["files"] == first.record()["files"]
+    assert again.record()["by_expert"] == {}
     more = run(dataclasses.replace(wanted, layers=(0, 1)), text())
     assert calls[1][2] == {0: (), 1: (NAME,)}
     assert more.files == first.files
@@ -98,6 +100,16 @@ def test_clusters_of_text_have_statistics_of_their_own(gathered):
     assert found.array(NAME, 0).shape == (3, 3)
     assert len(calls) == len(set(found.files)) == 3
     assert run(Wanted(), text()).record() is None
+
+
+def test_tokens_that_experts_computed_are_in_the_record():
+    counts = [np.array([3, 0]), np.array([4, 1])]
+    clusters = [
+        Statistics("model", "text", tokens=7, arrays={("routed_tokens", 2): own}) for own in counts
+    ]
+    found = statistics.Gathered(frozenset({NAME}), clusters, ["file"] * 2).record()
+    assert found["by_expert"] == {"2": [7, 1]}
+    assert found["tokens"] == [7, 7]
 
 
 def test_alike_rows_are_together_and_clusters_of_one_size():

@@ -88,7 +88,13 @@ def record(operation="upcycle", parents=("runs/dense",), layers=6, experts=8, **
         "moments": "carried",
         "remarks": ["All experts of a layer are equal: until training tells them apart, …"],
         "history": [],
-        "calibration": None,
+        "calibration": {
+            "statistics": ["ffn_input_samples", "router_input"],
+            "files": ["calibration/0123-4567.safetensors"],
+            "data": ["d" * 64],
+            "tokens": [4096],
+            "by_expert": {"1": [0, 2000, 1024, 1072]},
+        },
         "found": {"0": {"oracle": 0.1234567, "chance": 0.5}, "3": {"oracle": 0.25}},
         "versions": {"dynmoe_jax": "0.1.0", "jax": "0.10.2"},
         "samples": {"texts": [sample, sample], "left_out": ""},
@@ -106,7 +112,8 @@ def headings(text):
 
 
 SECTIONS = ["Before and after", "Held-out text by domain", "Layers", "Tokens by expert",
-            "Found in layers", "Samples", "What was done", "History", "Versions"]  # fmt: skip
+            "Calibration", "Found in layers", "Samples", "What was done", "History",
+            "Versions"]  # fmt: skip
 
 
 def test_page_has_all_sections_and_needs_nothing_from_outside(tmp_path):
@@ -160,6 +167,16 @@ def test_choices_are_drawn_beside_their_controls(tmp_path):
 def test_routers_of_both_sides_are_named(tmp_path):
     assert "Routers: before none, after top-2." in rendered(tmp_path, record())
     assert "Routers:" not in rendered(tmp_path, record("stack", experts=0))
+
+
+def test_experts_with_statistics_of_few_tokens_are_named(tmp_path):
+    text = rendered(tmp_path, record()).split("<h2>Calibration</h2>")[1]
+    row = re.findall(r"<td.*?>(.*?)</td>", text.split("<tr>")[2])
+    assert row == ["1", "1,024", "0 (expert 0)", "2,000 (expert 1)", "0"]
+    assert "Gathered of 4,096 tokens of training text: ffn_input_samples, router_input." in text
+    assert "1 of 4 experts got less than 10 %" in text
+    without = rendered(tmp_path, record(calibration=None))
+    assert "<h2>Calibration</h2>" not in without
 
 
 def test_what_is_the_same_before_and_after_is_said_and_not_drawn(tmp_path):
