@@ -46,7 +46,7 @@ def write_page(folder: Path, record: Mapping[str, Any]) -> Path:
         _domains(record),
         section("Layers", layers),
         _tokens(record),
-        _calibration(record.get("calibration")),
+        _calibration(record["calibration"]),
         _found(record, canvas),
         _samples(record["samples"]),
         _done(record),
@@ -192,7 +192,7 @@ def _tokens(record: Mapping[str, Any]) -> str:
     return f'<h2>Tokens by expert</h2>{table}<p class="soft">{escaped(said)}</p>'
 
 
-def _calibration(found: Mapping[str, Any] | None) -> str:
+def _calibration(found: Mapping[str, Any]) -> str:
     """What was gathered of training text, and experts of which too little was."""
     if not found:
         return ""

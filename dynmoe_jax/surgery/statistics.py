@@ -48,10 +48,10 @@ class Gathered:
             return np.concatenate(arrays)
         return np.stack(arrays) if len(arrays) > 1 else arrays[0]
 
-    def record(self) -> dict[str, Any] | None:
-        """What the record of the result says of them."""
+    def record(self) -> dict[str, Any]:
+        """What the record of the result says of them; empty where none were."""
         if not self.by_cluster:
-            return None
+            return {}
         return {
             "statistics": sorted(self.names),
             "files": [str(file) for file in self.files],

@@ -99,7 +99,7 @@ def test_clusters_of_text_have_statistics_of_their_own(gathered):
     found = run(Wanted(frozenset({NAME}), (0,), clusters=3), text())
     assert found.array(NAME, 0).shape == (3, 3)
     assert len(calls) == len(set(found.files)) == 3
-    assert run(Wanted(), text()).record() is None
+    assert run(Wanted(), text()).record() == {}
 
 
 def test_tokens_that_experts_computed_are_in_the_record():

@@ -175,7 +175,7 @@ def test_experts_with_statistics_of_few_tokens_are_named(tmp_path):
     assert row == ["1", "1,024", "0 (expert 0)", "2,000 (expert 1)", "0"]
     assert "Gathered of 4,096 tokens of training text: ffn_input_samples, router_input." in text
     assert "1 of 4 experts got less than 10 %" in text
-    without = rendered(tmp_path, record(calibration=None))
+    without = rendered(tmp_path, record(calibration={}))
     assert "<h2>Calibration</h2>" not in without
 
 
