@@ -155,21 +155,43 @@ def table(found: list[dict]) -> list[str]:
 
 
 def draw(found: list[dict], path: Path) -> None:
-    """Draws held-out bits per byte against FLOPs."""
+    """Draws held-out bits per byte against FLOPs, names in a column beside the points."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for row in found:
-        x, y = row["flops_per_token"] / 1e6, row["bits_per_byte"]
+    figure, axis = pyplot.subplots(figsize=(8, 7), layout="constrained")
+    points = sorted((row["bits_per_byte"], row["flops_per_token"] / 1e6, row) for row in found)
+    for y, x, row in points:
         bar = row["bits_per_byte_std"] if row["seeds"] > 1 else None
         axis.errorbar(x, y, yerr=bar, fmt="o", markersize=5, capsize=3)
-        axis.annotate(row["name"], (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    heights = apart([y for y, _, _ in points], (points[-1][0] - points[0][0]) / 24)
+    right = max(x for _, x, _ in points) * 1.12
+    for (y, x, row), height in zip(points, heights, strict=True):
+        axis.annotate(
+            row["name"],
+            (x, y),
+            xytext=(right, height),
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.6, "shrinkB": 4},
+        )
     axis.set(xlabel="MFLOPs per held-out token (forward)", ylabel="held-out bits per byte")
+    axis.set_xlim(right=right * 1.3)
+    low, high = min(heights[0], points[0][0]), max(heights[-1], points[-1][0])
+    axis.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def apart(values: Sequence[float], least: float) -> list[float]:
+    """Ascending values moved so that neighbours are so far apart, around the same mean."""
+    found = list(values)
+    for i in range(1, len(found)):
+        found[i] = max(found[i], found[i - 1] + least)
+    shift = float(np.mean(found) - np.mean(values))
+    return [value - shift for value in found]
 
 
 def main(argv: Sequence[str]) -> None:

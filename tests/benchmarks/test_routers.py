@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.router_cases import CASES, SEVERAL_SEEDS, flags_of
+from benchmarks.routers import apart
 from dynmoe_jax.command_line import parse
 from dynmoe_jax.registry import ROUTERS
 
@@ -18,3 +19,7 @@ def test_every_router_is_compared():
     compared = {case["moe.router"] for case in CASES.values() if "moe.router" in case}
     assert compared == set(ROUTERS)
     assert set(SEVERAL_SEEDS) <= set(CASES)
+
+
+def test_names_that_would_cover_each_other_are_moved_apart():
+    assert apart([0.0, 1.0, 1.0, 1.1, 5.0], 1.0) == pytest.approx([-0.58, 0.42, 1.42, 2.42, 4.42])
