@@ -34,7 +34,8 @@ class Data:
 
     sources: str = free_setting(
         "python",
-        "comma-separated: python, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME",
+        "comma-separated: python, text:GLOB, jsonl:GLOB, instructions:GLOB, parquet:GLOB, "
+        "tfds:NAME",
     )
     domain_weights: str = run_setting(
         "",

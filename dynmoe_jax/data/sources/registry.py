@@ -13,12 +13,19 @@ from dynmoe_jax import config
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.sources.document import Broken, Document
 from dynmoe_jax.data.sources.files import read_jsonl, read_text, shown
+from dynmoe_jax.data.sources.instructions import read_instructions
 from dynmoe_jax.data.sources.parquet import read_parquet
 from dynmoe_jax.data.sources.python import read_python
 from dynmoe_jax.data.sources.tfds import read_tfds, tfds_identity
 
-KINDS = ("python", "text", "jsonl", "parquet", "tfds")
-_ARGUMENTS = {"text": "GLOB", "jsonl": "GLOB", "parquet": "GLOB", "tfds": "NAME"}
+KINDS = ("python", "text", "jsonl", "instructions", "parquet", "tfds")
+_ARGUMENTS = {
+    "text": "GLOB",
+    "jsonl": "GLOB",
+    "instructions": "GLOB",
+    "parquet": "GLOB",
+    "tfds": "NAME",
+}
 _END_BYTES = 1 << 16
 # Beyond, a domain would not come up in any run; Grain scales weights up to whole numbers.
 _LIGHTEST, _HEAVIEST = 1e-6, 1e6
@@ -170,5 +177,7 @@ def read_documents(data: config.Data) -> Iterator[Document | Broken]:
                 yield from read_text(path)
             elif source.kind == "jsonl":
                 yield from read_jsonl(path, *fields)
+            elif source.kind == "instructions":
+                yield from read_instructions(path, data.domain_field)
             else:
                 yield from read_parquet(path, *fields)

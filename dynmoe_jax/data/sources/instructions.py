@@ -1,0 +1,87 @@
+"""Instruction data: JSON Lines of prompts and responses, or of messages, as documents with marks.
+
+The forms that people have: ``prompt`` (or ``instruction``, with an optional ``input``, or
+``question``) and ``response`` (or ``completion``, ``output``, ``answer``); ``messages`` of ``role``
+and ``content``; ``conversations`` of ``from`` and ``value``.  A document is its turns, each behind
+the mark of who speaks, so that the objective ``response_only`` finds the responses.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from dynmoe_jax.data.sources.document import Broken, Document, checked, field
+from dynmoe_jax.data.sources.files import json_lines, shown, stem
+
+MARKS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+"""Text before each turn, by who speaks."""
+
+_PROMPTS = ("prompt", "instruction", "question")
+_RESPONSES = ("response", "completion", "output", "answer")
+_TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
+
+
+def read_instructions(path: Path, domain_field: str) -> Iterator[Document | Broken]:
+    """One document a line; the file's name stands in for a missing domain."""
+    for number, value in json_lines(path):
+        if isinstance(value, Broken):
+            yield value
+            continue
+        origin = f"{shown(path)}:{number}"
+        turns = _turns(value)
+        if isinstance(turns, str):
+            yield Broken(origin, turns)
+            continue
+        try:
+            domain = field(value, domain_field)
+        except KeyError:
+            domain = None
+        item = checked(as_text(turns), domain, origin, stem(path))
+        if item is not None:
+            yield item
+
+
+def as_text(turns: list[tuple[str, str]]) -> str:
+    """The text of turns, each (who speaks, what)."""
+    return "\n".join(f"{MARKS[speaker]}\n{said.strip()}" for speaker, said in turns)
+
+
+def _turns(record: object) -> list[tuple[str, str]] | str:
+    """The turns of a record, or what is wrong with it."""
+    if not isinstance(record, Mapping):
+        return f"a JSON {type(record).__name__}, not an object"
+    for name, (speaker, said) in _TURNS.items():
+        if name in record:
+            return _of_messages(record[name], name, speaker, said)
+    prompt = next((record[name] for name in _PROMPTS if name in record), None)
+    response = next((record[name] for name in _RESPONSES if name in record), None)
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        return (
+            "has no prompt and response, and no messages"
+            if prompt is None or response is None
+            else "the prompt or the response is no string"
+        )
+    if not response.strip():
+        return "the response is empty"
+    if isinstance(more := record.get("input"), str) and more.strip():
+        prompt = f"{prompt.strip()}\n\n{more.strip()}"
+    system = record.get("system")
+    before = [("system", system)] if isinstance(system, str) and system.strip() else []
+    return [*before, ("user", prompt), ("assistant", response)]
+
+
+def _of_messages(messages: object, name: str, speaker: str, said: str) -> list | str:
+    if not isinstance(messages, list) or not messages:
+        return f"{name} is no list of messages"
+    turns = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get(said), str):
+            return f"a message of {name} has no {said!r} that is a string"
+        who = message.get(speaker)
+        who = _SPEAKERS.get(who, who) if isinstance(who, str) else who
+        if not isinstance(who, str) or who not in MARKS:
+            return f"a message of {name} is by {who!r}, not by {', '.join(MARKS)}"
+        turns.append((who, message[said]))
+    if not any(who == "assistant" and text.strip() for who, text in turns):
+        return f"{name} has no response"
+    return turns
