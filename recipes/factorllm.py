@@ -9,7 +9,6 @@ loss and balance alone.
 import dataclasses
 
 from dynmoe_jax.surgery.operations.split import Split
-
 from dynmoe_jax.surgery.recipes import Comparison, Operate, Recipe, Train, sizes
 
 EXPERTS, CHOSEN = 4, 3

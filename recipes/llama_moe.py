@@ -7,7 +7,6 @@ clusters of text with some that experts share.
 """
 
 from dynmoe_jax.surgery.operations.split import Split
-
 from dynmoe_jax.surgery.recipes import Comparison, Operate, Recipe, Train, sizes
 
 EXPERTS, CHOSEN = 8, 4

@@ -10,7 +10,6 @@ import dataclasses
 
 from dynmoe_jax.surgery.operations.fit_router import FitRouter
 from dynmoe_jax.surgery.operations.split import Split
-
 from dynmoe_jax.surgery.recipes import Comparison, Operate, Recipe, Train, sizes
 
 EXPERTS, CHOSEN = 8, 2

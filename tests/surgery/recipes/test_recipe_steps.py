@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -158,3 +160,9 @@ def test_flags_that_cannot_be_are_refused(flags, sentence):
 def test_unknown_size_names_those_there_are(tmp_path):
     with pytest.raises(ConfigError, match="--size=huge must be one of laptop, tiny"):
         planned(Asked(tmp_path / "recipe.py", tmp_path, "huge"))
+
+
+def test_the_page_of_recipes_names_every_one():
+    root = Path(__file__).parents[3]
+    named = re.findall(r"^\| `(\w+)` \|", (root / "docs/recipes.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(p.stem for p in (root / "recipes").glob("*.py"))
