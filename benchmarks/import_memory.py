@@ -49,11 +49,11 @@ WORK = {
 }
 
 
-def model_of(gigabytes: float) -> config.Model:
-    """The model with as many layers as come nearest to a size in float32."""
-    one, two = (count_parameters(dataclasses.replace(MODEL, num_layers=n)) for n in (1, 2))
+def model_of(gigabytes: float, model: config.Model = MODEL) -> config.Model:
+    """A model with as many layers as come nearest to a size in float32."""
+    one, two = (count_parameters(dataclasses.replace(model, num_layers=n)) for n in (1, 2))
     layers = round((gigabytes * 1e9 / 4 - one) / (two - one)) + 1
-    return dataclasses.replace(MODEL, num_layers=max(1, layers))
+    return dataclasses.replace(model, num_layers=max(1, layers))
 
 
 def write_checkpoint(model: config.Model, folder: Path) -> int:

@@ -17,7 +17,7 @@ from dynmoe_jax.model import variable_shapes
 from dynmoe_jax.model.components import RouterState
 from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.load import opened_run
-from dynmoe_jax.surgery import __main__ as command
+from dynmoe_jax.surgery import program as command
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.perform import perform
 from dynmoe_jax.surgery.request import Options, Request

@@ -24,9 +24,10 @@ from dynmoe_jax.runs.load import OpenedRun
 Hidden = Sequence[Float[np.ndarray, "B L D"]]
 """The normed residual stream of each batch."""
 
-TOKENS_AT_ONCE = 1024
-COLUMNS_AT_ONCE = 16384
-"""Logits that exist at one time: 64 MiB of each model in float32."""
+TOKENS_AT_ONCE = 512
+COLUMNS_AT_ONCE = 8192
+"""Logits that exist at one time: 16 MiB of each model in float32, and some times as much of what is
+computed of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,7 @@ def _all_sums(runs, flat, targets_T) -> dict[str, np.ndarray]:
                 x_CDs, at = [x_TD[chunk] for x_TD in flat], targets_T[chunk] - part.start
                 carried[i] = _add(dtypes, carried[i], x_CDs, of_part, at, part.start)
                 shown.advance()
+            jax.block_until_ready(carried)  # or parts of the projection would pile up
     carried = jax.device_get(carried)
     names = carried[0] if carried else _nothing(0, len(runs))
     return {name: np.concatenate([part[name] for part in carried]) for name in names}

@@ -24,6 +24,8 @@ def rescale(array: np.ndarray, factor: float, role: Role) -> np.ndarray:
     A function of ``factor * w`` has the gradient of w divided by the factor, so the mean of
     gradients is divided by it, and that of their squares by its square.
     """
+    if factor == 1.0:
+        return array
     power = {Role.PARAMETER: 1, Role.FIRST: -1, Role.SECOND: -2}[role]
     return (array * np.float64(factor) ** power).astype(array.dtype)
 

@@ -9,6 +9,7 @@ Axis legend: B batch, L positions, T = B L tokens, D model width, V vocabulary, 
 E experts, K slots per token.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from dynmoe_jax import config
 from dynmoe_jax.config.layers import LayerSettings
 from dynmoe_jax.experts import StackedView, reads_in_stack
 from dynmoe_jax.hardware.native import library
-from dynmoe_jax.hardware.target import current_target
+from dynmoe_jax.hardware.target import Target, current_target
 from dynmoe_jax.mesh.axes import on_one_device
 from dynmoe_jax.mesh.sharding import embedded, split_by_batch, whole_parameter
 from dynmoe_jax.model.components import compute_dtype, matrix, rms_norm
@@ -324,7 +325,7 @@ def _check_causal(model: config.Model) -> None:
 
 def decoder_structure(model: config.Model) -> nnx.GraphDef:
     """Structure from which :func:`nnx.merge` makes a decoder of parameters."""
-    return nnx.graphdef(decoder_shapes(model))
+    return _shapes(model, current_target(), jax.sharding.get_abstract_mesh())[0]
 
 
 def parameter_shapes(model: config.Model) -> nnx.State:
@@ -339,4 +340,12 @@ def variable_shapes(model: config.Model) -> nnx.State:
 
 def decoder_shapes(model: config.Model) -> Decoder:
     """A decoder of shapes in place of arrays."""
-    return nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))
+    structure, shapes = _shapes(model, current_target(), jax.sharding.get_abstract_mesh())
+    # Variables of its own: whoever is given one may change it.
+    return nnx.merge(structure, jax.tree.map(lambda leaf: leaf, shapes))
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(model: config.Model, target: Target, mesh: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    """(structure, shapes) of a decoder that is built for a target, under a mesh."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))

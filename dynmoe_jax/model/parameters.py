@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dynmoe_jax import config
 from dynmoe_jax.model.adjugate import adjugates_of, expected_adjugates
-from dynmoe_jax.model.decoder import Decoder, decoder_shapes, parameter_shapes
+from dynmoe_jax.model.decoder import decoder_shapes, parameter_shapes
 
 
 def count_parameters(model: config.Model) -> int:
@@ -31,7 +31,7 @@ def active_parameters(model: config.Model, experts_per_token: float | Sequence[f
     mean_N = experts_per_token
     if not isinstance(mean_N, Sequence):
         mean_N = [experts_per_token] * model.num_moe_layers
-    decoder = _shapes(model)
+    decoder = decoder_shapes(model)
     rest, used = count_parameters(model), 0.0
     for layer, numbers in zip(decoder.moe_feed_forwards, decoder.moe_layers, strict=True):
         moe = layer.moe
@@ -49,12 +49,7 @@ def active_parameters(model: config.Model, experts_per_token: float | Sequence[f
     return rest + round(used)
 
 
-# Kept, because one model is asked for several times, and to trace it takes a fifth of a second.
+# Kept, because one model is asked for several times.
 @functools.lru_cache(maxsize=8)
 def _sizes(model: config.Model) -> dict[tuple, int]:
     return {path: math.prod(leaf.shape) for path, leaf in parameter_shapes(model).flat_state()}
-
-
-@functools.lru_cache(maxsize=8)
-def _shapes(model: config.Model) -> Decoder:
-    return decoder_shapes(model)

@@ -21,7 +21,7 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.saving.chunks import save_args
-from dynmoe_jax.runs.saving.integrity import write_checksums
+from dynmoe_jax.runs.saving.integrity import replace_checksum, write_checksums
 from dynmoe_jax.runs.saving.pace import Pace, paced_types
 from dynmoe_jax.runs.saving.retention import (
     METRIC,
@@ -329,7 +329,7 @@ def replace_config(workdir: Path, step: int, cfg: config.Config) -> None:
     """
     folder = workdir / FOLDER / str(step)
     (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(cfg)), encoding="utf-8")
-    write_checksums(folder)
+    replace_checksum(folder, CONFIG_FILE)
 
 
 def _array_names(tree: Any) -> set[str]:

@@ -160,9 +160,16 @@ class OpenedRun:
 
 @contextlib.contextmanager
 def opened_run(
-    workdir: Path | str, *, best: bool = False, settings: Mapping[str, str] | None = None
+    workdir: Path | str,
+    *,
+    best: bool = False,
+    settings: Mapping[str, str] | None = None,
+    verify: bool = True,
 ) -> Iterator[OpenedRun]:
-    """Opens the checkpoint that :func:`load_run` reads; arguments and errors as there."""
+    """Opens the checkpoint that :func:`load_run` reads; arguments and errors as there.
+
+    Without ``verify`` it is not read as a whole to find damage: it was written a moment ago.
+    """
     workdir = Path(workdir)
     if unusable(str(workdir)):
         raise config.ConfigError(
@@ -171,7 +178,7 @@ def opened_run(
     if not (workdir / FOLDER).is_dir():
         raise config.ConfigError(f"{str(workdir)!r} holds no run; give the --workdir of one.")
     with contextlib.closing(Checkpoints(workdir, None)) as checkpoints:
-        step, damaged = newest_whole(checkpoints)
+        step, damaged = newest_whole(checkpoints) if verify else (checkpoints.latest_step(), {})
         if step is None:
             raise config.ConfigError(f"{str(workdir)!r} holds no checkpoint yet; train it first.")
         for bad, damage in damaged.items():

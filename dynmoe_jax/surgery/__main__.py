@@ -1,65 +1,17 @@
-"""Command of surgery; ``--help`` says how it is used."""
+"""Starts the command of surgery (:mod:`.program`)."""
 
+import gc
 import sys
 
-from dynmoe_jax.command_line import EXIT_INTERRUPTED, exit_code, plugin_arguments
-from dynmoe_jax.console import console
-from dynmoe_jax.data import DataError
-from dynmoe_jax.runs.disk import DiskError
-from dynmoe_jax.runs.errors import CheckpointError
-from dynmoe_jax.surgery import arguments, operations, tables
-from dynmoe_jax.surgery.perform import BrokenPromise, perform
-from dynmoe_jax.surgery.rebuild import rebuild
-from dynmoe_jax.surgery.recipes import command
-from dynmoe_jax.surgery.recipes.recipe import Asked, planned
-from dynmoe_jax.surgery.recipes.run import run_recipe, show_steps
-from dynmoe_jax.surgery.request import checked
-
-BAD_INPUT = (CheckpointError, DataError, DiskError, BrokenPromise)
-
-assert operations  # importing them registers them
-
-_PLUGINS = plugin_arguments(sys.argv[1:])
-"""Taken from the command line before anything else is read; workers load them too."""
-
-
-def main() -> int:
-    """Does what the command line asks for; returns the exit code."""
-    if command.is_of_recipe(sys.argv[1:]):
-        return _recipe(*command.parse(sys.argv[1:]))
-    flags = arguments.parse(sys.argv[1:])
-    if flags.command == arguments.LIST:
-        tables.show_operations()
-    elif flags.command == arguments.REBUILD:
-        tables.show_record(rebuild(flags.source, flags.to), flags.to)
-    elif flags.plan:
-        with checked(flags.asked) as job:
-            tables.show_plan(job)
-    else:
-        tables.show_record(perform(flags.asked), flags.asked.to)
-    return 0
-
-
-def _recipe(asked: Asked, plan: bool) -> int:
-    """Runs a recipe, or says what it costs."""
-    if plan:
-        show_steps(planned(asked))
-        return 0
-    try:
-        return run_recipe(asked, _PLUGINS)
-    except KeyboardInterrupt:
-        console.print("Stopped; the same command continues.")
-        return EXIT_INTERRUPTED
-
-
-def _main_or_nothing() -> int:
-    """Says of Ctrl-C what is left."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        console.print("Interrupted; nothing was kept.")
-        return EXIT_INTERRUPTED
-
+from dynmoe_jax.hardware.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
-    sys.exit(exit_code(_main_or_nothing, BAD_INPUT))
+    restart_with_huge_pages()
+    # As for training: what is imported stays (docs/measurements.md: start-garbage).
+    gc.disable()
+    from dynmoe_jax.command_line import exit_code
+    from dynmoe_jax.surgery.program import BAD_INPUT, main
+
+    gc.freeze()
+    gc.enable()
+    sys.exit(exit_code(main, BAD_INPUT))

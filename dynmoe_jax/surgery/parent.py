@@ -74,6 +74,8 @@ class Parent:
             values = self.model.read(stored.path, stored.index(place), role.value)
         else:  # it was not trained, and has no moments
             values = np.zeros(stored.shape[stored.leading :], np.float32)
+        # Kept for others, who may not change it.
+        values.flags.writeable = False
         if role is Role.PARAMETER and place not in self._digest:
             self._digest.add(place, role, values)
         self._kept[key] = values

@@ -11,9 +11,10 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.hardware.native import library
+from dynmoe_jax.hardware.target import Target, compile_for
 from dynmoe_jax.mesh.make_mesh import make_mesh
 from dynmoe_jax.model import Decoder, parameter_shapes
-from dynmoe_jax.model.decoder import groups_at_a_time
+from dynmoe_jax.model.decoder import decoder_shapes, groups_at_a_time
 from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
 from dynmoe_jax.registry import ROUTERS
@@ -48,6 +49,18 @@ def test_first_of_every_two_layers_is_moe(small, draw, run):
     assert ("groups", "layers", 1, "feed_forward", "router_DE") not in shapes
     output = run(draw(model), TOKENS, SEGMENTS, POSITIONS)
     assert output.routing.experts_per_token.shape == (2, B, L)
+
+
+def test_shapes_are_of_the_target_and_each_callers_own(small):
+    model = small(dtype="auto")
+    ours = decoder_shapes(model)
+    with compile_for(Target("tpu", "TPU v5")):
+        assert decoder_shapes(model).norm.dtype == jnp.bfloat16
+    ours.embedding_VD.set_value(jnp.zeros(1))
+    del ours.norm
+    again = decoder_shapes(model)
+    assert again.norm.dtype == jnp.float32
+    assert again.embedding_VD.shape == (32, 16)
 
 
 def test_dense_model_has_no_routing(small, draw, run):

@@ -1,5 +1,6 @@
 """Whatever has happened to the files of a run: it goes on from what is whole, or says why not."""
 
+import dataclasses
 import os
 import random
 import re
@@ -17,7 +18,7 @@ import pytest
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, train_tokenizer
 from dynmoe_jax.runs.begun import saved_config
-from dynmoe_jax.runs.checkpoint import FOLDER, ITEMS, Checkpoints
+from dynmoe_jax.runs.checkpoint import FOLDER, ITEMS, Checkpoints, replace_config
 from dynmoe_jax.runs.disk import DiskError, disk_errors
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.load import load_run
@@ -87,6 +88,16 @@ def _flip(folder):
 def _truncate(folder):
     path = largest_file(folder)
     os.truncate(path, path.stat().st_size // 2)
+
+
+def test_other_settings_leave_a_checkpoint_whole_and_damage_of_arrays_found(workdir, folder):
+    cfg = dataclasses.replace(saved_config(workdir), train=config.Train(steps=77))
+    replace_config(workdir, 4, cfg)
+    assert integrity.find_damage(folder, ITEMS) is None
+    assert saved_config(workdir).train.steps == 77
+    flip_bit(largest_file(folder), random.Random(0))
+    replace_config(workdir, 4, cfg)
+    assert integrity.find_damage(folder, ITEMS).endswith("has changed")
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_what_is_not_stored_is_said(tmp_path):
     model = small_model()
     params = nnx.map_state(lambda _, x: np.zeros(x.shape, np.float32), parameter_shapes(model))
     save(tmp_path, params, config.Config(model=model, data=config.Data(seq_len=8)))
-    with opened_run(tmp_path) as run:
+    with opened_run(tmp_path, verify=False) as run:
         assert not run.has_moments
         assert run.updates == 0
         with pytest.raises(CheckpointError, match=r"holds no array first\.embedding_VD"):

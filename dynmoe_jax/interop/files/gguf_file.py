@@ -46,6 +46,9 @@ class _Reader(gguf.GGUFReader):
     """A reader that does not look for numbers behind the end of a file, where there are none."""
 
     def _get(self, offset, dtype, count=1, *rest, **named_rest):
+        # A plain view: slices of a memmap keep books about it, which is most of the time that a
+        # vocabulary takes to read.
+        self.data = self.data.view(np.ndarray)
         found = super()._get(offset, dtype, count, *rest, **named_rest)
         if len(found) < int(count):
             raise ValueError(f"it ends at byte {len(self.data)}, within what it says it holds")

@@ -30,10 +30,18 @@ def write_checksums(folder: Path, after: Callable[[int], None] = lambda num_byte
       after: is called with the number of bytes whenever some were read.
     """
     listed = {name: _checksum(folder / name, after) for name in _files(folder)}
-    with (folder / FILE_NAME).open("w", encoding="utf-8") as file:
-        json.dump(listed, file)
-        file.flush()
-        os.fsync(file.fileno())
+    _write_list(folder, listed)
+
+
+def replace_checksum(folder: Path, name: str) -> None:
+    """Lists a file anew that was written anew; of the others nothing is read.
+
+    Args:
+      folder: of the checkpoint.
+      name: of the file, from there.
+    """
+    listed = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    _write_list(folder, listed | {name: _checksum(folder / name)})
 
 
 def find_damage(folder: Path, items: tuple[str, ...], within: str = "") -> str | None:
@@ -64,6 +72,13 @@ def find_damage(folder: Path, items: tuple[str, ...], within: str = "") -> str |
         return next(
             (f"{name} {what}" for name, what in zip(wanted, found, strict=True) if what), None
         )
+
+
+def _write_list(folder: Path, listed: dict[str, tuple[int, int]]) -> None:
+    with (folder / FILE_NAME).open("w", encoding="utf-8") as file:
+        json.dump(listed, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _damage_of(path: Path, size: int, crc: int) -> str | None:

@@ -1,6 +1,7 @@
 """Arrays that a checkpoint takes slice by slice: they never exist as a whole."""
 
 import asyncio
+import collections
 import math
 from collections.abc import Callable
 
@@ -55,12 +56,17 @@ class StreamedArray:
         return self.dtype.itemsize
 
 
+_UNDER_WAY_BYTES = 1 << 26
+"""Bytes that may wait for the disk while the next slice is made."""
+
+
 class _Handler(SlicewiseHandler):
-    """Writes one slice at a time, of all arrays together."""
+    """Makes one slice at a time, of all arrays together, while others are on their way to disk."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
         self._turn: asyncio.Lock | None = None
+        self._under_way: collections.deque[tuple[ts.Future, int]] = collections.deque()
 
     def typestr(self) -> str:
         """Name of the type in metadata; whoever restores says what it becomes."""
@@ -69,14 +75,29 @@ class _Handler(SlicewiseHandler):
     async def serialize(self, values, infos, args=None):
         # Bound to the event loop of this save.
         self._turn = asyncio.Lock()
+        self._under_way.clear()
         return await super().serialize(values, infos, args)
 
     async def write_array(self, value, tspec, ts_context):
         array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        own = []
         for index in np.ndindex(value.shape[: value.axes]):
             async with self._turn:
                 made = np.asarray(value.make(index)).astype(value.dtype, copy=False)
-                await array[index].write(made, can_reference_source_data_indefinitely=True)
+                await self._room_for(made.nbytes)
+                written = array[index].write(made, can_reference_source_data_indefinitely=True)
+                self._under_way.append((written, made.nbytes))
+                own.append(written)
+        for written in own:
+            await written
+
+    async def _room_for(self, num_bytes: int) -> None:
+        """Waits until so many bytes more may be under way."""
+        while self._under_way:
+            if sum(size for _, size in self._under_way) + num_bytes <= _UNDER_WAY_BYTES:
+                return
+            await self._under_way[0][0]
+            self._under_way.popleft()
 
 
 ocp.type_handlers.register_type_handler(StreamedArray, _Handler(), override=True)

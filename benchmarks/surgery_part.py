@@ -1,0 +1,20 @@
+"""A part of the benchmark of surgery: what it prints, and the marks that it decides."""
+
+import dataclasses
+
+from benchmarks.timing import Mark
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What was found.
+
+    Attributes:
+      lines: to print.
+      marks: with their limits.
+      figures: whatever else goes into the JSON.
+    """
+
+    lines: list[str]
+    marks: list[Mark]
+    figures: dict
