@@ -83,6 +83,10 @@ class Parent:
             self._kept.popitem(last=False)
         return values
 
+    def forget(self) -> None:
+        """Drops arrays that are kept for whoever asks next: nobody does."""
+        self._kept.clear()
+
     def _at(self, place: Place) -> Stored:
         for stored in self._stored.get(place.name, ()):
             if place.layer is None or place.layer in stored.layers:

@@ -64,6 +64,8 @@ def _make(job: Job, folder: Path) -> dict[str, Any]:
         statistic=gathered.array,
         findings=findings,
     )
+    for parent in job.parents:
+        parent.forget()
     if wanted := asked.operation.wanted_experts:
         training = text.training(options.tokens, options.seed)
         job = dataclasses.replace(job, cfg=fit_threshold(folder, job.cfg, training, wanted))
