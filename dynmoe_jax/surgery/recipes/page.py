@@ -35,6 +35,11 @@ def write_page(workdir: Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
+def _words(name: str) -> str:
+    """The name of a step as words, which break where a screen is narrow."""
+    return name.replace("_", " ")
+
+
 def _lead(record: Mapping[str, Any]) -> str:
     seeds, steps = record["seeds"], record["steps"]
     return (
@@ -57,15 +62,15 @@ def _against_flops(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     figure, (axis,) = canvas.figure(height=3.6)
     for number, step in enumerate(shown):
         x, y = zip(*step["curve"], strict=True)
-        look = {"color": light(CYCLE[number % len(CYCLE)]), "label": step["name"]}
+        look = {"color": light(CYCLE[number % len(CYCLE)]), "label": _words(step["name"])}
         axis.plot(x, y, marker="o" if len(x) == 1 else ".", markersize=4, **look)
     axis.set(xlabel="FLOPs spent, all training counted", ylabel="held-out bits per byte")
     legend(figure)
     return canvas.picture(
         figure,
         "What does a FLOP buy?",
-        "Each line begins where the FLOPs of what it was made of end; single points are "
-        "operations, which cost none. Less is better. First seed.",
+        "Each line begins at the model that it was made of; single points are operations, which "
+        "cost no FLOPs. Less is better. First seed.",
     )
 
 
@@ -83,7 +88,7 @@ def _by_domain(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
         at = [i + height * (number - (len(shown) - 1) / 2) for i in range(len(domains))]
         bits = [step["by_domain"].get(domain, math.nan) for domain in domains]
         color = light(CYCLE[number % len(CYCLE)])
-        axis.barh(at, bits, 0.9 * height, color=color, label=step["name"])
+        axis.barh(at, bits, 0.9 * height, color=color, label=_words(step["name"]))
     axis.set_yticks(range(len(domains)), domains)
     axis.invert_yaxis()
     axis.set(xlabel="held-out bits per byte")
@@ -92,12 +97,12 @@ def _by_domain(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
 
 
 def _steps(record: Mapping[str, Any]) -> str:
-    names = {step["key"]: step["name"] for step in record["steps"]}
+    names = {step["key"]: _words(step["name"]) for step in record["steps"]}
     several = record["seeds"] > 1
     header = ["step", "", "of", *(["seed"] if several else []), *_COLUMNS]
     rows = [
         [
-            step["name"],
+            _words(step["name"]),
             step["kind"],
             ", ".join(names[key] for key in step["needs"]) or MISSING,
             *([step["seed"]] if several else []),
@@ -120,7 +125,7 @@ def _links(steps: Sequence[Mapping[str, Any]]) -> str:
     """Links to the pages of steps that have one."""
     links = [
         f'<a href="{escaped("/".join((_STEPS_FOLDER, step["folder"], step["page"])))}">'
-        f"{escaped(step['name'])}{' ' + escaped(step['seed']) if step['seed'] else ''}</a>"
+        f"{escaped(_words(step['name']))}{' ' + escaped(step['seed']) if step['seed'] else ''}</a>"
         for step in steps
         if step["page"]
     ]
@@ -130,7 +135,7 @@ def _links(steps: Sequence[Mapping[str, Any]]) -> str:
 def _samples(steps: Sequence[Mapping[str, Any]]) -> str:
     """What models write, the prompt in bold."""
     shown = "".join(
-        f'<div><h3>{escaped(step["name"])}</h3><div class="panel sample">'
+        f'<div><h3>{escaped(_words(step["name"]))}</h3><div class="panel sample">'
         f"<b>{escaped(step['sample'][0])}</b>{escaped(step['sample'][1])}</div></div>"
         for step in steps
         if step["sample"] and step["seed"].partition(",")[0] in ("", "0")

@@ -30,7 +30,7 @@ def make_record(plan: Plan, asked: Asked, seconds: Mapping[str, float], place: P
       place: folder of a step.
     """
     results = _results(plan, place)
-    steps = [_step(plan, key, results[key], seconds, place) for key in plan.steps]
+    steps = [_step(plan, key, results, seconds, place) for key in plan.steps]
     return {
         "title": plan.title,
         "about": plan.about,
@@ -61,8 +61,8 @@ def _results(plan: Plan, place: Place) -> dict[str, Result]:
     return found
 
 
-def _step(plan: Plan, key: str, result: Result, seconds, place: Place) -> dict[str, Any]:
-    step = plan.steps[key]
+def _step(plan: Plan, key: str, results, seconds, place: Place) -> dict[str, Any]:
+    step, result = plan.steps[key], results[key]
     folder = place(step)
     own, all_flops = step.price().flops, plan.flops(step)
     return {
@@ -76,16 +76,21 @@ def _step(plan: Plan, key: str, result: Result, seconds, place: Place) -> dict[s
         "flops": own,
         "all_flops": all_flops,
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        "curve": _curve(step, result, all_flops - own, own),
+        "curve": _curve(step, results, all_flops - own, own),
         **{name: value for name, value in dataclasses.asdict(result).items() if name != "curve"},
     }
 
 
-def _curve(step, result: Result, before: float, own: float) -> list[tuple[float, float]]:
-    """(FLOPs spent so far, bits per byte), those of all that it needs counted."""
+def _curve(step, results, before: float, own: float) -> list[tuple[float, float]]:
+    """(FLOPs spent so far, bits per byte), those of all that it needs counted.
+
+    A training that begins with a model begins at that model's point.
+    """
+    result = results[step.key]
     if not isinstance(step, Train):
         return [(before, result.bits_per_byte)] if math.isfinite(result.bits_per_byte) else []
-    points = [(before + own * n / step.cfg.train.steps, bits) for n, bits in result.curve]
+    points = [(before, results[need.key].bits_per_byte) for need in step.needs]
+    points += [(before + own * n / step.cfg.train.steps, bits) for n, bits in result.curve]
     if not points or points[-1][0] < before + own:
         points.append((before + own, result.bits_per_byte))
     return points
@@ -122,8 +127,8 @@ def _comparison(plan: Plan, seeds: list[Comparison], results) -> dict[str, Any]:
 
 def _sentence(first: Comparison, mean: float, half: float, differences, flops) -> str:
     word = "less" if mean < 0 else "more"
-    said = f"{first.model.name} has {decimals(abs(mean), 4)} bits per byte {word} than "
-    said += first.than.name
+    name, other = (step.name.replace("_", " ") for step in (first.model, first.than))
+    said = f"{name} has {decimals(abs(mean), 4)} bits per byte {word} than {other}"
     if math.isfinite(half):
         low, high = mean - half, mean + half
         better = int((differences < 0).sum())

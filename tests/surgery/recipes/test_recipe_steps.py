@@ -40,6 +40,14 @@ def test_a_change_does_again_what_depends_on_it_and_nothing_else(change, done_ag
     assert [now.name for was, now in pairs if was.key != now.key] == done_again
 
 
+def test_settings_that_another_version_may_add_are_no_part_of_a_key():
+    dense, made, _ = steps_of(num_experts=16)
+    assert made.facts()["settings"] == {"num_experts": 16, "top_k": 2}
+    assert made.facts()["options"] == {}
+    assert dense.facts()["optimizer.learning_rate"] == 5e-3
+    assert "loss.z_weight" not in dense.facts()
+
+
 def test_a_step_takes_the_model_of_what_it_needs():
     _, made, later = steps_of()
     assert made.settings.model.moe.num_experts == 4

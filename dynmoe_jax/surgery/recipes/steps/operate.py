@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.surgery.operation import OPERATIONS, Operation, settings_of
+from dynmoe_jax.surgery.operation import OPERATIONS, Operation
 from dynmoe_jax.surgery.page import FILE_NAME as PAGE
 from dynmoe_jax.surgery.parent import opened_parent
 from dynmoe_jax.surgery.provenance import read_record
@@ -56,11 +56,12 @@ class Operate(Step):
         return self.operation.result(found)
 
     def facts(self) -> Mapping[str, Any]:
-        """Operation, settings and options."""
+        """Operation, and settings and options that differ from their defaults: others may come
+        with another version."""
         return {
             "operation": self._name,
-            "settings": dict(settings_of(self.operation)),
-            "options": dataclasses.asdict(self.options),
+            "settings": _changed(self.operation),
+            "options": _changed(self.options),
             "parents": [str(p) for p in self.parents if not isinstance(p, Step)],
         }
 
@@ -104,3 +105,9 @@ class Operate(Step):
             PAGE,
             f"logits differ by {exact:.2g} of the largest",
         )
+
+
+def _changed(settings: Operation | Options) -> dict[str, Any]:
+    """Settings that differ from their defaults, by name."""
+    values = ((field, getattr(settings, field.name)) for field in dataclasses.fields(settings))
+    return {field.name: value for field, value in values if value != field.default}

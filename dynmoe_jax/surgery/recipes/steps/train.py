@@ -46,8 +46,8 @@ class Train(Step):
         return dataclasses.replace(self.cfg, model=model_of(self.start, self.name).model)
 
     def facts(self) -> Mapping[str, Any]:
-        """All settings."""
-        return config.to_dict(self.cfg)
+        """Settings that differ from their defaults: others may come with another version."""
+        return {name: value for name, value, _ in config.differences(self.cfg)}
 
     @property
     def flops(self) -> float:
