@@ -50,6 +50,8 @@ def _turns(record: object) -> list[tuple[str, str]] | str:
     """The turns of a record, or what is wrong with it."""
     if not isinstance(record, Mapping):
         return f"a JSON {type(record).__name__}, not an object"
+    # Tables that became JSON have a null for every column that a record does not fill.
+    record = {name: value for name, value in record.items() if value is not None}
     for name, (speaker, said) in _TURNS.items():
         if name in record:
             return _of_messages(record[name], name, speaker, said)

@@ -22,6 +22,7 @@ def read(path, *records):
         ({"prompt": "Add 2 and 3.", "response": "5"}, ONE_TURN),
         ({"prompt": "Add 2 and 3.", "completion": " 5\n"}, ONE_TURN),
         ({"instruction": "Add 2 and 3.", "input": "", "output": "5"}, ONE_TURN),
+        ({"messages": None, "prompt": None, "question": "Add 2 and 3.", "answer": "5"}, ONE_TURN),
         (
             {"instruction": "Add.", "input": "2, 3", "output": "5"},
             "<|user|>\nAdd.\n\n2, 3\n<|assistant|>\n5",
