@@ -29,13 +29,14 @@ from benchmarks.command import run
 from benchmarks.kill_campaign import state_of
 from benchmarks.machine import with_machine
 from benchmarks.timing import Mark, Ratio
+from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.surgery.recipes.record import FILE_NAME
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("kills", "cost")
 LIMIT = 1.03
 TIMES = ("seconds", "bytes", "versions", "file")
-"""What may differ: bytes count logs, in which seconds stand."""
+"""Fields that may differ: bytes count logs, in which seconds stand."""
 
 _RECIPE = '''"""Five steps to kill."""
 import dataclasses, runpy
@@ -49,7 +50,11 @@ def get_recipe(size, seed, data):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """The command line.
+
+    Raises:
+      ConfigError: it names a part that does not exist.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recipes",
         description=__doc__,
@@ -61,7 +66,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--of", type=Path, metavar="WORKDIR", help="of a recipe that is done")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure here")
-    return parser.parse_args(argv)
+    asked = parser.parse_args(argv)
+    asked.parts = asked.parts.split(",")
+    if unknown := [part for part in asked.parts if part not in PARTS]:
+        raise ConfigError(f"--parts names {unknown[0]!r}; there are {','.join(PARTS)}.")
+    return asked
 
 
 def start(file: Path, workdir: Path) -> subprocess.Popen:
@@ -147,7 +156,7 @@ def own_cost(workdir: Path) -> tuple[float, float]:
 def main(argv: list[str]) -> dict:
     """Measures, and prints the marks."""
     asked = parse(argv)
-    parts, marks, figures = asked.parts.split(","), [], {}
+    parts, marks, figures = asked.parts, [], {}
     with tempfile.TemporaryDirectory(prefix="recipes_") as name:
         scratch, finished = Path(name), asked.of
         file = scratch / "killed.py"

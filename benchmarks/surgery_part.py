@@ -7,7 +7,7 @@ from benchmarks.timing import Mark
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What was found.
+    """Findings of a part.
 
     Attributes:
       lines: to print.

@@ -88,8 +88,8 @@ class Worker:
         if not line:
             code = self.process.wait()
             raise config.ConfigError(
-                f"A worker process ended with code {code}; {self.log} says why.  The same command "
-                "continues."
+                f"A worker process ended with code {code}; read in {self.log} why, mend that, and "
+                "start the same command again, which continues."
             )
         return json.loads(line)
 

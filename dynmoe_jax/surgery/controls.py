@@ -81,7 +81,7 @@ def _size_F(weights: Mapping[str, np.ndarray]) -> Float[np.ndarray, "F"]:
 
 
 def _lost(kind, weights, hidden_SF, division: Division, k: int) -> float:
-    """What is lost with the k experts of each token that have most of its hidden units."""
+    """Share lost with the k experts of each token that have most of its hidden units."""
     member_EF = np.zeros((len(division.experts), hidden_SF.shape[1]), np.float32)
     for own_F, units in zip(member_EF, division.experts, strict=True):
         own_F[units] = 1.0
