@@ -78,20 +78,27 @@ class Worker:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """Its answer, which is there.
 
+        Args:
+          jobs: of which it does one, or none.
+
         Raises:
-          ConfigError: it has ended without one.
+          ConfigError: it has failed, or ended without an answer.
         """
+        title = "" if self.number is None else f"{jobs[self.number].title}: "
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
             raise config.ConfigError(
-                f"A worker process ended with code {code}; read in {self.log} why, mend that, and "
-                "start the same command again, which continues."
+                f"{title}the worker process ended with code {code}; read in {self.log} why, mend "
+                "that, and start the same command again, which continues."
             )
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise config.ConfigError(f"{title}{answer['error']}")
+        return answer
 
     def leave(self) -> None:
         """Has it save what it does, and waits until it has ended."""
@@ -151,12 +158,10 @@ class Workers:
             while waiting or any(w.number is not None for w in self._workers):
                 self._give(waiting, jobs, found, progress)
                 for key, _ in selector.select(_POLL_S):
-                    worker, answer = key.data, key.data.answer()
+                    worker, answer = key.data, key.data.answer(jobs)
                     if worker.number is None:
                         continue
                     number, worker.number = worker.number, None
-                    if "error" in answer:
-                        raise config.ConfigError(f"{jobs[number].title}: {answer['error']}")
                     if answer["code"]:
                         raise KeyboardInterrupt
                     found[number] = answer.get("found")
