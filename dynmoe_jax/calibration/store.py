@@ -62,7 +62,8 @@ class Statistics:
         header = {"format": _FORMAT, **facts, "arrays": names}
         arrays = {f"{n}.{name}": np.ascontiguousarray(a) for (name, n), a in self.arrays.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.new")
+        # Another process may be writing the same statistics.
+        beside = path.with_name(f"{path.name}.{os.getpid()}.new")
         save_file(arrays, beside, metadata={_HEADER: json.dumps(header)})
         os.replace(beside, path)
 

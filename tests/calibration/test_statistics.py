@@ -1,12 +1,13 @@
 """Statistics against plain numpy, one pass for all of them, and none for those that are kept."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from dynmoe_jax.calibration import STATISTICS, Statistics, forward, gather, gathering, price
+from dynmoe_jax.calibration import STATISTICS, Statistics, forward, gather, gathering, price, store
 from dynmoe_jax.calibration.statistics.statistic import sizes_of
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.model.stacks import stacks_of
@@ -155,6 +156,20 @@ def test_what_is_added_later_is_what_would_have_been_gathered_at_once(run, batch
     later = gather(run, batches, {"unit_magnitude"}, BOUND, known, layers=[3])
     assert {at for at in later.arrays if at[0] == "unit_magnitude"} == {("unit_magnitude", 3)}
     assert_close(later["unit_magnitude", 3], found["unit_magnitude", 3])
+
+
+def test_processes_that_save_the_same_statistics_write_files_of_their_own(tmp_path, monkeypatch):
+    written = []
+    save_file = store.save_file
+    monkeypatch.setattr(
+        store, "save_file", lambda a, to, metadata: written.append(to) or save_file(a, to, metadata)
+    )
+    for process in (11, 12):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        arrays = {("unit_frequency", 0): np.ones(3, np.float32)}
+        dataclasses.replace(NEW, arrays=arrays).save(tmp_path / "statistics.safetensors")
+    assert len(set(written)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics.safetensors"]
 
 
 def test_a_file_of_another_model_text_or_sample_is_not_mixed_in(tmp_path):
