@@ -158,12 +158,12 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, Path]:
         raise _unknown_flag(error.flagname) from error
     except flags.Error as error:
         if "whilst parsing" in str(error) and error.__context__:  # of what the file did
-            raise _failed_file(path, error.__context__) from error
+            raise failed_file("config", path, error.__context__) from error
         raise config.ConfigError(" ".join(str(error).split())) from error
     except config.ConfigError:
         raise
     except Exception as error:  # a config file is a program, which may do anything
-        raise _failed_file(path, error) from error
+        raise failed_file("config", path, error) from error
     if unread:
         raise config.ConfigError(f"{unread[0]!r} is not a flag; settings look like --config.NAME=…")
     if not isinstance(settings.value, ml_collections.ConfigDict):
@@ -206,15 +206,21 @@ def _check_file(path: Path) -> None:
         )
 
 
-def _failed_file(path: Path, error: Exception) -> config.ConfigError:
-    """The error for a config file whose program fails, with the line in the file."""
+def failed_file(flag: str, path: Path, error: Exception) -> config.ConfigError:
+    """The error for a file whose program fails, with the line in it.
+
+    Args:
+      flag: that names the file.
+      path: of the file.
+      error: of its program.
+    """
     line = getattr(error, "lineno", None)  # of a SyntaxError
     for frame in traceback.extract_tb(error.__traceback__):
-        if Path(frame.filename).name == path.name:
+        if Path(frame.filename).resolve() == path.resolve():
             line = frame.lineno
     where = f"{path}:{line}" if line else str(path)
     message = " ".join(str(error).split())
-    return config.ConfigError(f"--config={where} fails: {type(error).__name__}: {message}.")
+    return config.ConfigError(f"--{flag}={where} fails: {type(error).__name__}: {message}.")
 
 
 def _unknown_flag(name: str) -> config.ConfigError:

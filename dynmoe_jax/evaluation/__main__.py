@@ -18,6 +18,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
@@ -50,9 +51,15 @@ BATCH_TOKENS_OTHER = 1 << 15
 HELD_OUT = "held out"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise config.ConfigError(f"{message}; see --help.")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="python -m dynmoe_jax.evaluation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -102,7 +109,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The request of a command line, with the settings that it changes.
 
     Raises:
-      ConfigError: a setting has no value.
+      ConfigError: a flag is unknown, its value cannot be, or a setting has no value.
     """
     settings, arguments = free_settings(arguments)
     asked = parser().parse_args(arguments)

@@ -137,7 +137,7 @@ def checked(asked: Request) -> Iterator[Job]:
       CheckpointError: a model cannot be read.
       DataError: a tokenizer or a source of text cannot be.
     """
-    _check_count(asked)
+    check_count(asked)
     to = free_place(asked.to)
     with contextlib.ExitStack() as opened:
         parents = [opened.enter_context(opened_parent(folder)) for folder in asked.parents]
@@ -188,7 +188,8 @@ def price_of(wanted: Wanted, parent: config.Config, options: Options) -> Price |
     return found
 
 
-def _check_count(asked: Request) -> None:
+def check_count(asked: Request) -> None:
+    """Raises ConfigError for more or fewer models than the operation takes."""
     fewest, most = asked.operation.parents
     count = len(asked.parents)
     if count < fewest or (most is not None and count > most):

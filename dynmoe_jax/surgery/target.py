@@ -13,6 +13,9 @@ from dynmoe_jax.data.sources.document import unusable
 from dynmoe_jax.data.sources.files import shown
 from dynmoe_jax.runs.disk import disk_errors
 
+UNFINISHED = ".unfinished-"
+"""Mark behind the name of a result in that of a folder in which it is made."""
+
 _ROUNDS, _QUIET_ROUNDS, _ROUND_SECONDS = 200, 4, 0.05
 """A folder is gone when it is not there so many times in a row."""
 
@@ -80,6 +83,14 @@ def written_whole(place: Path) -> Iterator[Path]:
         raise
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes have left of results in a folder, whatever they were called."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        name, mark, _ = path.name.partition(UNFINISHED)
+        if mark:
+            remove_abandoned(folder, name + mark)
+
+
 def _remove(folder: Path) -> None:
     """Removes a folder that threads, of a checkpoint that failed, may still be writing into."""
     rounds_without = 0
@@ -102,7 +113,7 @@ def _refused(place: Path) -> Iterator[None]:
 
 
 def _prefix(place: Path) -> str:
-    return f"{place.name}.unfinished-"
+    return f"{place.name}{UNFINISHED}"
 
 
 def _unfinished(place: Path) -> str:

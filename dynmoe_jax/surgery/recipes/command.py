@@ -49,17 +49,22 @@ def parse(argv: Sequence[str]) -> tuple[Asked, bool]:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(FLAG, type=_path, required=True, metavar="FILE", help="of the recipe")
+    # Without a file, --help is not taken for one.
+    add(FLAG, type=_path, nargs="?", required=True, metavar="FILE", help="of the recipe")
     add("--workdir", type=_path, help="folder of everything that is made; not needed by --plan")
-    add("--size", default="laptop", help=f"one of {', '.join(SIZES)} (default: %(default)s)")
-    add("--seeds", type=int, default=1, help="how often all of it is done (default: %(default)s)")
-    add("--data", default="", metavar="SOURCES", help="text, as config.data.sources")
-    add("--processes", type=int, default=1, metavar="N", help="steps side by side (default: 1)")
+    add("--size", default=Asked.size, help=f"one of {', '.join(SIZES)} (default: %(default)s)")
+    often = "how often all of it is done (default: %(default)s)"
+    add("--seeds", type=int, default=Asked.seeds, help=often)
+    add("--data", default=Asked.sources, metavar="SOURCES", help="text, as config.data.sources")
+    beside = "steps side by side (default: %(default)s)"
+    add("--processes", type=int, default=Asked.processes, metavar="N", help=beside)
     add("--plan", action="store_true", help="say which steps there are and what they cost")
     flags = parser.parse_args(argv)
     for name in ("seeds", "processes"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1.")
+    if flags.recipe is None:
+        raise ConfigError(f"{FLAG} names no file; name one, as in recipes/.")
     if flags.workdir is None and not flags.plan:
         raise ConfigError("--workdir is missing; name the folder of everything that is made.")
     asked = Asked(flags.recipe, flags.workdir, flags.size, flags.seeds, flags.data, flags.processes)

@@ -9,9 +9,13 @@ from dynmoe_jax.evaluation.report.parts import escaped, figures_of, page, table_
 from dynmoe_jax.evaluation.report.theme import CYCLE, Canvas, Picture, figure_style, legend, light
 from dynmoe_jax.runs.formatting import MISSING, compact, decimals, duration
 from dynmoe_jax.runs.records import write_atomically
+from dynmoe_jax.surgery.recipes.step import STEPS_FOLDER
 
 FILE_NAME = "recipe.html"
-_STEPS_FOLDER = "steps"
+_LINES, _MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+"""Looks of lines and of points: the next ones each time that all colours are used."""
+
+_MOST_BARS = 60
 _COLUMNS = ("bits per byte", "experts per token", "parameters", "active", "FLOPs",
             "with what it needs", "MB", "time")  # fmt: skip
 
@@ -59,11 +63,20 @@ def _against_flops(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     shown = [s for s in record["steps"] if s["curve"] and s["seed"].partition(",")[0] in ("", "0")]
     if not shown:
         return None
-    figure, (axis,) = canvas.figure(height=3.6)
+    figure, (axis,) = canvas.figure(height=3.2 + 0.08 * len(shown))
     for number, step in enumerate(shown):
         x, y = zip(*step["curve"], strict=True)
-        look = {"color": light(CYCLE[number % len(CYCLE)]), "label": _words(step["name"])}
-        axis.plot(x, y, marker="o" if len(x) == 1 else ".", markersize=4, **look)
+        color, look = light(CYCLE[number % len(CYCLE)]), number // len(CYCLE) % len(_LINES)
+        marker = _MARKERS[look] if len(x) == 1 else "."
+        axis.plot(
+            x,
+            y,
+            color=color,
+            linestyle=_LINES[look],
+            marker=marker,
+            markersize=4,
+            label=_words(step["name"]),
+        )
     axis.set(xlabel="FLOPs spent, all training counted", ylabel="held-out bits per byte")
     legend(figure)
     return canvas.picture(
@@ -82,6 +95,8 @@ def _by_domain(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     domains = sorted({domain for step in shown for domain in step["by_domain"]})
     if not shown or len(domains) < 2:
         return None
+    left_out = len(domains) - max(2, _MOST_BARS // len(shown))
+    domains = domains[: len(domains) - max(0, left_out)]
     figure, (axis,) = canvas.figure(height=1.2 + 0.22 * len(domains) * len(shown))
     height = 0.8 / len(shown)
     for number, step in enumerate(shown):
@@ -93,7 +108,9 @@ def _by_domain(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     axis.invert_yaxis()
     axis.set(xlabel="held-out bits per byte")
     legend(figure)
-    return canvas.picture(figure, "Which text?", "By domain; less is better. First seed.")
+    said = "By domain; less is better. First seed."
+    said += f" {left_out} more domains are in recipe.json." if left_out > 0 else ""
+    return canvas.picture(figure, "Which text?", said)
 
 
 def _steps(record: Mapping[str, Any]) -> str:
@@ -124,7 +141,7 @@ def _steps(record: Mapping[str, Any]) -> str:
 def _links(steps: Sequence[Mapping[str, Any]]) -> str:
     """Links to the pages of steps that have one."""
     links = [
-        f'<a href="{escaped("/".join((_STEPS_FOLDER, step["folder"], step["page"])))}">'
+        f'<a href="{escaped("/".join((STEPS_FOLDER, step["folder"], step["page"])))}">'
         f"{escaped(_words(step['name']))}{' ' + escaped(step['seed']) if step['seed'] else ''}</a>"
         for step in steps
         if step["page"]
@@ -133,7 +150,7 @@ def _links(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _samples(steps: Sequence[Mapping[str, Any]]) -> str:
-    """What models write, the prompt in bold."""
+    """Samples of what models write, the prompt in bold."""
     shown = "".join(
         f'<div><h3>{escaped(_words(step["name"]))}</h3><div class="panel sample">'
         f"<b>{escaped(step['sample'][0])}</b>{escaped(step['sample'][1])}</div></div>"

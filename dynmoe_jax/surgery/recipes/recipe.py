@@ -1,13 +1,16 @@
 """Recipe: the steps of one system and what is compared, read from a Python file."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import runpy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dynmoe_jax import config
+from dynmoe_jax.command_line import failed_file
+from dynmoe_jax.data import DataError
 from dynmoe_jax.data.sources.registry import check_sources
 from dynmoe_jax.surgery.recipes.sizes import SIZES
 from dynmoe_jax.surgery.recipes.step import Step
@@ -39,6 +42,12 @@ class Recipe:
 
     steps: tuple[Step, ...]
     compared: tuple[Comparison, ...] = ()
+
+    @property
+    def every_step(self) -> tuple[Step, ...]:
+        """Its steps, and those that are compared though nobody named them."""
+        compared = (step for each in self.compared for step in (each.model, each.than))
+        return (*self.steps, *compared)
 
 
 Maker = Callable[[str, int, str], Recipe]
@@ -89,7 +98,7 @@ class Plan:
         seeds = [
             str(seed)
             for seed, recipe in enumerate(self.recipes)
-            if step.key in _closure(recipe.steps)
+            if step.key in _closure(recipe.every_step)
         ]
         return ", ".join(seeds)
 
@@ -113,8 +122,12 @@ def planned(asked: Asked) -> Plan:
     maker, about = _read(asked.file)
     if asked.sources:
         check_sources(config.Data(sources=asked.sources))
-    recipes = tuple(maker(asked.size, seed, asked.sources) for seed in range(asked.seeds))
-    steps = _closure(step for recipe in recipes for step in recipe.steps)
+    with _failures_of(asked.file):
+        recipes = tuple(maker(asked.size, seed, asked.sources) for seed in range(asked.seeds))
+        for recipe in recipes:
+            _check_recipe(asked.file, recipe)
+        steps = _closure(step for recipe in recipes for step in recipe.every_step)
+    _check_names(asked.file, recipes)
     _check(asked.file, steps.values())
     return Plan(about.splitlines()[0].rstrip("."), about, recipes, steps)
 
@@ -123,10 +136,8 @@ def _read(file: Path) -> tuple[Maker, str]:
     """The function that makes the recipe, and the file's docstring."""
     if not file.is_file():
         raise config.ConfigError(f"--recipe={file} is not there; name a file, as in recipes/.")
-    try:
+    with _failures_of(file):
         found = runpy.run_path(str(file))
-    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
-        raise config.ConfigError(f"--recipe={file} cannot be read: {error}.") from error
     maker, about = found.get(MAKER), inspect.cleandoc(found.get("__doc__") or "")
     if not callable(maker) or not about:
         raise config.ConfigError(
@@ -136,13 +147,64 @@ def _read(file: Path) -> tuple[Maker, str]:
     return maker, about
 
 
+@contextlib.contextmanager
+def _failures_of(file: Path) -> Iterator[None]:
+    """Turns whatever a recipe's program does wrong into a ConfigError."""
+    try:
+        yield
+    except (config.ConfigError, DataError):
+        raise
+    except Exception as error:  # a recipe is a program, which may do anything
+        raise failed_file("recipe", file, error) from error
+
+
 def _closure(steps: Iterable[Step]) -> dict[str, Step]:
     """Steps and all that they need, by key, each behind its own needs."""
     found: dict[str, Step] = {}
-    for step in steps:
-        found |= {key: each for key, each in _closure(step.needs).items() if key not in found}
+    for step in _all(steps):
         found.setdefault(step.key, step)
     return found
+
+
+def _all(steps: Iterable[Step]) -> list[Step]:
+    """Steps and all that they need, each behind its own needs, those that are alike too."""
+    found: dict[int, Step] = {}
+
+    def add(step: Step) -> None:
+        if id(step) not in found:
+            for need in step.needs:
+                add(need)
+            found[id(step)] = step
+
+    for step in steps:
+        add(step)
+    return list(found.values())
+
+
+def _check_recipe(file: Path, recipe: Recipe) -> None:
+    """Raises ConfigError for what is no recipe."""
+    if not isinstance(recipe, Recipe):
+        raise config.ConfigError(
+            f"--recipe={file} returns a {type(recipe).__name__} from {MAKER}; return a Recipe, as "
+            "the files in recipes/ do."
+        )
+
+
+def _check_names(file: Path, recipes: Sequence[Recipe]) -> None:
+    """Raises ConfigError unless steps of one name are one step, and have no other name besides."""
+    names: dict[str, str] = {}
+    for recipe in recipes:
+        keys: dict[str, str] = {}
+        for step in _all(recipe.every_step):
+            if keys.setdefault(step.name, step.key) != step.key:
+                raise config.ConfigError(
+                    f"--recipe={file} has two steps that are called {step.name!r}; rename one."
+                )
+            if (name := names.setdefault(step.key, step.name)) != step.name:
+                raise config.ConfigError(
+                    f"--recipe={file} has steps {name!r} and {step.name!r} that do the same; keep "
+                    "one of them."
+                )
 
 
 def _check(file: Path, steps: Sequence[Step]) -> None:
@@ -152,5 +214,8 @@ def _check(file: Path, steps: Sequence[Step]) -> None:
             raise config.ConfigError(
                 f"--recipe={file} has a step {step.name!r}; a name has letters, digits, _ and -."
             )
-        price = step.price()
+        try:
+            price = step.price()
+        except config.ConfigError as error:
+            raise config.ConfigError(f"{step.kind} {step.name}: {error}") from error
         assert math.isfinite(price.seconds), step.name

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from dynmoe_jax.runs.formatting import decimals
-from dynmoe_jax.runs.records import from_json, to_json, write_atomically
+from dynmoe_jax.runs.records import to_json, write_atomically
 from dynmoe_jax.surgery.provenance import versions
 from dynmoe_jax.surgery.recipes.recipe import Asked, Comparison, Plan
 from dynmoe_jax.surgery.recipes.step import Place, Result
@@ -55,10 +55,20 @@ def _results(plan: Plan, place: Place) -> dict[str, Result]:
     for key, step in plan.steps.items():
         result = step.result(place(step))
         if result.bits_added is not None and step.needs:
-            base = found[step.needs[0].key].bits_per_byte
-            result = dataclasses.replace(result, bits_per_byte=base + result.bits_added)
+            result = _added_to(found[step.needs[0].key], result)
         found[key] = result
     return found
+
+
+def _added_to(base: Result, result: Result) -> Result:
+    """A result with what it has added, added to another one."""
+    bits = base.bits_per_byte + result.bits_added
+    by_domain = {
+        name: base.by_domain[name] + added
+        for name, added in result.by_domain.items()
+        if name in base.by_domain
+    }
+    return dataclasses.replace(result, bits_per_byte=bits, by_domain=by_domain)
 
 
 def _step(plan: Plan, key: str, results, seconds, place: Place) -> dict[str, Any]:
@@ -126,21 +136,26 @@ def _comparison(plan: Plan, seeds: list[Comparison], results) -> dict[str, Any]:
 
 
 def _sentence(first: Comparison, mean: float, half: float, differences, flops) -> str:
-    word = "less" if mean < 0 else "more"
     name, other = (step.name.replace("_", " ") for step in (first.model, first.than))
+    if not math.isfinite(mean):
+        return f"{name} and {other} do not both have bits per byte."
+    word = "less" if mean < 0 else "more"
     said = f"{name} has {decimals(abs(mean), 4)} bits per byte {word} than {other}"
     if math.isfinite(half):
         low, high = mean - half, mean + half
         better = int((differences < 0).sum())
         said += (
-            f" ({decimals(low, 4)} to {decimals(high, 4)}, 95 %; better from {better} of "
-            f"{len(differences)} seeds)"
+            f" ({decimals(low, 4)} to {decimals(high, 4)}, {100 * CONFIDENCE:g} %; better from "
+            f"{better} of {len(differences)} seeds)"
         )
         if low <= 0 <= high:
             said += ", which these seeds do not decide"
     else:
         said += ", from one seed"
-    return f"{said}; at {decimals(flops[0] / flops[1], 2)} of its FLOPs."
+    # A model that is there, and what an operation makes of it, cost none.
+    return (
+        f"{said}; at {decimals(flops[0] / flops[1], 2)} of its FLOPs." if flops[1] else f"{said}."
+    )
 
 
 def write_record(workdir: Path, record: Mapping[str, Any]) -> Path:
@@ -148,8 +163,3 @@ def write_record(workdir: Path, record: Mapping[str, Any]) -> Path:
     path = workdir / FILE_NAME
     write_atomically(path, to_json(record, indent=2) + "\n")
     return path
-
-
-def read_record(workdir: Path) -> dict[str, Any]:
-    """The record in a folder."""
-    return from_json((workdir / FILE_NAME).read_text(encoding="utf-8"))

@@ -1,22 +1,27 @@
 """A recipe, told from top to bottom: its steps, what is left of them, text, work, the page."""
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from rich.markup import escape
+
 from dynmoe_jax.console import console, titled_table
 from dynmoe_jax.jobs.workers import Job, Workers
-from dynmoe_jax.runs.disk import disk_errors
+from dynmoe_jax.runs.disk import disk_errors, not_writable
 from dynmoe_jax.runs.formatting import compact, decimals, duration
 from dynmoe_jax.runs.lock import locked
 from dynmoe_jax.surgery.recipes.page import write_page
 from dynmoe_jax.surgery.recipes.recipe import Asked, Plan, planned
 from dynmoe_jax.surgery.recipes.record import FILE_NAME, make_record, write_record
-from dynmoe_jax.surgery.recipes.step import Step
+from dynmoe_jax.surgery.recipes.step import STEPS_FOLDER, Step
+from dynmoe_jax.surgery.statistics import FOLDER as STATISTICS
+from dynmoe_jax.surgery.target import UNFINISHED, remove_unfinished
 
-STEPS_FOLDER, TEXT, LOGS, SECONDS = "steps", "data", "logs", "seconds.jsonl"
+TEXT, LOGS, SECONDS = "data", "logs", "seconds.jsonl"
 WORKER = "dynmoe_jax.surgery.recipes.worker"
 
 
@@ -35,23 +40,28 @@ def run_recipe(asked: Asked, arguments: Sequence[str] = ()) -> int:
     """
     # ── Which steps there are, and which are done ────────────────────────────────────────────────
     begin = time.perf_counter()
-    plan, workdir = planned(asked), asked.workdir.expanduser().absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
+    plan, workdir = planned(asked), asked.workdir.absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(workdir, error) from error
     with disk_errors(workdir), locked(workdir):
+        remove_unfinished(workdir / STEPS_FOLDER)
         left = [step for step in plan.steps.values() if not step.is_done(_folder(workdir, step))]
         show_steps(plan, workdir)
         _say_others(plan, workdir)
 
         # ── What is left, each behind what it needs ──────────────────────────────────────────────
         if left:
-            seconds = sum(step.price().seconds for step in left) / asked.processes
+            processes = min(asked.processes, len(left))
+            seconds = sum(step.price().seconds for step in left) / processes
             console.print(
                 f"{len(left)} of {len(plan.steps)} steps are left, about {duration(seconds)} by "
                 "arithmetic. Ctrl-C saves and stops; the same command continues.",
                 markup=False,
                 soft_wrap=True,
             )
-            with Workers(WORKER, asked.processes, workdir / LOGS, arguments) as workers:
+            with Workers(WORKER, processes, workdir / LOGS, arguments) as workers:
                 workers.run(_jobs(left, workdir), "recipe")
 
         # ── The page ─────────────────────────────────────────────────────────────────────────────
@@ -102,19 +112,20 @@ def _told(step: Step, workdir: Path) -> str:
 
 
 def _keep_seconds(step: Step, workdir: Path, seconds: float) -> None:
-    """Adds a line for a step, or for the part of it that this process has done."""
+    """Adds a line for a step that a worker has brought to its end."""
     line = json.dumps({"step": step.folder_name, "seconds": seconds})
     with (workdir / SECONDS).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def _seconds(workdir: Path) -> dict[str, float]:
-    """Seconds by folder of a step."""
+    """Seconds by folder of a step: of the last time, of one that somebody has removed between."""
     found: dict[str, float] = {}
     if (workdir / SECONDS).exists():
         for line in (workdir / SECONDS).read_text(encoding="utf-8").splitlines():
-            kept = json.loads(line)
-            found[kept["step"]] = found.get(kept["step"], 0.0) + kept["seconds"]
+            with contextlib.suppress(ValueError):  # its writer was stopped in the middle of it
+                kept = json.loads(line)
+                found[kept["step"]] = kept["seconds"]
     return found
 
 
@@ -123,7 +134,7 @@ def _seconds(workdir: Path) -> dict[str, float]:
 
 def show_steps(plan: Plan, workdir: Path | None = None) -> None:
     """Prints all steps with their price, and with their state where there is a folder."""
-    table = titled_table(plan.title)
+    table = titled_table(escape(plan.title))
     for name in ("", "step", "of", "seed", "FLOPs", "disk, MB", "seconds, about", "state"):
         table.add_column(name, justify="right" if name in _NUMBERS else "left")
     for step in plan.steps.values():
@@ -151,13 +162,14 @@ def _state(step: Step, folder: Path) -> str:
 
 
 def _say_others(plan: Plan, workdir: Path) -> None:
-    """Says what is there of steps that the recipe has no more."""
-    known = {step.folder_name for step in plan.steps.values()}
+    """Says what is there of steps that the recipe does not have."""
+    known = {STATISTICS, *(step.folder_name for step in plan.steps.values())}
     folder = workdir / STEPS_FOLDER
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if others := [name for name in there if name not in known and ".unfinished-" not in name]:
+    if others := [name for name in there if name not in known and UNFINISHED not in name]:
         console.print(
-            f"Of another form of this recipe, left alone in {folder}: {', '.join(others)}.",
+            "Of other recipes, or of another form of this one, left alone in "
+            f"{folder}: {', '.join(others)}.",
             markup=False,
             soft_wrap=True,
         )

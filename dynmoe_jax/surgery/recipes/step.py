@@ -12,12 +12,16 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from dynmoe_jax import config
+from dynmoe_jax.data.sources.registry import parse_sources, source_identity
 from dynmoe_jax.registry import Registry
 
 STEPS = Registry("step")
+
+STEPS_FOLDER = "steps"
+"""Folder of the folders of all steps, in that of a recipe."""
 
 Place = Callable[["Step"], Path]
 """Folder of a step."""
@@ -46,7 +50,7 @@ class Result:
       bits_per_byte: on held-out text.
       bits_added: what was added to those of the first step that it needs, on the same text; None
         where the two cannot be told apart so.
-      by_domain: the same by domain.
+      by_domain: the same by domain: what was added, where that is told.
       experts_per_token: mean over held-out tokens and layers.
       curve: (steps of training, held-out bits per byte) while it was trained.
       parameters: of its model.
@@ -77,7 +81,21 @@ class Step(abc.ABC):
     """
 
     name: str
-    kind: ClassVar[str] = ""
+
+    @property
+    def kind(self) -> str:
+        """Name that its kind is registered by.
+
+        Raises:
+          ConfigError: it is not registered.
+        """
+        for name, kind in STEPS.items():
+            if type(self) is kind:
+                return name
+        raise config.ConfigError(
+            f"The step {self.name} is a {type(self).__name__}, which is not registered; decorate "
+            "it with STEPS.register."
+        )
 
     @property
     @abc.abstractmethod
@@ -134,6 +152,16 @@ class Step(abc.ABC):
     def folder_name(self) -> str:
         """Name of its folder."""
         return f"{self.name}-{self.key[:8]}"
+
+
+def files_of(sources: str) -> list[Mapping[str, Any]]:
+    """Identity of what sources of text hold now, of those that files or a data set stand behind.
+
+    Raises:
+      DataError: a source is not there.
+    """
+    found = map(source_identity, parse_sources(sources))
+    return [each for each in found if each["files"] or "dataset" in each]
 
 
 def model_of(step: Step, for_what: str) -> config.Config:

@@ -15,7 +15,6 @@ class Count(Step):
 
     seconds: float = 0.0
     after: Step | None = None
-    kind = "count"
 
     @property
     def needs(self):

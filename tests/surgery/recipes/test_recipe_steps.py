@@ -9,12 +9,17 @@ import pytest
 from scipy import stats
 
 from dynmoe_jax.config import ConfigError
+from dynmoe_jax.surgery.operations.average import Average
+from dynmoe_jax.surgery.operations.split import Split
 from dynmoe_jax.surgery.operations.upcycle import Upcycle
-from dynmoe_jax.surgery.recipes import Comparison, Export, Operate, Recipe, Train, sizes
+from dynmoe_jax.surgery.recipes import Comparison, Evaluate, Export, Operate, Recipe, Train, sizes
 from dynmoe_jax.surgery.recipes.command import parse
 from dynmoe_jax.surgery.recipes.recipe import Asked, Plan, planned
 from dynmoe_jax.surgery.recipes.record import make_record
 from dynmoe_jax.surgery.recipes.step import Result
+from dynmoe_jax.surgery.request import Options
+
+ROOT = Path(__file__).parents[3]
 
 
 def steps_of(learning_rate=5e-3, num_experts=4, later_steps=20):
@@ -48,6 +53,23 @@ def test_settings_that_another_version_may_add_are_no_part_of_a_key():
     assert "loss.z_weight" not in dense.facts()
 
 
+def test_changed_text_trains_again(tmp_path):
+    (tmp_path / "a.txt").write_text("before")
+    train = lambda: Train("dense", sizes.dense("tiny", 0, f"text:{tmp_path}/*.txt"))  # noqa: E731
+    before = train().key
+    assert train().key == before
+    (tmp_path / "a.txt").write_text("after")
+    assert train().key != before
+
+
+def test_the_order_and_the_place_of_models_that_are_there_count(tmp_path, monkeypatch):
+    dense, there = steps_of()[0], Path("there")
+    key = lambda *parents: Operate("made", Average(), parents).key  # noqa: E731
+    assert key(dense, there) != key(there, dense)
+    monkeypatch.chdir(tmp_path)
+    assert key(dense, there) == key(dense, tmp_path / "there")
+
+
 def test_a_step_takes_the_model_of_what_it_needs():
     _, made, later = steps_of()
     assert made.settings.model.moe.num_experts == 4
@@ -70,6 +92,38 @@ def test_what_holds_no_model_cannot_be_built_on():
     export = Export("export", dense)
     with pytest.raises(ConfigError, match="step twice needs a model, and export makes none"):
         Export("twice", export).price()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda d: Operate("x", Upcycle(num_experts=0), (d,)), "--num_experts=0 must be at least"),
+        (lambda d: Operate("x", Split(by="chance"), (d,)), "--by='chance' must be one of"),
+        (
+            lambda d: Operate("x", Split(by="random", share="inner"), (d,)),
+            "--share=inner has no effect with --by=random",
+        ),
+        (lambda d: Operate("x", Upcycle(), (d,), Options(dtype="int3")), "--dtype='int3' must be"),
+        (lambda d: Operate("x", Upcycle(), (d, d)), "takes 1 model, and 2 are named"),
+        (lambda d: Export("x", d, "int3"), "dtype=int3 must be one of float32, bfloat16"),
+        (lambda d: Evaluate("x", d, ("--rooting",)), "unrecognized arguments: --rooting"),
+        (
+            lambda d: Train("x", sizes.dense("tiny", 0, init_from="runs/x"), d),
+            "config.train.init_from='runs/x' has no effect",
+        ),
+    ],
+)
+def test_a_step_that_would_fail_is_refused_before_anything_is_done(make, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        make(steps_of()[0]).price()
+
+
+@pytest.mark.parametrize("size", sizes.SIZES)
+def test_every_recipe_can_be_planned(size):
+    for file in sorted((ROOT / "recipes").glob("*.py")):
+        plan = planned(Asked(file, ROOT, size, seeds=2))
+        for recipe in plan.recipes:
+            assert {step.key for step in recipe.steps} == {s.key for s in recipe.every_step}
 
 
 def plan_of(*recipes):
@@ -133,14 +187,73 @@ def test_comparison_from_one_seed_has_no_interval(tmp_path, monkeypatch):
     assert "from one seed" in found["comparisons"][0]["sentence"]
 
 
+def test_comparison_with_a_model_that_was_there_names_no_flops(tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "flops", lambda *_: 0.0)
+    found = Found([(2.0, 2.5)]).record(tmp_path, monkeypatch)
+    assert found["comparisons"][0]["sentence"].endswith("less than other, from one seed.")
+
+
+def test_operations_add_to_what_their_model_has_on_all_text(tmp_path, monkeypatch):
+    dense, made, later = steps_of()
+    found = {
+        "dense": Result(2.0, by_domain={"code": 1.5, "prose": 2.5}),
+        "made": Result(9.0, bits_added=0.25, by_domain={"code": 0.1, "prose": 0.4}),
+        "later": Result(1.75, curve=((10, 2.0), (20, 1.75))),
+    }
+    for step in (dense, made, later):
+        (tmp_path / step.folder_name).mkdir()
+        monkeypatch.setattr(type(step), "result", lambda step, folder: found[step.name])
+    asked = Asked(tmp_path / "recipe.py", tmp_path, "tiny")
+    place = lambda step: tmp_path / step.folder_name  # noqa: E731
+    record = make_record(plan_of(Recipe((dense, made, later))), asked, {}, place)
+    _, upcycled, trained = record["steps"]
+    assert upcycled["bits_per_byte"] == 2.25
+    assert upcycled["by_domain"] == pytest.approx({"code": 1.6, "prose": 2.9})
+    # The line begins at the model that it was made of.
+    assert trained["curve"][0] == pytest.approx((dense.flops, 2.25))
+    assert trained["curve"][-1] == pytest.approx((dense.flops + later.flops, 1.75))
+
+
+ABOUT = '''"""About."""
+from dynmoe_jax.surgery.recipes import Comparison, Recipe, Train, sizes
+def get_recipe(size, seed, data):
+    train = lambda name, seed: Train(name, sizes.dense(size, seed, data))
+    return '''
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        ('Recipe((train("a", 0), train("a", 1)))', "two steps that are called 'a'; rename one"),
+        ('Recipe((train("a", 0), train("b", 0)))', "steps 'a' and 'b' that do the same"),
+        ("None", "returns a NoneType from get_recipe"),
+        ("{}['x']", "recipe.py:5 fails: KeyError: 'x'."),
+    ],
+)
+def test_recipe_that_says_two_things_or_nothing_is_refused(tmp_path, recipe, sentence):
+    file = tmp_path / "recipe.py"
+    file.write_text(ABOUT + recipe)
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        planned(Asked(file, tmp_path, "tiny"))
+
+
+def test_what_is_compared_is_done_though_it_is_not_listed(tmp_path):
+    file = tmp_path / "recipe.py"
+    file.write_text(ABOUT + 'Recipe((), (Comparison(train("a", 0), train("b", 1)),))')
+    assert [step.name for step in planned(Asked(file, tmp_path, "tiny")).steps.values()] == [
+        "a",
+        "b",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         (None, "is not there"),
         ("def get_recipe(size, seed, data): pass", "must have a docstring"),
         ('"""About."""\n', "a function get_recipe"),
-        ('"""About."""\nimport no_such_module\n', "cannot be read: No module named"),
-        ('"""About."""\ndef get_recipe(:\n', "cannot be read"),
+        ('"""About."""\nimport no_such_module\n', "fails: ModuleNotFoundError: No module named"),
+        ('"""About."""\ndef get_recipe(:\n', "recipe.py:2 fails: SyntaxError"),
     ],
 )
 def test_file_that_is_no_recipe_is_refused(tmp_path, text, sentence):
@@ -155,6 +268,7 @@ def test_file_that_is_no_recipe_is_refused(tmp_path, text, sentence):
     ("flags", "sentence"),
     [
         (["--recipe=x.py"], "--workdir is missing"),
+        (["--recipe"], "--recipe names no file"),
         (["--recipe=x.py", "--workdir=w", "--seeds=0"], "--seeds=0 must be at least 1"),
         (["--recipe=x.py", "--workdir=w", "--processes=0"], "--processes=0 must be at least 1"),
         (["--recipe=x.py", "--workdir=w", "--stepz=1"], "unrecognized arguments: --stepz=1"),
@@ -165,12 +279,18 @@ def test_flags_that_cannot_be_are_refused(flags, sentence):
         parse(flags)
 
 
+def test_help_needs_no_recipe(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--recipe", "--help"])
+    assert end.value.code == 0
+    assert "--seeds" in capsys.readouterr().out
+
+
 def test_unknown_size_names_those_there_are(tmp_path):
     with pytest.raises(ConfigError, match="--size=huge must be one of laptop, tiny"):
         planned(Asked(tmp_path / "recipe.py", tmp_path, "huge"))
 
 
 def test_the_page_of_recipes_names_every_one():
-    root = Path(__file__).parents[3]
-    named = re.findall(r"^\| `(\w+)` \|", (root / "docs/recipes.md").read_text(), re.MULTILINE)
-    assert sorted(named) == sorted(p.stem for p in (root / "recipes").glob("*.py"))
+    named = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(p.stem for p in (ROOT / "recipes").glob("*.py"))

@@ -9,7 +9,7 @@ from dynmoe_jax.surgery.recipes.step import STEPS, Place, Price, Result, Step, m
 from dynmoe_jax.surgery.target import written_whole
 
 SECONDS = 60.0
-"""Of an evaluation whose text is as long as nobody knows before it is read."""
+"""Seconds of an evaluation, whose text is as long as nobody knows before it is read."""
 
 
 @STEPS.register("evaluate")
@@ -24,7 +24,6 @@ class Evaluate(Step):
 
     of: Step
     arguments: tuple[str, ...]
-    kind = "evaluate"
 
     @property
     def needs(self) -> tuple[Step, ...]:
@@ -36,13 +35,16 @@ class Evaluate(Step):
         return {"arguments": list(self.arguments)}
 
     def price(self) -> Price:
-        """A minute; that there is a model."""
+        """A minute; that there is a model, and that the arguments can be read."""
+        from dynmoe_jax.evaluation.__main__ import parsed
+
         model_of(self.of, self.name)
+        parsed([*self.arguments, "--workdir=."])
         return Price(seconds=SECONDS)
 
     def message(self, place: Place, text: Path) -> Mapping[str, Any]:
         """The command line."""
-        return {"arguments": [f"--workdir={place(self.of)}", *self.arguments]}
+        return {"arguments": [*self.arguments, f"--workdir={place(self.of)}"]}
 
     @staticmethod
     def do(job: Mapping[str, Any], folder: Path) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dynmoe_jax import config
+from dynmoe_jax.interop.files.tensor_writer import DTYPES
 from dynmoe_jax.surgery.recipes.step import STEPS, Place, Price, Result, Step, model_of
 from dynmoe_jax.surgery.size import size_of
 from dynmoe_jax.surgery.target import written_whole
@@ -20,12 +22,11 @@ class Export(Step):
 
     Attributes:
       of: the step whose model is exported.
-      dtype: ``float32`` or ``bfloat16``.
+      dtype: that the parameters are stored in, one that files of tensors have.
     """
 
     of: Step
     dtype: str = "float32"
-    kind = "export"
 
     @property
     def needs(self) -> tuple[Step, ...]:
@@ -38,6 +39,8 @@ class Export(Step):
 
     def price(self) -> Price:
         """Bytes of the parameters."""
+        if self.dtype not in DTYPES:
+            raise config.ConfigError(f"dtype={self.dtype} must be one of {', '.join(DTYPES)}.")
         stored = size_of(model_of(self.of, self.name), self.dtype).stored_bytes
         return Price(0.0, START_SECONDS + stored / BYTES_A_SECOND, stored)
 
@@ -51,7 +54,12 @@ class Export(Step):
         from dynmoe_jax.interop.export_model import export_model
 
         with written_whole(folder) as unfinished:
-            export_model(job["from"], unfinished, dtype=job["dtype"])
+            # Inside, so that what a killed export leaves beside its folder goes with ours.
+            inside = unfinished / "model"
+            export_model(job["from"], inside, dtype=job["dtype"])
+            for path in list(inside.iterdir()):
+                path.replace(unfinished / path.name)
+            inside.rmdir()
         return 0
 
     def result(self, folder: Path) -> Result:

@@ -9,7 +9,15 @@ from dynmoe_jax import config
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.runs.summary import read_summary
-from dynmoe_jax.surgery.recipes.step import STEPS, Place, Price, Result, Step, model_of
+from dynmoe_jax.surgery.recipes.step import (
+    STEPS,
+    Place,
+    Price,
+    Result,
+    Step,
+    files_of,
+    model_of,
+)
 from dynmoe_jax.surgery.size import size_of
 
 FLOPS = 5e10
@@ -31,7 +39,6 @@ class Train(Step):
 
     cfg: config.Config
     start: Step | None = None
-    kind = "train"
 
     @property
     def needs(self) -> tuple[Step, ...]:
@@ -46,8 +53,11 @@ class Train(Step):
         return dataclasses.replace(self.cfg, model=model_of(self.start, self.name).model)
 
     def facts(self) -> Mapping[str, Any]:
-        """Settings that differ from their defaults: others may come with another version."""
-        return {name: value for name, value, _ in config.differences(self.cfg)}
+        """Settings that differ from their defaults (others may come with another version), and
+        which text there is."""
+        files = files_of(self.cfg.data.sources)
+        changed = {name: value for name, value, _ in config.differences(self.cfg)}
+        return changed | ({"files": files} if files else {})
 
     @property
     def flops(self) -> float:
@@ -65,6 +75,11 @@ class Train(Step):
 
     def price(self) -> Price:
         """FLOPs of all steps; parameters and two moments stay on disk."""
+        if self.cfg.train.init_from:
+            raise config.ConfigError(
+                f"config.train.init_from={self.cfg.train.init_from!r} has no effect in a recipe; "
+                "name the step that it begins with as start."
+            )
         stored = 3 * size_of(self.settings).stored_bytes
         return Price(self.flops, START_SECONDS + self.flops / FLOPS, stored)
 

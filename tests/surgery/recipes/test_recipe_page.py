@@ -1,0 +1,36 @@
+"""Pictures of a recipe's page."""
+
+import pytest
+
+from dynmoe_jax.surgery.recipes import page
+
+
+class Kept(page.Canvas):
+    """Gives figures themselves, not their pictures."""
+
+    def picture(self, figure, title, caption):
+        return figure, caption
+
+
+def step_of(name, curve=(), by_domain=None):
+    return {"name": name, "seed": "", "curve": list(curve), "by_domain": by_domain or {}}
+
+
+def test_lines_of_many_steps_can_be_told_apart():
+    steps = [step_of(f"line_{i}", [(i, 2.0), (i + 1, 1.0)]) for i in range(10)]
+    steps += [step_of(f"point_{i}", [(i, 2.0)]) for i in range(10)]
+    figure, _ = page._against_flops({"steps": steps}, Kept())
+    looks = {
+        (line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines
+    }
+    assert len(looks) == len(steps)
+
+
+@pytest.mark.parametrize(("domains", "shown", "said"), [(3, 3, False), (100, 30, True)])
+def test_bars_of_many_domains_are_as_many_as_can_be_read(domains, shown, said):
+    bits = {f"domain_{i:03d}": 2.0 for i in range(domains)}
+    steps = [step_of("one", by_domain=bits), step_of("other", by_domain=bits)]
+    record = {"steps": steps, "comparisons": [{"model": "one", "than": "other"}]}
+    figure, caption = page._by_domain(record, Kept())
+    assert len(figure.axes[0].get_yticklabels()) == shown
+    assert ("70 more domains" in caption) == said
