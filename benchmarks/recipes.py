@@ -117,7 +117,7 @@ def kill_again_and_again(file: Path, workdir: Path, kills: int, seconds: float, 
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two finished recipes have otherwise."""
+    """Differences between two finished recipes."""
     records = [json.loads((folder / FILE_NAME).read_text()) for folder in (one, other)]
     found = [] if _untimed(records[0]) == _untimed(records[1]) else ["figures of recipe.json"]
     for step in records[0]["steps"]:

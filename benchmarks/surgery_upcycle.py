@@ -88,7 +88,7 @@ def mergekit(folder: Path) -> tuple[Path | None, str]:
 
 
 def mergekit_settings(parent: Path, dtype: str) -> str:
-    """What mergekit-moe reads: the same model so many times, and drawn routers."""
+    """Settings that mergekit-moe reads: the same model so many times, and drawn routers."""
     expert = f"  - source_model: {parent}\n    positive_prompts: ['']\n"
     return (
         f"base_model: {parent}\ngate_mode: random\ndtype: {dtype}\n"

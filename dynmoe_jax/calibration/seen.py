@@ -82,17 +82,17 @@ class SeenRows:
 
     @property
     def activation_RF(self) -> Float[Array, "R F"]:
-        """What the nonlinear function is computed of: the gate of a gated feed-forward."""
+        """Input of the nonlinear function: the gate of a gated feed-forward."""
         return self._hidden[0]
 
     @property
     def hidden_RF(self) -> Float[Array, "R F"]:
-        """What goes into the last matrix."""
+        """Input of the last matrix."""
         return self._hidden[1]
 
     @cached_property
     def output_RD(self) -> Float[Array, "R D"]:
-        """What comes out of it."""
+        """Output of the feed-forward."""
         return self._of_hidden(self.hidden_RF)
 
     @cached_property

@@ -48,7 +48,7 @@ class Statistics:
         return {n: array for (each, n), array in sorted(self.arrays.items()) if each == name}
 
     def missing(self, wanted: Mapping[int, Collection[str]]) -> dict[int, tuple[str, ...]]:
-        """Those of the names by layer that are not there yet."""
+        """Names by layer of statistics that are not there yet."""
         return {
             layer: tuple(name for name in names if (name, layer) not in self.arrays)
             for layer, names in wanted.items()
@@ -93,7 +93,7 @@ class Statistics:
 
     @classmethod
     def opened(cls, path: Path, wanted: "Statistics") -> "Statistics":
-        """What a file has of the same model and text; ``wanted``, which is empty, without a file.
+        """Statistics that a file has of the same model and text; ``wanted``, which is empty, without a file.
 
         Where other tokens are sampled, samples are left out.
 

@@ -119,7 +119,7 @@ class Tapped:
 
 
 def _embedded(run: OpenedRun, batches: Sequence[Batch]) -> list[Stream]:
-    """What goes into the first layer."""
+    """Inputs of the first layer."""
     model = run.config.model
     table_VD = run.read(("embedding_VD",))
     return [
@@ -178,7 +178,7 @@ def _compute_group(structure, model, probes, params, batch, stream):
 
 
 def _normed(run: OpenedRun, streams: list[Stream]) -> list[Float[np.ndarray, "B L D"]]:
-    """What the output projection reads, in place of the streams."""
+    """Inputs of the output projection, in place of the streams."""
     structure, params = read_norm(run)
     dtype = compute_dtype(run.config.model)
     normed = []

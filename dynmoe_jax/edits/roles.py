@@ -1,4 +1,4 @@
-"""What becomes of an optimizer's moments when parameters are edited.
+"""Rules for an optimizer's moments when parameters are edited.
 
 Whatever copies entries (take, concatenate, average) is done to moments as to parameters.  Where a
 parameter is multiplied, the gradient of the new one is that of the old one divided, and where it is

@@ -311,7 +311,7 @@ class MoEFeedForward(nnx.Module):
     def _output(
         self, experts: Mapping[str, Array], x_TD: Float[Array, "T D"], e: Int[Array, ""]
     ) -> Float[Array, "T D"]:
-        """What an expert gives all tokens, of the arrays of all experts."""
+        """Output of an expert for all tokens, of the arrays of all experts."""
         own = {name: array[e].astype(self.dtype) for name, array in experts.items()}
         return self.kind.apply(own, x_TD.astype(self.dtype))
 

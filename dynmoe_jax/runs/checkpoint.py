@@ -231,7 +231,7 @@ class Checkpoints:
         return self.part(step, like)["params"]
 
     def part(self, step: int, like: Any) -> Any:
-        """Those arrays of the state that ``like`` has, placed like there."""
+        """Arrays of the state that ``like`` has, placed like there."""
         args = _restore(like, partial_restore=True)
         return self._read(step, ocp.args.Composite(state=args))["state"]
 

@@ -192,7 +192,7 @@ def _curves(
 def choices_picture(
     found: Mapping[str, Mapping[str, float]], names: Sequence[str], canvas: Canvas
 ) -> Picture | None:
-    """What is lost in every layer by who chose.
+    """Picture of the error of every layer by who chose.
 
     Args:
       found: numbers by layer and name.

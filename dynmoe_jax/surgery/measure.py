@@ -47,7 +47,7 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """What the routers of a model do with the text, by the number of the MoE layer.
+    """Work of the routers of a model on the text, by the number of the MoE layer.
 
     Attributes:
       load: share of the tokens that chose each expert.

@@ -69,7 +69,7 @@ class Given:
     findings: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, made for the first array that asks, and kept for others."""
+        """Result of ``make``, made for the first array that asks, and kept for others."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]

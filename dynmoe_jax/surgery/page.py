@@ -64,7 +64,7 @@ def _title(record: Mapping[str, Any]) -> str:
 
 
 def _lead(record: Mapping[str, Any]) -> str:
-    """What the operation does, where it comes from, and whether it kept its promise."""
+    """Says what the operation does, where it comes from, and whether it kept its promise."""
     kind = OPERATIONS.get(record["operation"])
     about = f"{inspect.getdoc(kind).splitlines()[0]} " if kind else ""
     paper = f"({kind.paper}.) " if kind and kind.paper else ""
@@ -138,7 +138,7 @@ def _ratio(before: float, after: float) -> str:
 
 
 def _on_files(record: Mapping[str, Any]) -> str:
-    """What the two counts of bytes are of."""
+    """Says what the two counts of bytes are of."""
     first, several = record["parents"][0], len(record["parents"]) > 1
     words = {True: "with", False: "without"}
     return (
@@ -193,7 +193,7 @@ def _tokens(record: Mapping[str, Any]) -> str:
 
 
 def _calibration(found: Mapping[str, Any]) -> str:
-    """What was gathered of training text, and experts of which too little was."""
+    """Statistics of training text, and experts of which there is too little."""
     if not found:
         return ""
     clusters = len(found["tokens"])
@@ -240,7 +240,7 @@ def _numbers(experts: Sequence[int]) -> str:
 
 
 def _found(record: Mapping[str, Any], canvas: Canvas) -> str:
-    """What the operation found out of each layer."""
+    """Findings of the operation about each layer."""
     found, kind = record["found"], OPERATIONS.get(record["operation"])
     if not found:
         return ""

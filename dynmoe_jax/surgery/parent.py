@@ -131,7 +131,7 @@ class Parent:
 
     @functools.cached_property
     def history(self) -> list[dict[str, Any]]:
-        """What was done to it before, the oldest first."""
+        """Operations that made it, the oldest first."""
         if not os.path.isfile(self.folder / FILE_NAME):
             return []
         record = read_record(self.folder)

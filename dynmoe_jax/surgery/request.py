@@ -1,4 +1,4 @@
-"""What is asked of surgery, and everything that can be known before an array is read."""
+"""Request of surgery, and everything that can be known before an array is read."""
 
 import contextlib
 import dataclasses

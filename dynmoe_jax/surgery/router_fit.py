@@ -56,7 +56,7 @@ class Pairs:
         return largest(self.score_SE if method == "scores" else -self.distance_SE(k), k)
 
     def targets(self, method: str, k: int) -> Float[np.ndarray, "S E"]:
-        """What a router is fitted to: scores as shares of a token's largest, or labels 0 and 1."""
+        """Targets of a router: scores as shares of a token's largest, or labels 0 and 1."""
         if method == "labels":
             return self.best(method, k).astype(np.float32)
         most_S1 = self.score_SE.max(axis=1, keepdims=True)

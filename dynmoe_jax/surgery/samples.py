@@ -19,7 +19,7 @@ _PROMPT_TOKENS, _TOKENS = 24, 40
 
 
 def samples_of(job: Job, result: OpenedRun, text: Text) -> dict[str, Any]:
-    """What both models write, greedily; one of them is in memory at a time.
+    """Texts that both models write, greedily; one of them is in memory at a time.
 
     Args:
       job: what was asked for.

@@ -29,7 +29,7 @@ FOLDER = "calibration"
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """What was gathered.
+    """Statistics that were gathered.
 
     Attributes:
       names: of the statistics.
@@ -49,7 +49,7 @@ class Gathered:
         return np.stack(arrays) if len(arrays) > 1 else arrays[0]
 
     def record(self) -> dict[str, Any]:
-        """What the record of the result says of them; empty where none were."""
+        """Record of them in that of the result; empty where none were."""
         if not self.by_cluster:
             return {}
         return {

@@ -1,4 +1,4 @@
-"""What goes into the feed-forward, of some tokens."""
+"""Inputs of the feed-forward, of some tokens."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What goes into the router, of some tokens."""
+"""Inputs of the router, of some tokens."""
 
 import dataclasses
 

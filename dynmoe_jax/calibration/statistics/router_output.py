@@ -1,4 +1,4 @@
-"""What comes out of the router, of some tokens."""
+"""Outputs of the router, of some tokens."""
 
 import dataclasses
 

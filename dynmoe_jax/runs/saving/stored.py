@@ -44,7 +44,7 @@ class StoredArrays:
         return self._array(name).shape
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
-        """What stands at an index of the leading axes, in float32."""
+        """Slice at an index of the leading axes, in float32."""
         array = self._array(name)
         if index and max(array.chunk_layout.read_chunk.shape[: len(index)]) > 1:
             array = self._array(name, cached=True)

@@ -1,1 +1,1 @@
-"""What the study trains: models, sizes, the runs and what decides their settings, their price."""
+"""Trainings of the study: models, sizes, the runs and what decides their settings, their price."""

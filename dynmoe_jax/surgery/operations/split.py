@@ -113,7 +113,7 @@ class Split(NewExperts):
 
     @property
     def factor(self) -> float:
-        """What the experts' output is multiplied by."""
+        """Factor of the experts' output."""
         if self.scale != AUTO:
             return self.scale
         return self.num_experts / self.k if self.partition.makes_up else 1.0
@@ -128,7 +128,7 @@ class Split(NewExperts):
         return PARTITIONS[self.by]()
 
     def wanted(self, parents):
-        """What the partition needs, of the layers that are split."""
+        """Statistics that the partition needs, of the layers that are split."""
         names, layers = self.partition.statistics, self.chosen(parents[0].model)
         names |= {_INPUTS} if self._has_controls else frozenset()
         clusters = self.num_experts if self.partition.of_clusters else 1
@@ -244,7 +244,7 @@ class Split(NewExperts):
         return Division([rest[own] for own in experts], shared)
 
     def _lost(self, kind: ExpertKind, units: Units, division: Division) -> dict[str, float]:
-        """What is lost with fewer experts than all, beside controls."""
+        """Error with fewer experts than all, beside controls."""
         given, place = units.given, Place(units.layer, "feed_forward")
         weights = {
             name: given.read(Place(units.layer, f"feed_forward.{without_experts(name)}"))

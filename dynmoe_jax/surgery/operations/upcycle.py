@@ -66,7 +66,7 @@ class Upcycle(GatedExperts):
         return self.renormalize or (self.softmax == "after" and not self.p)
 
     def factor(self) -> float:
-        """What experts are multiplied by, to make up for gates (s; arXiv 2410.07524).
+        """Factor of experts, to make up for gates (s; arXiv 2410.07524).
 
         Gates of a token that sum to one give each slice of a copy 1/G of what the copy gets; even
         probabilities give each expert 1/E, and k/G copies are chosen.
@@ -180,7 +180,7 @@ class Upcycle(GatedExperts):
         return take(values, name, "F", order[part * width : (part + 1) * width])
 
     def _factor_of(self, place, model: config.Model) -> float:
-        """What one matrix is multiplied by."""
+        """Factor of one matrix."""
         factor = self.factor()
         if self.scale == "all":
             return factor ** (1 / model.by_layer[place.layer].model.moe.expert_kind.degree)

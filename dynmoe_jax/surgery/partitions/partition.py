@@ -35,7 +35,7 @@ class Units:
     matrix: InputMatrix
 
     def rows(self) -> Float[np.ndarray, "F D"]:
-        """What each unit reads the stream with."""
+        """Vectors that units read the stream with."""
         place = Place(self.layer, f"feed_forward.{self.matrix.name}")
         return self.matrix.rows(self.given.read(place))
 
