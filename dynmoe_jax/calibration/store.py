@@ -93,7 +93,7 @@ class Statistics:
 
     @classmethod
     def opened(cls, path: Path, wanted: "Statistics") -> "Statistics":
-        """Statistics that a file has of the same model and text; ``wanted``, which is empty, without a file.
+        """Statistics that a file has of the same model and text; ``wanted``, empty, without a file.
 
         Where other tokens are sampled, samples are left out.
 
