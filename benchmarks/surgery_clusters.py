@@ -13,7 +13,7 @@ import scipy.sparse
 from benchmarks.columns import columns
 from benchmarks.surgery_part import Part
 from benchmarks.timing import Mark, Ratio
-from dynmoe_jax.surgery.clusters import balanced_assignment, balanced_clusters
+from dynmoe_jax.surgery.experts.clusters import balanced_assignment, balanced_clusters
 
 UNITS, CLUSTERS, WIDTH = 5632, 16, 256
 SMALL = 704

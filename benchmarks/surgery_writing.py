@@ -15,7 +15,7 @@ def write(parent: Path, to: Path, dtype: str) -> None:
     from dynmoe_jax.runs.begun import make_folder
     from dynmoe_jax.surgery.operations.upcycle import Upcycle
     from dynmoe_jax.surgery.request import Options, Request, checked
-    from dynmoe_jax.surgery.write import write_result
+    from dynmoe_jax.surgery.storage.write import write_result
 
     operation = Upcycle(num_experts=EXPERTS, top_k=TOP_K)
     options = Options(data="python", dtype=dtype)  # nothing of it is read

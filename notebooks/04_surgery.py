@@ -60,7 +60,7 @@ from dynmoe_jax.runs.metrics_file import read_metrics
 from dynmoe_jax.surgery.operations.upcycle import Upcycle
 from dynmoe_jax.surgery.perform import perform
 from dynmoe_jax.surgery.plan import cost_of
-from dynmoe_jax.surgery.provenance import read_record
+from dynmoe_jax.surgery.report.provenance import read_record
 from dynmoe_jax.surgery.request import Options, Request, checked
 from dynmoe_jax.surgery.size import size_of
 from dynmoe_jax.training.trainer import train

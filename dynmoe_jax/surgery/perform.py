@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_jax.runs.load import opened_run
-from dynmoe_jax.surgery.measure import Measured, compare
-from dynmoe_jax.surgery.page import write_page
-from dynmoe_jax.surgery.parent import files_of
-from dynmoe_jax.surgery.provenance import write_record
-from dynmoe_jax.surgery.record import record_of
+from dynmoe_jax.surgery.measuring.measure import Measured, compare
+from dynmoe_jax.surgery.measuring.statistics import statistics_of
+from dynmoe_jax.surgery.measuring.threshold import fit_threshold
+from dynmoe_jax.surgery.report.page import write_page
+from dynmoe_jax.surgery.report.provenance import write_record
+from dynmoe_jax.surgery.report.record import record_of
+from dynmoe_jax.surgery.report.samples import samples_of
 from dynmoe_jax.surgery.request import Job, Request, checked
-from dynmoe_jax.surgery.samples import samples_of
-from dynmoe_jax.surgery.statistics import statistics_of
-from dynmoe_jax.surgery.target import written_whole
-from dynmoe_jax.surgery.threshold import fit_threshold
-from dynmoe_jax.surgery.write import write_result
+from dynmoe_jax.surgery.storage.parent import files_of
+from dynmoe_jax.surgery.storage.target import written_whole
+from dynmoe_jax.surgery.storage.write import write_result
 
 
 class BrokenPromise(Exception):

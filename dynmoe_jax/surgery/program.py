@@ -7,12 +7,13 @@ from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError
 from dynmoe_jax.runs.disk import DiskError
 from dynmoe_jax.runs.errors import CheckpointError
-from dynmoe_jax.surgery import arguments, operations, tables
+from dynmoe_jax.surgery import arguments, operations
 from dynmoe_jax.surgery.perform import BrokenPromise, perform
 from dynmoe_jax.surgery.rebuild import rebuild
 from dynmoe_jax.surgery.recipes import command
 from dynmoe_jax.surgery.recipes.recipe import Asked, planned
 from dynmoe_jax.surgery.recipes.run import run_recipe, show_steps
+from dynmoe_jax.surgery.report import tables
 from dynmoe_jax.surgery.request import checked
 
 BAD_INPUT = (CheckpointError, DataError, DiskError, BrokenPromise)

@@ -8,7 +8,7 @@ from typing import Any
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.perform import perform
-from dynmoe_jax.surgery.provenance import FILE_NAME, read_record
+from dynmoe_jax.surgery.report.provenance import FILE_NAME, read_record
 from dynmoe_jax.surgery.request import Options, Request, checked
 
 

@@ -11,10 +11,10 @@ from dynmoe_jax.calibration import Price, price
 from dynmoe_jax.calibration.pricing import check_price
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.fields import free_setting
+from dynmoe_jax.surgery.measuring.text import Source, source_of
 from dynmoe_jax.surgery.operation import OPERATIONS, Operation, Wanted
-from dynmoe_jax.surgery.parent import Parent, opened_parent
-from dynmoe_jax.surgery.target import free_place
-from dynmoe_jax.surgery.text import Source, source_of
+from dynmoe_jax.surgery.storage.parent import Parent, opened_parent
+from dynmoe_jax.surgery.storage.target import free_place
 
 AUTO, DEFAULT = -1, 2
 MOST_PARAMETERS = 3e8

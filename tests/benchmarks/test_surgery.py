@@ -12,7 +12,7 @@ from benchmarks.import_memory import resident
 from benchmarks.process import Ran, ran
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.runs.load import opened_run
-from dynmoe_jax.surgery.clusters import balanced_assignment
+from dynmoe_jax.surgery.experts.clusters import balanced_assignment
 
 
 def test_peak_is_that_of_the_program_and_not_of_who_started_it():

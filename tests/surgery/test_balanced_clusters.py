@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from dynmoe_jax.surgery.clusters import balanced_assignment, balanced_clusters
+from dynmoe_jax.surgery.experts.clusters import balanced_assignment, balanced_clusters
 
 
 @pytest.mark.parametrize(("points", "clusters", "seed"), [(24, 4, 0), (40, 8, 1), (30, 2, 2)])

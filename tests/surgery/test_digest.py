@@ -4,8 +4,8 @@ import numpy as np
 
 from dynmoe_jax.edits.places import Place
 from dynmoe_jax.edits.roles import Role
-from dynmoe_jax.surgery import digest
-from dynmoe_jax.surgery.digest import Digest
+from dynmoe_jax.surgery.storage import digest
+from dynmoe_jax.surgery.storage.digest import Digest
 
 PLACE = Place(0, "feed_forward.down_EFD", 1)
 

@@ -15,9 +15,9 @@ from dynmoe_jax.experts.kinds.relu import ReLU
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.stacks import stacks_of
+from dynmoe_jax.surgery.experts.router_fit import pairs_of
 from dynmoe_jax.surgery.operations.fit_router import FitRouter
 from dynmoe_jax.surgery.operations.split import Split
-from dynmoe_jax.surgery.router_fit import pairs_of
 from tests.close import assert_close
 from tests.in_memory_surgery import drawn, logits, result_of, settings
 

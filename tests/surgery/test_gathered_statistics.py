@@ -8,10 +8,10 @@ import pytest
 
 from dynmoe_jax.calibration import Statistics
 from dynmoe_jax.fields import ConfigError
-from dynmoe_jax.surgery import statistics
+from dynmoe_jax.surgery.experts.text_clusters import text_clusters
+from dynmoe_jax.surgery.measuring import statistics
 from dynmoe_jax.surgery.operation import Wanted
 from dynmoe_jax.surgery.request import Options, price_of
-from dynmoe_jax.surgery.text_clusters import text_clusters
 from tests.in_memory_surgery import settings
 
 NAME = "unit_magnitude"

@@ -15,7 +15,7 @@ from dynmoe_jax.runs.formatting import compact
 from dynmoe_jax.runs.load import OpenedRun
 from dynmoe_jax.runs.text import TRAINED
 from dynmoe_jax.surgery.operation import OPERATIONS
-from dynmoe_jax.surgery.target import free_place, written_whole
+from dynmoe_jax.surgery.storage.target import free_place, written_whole
 from tests.small_parent import UPDATES, main
 
 

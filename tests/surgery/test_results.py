@@ -19,9 +19,9 @@ from dynmoe_jax.interop.export_model import export_model
 from dynmoe_jax.model.parameters import active_parameters, count_parameters
 from dynmoe_jax.runs.load import load_run, opened_run
 from dynmoe_jax.runs.records import from_json
-from dynmoe_jax.surgery.parent import opened_parent
 from dynmoe_jax.surgery.perform import BrokenPromise
 from dynmoe_jax.surgery.rebuild import rebuild
+from dynmoe_jax.surgery.storage.parent import opened_parent
 from tests.small_parent import arrays_of, dense, drawn_state, main, operate, write_parent
 
 pytestmark = pytest.mark.slow

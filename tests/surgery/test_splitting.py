@@ -11,7 +11,7 @@ from dynmoe_jax.edits.roles import Role
 from dynmoe_jax.experts.kinds.kind import without_experts
 from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.registry import EXPERTS
-from dynmoe_jax.surgery.controls import Division, lost_by_division
+from dynmoe_jax.surgery.experts.controls import Division, lost_by_division
 from dynmoe_jax.surgery.operations.split import Split
 from dynmoe_jax.surgery.partitions import PARTITIONS
 from tests.close import assert_close

@@ -14,10 +14,10 @@ from dynmoe_jax.fields import ConfigError
 from dynmoe_jax.registry import PLUGIN_MODULE, load_plugin
 from dynmoe_jax.surgery import operations
 from dynmoe_jax.surgery.arguments import parse
-from dynmoe_jax.surgery.command import command_of
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.partitions import PARTITIONS
-from dynmoe_jax.surgery.tables import OPERATION_COLUMNS, operation_rows
+from dynmoe_jax.surgery.report.command import command_of
+from dynmoe_jax.surgery.report.tables import OPERATION_COLUMNS, operation_rows
 from tests.in_memory_surgery import drawn, result_of, settings
 from tests.surgery.test_surgery_page import record
 

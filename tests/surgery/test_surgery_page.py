@@ -10,9 +10,9 @@ import pytest
 from dynmoe_jax.runs.records import from_json, to_json
 from dynmoe_jax.surgery import operations
 from dynmoe_jax.surgery.arguments import parse
-from dynmoe_jax.surgery.command import command_of
 from dynmoe_jax.surgery.operation import OPERATIONS, settings_of
-from dynmoe_jax.surgery.page import write_page
+from dynmoe_jax.surgery.report.command import command_of
+from dynmoe_jax.surgery.report.page import write_page
 from dynmoe_jax.surgery.request import Options
 from tests.evaluation.report.test_report import Page
 

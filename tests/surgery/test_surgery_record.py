@@ -12,13 +12,13 @@ from dynmoe_jax import config
 from dynmoe_jax.model import parameter_shapes
 from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.records import from_json, to_json
-from dynmoe_jax.surgery.measure import entropy_of
+from dynmoe_jax.surgery.measuring.measure import entropy_of
 from dynmoe_jax.surgery.operations.upcycle import Upcycle
-from dynmoe_jax.surgery.page import FILE_NAME as PAGE
 from dynmoe_jax.surgery.perform import perform
-from dynmoe_jax.surgery.provenance import FILE_NAME as RECORD
+from dynmoe_jax.surgery.report.page import FILE_NAME as PAGE
+from dynmoe_jax.surgery.report.provenance import FILE_NAME as RECORD
+from dynmoe_jax.surgery.report.samples import left_out
 from dynmoe_jax.surgery.request import AUTO, Options, Request
-from dynmoe_jax.surgery.samples import left_out
 from dynmoe_jax.training.step import TrainState
 from tests.small_run import corpus, settings, tokenizer
 from tests.surgery.test_surgery_page import record as record_of_page

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dynmoe_jax.surgery.threshold import mean_experts, threshold_for
+from dynmoe_jax.surgery.measuring.threshold import mean_experts, threshold_for
 
 
 def test_by_hand():

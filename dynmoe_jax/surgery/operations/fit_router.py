@@ -16,10 +16,17 @@ from dynmoe_jax.edits.roles import drawn
 from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.fields import AUTO, ConfigError, free_setting
 from dynmoe_jax.routing.routers.top_k import TopK
+from dynmoe_jax.surgery.experts.router_fit import (
+    METHODS,
+    Pairs,
+    fitted,
+    largest,
+    logits_of,
+    pairs_of,
+)
+from dynmoe_jax.surgery.experts.routers import is_of_router
+from dynmoe_jax.surgery.experts.unit_rows import input_matrix
 from dynmoe_jax.surgery.operation import OPERATIONS, Given, Operation, Wanted
-from dynmoe_jax.surgery.router_fit import METHODS, Pairs, fitted, largest, logits_of, pairs_of
-from dynmoe_jax.surgery.routers import is_of_router
-from dynmoe_jax.surgery.unit_rows import input_matrix
 
 _INPUTS = "ffn_input_samples"
 _KEPT_BACK = 0.25

@@ -4,10 +4,10 @@ import dataclasses
 from typing import ClassVar
 
 from dynmoe_jax.fields import free_setting
-from dynmoe_jax.surgery.new_experts import GatedExperts, dense_place
+from dynmoe_jax.surgery.experts.new_experts import GatedExperts, dense_place
+from dynmoe_jax.surgery.experts.routers import is_of_router, new_array
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.operations.average import averaged, check_alike, weights_of
-from dynmoe_jax.surgery.routers import is_of_router, new_array
 
 
 @OPERATIONS.register("mix")

@@ -17,8 +17,10 @@ from dynmoe_jax.edits.places import Place
 from dynmoe_jax.experts.kinds.kind import ExpertKind, without_experts
 from dynmoe_jax.experts.kinds.swiglu import SwiGLU
 from dynmoe_jax.fields import AUTO, ConfigError, free_setting
-from dynmoe_jax.surgery.controls import BY_DIVISION, Division, lost_by_division
-from dynmoe_jax.surgery.new_experts import NewExperts
+from dynmoe_jax.surgery.experts.controls import BY_DIVISION, Division, lost_by_division
+from dynmoe_jax.surgery.experts.new_experts import NewExperts
+from dynmoe_jax.surgery.experts.routers import is_of_router, layer_of, new_array
+from dynmoe_jax.surgery.experts.unit_rows import WHICH, input_matrix
 from dynmoe_jax.surgery.operation import OPERATIONS, Wanted
 from dynmoe_jax.surgery.partitions import PARTITIONS, Partition, Units
 from dynmoe_jax.surgery.partitions.importance import (
@@ -27,8 +29,6 @@ from dynmoe_jax.surgery.partitions.importance import (
     most_important,
     shared_by_most,
 )
-from dynmoe_jax.surgery.routers import is_of_router, layer_of, new_array
-from dynmoe_jax.surgery.unit_rows import WHICH, input_matrix
 
 _INPUTS = "ffn_input_samples"
 

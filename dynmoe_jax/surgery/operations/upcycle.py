@@ -15,9 +15,9 @@ from dynmoe_jax import config
 from dynmoe_jax.edits.arrays import has_axis, size_of, take
 from dynmoe_jax.edits.roles import disturbed, drawn, redrawn, rescale
 from dynmoe_jax.fields import ConfigError, free_setting
-from dynmoe_jax.surgery.new_experts import GatedExperts, dense_place
+from dynmoe_jax.surgery.experts.new_experts import GatedExperts, dense_place
+from dynmoe_jax.surgery.experts.routers import is_of_router, new_array
 from dynmoe_jax.surgery.operation import OPERATIONS
-from dynmoe_jax.surgery.routers import is_of_router, new_array
 
 
 @OPERATIONS.register("upcycle")

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from dynmoe_jax.surgery.clusters import balanced_clusters
+from dynmoe_jax.surgery.experts.clusters import balanced_clusters
 from dynmoe_jax.surgery.partitions.partition import PARTITIONS, Partition
 
 _TINY = 1e-12

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dynmoe_jax.fields import ConfigError
-from dynmoe_jax.surgery.clusters import evened
+from dynmoe_jax.surgery.experts.clusters import evened
 from dynmoe_jax.surgery.partitions.partition import PARTITIONS, Partition
 
 STATISTIC = "coactivation"

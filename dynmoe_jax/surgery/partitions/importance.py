@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from dynmoe_jax.surgery.clusters import balanced_assignment
+from dynmoe_jax.surgery.experts.clusters import balanced_assignment
 from dynmoe_jax.surgery.partitions.partition import PARTITIONS, Partition, Units
 
 STATISTIC = "gradient_importance"

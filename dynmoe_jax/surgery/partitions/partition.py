@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 
 from dynmoe_jax.edits.places import Place
 from dynmoe_jax.registry import Registry
+from dynmoe_jax.surgery.experts.unit_rows import InputMatrix
 from dynmoe_jax.surgery.operation import Given
-from dynmoe_jax.surgery.unit_rows import InputMatrix
 
 PARTITIONS = Registry("partition")
 

@@ -11,10 +11,10 @@ from scipy import stats
 
 from dynmoe_jax.runs.formatting import decimals
 from dynmoe_jax.runs.records import to_json, write_atomically
-from dynmoe_jax.surgery.provenance import versions
 from dynmoe_jax.surgery.recipes.recipe import Asked, Comparison, Plan
 from dynmoe_jax.surgery.recipes.step import Place, Result
 from dynmoe_jax.surgery.recipes.steps.train import Train
+from dynmoe_jax.surgery.report.provenance import versions
 
 FILE_NAME = "recipe.json"
 CONFIDENCE = 0.95

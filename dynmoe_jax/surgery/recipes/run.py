@@ -14,12 +14,12 @@ from dynmoe_jax.jobs.workers import Job, Workers
 from dynmoe_jax.runs.disk import disk_errors, not_writable
 from dynmoe_jax.runs.formatting import compact, decimals, duration
 from dynmoe_jax.runs.lock import locked
+from dynmoe_jax.surgery.measuring.statistics import FOLDER as STATISTICS
 from dynmoe_jax.surgery.recipes.page import write_page
 from dynmoe_jax.surgery.recipes.recipe import Asked, Plan, planned
 from dynmoe_jax.surgery.recipes.record import FILE_NAME, make_record, write_record
 from dynmoe_jax.surgery.recipes.step import STEPS_FOLDER, Step
-from dynmoe_jax.surgery.statistics import FOLDER as STATISTICS
-from dynmoe_jax.surgery.target import UNFINISHED, remove_unfinished
+from dynmoe_jax.surgery.storage.target import UNFINISHED, remove_unfinished
 
 TEXT, LOGS, SECONDS = "data", "logs", "seconds.jsonl"
 WORKER = "dynmoe_jax.surgery.recipes.worker"

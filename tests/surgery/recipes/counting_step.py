@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from dynmoe_jax.surgery.recipes.step import STEPS, Price, Result, Step
-from dynmoe_jax.surgery.target import written_whole
+from dynmoe_jax.surgery.storage.target import written_whole
 
 
 @STEPS.register("count")

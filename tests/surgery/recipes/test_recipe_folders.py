@@ -7,12 +7,12 @@ import socket
 import pytest
 
 from dynmoe_jax.config import ConfigError
+from dynmoe_jax.surgery.measuring.statistics import FOLDER
 from dynmoe_jax.surgery.recipes import Export
 from dynmoe_jax.surgery.recipes.recipe import Asked, Plan
 from dynmoe_jax.surgery.recipes.run import SECONDS, _say_others, _seconds, run_recipe
 from dynmoe_jax.surgery.recipes.step import STEPS_FOLDER
-from dynmoe_jax.surgery.statistics import FOLDER
-from dynmoe_jax.surgery.target import UNFINISHED, remove_unfinished
+from dynmoe_jax.surgery.storage.target import UNFINISHED, remove_unfinished
 
 TEXT = '''"""Nothing."""
 from dynmoe_jax.surgery.recipes import Recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_jax.surgery.recipes.step import STEPS, Place, Price, Result, Step, model_of
-from dynmoe_jax.surgery.target import written_whole
+from dynmoe_jax.surgery.storage.target import written_whole
 
 SECONDS = 60.0
 """Seconds of an evaluation, whose text is as long as nobody knows before it is read."""

@@ -9,7 +9,7 @@ from dynmoe_jax import config
 from dynmoe_jax.interop.files.tensor_writer import DTYPES
 from dynmoe_jax.surgery.recipes.step import STEPS, Place, Price, Result, Step, model_of
 from dynmoe_jax.surgery.size import size_of
-from dynmoe_jax.surgery.target import written_whole
+from dynmoe_jax.surgery.storage.target import written_whole
 
 START_SECONDS, BYTES_A_SECOND = 10.0, 1e8
 """Seconds of starting, and how fast a model is written, roughly."""

@@ -10,9 +10,6 @@ from typing import Any
 from dynmoe_jax import config
 from dynmoe_jax.fields import check_value, idle_settings
 from dynmoe_jax.surgery.operation import OPERATIONS, Operation
-from dynmoe_jax.surgery.page import FILE_NAME as PAGE
-from dynmoe_jax.surgery.parent import opened_parent
-from dynmoe_jax.surgery.provenance import read_record
 from dynmoe_jax.surgery.recipes.step import (
     STEPS,
     Place,
@@ -22,8 +19,11 @@ from dynmoe_jax.surgery.recipes.step import (
     files_of,
     model_of,
 )
+from dynmoe_jax.surgery.report.page import FILE_NAME as PAGE
+from dynmoe_jax.surgery.report.provenance import read_record
 from dynmoe_jax.surgery.request import Options, Request, check_count
 from dynmoe_jax.surgery.size import size_of
+from dynmoe_jax.surgery.storage.parent import opened_parent
 
 START_SECONDS, BYTES_A_SECOND = 25.0, 5e7
 """Seconds of starting, measuring and drawing a page, and how fast arrays are made, roughly."""

@@ -17,10 +17,10 @@ from dynmoe_jax.evaluation.report.parts import (
 from dynmoe_jax.evaluation.report.theme import Canvas, figure_style
 from dynmoe_jax.runs.formatting import MISSING, compact, decimals, duration, percent
 from dynmoe_jax.runs.records import write_atomically
-from dynmoe_jax.surgery.command import command_of, settings_told, text_of
-from dynmoe_jax.surgery.figures import choices_picture, domain_pictures, layer_pictures
 from dynmoe_jax.surgery.operation import OPERATIONS
-from dynmoe_jax.surgery.starving import (
+from dynmoe_jax.surgery.report.command import command_of, settings_told, text_of
+from dynmoe_jax.surgery.report.figures import choices_picture, domain_pictures, layer_pictures
+from dynmoe_jax.surgery.report.starving import (
     STARVING,
     Given,
     calibrated_by_expert,

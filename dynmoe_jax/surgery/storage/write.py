@@ -16,10 +16,10 @@ from dynmoe_jax.edits.roles import Role
 from dynmoe_jax.model.components import RouterState
 from dynmoe_jax.runs.checkpoint import IMPORTED, Checkpoints
 from dynmoe_jax.runs.saving.streamed import Index, StreamedArray
-from dynmoe_jax.surgery.digest import Digest
 from dynmoe_jax.surgery.operation import Given, Operation
-from dynmoe_jax.surgery.parent import Parent
-from dynmoe_jax.surgery.stopping import Stopping
+from dynmoe_jax.surgery.storage.digest import Digest
+from dynmoe_jax.surgery.storage.parent import Parent
+from dynmoe_jax.surgery.storage.stopping import Stopping
 
 STEP = 0
 """A result has done no step of training of its own."""

@@ -17,7 +17,7 @@ from dynmoe_jax.data import (
     is_prepared,
     prepare,
 )
-from dynmoe_jax.surgery.parent import Parent
+from dynmoe_jax.surgery.storage.parent import Parent
 
 TOKENS_AT_ONCE = 2048
 """Tokens of a batch, or one sequence."""

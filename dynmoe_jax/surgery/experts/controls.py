@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from dynmoe_jax.experts.kinds.kind import ExpertKind, without_experts
 from dynmoe_jax.mesh.axes import axes_of
-from dynmoe_jax.surgery.router_fit import largest
+from dynmoe_jax.surgery.experts.router_fit import largest
 
 BY_DIVISION = ("these experts", "random units", "units by size")
 """Names of the division that was made, and of its controls."""

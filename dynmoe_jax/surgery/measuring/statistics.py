@@ -19,9 +19,9 @@ from dynmoe_jax import config
 from dynmoe_jax.calibration import STATISTICS, Statistics, gather
 from dynmoe_jax.data import Batch
 from dynmoe_jax.fields import ConfigError
+from dynmoe_jax.surgery.experts.text_clusters import text_clusters
+from dynmoe_jax.surgery.measuring.text import Text
 from dynmoe_jax.surgery.request import Job
-from dynmoe_jax.surgery.text import Text
-from dynmoe_jax.surgery.text_clusters import text_clusters
 
 FOLDER = "calibration"
 """Name of the folder of such files, beside the result: nothing is written into a parent's."""

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe_jax import config
-from dynmoe_jax.surgery.measure import Measured, Routed
+from dynmoe_jax.surgery.measuring.measure import Measured, Routed
 from dynmoe_jax.surgery.operation import settings_of
-from dynmoe_jax.surgery.parent import Parent
-from dynmoe_jax.surgery.provenance import versions
+from dynmoe_jax.surgery.report.provenance import versions
 from dynmoe_jax.surgery.request import Job
 from dynmoe_jax.surgery.size import Size, size_of
-from dynmoe_jax.surgery.write import Digests
+from dynmoe_jax.surgery.storage.parent import Parent
+from dynmoe_jax.surgery.storage.write import Digests
 
 
 def record_of(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from dynmoe_jax.data import Batch
 from dynmoe_jax.fields import ConfigError
-from dynmoe_jax.surgery.clusters import balanced_clusters
+from dynmoe_jax.surgery.experts.clusters import balanced_clusters
 
 
 def text_clusters(

@@ -21,8 +21,8 @@ from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.components import RouterState
 from dynmoe_jax.runs.checkpoint import FOLDER
 from dynmoe_jax.runs.load import OpenedRun, opened_run
-from dynmoe_jax.surgery.digest import Digest
-from dynmoe_jax.surgery.provenance import FILE_NAME, read_record
+from dynmoe_jax.surgery.report.provenance import FILE_NAME, read_record
+from dynmoe_jax.surgery.storage.digest import Digest
 
 _KEPT_ARRAYS = 8
 """Arrays that are kept after they were read: experts are made of one feed-forward, one after

@@ -11,9 +11,9 @@ from dynmoe_jax.inference.sampling import Sampling
 from dynmoe_jax.inference.writer import Writer, Written
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.runs.load import OpenedRun
+from dynmoe_jax.surgery.measuring.text import Text
 from dynmoe_jax.surgery.request import AUTO, DEFAULT, MOST_PARAMETERS, Job
 from dynmoe_jax.surgery.size import size_of
-from dynmoe_jax.surgery.text import Text
 
 _PROMPT_TOKENS, _TOKENS = 24, 40
 

@@ -1,0 +1,1 @@
+"""Making of experts out of dense feed-forwards: units, clusters, routers, controls."""

@@ -1,0 +1,1 @@
+"""Text of a result, statistics gathered of it, and both models measured on it."""

@@ -1,0 +1,1 @@
+"""Page, terminal tables and record of a result."""

@@ -1,0 +1,1 @@
+"""Models on disk: parents that are read, and the result that is written."""
