@@ -96,7 +96,7 @@ class Job:
       cfg: settings of the result.
       source: of the text that both are measured on.
       tokenizer: which all models share.
-      history: of the first model, see :attr:`.parent.Parent.history`.
+      history: of the first model, see :attr:`.storage.parent.Parent.history`.
       moments: whether moments are carried over.
       promise: see :meth:`.operation.Operation.promise`; None where parameters are rounded.
       wanted: statistics of the first parent.
