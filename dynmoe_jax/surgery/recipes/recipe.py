@@ -127,6 +127,11 @@ def planned(asked: Asked) -> Plan:
         for recipe in recipes:
             _check_recipe(asked.file, recipe)
         steps = _closure(step for recipe in recipes for step in recipe.every_step)
+    if len({len(recipe.compared) for recipe in recipes}) > 1:
+        raise config.ConfigError(
+            f"--recipe={asked.file} compares more from one seed than from another; give the same "
+            "comparisons for all."
+        )
     _check_names(asked.file, recipes)
     _check(asked.file, steps.values())
     return Plan(about.splitlines()[0].rstrip("."), about, recipes, steps)

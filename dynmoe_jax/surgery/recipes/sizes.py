@@ -9,8 +9,7 @@ from dynmoe_jax import config
 
 def tiny() -> config.Config:
     """Two narrow layers and a few steps: for tests."""
-    return dataclasses.replace(
-        config.Config(),
+    return config.Config(
         model=config.Model(
             num_layers=2,
             width=32,
@@ -35,8 +34,7 @@ def tiny() -> config.Config:
 
 def laptop() -> config.Config:
     """Four layers of width 192, half a million tokens: minutes on two cores."""
-    return dataclasses.replace(
-        config.Config(),
+    return config.Config(
         model=config.Model(
             num_layers=4,
             width=192,

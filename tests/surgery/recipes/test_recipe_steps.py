@@ -285,6 +285,20 @@ def test_help_needs_no_recipe(capsys):
     assert "--seeds" in capsys.readouterr().out
 
 
+def test_comparisons_are_the_same_from_all_seeds(tmp_path):
+    file = tmp_path / "recipe.py"
+    file.write_text(
+        '"""One more from the first seed."""\n'
+        "from dynmoe_jax.surgery.recipes import Comparison, Recipe, Train, sizes\n"
+        "def get_recipe(size, seed, data):\n"
+        "    one = Train('a', sizes.dense(size, seed, steps=5))\n"
+        "    two = Train('b', sizes.dense(size, seed, steps=6))\n"
+        "    return Recipe((one, two), (Comparison(one, two),) * (1 - seed))\n"
+    )
+    with pytest.raises(ConfigError, match="compares more from one seed than from another"):
+        planned(Asked(file, tmp_path, "tiny", seeds=2))
+
+
 def test_unknown_size_names_those_there_are(tmp_path):
     with pytest.raises(ConfigError, match="--size=huge must be one of laptop, tiny"):
         planned(Asked(tmp_path / "recipe.py", tmp_path, "huge"))
