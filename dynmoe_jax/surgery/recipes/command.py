@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dynmoe_jax.fields import ConfigError
+from dynmoe_jax.fields import ConfigError, nearest
 from dynmoe_jax.surgery.recipes.recipe import Asked
 from dynmoe_jax.surgery.recipes.sizes import SIZES
 
@@ -59,7 +59,11 @@ def parse(argv: Sequence[str]) -> tuple[Asked, bool]:
     beside = "steps side by side (default: %(default)s)"
     add("--processes", type=int, default=Asked.processes, metavar="N", help=beside)
     add("--plan", action="store_true", help="say which steps there are and what they cost")
-    flags = parser.parse_args(argv)
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        known = [each for action in parser._actions for each in action.option_strings]
+        raise ConfigError(f"{name} is no flag of {FLAG}; did you mean {nearest(name, known)}?")
     for name in ("seeds", "processes"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1.")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import math
 import runpy
@@ -140,7 +141,10 @@ def planned(asked: Asked) -> Plan:
 def _read(file: Path) -> tuple[Maker, str]:
     """The function that makes the recipe, and the file's docstring."""
     if not file.is_file():
-        raise config.ConfigError(f"--recipe={file} is not there; name a file, as in recipes/.")
+        near = [str(path) for path in sorted(file.parent.glob("*.py"))]
+        meant = difflib.get_close_matches(str(file), near, n=1)
+        remedy = f"did you mean --recipe={meant[0]}?" if meant else "name a file, as in recipes/."
+        raise config.ConfigError(f"--recipe={file} is not there; {remedy}")
     with _failures_of(file):
         found = runpy.run_path(str(file))
     maker, about = found.get(MAKER), inspect.cleandoc(found.get("__doc__") or "")

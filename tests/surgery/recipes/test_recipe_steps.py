@@ -270,7 +270,10 @@ def test_file_that_is_no_recipe_is_refused(tmp_path, text, sentence):
         (["--recipe"], "--recipe names no file"),
         (["--recipe=x.py", "--workdir=w", "--seeds=0"], "--seeds=0 must be at least 1"),
         (["--recipe=x.py", "--workdir=w", "--processes=0"], "--processes=0 must be at least 1"),
-        (["--recipe=x.py", "--workdir=w", "--stepz=1"], "unrecognized arguments: --stepz=1"),
+        (
+            ["--recipe=x.py", "--workdir=w", "--stepz=1"],
+            "--stepz is no flag of --recipe; did you mean --",
+        ),
     ],
 )
 def test_flags_that_cannot_be_are_refused(flags, sentence):
@@ -283,6 +286,12 @@ def test_help_needs_no_recipe(capsys):
         parse(["--recipe", "--help"])
     assert end.value.code == 0
     assert "--seeds" in capsys.readouterr().out
+
+
+def test_a_misspelt_file_is_named_beside_its_nearest(tmp_path):
+    (tmp_path / "upcycling.py").touch()
+    with pytest.raises(ConfigError, match=r"did you mean --recipe=.*upcycling\.py\?"):
+        planned(Asked(tmp_path / "upcyling.py", tmp_path, "tiny"))
 
 
 def test_comparisons_are_the_same_from_all_seeds(tmp_path):
