@@ -39,7 +39,9 @@ class Data:
     )
     domain_weights: str = run_setting(
         "",
-        "token shares by domain, e.g. 'code=2,prose=1' (0 leaves one out); empty = as it comes",
+        "token shares by domain, e.g. 'code=2,prose=1' (0 leaves one out); 'proportional:cap=3000' "
+        "mixes documents in proportion to a domain's number of them, but 3000 at most; empty = as "
+        "it comes",
     )
     seq_len: int = run_setting(2048, "tokens of one training sequence", unit="tokens", low=2)
     text_field: str = run_setting(

@@ -38,6 +38,7 @@ def shard_rows(
     shard: int,
     num_shards: int,
     window: int,
+    by_examples: bool = False,
 ) -> grain.IterDataset:
     """The endless rows of one virtual shard; every epoch has an order of its own.
 
@@ -46,21 +47,26 @@ def shard_rows(
 
     Args:
       documents: random access to the examples by domain; each with a ``text`` in UTF-8.
-      weights: share of the rows by domain; empty mixes all documents as they are.
+      weights: share of the rows by domain, or of the documents; empty mixes all documents as they
+        are.
       tokenizer: of the text.
       seq_len: tokens of one row.
       seed: of the order.
       shard: this shard, below ``num_shards``.
       num_shards: the documents are dealt out to so many shards.
       window: rows that are shuffled together; 1 leaves them in the order of the documents.
+      by_examples: whether weights are shares of the documents; a row then has several domains.
     """
 
-    def stream(domains: Sequence[str], name: str) -> grain.IterDataset:
+    def endless(domains: Sequence[str], name: str) -> grain.MapDataset:
         sources = [grain.MapDataset.source(documents[domain]) for domain in domains]
         joined = grain.MapDataset.concatenate(sources)
         # Where there are fewer documents than shards, several shards read the same document.
         dealt = joined[shard % len(joined) :: num_shards]
-        rows = pack(dealt.shuffle(_seed(seed, shard, name)).repeat(), tokenizer, seq_len)
+        return dealt.shuffle(_seed(seed, shard, name)).repeat()
+
+    def packed(examples: grain.MapDataset, name: str) -> grain.IterDataset:
+        rows = pack(examples, tokenizer, seq_len)
         if window == 1:
             return rows
         return grain.experimental.WindowShuffleIterDataset(
@@ -68,13 +74,19 @@ def shard_rows(
         )
 
     if not weights:
-        return stream(sorted(documents), "")
+        return packed(endless(sorted(documents), ""), "")
     domains = [domain for domain in sorted(documents) if weights[domain] > 0]
+    if by_examples:
+        examples = [endless([domain], domain) for domain in domains]
+        mixed = grain.MapDataset.mix(examples, [weights[domain] for domain in domains])
+        # Each shard begins the turns of the domains elsewhere.
+        begin = int(sum(weights.values())) * shard // num_shards
+        return packed(mixed[begin:], "")
     # Each shard begins its round of the domains elsewhere, so that a batch of one row from each
     # shard is a mixture too.
     turn = shard % len(domains)
     domains = domains[turn:] + domains[:turn]
-    streams = [stream([domain], domain) for domain in domains]
+    streams = [packed(endless([domain], domain), domain) for domain in domains]
     return grain.IterDataset.mix(streams, [weights[domain] for domain in domains])
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from dynmoe_jax import config
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.mixture import is_proportional, parse_cap, proportional_counts
 from dynmoe_jax.data.packing import check_weights, pack, shard_rows
 from dynmoe_jax.data.preparation.prepare import Prepared
 from dynmoe_jax.data.shards import RowsInTurn
@@ -61,14 +62,14 @@ class TrainStream:
         seed: int,
         shard_ids: Collection[int] | None = None,
     ):
-        weights = parse_weights(data.domain_weights)
-        check_weights(weights, prepared.domains)
+        by_examples = is_proportional(data.domain_weights)
+        weights = _weights(prepared, data.domain_weights, by_examples)
         self._identity = {
             "data": prepared.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
             "seq_len": data.seq_len,
-            "domain_weights": weights,
+            "domain_weights": data.domain_weights if by_examples else weights,
             "virtual_shards": data.virtual_shards,
             "shuffle_tokens": data.shuffle_tokens,
         }
@@ -83,7 +84,9 @@ class TrainStream:
         shuffled = min(data.shuffle_tokens, epoch // 16)
         window = max(1, shuffled // (data.seq_len * data.virtual_shards))
         rows_of = functools.partial(shard_rows, documents, weights, tokenizer, data.seq_len, seed)
-        shards = {number: rows_of(number, data.virtual_shards, window) for number in numbers}
+        shards = {
+            number: rows_of(number, data.virtual_shards, window, by_examples) for number in numbers
+        }
         batches = RowsInTurn(shards, data.virtual_shards).batch(rows, drop_remainder=True)
         batches = batches.map(functools.partial(_by_shard, len(shards)))
         ahead = grain.experimental.ThreadPrefetchIterDataset(
@@ -218,6 +221,16 @@ def document_batches(
     rows = pack(source, tokenizer, data.seq_len)
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     return itertools.islice(iter(rows.batch(batch_size, batch_fn=pad)), max_batches)
+
+
+def _weights(prepared: Prepared, domain_weights: str, by_examples: bool) -> dict[str, float]:
+    """Weights by domain: the user's, or the examples that each counts with."""
+    if by_examples:
+        examples = {name: amount.documents for name, amount in prepared.train.items()}
+        return dict(proportional_counts(examples, parse_cap(domain_weights)))
+    weights = parse_weights(domain_weights)
+    check_weights(weights, prepared.domains)
+    return weights
 
 
 def _by_shard(shards: int, batch: Batch) -> Batch:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dynmoe_jax import config
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.mixture import is_proportional, parse_cap
 from dynmoe_jax.data.sources.document import Broken, Document
 from dynmoe_jax.data.sources.files import read_jsonl, read_text, shown
 from dynmoe_jax.data.sources.instructions import read_instructions
@@ -131,7 +132,10 @@ def check_sources(data: config.Data) -> None:
     """
     for source in parse_sources(data.sources):
         source_identity(source)
-    parse_weights(data.domain_weights)
+    if is_proportional(data.domain_weights):
+        parse_cap(data.domain_weights)
+    else:
+        parse_weights(data.domain_weights)
     # Unlike Path's, these say no to a name that is too long, and to a home that nobody has.
     if data.tokenizer and not os.path.exists(os.path.expanduser(data.tokenizer)):
         raise DataError(
