@@ -25,6 +25,8 @@ CASES["top_p with a budget"] = ROUTERS["top_p"](experts_per_token=1.76)
 CASES["top_p with a controller"] = ROUTERS["top_p"](
     experts_per_token=1.76, budget_rule="proportional_integral", normalize_logits=True
 )
+CASES["threshold, cumulative"] = ROUTERS["threshold"](0.6, rule="cumulative")
+CASES["threshold, fixed"] = ROUTERS["threshold"](rule="fixed", k=3)
 CASES["top_p within limits"] = ROUTERS["top_p"](min_experts=2, max_experts=3)
 TOKEN_CHOICE = {
     name: router

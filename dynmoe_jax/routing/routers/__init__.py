@@ -13,6 +13,7 @@ from dynmoe_jax.routing.routers.seq_top_k import SeqTopK
 from dynmoe_jax.routing.routers.shared_null import SharedNull
 from dynmoe_jax.routing.routers.sigmoid_bias import SigmoidBias
 from dynmoe_jax.routing.routers.soft import Soft, Sphero
+from dynmoe_jax.routing.routers.threshold import Threshold
 from dynmoe_jax.routing.routers.top_any import TopAny
 from dynmoe_jax.routing.routers.top_k import TopK
 from dynmoe_jax.routing.routers.top_p import TopP, top_p_slots
@@ -33,6 +34,7 @@ __all__ = [
     "SigmoidBias",
     "Soft",
     "Sphero",
+    "Threshold",
     "TopAny",
     "TopK",
     "TopP",
