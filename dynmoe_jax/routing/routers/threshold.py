@@ -51,8 +51,8 @@ class Threshold(Router):
     )
     rule: str = free_setting(
         "largest",
-        "experts of a token: those of scores from tau times the largest on; the fewest whose scores "
-        "are tau of all; or k of the largest scores, as a control",
+        "experts of a token: those of scores from tau times the largest on; the fewest whose "
+        "scores are tau of all; or k of the largest scores, as a control",
         choices=RULES,
     )
     sense: str = free_setting(
