@@ -9,6 +9,7 @@ from typing import ClassVar
 from dynmoe_jax import fields
 from dynmoe_jax.config import rules
 from dynmoe_jax.config.model import Model
+from dynmoe_jax.config.parameter_groups import GROUPS, NOT
 from dynmoe_jax.fields import free_setting, run_setting, walk
 from dynmoe_jax.registry import LOSSES, OBJECTIVES, Registry, choice
 
@@ -121,7 +122,9 @@ class Train:
     )
     trainable: str = run_setting(
         "",
-        "regular expression that finds the dotted names of parameters to train; empty = all",
+        f"what is trained: groups, as 'router,experts' (of {', '.join(GROUPS)}), or a regular "
+        f"expression that finds dotted names of parameters; behind {NOT!r} stands what is not; "
+        "empty = all",
     )
     init_from: str = run_setting(
         "",

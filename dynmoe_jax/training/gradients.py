@@ -43,7 +43,7 @@ def make_gradients(
     parts = cfg.train.microbatches
 
     def gradients(params, batch, coefficients, key=None):
-        trained, rest = split_trainable(params, cfg.train.trainable)
+        trained, rest = split_trainable(params, cfg)
 
         def sums(trained, part) -> BatchSums:
             decoder = nnx.merge(structure, nnx.merge_state(trained, rest))

@@ -22,7 +22,7 @@ from dynmoe_jax.training.loss import TrainingLoss
 from dynmoe_jax.training.objectives import Batch, Objective
 from dynmoe_jax.training.router_states import shown_states, with_next_states
 from dynmoe_jax.training.routing_losses import Controllers, RoutingLosses
-from dynmoe_jax.training.trainable import split_trainable
+from dynmoe_jax.training.trainable import split_trainable, without_frozen_changes
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +56,7 @@ def first_state(
     cfg: config.Config, optimizer: optax.GradientTransformation, params: nnx.State
 ) -> TrainState:
     """The state before the first step, around variables of a decoder that are there."""
-    trained, _ = split_trainable(params, cfg.train.trainable)
+    trained, _ = split_trainable(params, cfg)
     controllers = RoutingLosses.of(cfg, decoder_shapes(cfg.model)).initial()
     return TrainState(jnp.int32(0), params, optimizer.init(trained), controllers=controllers)
 
@@ -108,10 +108,11 @@ def make_train_step(
         grad_norm = optax.global_norm(gradients)
         update, guard = watch(state.guard, parts["loss"], grad_norm, cfg.train)
 
-        trained, rest = split_trainable(state.params, cfg.train.trainable)
+        trained, rest = split_trainable(state.params, cfg)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
         params = nnx.merge_state(optax.apply_updates(trained, updates), rest)
         params, revised = with_next_states(structure, params, [s.measured for s in sums.layers])
+        params = without_frozen_changes(params, state.params, cfg)
         if revised is not None:
             optimizer_state = _without_moments(optimizer, optimizer_state, revised, cfg)
         controllers = loss.routing.update(state.controllers, counts)
@@ -143,7 +144,7 @@ def make_train_step(
 
 def _without_moments(optimizer, optimizer_state, revised: nnx.State, cfg: config.Config):
     """The optimizer's state with zeros for the moments of the numbers that are marked."""
-    marks, _ = split_trainable(revised, cfg.train.trainable)
+    marks, _ = split_trainable(revised, cfg)
     return optax.tree_utils.tree_map_params(
         optimizer,
         lambda moment, mark: moment if mark is False else jnp.where(mark, 0, moment),
