@@ -5,7 +5,15 @@ import itertools
 from typing import Any
 
 from dynmoe_jax.fields import AUTO, ConfigError, idle_settings, shown, walk
-from dynmoe_jax.registry import EXPERTS, LINEARS, all_kinds, chosen, idle_kinds, names_in
+from dynmoe_jax.registry import (
+    EXPERTS,
+    LINEARS,
+    OBJECTIVES,
+    all_kinds,
+    chosen,
+    idle_kinds,
+    names_in,
+)
 from dynmoe_jax.routing.losses import coefficients, moves
 from dynmoe_jax.routing.router import OUTPUTS
 
@@ -25,6 +33,7 @@ def check_together(config: Any) -> None:
     _check_idle(config, "config.")
     _check_effects(config, "config.")
     _check_losses(config)
+    _check_objective(config)
     if config.data.seq_len > model.max_seq_len:
         raise ConfigError(
             f"config.data.seq_len={config.data.seq_len} must be at most "
@@ -146,6 +155,15 @@ def _check_linear(model: Any) -> None:
     # The kinds are registered by a room above this one.
     if model.linear in LINEARS and (obstacle := chosen(model, "linear").obstacle()):
         raise ConfigError(f"config.model.{model.linear}.{obstacle}.")
+
+
+def _check_objective(config: Any) -> None:
+    # Registered by a room above this one, too.
+    train = config.train
+    if train.objective in OBJECTIVES and (
+        obstacle := chosen(train, "objective").obstacle(config.model)
+    ):
+        raise ConfigError(f"config.train.objective={train.objective!r} {obstacle}.")
 
 
 PLAIN = {"attention": "xla", "moe.grouped_product": "blocks"}

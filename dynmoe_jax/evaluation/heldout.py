@@ -47,9 +47,11 @@ class Sums:
     by_token: TokenUse | None = None
 
 
-def _counts(valid_BL, output: LayerOutput) -> tuple[Array, ...]:
-    """Counts of one layer: load of each expert, tokens by number of experts; and of each token
+def _counts(valid_BL, output: LayerOutput) -> tuple[Array, ...] | None:
+    """Counts of one MoE layer: load of each expert, tokens by number of experts; and of each token
     the experts chosen, the first choice, the experts left behind the transforms."""
+    if output.moe is None:
+        return None
     routing = output.moe.routing
     histogram_K = statistics.count_histogram(routing, valid_BL.reshape(-1))
     of_token = (routing.experts_per_token_T, _first_choice(routing), output.moe.kept_T)

@@ -62,8 +62,8 @@ def groups_at_a_time(model: config.Model, groups: int, in_all: int = 0) -> int:
 
 
 Taps = Callable[[LayerOutput], Any]
-"""Picks or reduces results of an MoE layer: a tree of arrays.  Under ``jit``, what it leaves out is
-not kept."""
+"""Picks or reduces results of a layer: a tree of arrays; None: nothing of it.  Under ``jit``, what
+it leaves out is not kept."""
 
 
 def keep_record(output: LayerOutput) -> MoERecord:
@@ -79,7 +79,7 @@ class LayerGroup(nnx.Module):
         self.layers = nnx.List(Layer(of.model, of.is_moe, rngs=rngs) for of in period)
 
     def __call__(self, x_BLD, positions, taps: Taps, first: Int[Array, ""] | int, stacked=None):
-        """Returns (x_BLD, the tokens as the next group reads them, ``taps`` of every MoE layer).
+        """Returns (x_BLD, the tokens as the next group reads them, what ``taps`` picked).
 
         Args:
           x_BLD: the residual stream.
@@ -89,14 +89,13 @@ class LayerGroup(nnx.Module):
           stacked: for each MoE layer, where its experts lie among those of all groups, or None; or
             None for all.
         """
-        tapped = []
+        tapped, places = [], iter(stacked or ())
         for i, layer in enumerate(self.layers):
-            place = stacked[len(tapped)] if stacked and layer.is_moe else None
+            place = next(places, None) if layer.is_moe else None
             output = layer(x_BLD, positions.at_layer(first + i), stacked=place)
             x_BLD, positions = output.x_BLD, positions.with_previous(output.previous_BLS)
-            if layer.is_moe:
-                tapped.append(taps(output))
-        return x_BLD, positions, tapped
+            tapped.append(taps(output))
+        return x_BLD, positions, [each for each in tapped if each is not None]
 
 
 class Decoder(nnx.Module):
@@ -195,7 +194,7 @@ class Decoder(nnx.Module):
         taps: Taps,
         training: TrainingInput | None = None,
     ) -> tuple[Float[Array, "B L D"], list[Any]]:
-        """All of the decoder but the output projection, and what is asked for of its MoE layers.
+        """All of the decoder but the output projection, and what is asked for of its layers.
 
         Args:
           tokens_BL: token ids.
@@ -205,8 +204,9 @@ class Decoder(nnx.Module):
           training: inputs of layers in training.
 
         Returns:
-          the normed residual stream; results of ``taps`` in the order of :attr:`moe_layers`, each
-          with a leading axis over the layers that are computed by one program.
+          the normed residual stream; results of ``taps`` in the order of :attr:`programs`, without
+          those that are None, each with a leading axis over the layers that are computed by one
+          program.
         """
         positions = self.positions(segment_ids_BL, positions_BL, tokens_BL, training)
         x_BLD, records = self.embed(tokens_BL), []
@@ -229,11 +229,20 @@ class Decoder(nnx.Module):
     @property
     def moe_layers(self) -> list[range]:
         """Numbers of the MoE layers, those together that are computed by one program."""
+        return [numbers for numbers, is_moe in self.programs if is_moe]
+
+    @property
+    def dense_layers(self) -> list[range]:
+        """Numbers of the dense layers, likewise."""
+        return [numbers for numbers, is_moe in self.programs if not is_moe]
+
+    @property
+    def programs(self) -> list[tuple[range, bool]]:
+        """(numbers of layers that are computed by one program, whether they are MoE), in order."""
         return [
-            stack.layers_at(place)
+            (stack.layers_at(place), layer.is_moe)
             for stack in stacks_of(self.config)
             for place, layer in enumerate(stack.run.period)
-            if layer.is_moe
         ]
 
     def _scan(
@@ -243,8 +252,8 @@ class Decoder(nnx.Module):
         positions: TokenPositions,
         taps: Taps,
     ):
-        """(x_BLD behind all groups of a stack, the tokens as the next stack reads them, ``taps`` of
-        its MoE layers, stacked)."""
+        """(x_BLD behind all groups of a stack, the tokens as the next stack reads them, what
+        ``taps`` picked, stacked)."""
         groups: LayerGroup = getattr(self, stack.name)
         structure, params = nnx.split(groups)
         whole = self._stacked_experts(groups)

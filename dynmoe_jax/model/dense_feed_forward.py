@@ -4,6 +4,7 @@ Axis legend: B batch, L positions, T = B L tokens, D model width, F hidden width
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,8 +14,8 @@ from dynmoe_jax import config
 from dynmoe_jax.experts import StackedView
 from dynmoe_jax.experts.kinds.kind import matrices_in, without_experts
 from dynmoe_jax.experts.kinds.swiglu import SwiGLU
-from dynmoe_jax.experts.parallel.all_tokens import apply_to_all
-from dynmoe_jax.experts.weights import gated, swiglu
+from dynmoe_jax.experts.parallel.all_tokens import apply_to_all, hidden_of_all
+from dynmoe_jax.experts.weights import gated
 from dynmoe_jax.mesh.axes import MODEL, mesh_sizes
 from dynmoe_jax.mesh.sharding import split_columns, whole_parameter
 from dynmoe_jax.model.components import compute_dtype, drawn
@@ -52,21 +53,45 @@ class DenseFeedForward(nnx.Module):
         norm: nnx.RMSNorm,
         positions: TokenPositions,
         weights: None,
-    ) -> tuple[Float[Array, "B L D"], None]:
-        """Returns (the stream plus the feed-forward of its norm, no record of routing)."""
+    ) -> tuple[Float[Array, "B L D"], Mapping[str, Array] | None]:
+        """Returns (the stream plus the feed-forward of its norm, sums over its activations).
+
+        The sums are those that training asks for by
+        :attr:`~dynmoe_jax.model.inputs.TrainingInput.activation_sums`; None without.
+        """
         x_BLD, normed_BLD = forked(norm, x_BLD, self.plain)
-        y_TD = self(normed_BLD.reshape(-1, x_BLD.shape[-1]))
-        return x_BLD + y_TD.reshape(x_BLD.shape), None
+        normed_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
+        training = positions.training
+        if training is None or training.activation_sums is None:
+            return x_BLD + self(normed_TD).reshape(x_BLD.shape), None
+        y_TD, activation_TF = self.with_activations(normed_TD)
+        activation_BLF = activation_TF.reshape(*x_BLD.shape[:2], -1)
+        sums = training.activation_sums(activation_BLF, positions.segment_ids_BL > 0)
+        return x_BLD + y_TD.reshape(x_BLD.shape), sums
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes the function, SwiGLU by the kernels that know it."""
-        matrices = self.matrices
         if not isinstance(self.kind, SwiGLU):
             return apply_to_all(self.kind, x_TD, self._arrays())
-        if matrices.apply_themselves:
+        if self.matrices.apply_themselves:
             return self.output(self.hidden(x_TD)[1])
-        gate_up_D2F, down_FD = (matrices.whole(self, n) for n in ("gate_up_D2F", "down_FD"))
-        return swiglu_of_all(x_TD, gate_up_D2F, down_FD, self.dtype, self.plain)
+        return swiglu_of_all(x_TD, *self._swiglu_matrices(), self.dtype, self.plain)
+
+    def with_activations(
+        self, x_TD: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T F"]]:
+        """(the function, what its nonlinear function is computed of), on any mesh."""
+        if not isinstance(self.kind, SwiGLU):
+            return hidden_of_all(self.kind, x_TD, self._arrays())
+        if self.matrices.apply_themselves:
+            gate_TF, hidden_TF = self.hidden(x_TD)
+            return self.output(hidden_TF), gate_TF
+        return swiglu_and_gate(x_TD, *self._swiglu_matrices(), self.dtype, self.plain)
+
+    def _swiglu_matrices(self) -> tuple[Array, Array]:
+        """Gate and up side by side, and down, float32."""
+        gate_up_D2F, down_FD = (self.matrices.whole(self, n) for n in ("gate_up_D2F", "down_FD"))
+        return gate_up_D2F, down_FD
 
     def hidden(self, x_TD: Float[Array, "T D"]) -> tuple[Float[Array, "T F"], Float[Array, "T F"]]:
         """(activations, hidden units) on one device, see :class:`ExpertKind`, by the products that
@@ -115,9 +140,22 @@ def swiglu_of_all(
     plain: bool,
 ) -> Float[Array, "T D"]:
     """down(silu(x gate) * (x up)) of all tokens."""
+    return swiglu_and_gate(x_TD, gate_up_D2F, down_FD, dtype, plain)[0]
+
+
+def swiglu_and_gate(
+    x_TD: Float[Array, "T D"],
+    gate_up_D2F: Float[Array, "D 2*F"],
+    down_FD: Float[Array, "F D"],
+    dtype: jnp.dtype,
+    plain: bool,
+) -> tuple[Float[Array, "T D"], Float[Array, "T F"]]:
+    """(down(silu(x gate) * (x up)), x gate) of all tokens."""
     gate_up_D2F = whole_parameter("gate_up_D2F", gate_up_D2F, dtype)
     down_FD = whole_parameter("down_FD", down_FD, dtype)
     if mesh_sizes()[MODEL] == 1:
-        return times(swiglu(times(x_TD, gate_up_D2F, plain)), down_FD, plain)
+        gate_TF, up_TF = jnp.split(times(x_TD, gate_up_D2F, plain), 2, axis=-1)
+        return times(gated(gate_TF, up_TF), down_FD, plain), gate_TF
     gate_DF, up_DF = (split_columns(half) for half in jnp.split(gate_up_D2F, 2, axis=-1))
-    return gated(x_TD @ gate_DF, x_TD @ up_DF) @ down_FD
+    gate_TF = x_TD @ gate_DF
+    return gated(gate_TF, x_TD @ up_DF) @ down_FD, gate_TF

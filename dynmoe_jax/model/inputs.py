@@ -5,7 +5,7 @@ experts, and of the free ones behind them.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ class TrainingInput:
       losses: (name, routing loss) of those whose sums leave the layers.
       key: of the step, from :func:`noise_key`; None: no layer draws anything.
       row_B: rows of the sequences in the whole batch, whatever part of it this is.
+      activation_sums: (what the nonlinear function of a dense feed-forward is computed of, [B, L,
+        F], whether positions are valid, [B, L]) -> sums of each sequence by name, [B], which leave
+        such layers; None: nothing does.
       layer: number of the layer in the decoder.
     """
 
@@ -37,6 +40,9 @@ class TrainingInput:
     key: "NoiseKey | None" = None
     row_B: Int[Array, "B"] | None = None
     layer: Int[Array, ""] | int = 0
+    activation_sums: Callable[[Array, Array], Mapping[str, Array]] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     def at(self, layer: Int[Array, ""] | int) -> "TrainingInput":
         """The inputs of another layer."""

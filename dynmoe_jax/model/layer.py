@@ -7,7 +7,7 @@ Axis legend: B batch, L positions, T = B L tokens, D model width.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,6 +45,8 @@ class LayerOutput:
       moe: the record of an MoE layer; None in a dense layer.
       previous_BLS: the router logits that the layers behind may read, see
         :class:`~dynmoe_jax.model.inputs.TokenPositions`.
+      activations: sums over the activations of a dense layer, of each sequence, that training
+        asks for; else None.
     """
 
     x_BLD: Float[Array, "B L D"]
@@ -52,6 +54,7 @@ class LayerOutput:
     kv: Any
     moe: MoERecord | None
     previous_BLS: Float[Array, "B L S"] | None = None
+    activations: Mapping[str, Array] | None = None
 
     @property
     def routing(self) -> Routing | None:
@@ -99,10 +102,11 @@ class Layer(nnx.Module):
         weights = self.feed_forward.weights(stacked)
         projected_BLD, heads = self.attention.project(self.attention_norm, x_BLD)
         attended_BLD, kv, weights = in_transfer_order(attend, heads, weights)
-        x_BLD, record = self.feed_forward.added_to(
+        x_BLD, found = self.feed_forward.added_to(
             attended_BLD, self.feed_forward_norm, positions, weights
         )
-        if record:
-            routing = record.routing
-            positions = positions.behind(routing.logits_TE, routing.num_experts)
-        return LayerOutput(x_BLD, attended_BLD, kv, record, positions.previous_BLS)
+        if not self.is_moe:
+            return LayerOutput(x_BLD, attended_BLD, kv, None, positions.previous_BLS, found)
+        routing = found.routing
+        positions = positions.behind(routing.logits_TE, routing.num_experts)
+        return LayerOutput(x_BLD, attended_BLD, kv, found, positions.previous_BLS)

@@ -6,7 +6,7 @@ Axis legend: B batch, L positions, N MoE layers, E experts, n layers computed by
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from dynmoe_jax import config
 from dynmoe_jax.model import Decoder
 from dynmoe_jax.model.inputs import NoiseKey, TrainingInput
 from dynmoe_jax.model.layer import LayerOutput
-from dynmoe_jax.model.output import LayerSums
+from dynmoe_jax.model.output import LayerSums, in_layer_order
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.routing.controllers import LayerCounts
 from dynmoe_jax.training.objectives import Batch, Objective
@@ -43,8 +43,20 @@ class BatchSums:
     dropped: list[Int[Array, "n"]]
 
 
-def _sums_of_layer(output: LayerOutput) -> tuple[LayerSums, Int[Array, ""]]:
-    return output.moe.sums, output.moe.dropped
+def _sums_of_layer(
+    output: LayerOutput,
+) -> tuple[LayerSums, Int[Array, ""]] | Mapping[str, Array] | None:
+    """(sums, pairs dropped) of an MoE layer; sums over activations of a dense one, if any."""
+    return output.activations if output.moe is None else (output.moe.sums, output.moe.dropped)
+
+
+def _of_sequences(
+    parts: Sequence[Mapping[str, Array]], layers: Sequence[Sequence[int]]
+) -> Mapping[str, Float[Array, "N"]]:
+    """Sums over activations of all dense layers in their order, those of sequences added up."""
+    if not parts:
+        return {}
+    return jax.tree.map(lambda x_NB: jnp.sum(x_NB, axis=1), in_layer_order(parts, layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +100,17 @@ class TrainingLoss:
             batch["segment_ids"],
             batch["positions"],
             _sums_of_layer,
-            TrainingInput(self.routing.losses, key, rows_B),
+            TrainingInput(
+                self.routing.losses, key, rows_B, activation_sums=self.objective.activation_sums
+            ),
         )
+        dense = [found for found in tapped if isinstance(found, Mapping)]
+        tapped = [found for found in tapped if isinstance(found, tuple)]
         return BatchSums(
-            objective=self.objective.sums(decoder, x_BLD, batch, self.settings),
+            objective={
+                **self.objective.sums(decoder, x_BLD, batch, self.settings),
+                **_of_sequences(dense, decoder.dense_layers),
+            },
             tokens=jnp.sum(valid(batch), dtype=jnp.float32),
             # Axes are layers, devices, and those of each sum.
             layers=jax.tree.map(lambda x: jnp.sum(x, axis=1), [sums for sums, _ in tapped]),

@@ -1,6 +1,6 @@
 """Objectives of training, one file each; importing the room registers them."""
 
-from dynmoe_jax.training.objectives import language_model, response_only
+from dynmoe_jax.training.objectives import language_model, response_only, sparsify
 from dynmoe_jax.training.objectives.objective import Batch, Objective
 
-__all__ = ["Batch", "Objective", "language_model", "response_only"]
+__all__ = ["Batch", "Objective", "language_model", "response_only", "sparsify"]

@@ -4,8 +4,8 @@ Axis legend: B batch, L positions.
 """
 
 import abc
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Bool, Float
 
@@ -22,12 +22,21 @@ class Objective(abc.ABC):
     """An objective: a frozen dataclass whose fields are its settings.
 
     Attributes:
+      activation_sums: None, or a method (what the nonlinear functions of a dense feed-forward are
+        computed of, [B, L, F], whether positions are valid, [B, L]) -> sums over the positions of
+        each sequence, [B], by a name that ends in ``_N``.  Those of all dense layers are given to
+        :meth:`value` with the others, [N].
       additive: whether the value of a batch is the mean of those of its microbatches, weighted by
         their sums of :meth:`loss_weights`.  If not, the gradient sees the sums of the whole batch
         first.
     """
 
+    activation_sums: ClassVar[Callable[[Any, Array, Array], Mapping[str, Array]] | None] = None
     additive: ClassVar[bool] = True
+
+    def obstacle(self, model: config.Model) -> str | None:
+        """Says why a model cannot be trained so: "SETTING=VALUE must …"."""
+        return None
 
     def prepared(self, tokenizer: Tokenizer) -> "Objective":
         """The objective with what it has to know of the tokenizer.
