@@ -9,11 +9,12 @@ within each segment).
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import grain
 import numpy as np
 
+from dynmoe_jax.data.chat import responses
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.tokenizers.api import Tokenizer
 
@@ -21,12 +22,22 @@ from dynmoe_jax.data.tokenizers.api import Tokenizer
 _IN_THIS_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-def pack(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int) -> grain.IterDataset:
-    """Rows of the documents in their order; only the last row of a finite stream has padding."""
-    pairs = documents.map(functools.partial(_pairs, tokenizer)).to_iter_dataset(_IN_THIS_THREAD)
-    lengths = {"tokens": seq_len, "targets": seq_len}
+def pack(
+    documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int, arrays: Collection[str] = ()
+) -> grain.IterDataset:
+    """Rows of the documents in their order; only the last row of a finite stream has padding.
+
+    Args:
+      documents: with a ``text`` in UTF-8.
+      tokenizer: of the text.
+      seq_len: tokens of one row.
+      arrays: that a row has besides; ``responses`` says of targets whether they belong to one.
+    """
+    make = functools.partial(_pairs, tokenizer, responses.NAME in arrays)
+    pairs = documents.map(make).to_iter_dataset(_IN_THIS_THREAD)
+    lengths = dict.fromkeys(("tokens", "targets", *arrays), seq_len)
     packed = grain.experimental.ConcatThenSplitIterDataset(pairs, length_struct=lengths)
-    return packed.map(_row)
+    return packed.map(functools.partial(_row, arrays))
 
 
 def shard_rows(
@@ -39,6 +50,7 @@ def shard_rows(
     num_shards: int,
     window: int,
     by_examples: bool = False,
+    arrays: Collection[str] = (),
 ) -> grain.IterDataset:
     """The endless rows of one virtual shard; every epoch has an order of its own.
 
@@ -56,6 +68,7 @@ def shard_rows(
       num_shards: the documents are dealt out to so many shards.
       window: rows that are shuffled together; 1 leaves them in the order of the documents.
       by_examples: whether weights are shares of the documents; a row then has several domains.
+      arrays: see :func:`pack`.
     """
 
     def endless(domains: Sequence[str], name: str) -> grain.MapDataset:
@@ -66,7 +79,7 @@ def shard_rows(
         return dealt.shuffle(_seed(seed, shard, name)).repeat()
 
     def packed(examples: grain.MapDataset, name: str) -> grain.IterDataset:
-        rows = pack(examples, tokenizer, seq_len)
+        rows = pack(examples, tokenizer, seq_len, arrays)
         if window == 1:
             return rows
         return grain.experimental.WindowShuffleIterDataset(
@@ -107,17 +120,22 @@ def check_weights(weights: Mapping[str, float], domains: Sequence[str]) -> None:
         )
 
 
-def _pairs(tokenizer: Tokenizer, example: Mapping) -> dict[str, np.ndarray]:
+def _pairs(tokenizer: Tokenizer, with_responses: bool, example: Mapping) -> dict[str, np.ndarray]:
+    text = example["text"].decode()
     try:
-        text = tokenizer.encode(example["text"].decode())
+        inner = tokenizer.encode(text)
     except DataError as error:
         raise DataError(f"{example['origin'].decode()}: {error}") from error
-    ids = np.concatenate([[tokenizer.bos_id], text, [tokenizer.eos_id]]).astype(np.int32)
-    return {"tokens": ids[:-1], "targets": ids[1:]}
+    ids = np.concatenate([[tokenizer.bos_id], inner, [tokenizer.eos_id]]).astype(np.int32)
+    pairs = {"tokens": ids[:-1], "targets": ids[1:]}
+    if with_responses:
+        kinds = responses.kinds_of_targets(example, text, inner, tokenizer.encode)
+        pairs[responses.NAME] = kinds
+    return pairs
 
 
-def _row(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
+def _row(arrays: Collection[str], packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: packed[name] for name in arrays} | {
         "tokens": packed["tokens"],
         "targets": packed["targets"],
         "segment_ids": packed["tokens_segment_ids"],

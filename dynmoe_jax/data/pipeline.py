@@ -46,6 +46,7 @@ class TrainStream:
       seed: of the order.
       shard_ids: the virtual shards to read here; None for all of them.  A reader of some gets
         their rows only: batches of ``batch_size * len(shard_ids) / virtual_shards`` rows.
+      arrays: that a batch has besides :data:`BATCH_ARRAYS`, as an objective needs them.
 
     Raises:
       DataError: the domain weights don't fit the data, or the batch cannot be divided among the
@@ -61,6 +62,7 @@ class TrainStream:
         batch_size: int,
         seed: int,
         shard_ids: Collection[int] | None = None,
+        arrays: Collection[str] = (),
     ):
         by_examples = is_proportional(data.domain_weights)
         weights = _weights(prepared, data.domain_weights, by_examples)
@@ -84,9 +86,8 @@ class TrainStream:
         shuffled = min(data.shuffle_tokens, epoch // 16)
         window = max(1, shuffled // (data.seq_len * data.virtual_shards))
         rows_of = functools.partial(shard_rows, documents, weights, tokenizer, data.seq_len, seed)
-        shards = {
-            number: rows_of(number, data.virtual_shards, window, by_examples) for number in numbers
-        }
+        kind = {"by_examples": by_examples, "arrays": tuple(arrays)}
+        shards = {n: rows_of(n, data.virtual_shards, window, **kind) for n in numbers}
         batches = RowsInTurn(shards, data.virtual_shards).batch(rows, drop_remainder=True)
         batches = batches.map(functools.partial(_by_shard, len(shards)))
         ahead = grain.experimental.ThreadPrefetchIterDataset(

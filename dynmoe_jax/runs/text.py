@@ -21,6 +21,8 @@ from dynmoe_jax.data import (
     remove_tokenizer,
     train_tokenizer,
 )
+from dynmoe_jax.data.chat.template import template_of
+from dynmoe_jax.data.preparation.prepare import source_fingerprint
 from dynmoe_jax.data.tokenizers.vocabulary import token_text
 from dynmoe_jax.runs.disk import is_seen
 
@@ -88,9 +90,15 @@ def _make_text(
             f"config.data.directory={str(directory)!r} cannot be written ({error.strerror}); "
             "name another folder."
         ) from error
-    if position is not None:
-        check_unchanged(cfg.data, directory, position["data"])
-    prepared = prepare(cfg.data, directory)
+    named = open_tokenizer(cfg.data.tokenizer) if position is None and cfg.data.tokenizer else None
+    if position is None:
+        template = named and template_of(named)
+    else:
+        # A run that was begun with a template has it with its tokenizer.
+        began_with = source_fingerprint(cfg.data) != position["data"] and find_tokenizer(workdir)
+        template = template_of(kept_tokenizer(workdir)) if began_with else None
+        check_unchanged(cfg.data, directory, position["data"], template)
+    prepared = prepare(cfg.data, directory, template)
     if not any(len(prepared.open_heldout(domain)) for domain in prepared.domains):
         raise DataError(
             f"config.data.sources={cfg.data.sources!r} gives no two different documents, so none "
@@ -98,8 +106,8 @@ def _make_text(
         )
     if position is not None:
         return prepared, load_tokenizer(workdir, position)
-    if cfg.data.tokenizer:
-        tokenizer = open_tokenizer(cfg.data.tokenizer)
+    if named is not None:
+        tokenizer = named
         _check_vocabulary(tokenizer, cfg)
         remove_tokenizer(workdir)
         tokenizer.save(workdir / tokenizer.name_in_run)

@@ -18,6 +18,7 @@ from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.console import warn
 from dynmoe_jax.data import Batch, Prepared, Tokenizer, TrainStream, merge_states, shards_of_rows
+from dynmoe_jax.registry import chosen
 
 
 class Feed:
@@ -43,7 +44,8 @@ class Feed:
         self._sharding, self._shape = sharding, (size, cfg.data.seq_len)
         shards = shards_of_rows(rows_here(sharding, self._shape), size, count)
         self._rows = np.arange(size) if len(shards) == count else _rows_of(shards, size // count)
-        self.stream = TrainStream(prepared, tokenizer, cfg.data, size, cfg.seed, shards)
+        more = chosen(cfg.train, "objective").arrays
+        self.stream = TrainStream(prepared, tokenizer, cfg.data, size, cfg.seed, shards, more)
         if position is not None:
             self.stream.set_state(position)
         read = agreement.gather(len(self._rows))

@@ -106,4 +106,5 @@ def _shardings(shapes: TrainState) -> TrainState:
 def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:
     shape = (cfg.train.batch_size, cfg.data.seq_len)
     array_BL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    return dict.fromkeys(BATCH_ARRAYS, array_BL)
+    more = chosen(cfg.train, "objective").arrays
+    return dict.fromkeys((*BATCH_ARRAYS, *more), array_BL)

@@ -12,6 +12,7 @@ from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console, stage
+from dynmoe_jax.data.chat.template import ChatTemplate
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.preparation.abandoned import own_name, remove_abandoned
 from dynmoe_jax.data.preparation.builder import (
@@ -24,11 +25,19 @@ from dynmoe_jax.data.preparation.builder import (
 from dynmoe_jax.data.preparation.split import Sides, hold_out, keep_within
 from dynmoe_jax.data.preparation.spool import Entry, Spool
 from dynmoe_jax.data.sources.document import Broken
-from dynmoe_jax.data.sources.registry import parse_sources, read_documents, source_identity
+from dynmoe_jax.data.sources.registry import (
+    CONVERSATIONS,
+    parse_sources,
+    read_documents,
+    source_identity,
+)
 
 # Raised when the same settings would give other documents than before.
 _FORMAT = 1
 _SUMMARY = "summary.json"
+TEMPLATE = "chat_template"
+"""Name of the template's digest in the summary."""
+
 _UNFINISHED = "unfinished-"
 _BROKEN_PRINTED = 10
 _BROKEN_LISTED = 1000
@@ -128,17 +137,18 @@ def _in_parts(examples: Sequence[dict]) -> Iterator[str]:
             yield text[start : start + _SAMPLED_CHARACTERS]
 
 
-def prepare(data: config.Data, directory: Path) -> Prepared:
+def prepare(data: config.Data, directory: Path, template: ChatTemplate | None = None) -> Prepared:
     """Reads the sources and writes the dataset, or reuses a complete preparation of the same.
 
     Args:
       data: the settings.
       directory: where preparations are kept, each in a folder named by its fingerprint.
+      template: of conversations, the tokenizer's; None: marks stand before their turns.
 
     Raises:
       DataError: a source cannot be read, too much of it is broken, or no document is left.
     """
-    fingerprint = source_fingerprint(data)
+    fingerprint = source_fingerprint(data, template)
     final = directory / fingerprint[:16]
     if (final / _SUMMARY).is_file():
         console.print(f"Reusing the data prepared in {final}", markup=False)
@@ -149,7 +159,7 @@ def prepare(data: config.Data, directory: Path) -> Prepared:
     unfinished = directory / own_name(_UNFINISHED)
     unfinished.mkdir()
     try:
-        _prepare_in(unfinished, data, fingerprint)
+        _prepare_in(unfinished, data, template, fingerprint)
         try:
             unfinished.rename(final)
         except OSError:  # another process finished the same preparation in the meantime
@@ -160,10 +170,12 @@ def prepare(data: config.Data, directory: Path) -> Prepared:
     return Prepared(final)
 
 
-def _prepare_in(directory: Path, data: config.Data, fingerprint: str) -> None:
+def _prepare_in(
+    directory: Path, data: config.Data, template: ChatTemplate | None, fingerprint: str
+) -> None:
     spool_path = directory / "spool"
     with Spool(spool_path) as spool:
-        broken = _read_into(spool, data)
+        broken = _read_into(spool, data, template)
         sides = _choose(spool, data)
         names = slugs(sides)
         splits = {}
@@ -176,7 +188,7 @@ def _prepare_in(directory: Path, data: config.Data, fingerprint: str) -> None:
     spool_path.unlink()
     summary = {
         "fingerprint": fingerprint,
-        "settings": settings_of(data),
+        "settings": settings_of(data, template),
         "dataset": dataset.relative_to(directory).as_posix(),
         "domains": names,
         "train": {name: _amount(side.train) for name, side in sides.items()},
@@ -223,11 +235,11 @@ def _content(splits: Mapping[str, Sequence[Entry]]) -> str:
     return digest.hexdigest()
 
 
-def _read_into(spool: Spool, data: config.Data) -> BrokenReport:
+def _read_into(spool: Spool, data: config.Data, template: ChatTemplate | None) -> BrokenReport:
     """Spools all documents and prints what is broken."""
     lost, examples = 0, []
     with stage("Reading documents", unit="documents") as progress:
-        for item in read_documents(data):
+        for item in read_documents(data, template):
             if isinstance(item, Broken):
                 lost += item.records
                 if len(examples) < _BROKEN_LISTED:
@@ -276,11 +288,14 @@ def _amount(entries: list[Entry]) -> dict[str, int]:
     return dataclasses.asdict(Amount(len(entries), sum(entry.size for entry in entries)))
 
 
-def settings_of(data: config.Data) -> dict:
-    """The settings that influence which documents there are."""
+def settings_of(data: config.Data, template: ChatTemplate | None = None) -> dict:
+    """The settings that influence which documents there are, and the template if one is used."""
     names = ("text_field", "domain_field", "max_megabytes", "heldout_fraction")
     identities = [source_identity(source) for source in parse_sources(data.sources)]
-    return {"sources": identities, **{name: getattr(data, name) for name in names}}
+    found = {"sources": identities, **{name: getattr(data, name) for name in names}}
+    if template is not None and any(each["kind"] in CONVERSATIONS for each in identities):
+        found[TEMPLATE] = template.digest
+    return found
 
 
 def is_prepared(data: config.Data, directory: Path) -> bool:
@@ -292,8 +307,8 @@ def is_prepared(data: config.Data, directory: Path) -> bool:
     return (directory / source_fingerprint(data)[:16] / _SUMMARY).is_file()
 
 
-def source_fingerprint(data: config.Data) -> str:
+def source_fingerprint(data: config.Data, template: ChatTemplate | None = None) -> str:
     """Fingerprint of everything that determines the documents; cheap, reads only the ends of
     files."""
-    content = json.dumps([_FORMAT, settings_of(data)], sort_keys=True)
+    content = json.dumps([_FORMAT, settings_of(data, template)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

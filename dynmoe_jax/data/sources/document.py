@@ -10,11 +10,14 @@ class Document(NamedTuple):
       text: never empty, free of NULs and lone surrogates.
       domain: the kind of text it is, e.g. ``"code"``.
       origin: where it came from: ``"FILE:LINE"``, a file, or ``"DATASET:INDEX"``.
+      responses: places of responses in the text of a conversation, as
+        :func:`dynmoe_jax.data.chat.conversation.write_spans` writes them.
     """
 
     text: str
     domain: str
     origin: str
+    responses: str = ""
 
 
 class Broken(NamedTuple):

@@ -2,51 +2,61 @@
 
 The forms that people have: ``prompt`` (or ``instruction``, with an optional ``input``, or
 ``question``) and ``response`` (or ``completion``, ``output``, ``answer``); ``messages`` of ``role``
-and ``content``; ``conversations`` of ``from`` and ``value``.  A document is its turns, each behind
-the mark of who speaks, so that the objective ``response_only`` finds the responses.
+and ``content``; ``conversations`` of ``from`` and ``value``.  A document is the conversation in
+the tokenizer's chat template, or its turns, each behind the mark of who speaks; it knows where its
+responses are, so that the objective ``response_only`` finds them.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dynmoe_jax.data.chat.conversation import ASSISTANT, MARKS, marked, write_spans
+from dynmoe_jax.data.chat.template import ChatTemplate, TemplateFailure
 from dynmoe_jax.data.sources.document import Broken, Document, checked, field
 from dynmoe_jax.data.sources.files import json_lines, shown, stem
-
-MARKS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-"""Text before each turn, by who speaks."""
 
 _PROMPTS = ("prompt", "instruction", "question")
 _RESPONSES = ("response", "completion", "output", "answer")
 _TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-_SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
+_SPEAKERS = {"human": "user", "gpt": ASSISTANT, "model": ASSISTANT}
 
 
-def read_instructions(path: Path, domain_field: str) -> Iterator[Document | Broken]:
-    """One document a line; the file's name stands in for a missing domain."""
+def read_instructions(
+    path: Path, domain_field: str, template: ChatTemplate | None = None
+) -> Iterator[Document | Broken]:
+    """One document a line; the file's name stands in for a missing domain.
+
+    Args:
+      path: of the file.
+      domain_field: field with the domain.
+      template: of the tokenizer; None for marks.
+    """
     for number, value in json_lines(path):
         if isinstance(value, Broken):
             yield value
             continue
         origin = f"{shown(path)}:{number}"
-        turns = _turns(value)
+        turns = turns_of(value)
         if isinstance(turns, str):
             yield Broken(origin, turns)
+            continue
+        try:
+            said = marked(turns) if template is None else template.conversation(turns)
+        except TemplateFailure as error:
+            yield Broken(origin, str(error))
             continue
         try:
             domain = field(value, domain_field)
         except KeyError:
             domain = None
-        item = checked(as_text(turns), domain, origin, stem(path))
+        item = checked(said.text, domain, origin, stem(path))
+        if isinstance(item, Document):
+            item = item._replace(responses=write_spans(said.responses))
         if item is not None:
             yield item
 
 
-def as_text(turns: list[tuple[str, str]]) -> str:
-    """The text of turns, each (who speaks, what)."""
-    return "\n".join(f"{MARKS[speaker]}\n{said.strip()}" for speaker, said in turns)
-
-
-def _turns(record: object) -> list[tuple[str, str]] | str:
+def turns_of(record: object) -> list[tuple[str, str]] | str:
     """The turns of a record, or what is wrong with it."""
     if not isinstance(record, Mapping):
         return f"a JSON {type(record).__name__}, not an object"
@@ -69,7 +79,7 @@ def _turns(record: object) -> list[tuple[str, str]] | str:
         prompt = f"{prompt.strip()}\n\n{more.strip()}"
     system = record.get("system")
     before = [("system", system)] if isinstance(system, str) and system.strip() else []
-    return [*before, ("user", prompt), ("assistant", response)]
+    return [*before, ("user", prompt), (ASSISTANT, response)]
 
 
 def _of_messages(messages: object, name: str, speaker: str, said: str) -> list | str:
@@ -84,6 +94,6 @@ def _of_messages(messages: object, name: str, speaker: str, said: str) -> list |
         if not isinstance(who, str) or who not in MARKS:
             return f"a message of {name} is by {who!r}, not by {', '.join(MARKS)}"
         turns.append((who, message[said]))
-    if not any(who == "assistant" and text.strip() for who, text in turns):
+    if not any(who == ASSISTANT and text.strip() for who, text in turns):
         return f"{name} has no response"
     return turns

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynmoe_jax import config
+from dynmoe_jax.data.chat.template import ChatTemplate
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.mixture import is_proportional, parse_cap
 from dynmoe_jax.data.sources.document import Broken, Document
@@ -27,6 +28,9 @@ _ARGUMENTS = {
     "parquet": "GLOB",
     "tfds": "NAME",
 }
+CONVERSATIONS = ("instructions",)
+"""Kinds whose documents are conversations, which a chat template gives their form."""
+
 _END_BYTES = 1 << 16
 # Beyond, a domain would not come up in any run; Grain scales weights up to whole numbers.
 _LIGHTEST, _HEAVIEST = 1e-6, 1e6
@@ -167,8 +171,15 @@ def _file_identity(path: Path) -> list:
     return [shown(path.name), size, hashlib.sha256(ends).hexdigest()]
 
 
-def read_documents(data: config.Data) -> Iterator[Document | Broken]:
-    """Yields the documents of all sources, and what is broken in them, in a fixed order."""
+def read_documents(
+    data: config.Data, template: ChatTemplate | None = None
+) -> Iterator[Document | Broken]:
+    """Yields the documents of all sources, and what is broken in them, in a fixed order.
+
+    Args:
+      data: the settings.
+      template: of conversations; None: marks stand before their turns.
+    """
     cap_bytes = data.max_megabytes * 1e6 or math.inf
     fields = (data.text_field, data.domain_field)
     for source in parse_sources(data.sources):
@@ -182,6 +193,6 @@ def read_documents(data: config.Data) -> Iterator[Document | Broken]:
             elif source.kind == "jsonl":
                 yield from read_jsonl(path, *fields)
             elif source.kind == "instructions":
-                yield from read_instructions(path, data.domain_field)
+                yield from read_instructions(path, data.domain_field, template)
             else:
                 yield from read_parquet(path, *fields)

@@ -3,9 +3,9 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tokenizers
@@ -17,6 +17,7 @@ from dynmoe_jax.data.tokenizers.hf_files import (
     MAIN,
     SETTINGS,
     SPECIAL,
+    TEMPLATE,
     contents,
     holds_tokenizer,
     library_errors,
@@ -43,6 +44,8 @@ class HfTokenizer:
 
     Attributes:
       files: contents of its files, by name.
+      chat_template: of conversations, and the texts of named tokens that it may use; None where the
+        folder has none.
     """
 
     name_in_run: ClassVar[str] = "tokenizer"
@@ -70,6 +73,7 @@ class HfTokenizer:
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
         self.end_ids = end_ids(eos, files.get(GENERATION))
+        self.chat_template = _chat_template(files, settings, names_of(tokens))
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {n: token.content for n, token in added.items() if token.special}
         with library_errors(f"the post-processor of {MAIN} fails"):
@@ -143,6 +147,21 @@ class HfTokenizer:
     def with_ends(self, ends: Sequence[int]) -> "HfTokenizer":
         """The same with these ``end_ids``, besides EOS."""
         return HfTokenizer(self.files | {GENERATION: generation_content(ends)})
+
+
+def _chat_template(
+    files: dict[str, bytes], settings: Mapping[str, Any], names: dict[str, str]
+) -> tuple[str, dict[str, str]] | None:
+    """The template for conversations without tools, where several have names, with the tokens."""
+    source = settings.get("chat_template")
+    if isinstance(source, list):
+        named = {
+            each.get("name"): each.get("template") for each in source if isinstance(each, dict)
+        }
+        source = named.get("default")
+    if TEMPLATE in files:
+        source = files[TEMPLATE].decode(errors="replace")
+    return (source, names) if isinstance(source, str) else None
 
 
 def _token_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:

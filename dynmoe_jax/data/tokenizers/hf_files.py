@@ -13,7 +13,8 @@ from dynmoe_jax.data.tokenizers.endings import GENERATION
 
 MAIN, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED, MODEL, CONFIG = "added_tokens.json", "tokenizer.model", "config.json"
-TRAVELING = ("chat_template.jinja", GENERATION)
+TEMPLATE = "chat_template.jinja"
+TRAVELING = (TEMPLATE, GENERATION)
 FILES = (MAIN, SETTINGS, SPECIAL, ADDED, "vocab.json", "merges.txt", MODEL, *TRAVELING)
 """Files that travel with a tokenizer, as far as they are there."""
 LARGEST_ID = 2**24

@@ -98,7 +98,8 @@ def _load(folder: Path) -> tuple[config.Config, TrainState, Batch]:
         optimizer = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
         state = jax.eval_shape(lambda key: init_state(cfg, optimizer, key), jax.random.key(0))
         array_BL = jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len), jnp.int32)
-        like = {"state": state, "batch": dict.fromkeys(BATCH_ARRAYS, array_BL)}
+        arrays = (*BATCH_ARRAYS, *chosen(cfg.train, "objective").arrays)
+        like = {"state": state, "batch": dict.fromkeys(arrays, array_BL)}
         shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
         with ocp.StandardCheckpointer() as reader:
             arrays = reader.restore((folder / ARRAYS).absolute(), jax.tree.map(shaped, like))

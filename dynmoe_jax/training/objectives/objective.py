@@ -29,10 +29,13 @@ class Objective(abc.ABC):
       additive: whether the value of a batch is the mean of those of its microbatches, weighted by
         their sums of :meth:`loss_weights`.  If not, the gradient sees the sums of the whole batch
         first.
+      arrays: int32 [B, L] that a batch has for it besides those of every batch, if training text
+        is read; ``responses`` of :mod:`dynmoe_jax.data.chat.responses` is one.
     """
 
     activation_sums: ClassVar[Callable[[Any, Array, Array], Mapping[str, Array]] | None] = None
     additive: ClassVar[bool] = True
+    arrays: ClassVar[tuple[str, ...]] = ()
 
     def obstacle(self, model: config.Model) -> str | None:
         """Says why a model cannot be trained so: "SETTING=VALUE must …"."""

@@ -6,6 +6,7 @@ Axis legend: B batch, L positions.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data.chat import responses
 from dynmoe_jax.fields import run_setting
 from dynmoe_jax.registry import OBJECTIVES
 from dynmoe_jax.training.objectives.language_model import LanguageModel
@@ -22,16 +24,20 @@ from dynmoe_jax.training.objectives.objective import Batch, valid
 @OBJECTIVES.register("response_only")
 @dataclasses.dataclass(frozen=True)
 class ResponseOnly(LanguageModel):
-    """Mean cross entropy of the tokens behind a mark, up to another one, in each document.
+    """Mean cross entropy of the tokens of responses.
 
-    The second mark is learned with the response, so that the model learns to end.  A document
-    without the first mark has no response.
+    Documents of the source ``instructions`` know where their responses are.  In those of other
+    sources a response stands behind a mark, up to another one, which is learned with it, so that
+    the model learns to end; without the first mark there is none.
     """
 
+    arrays: ClassVar[tuple[str, ...]] = (responses.NAME,)
+
     begin: str = run_setting(
-        "<|assistant|>", "text of a document, behind which a response begins; best a special token"
+        "<|assistant|>",
+        "text behind which a response begins, in documents that are no instructions",
     )
-    end: str = run_setting("", "text that ends a response; empty = the end of the document")
+    end: str = run_setting("", "text that ends such a response; empty = the end of the document")
 
     def prepared(self, tokenizer: Tokenizer) -> "ResponseOnly":
         """The objective with the marks as ids.
@@ -63,6 +69,9 @@ class ResponseOnly(LanguageModel):
         begun_BL = _latest(_ends_here(tokens_BL, begin, first_BL), position_L)
         ended_BL = _latest(_ends_here(tokens_BL, end, first_BL), position_L)
         inside_BL = (begun_BL >= first_BL) & (begun_BL > ended_BL)
+        if (kind_BL := batch.get(responses.NAME)) is not None:
+            told_BL = kind_BL == responses.LEARNED
+            inside_BL = jnp.where(kind_BL == responses.UNKNOWN, inside_BL, told_BL)
         return (inside_BL & valid(batch)).astype(jnp.float32)
 
 
