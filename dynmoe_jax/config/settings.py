@@ -36,7 +36,7 @@ class Data:
     sources: str = free_setting(
         "python",
         "comma-separated: python, text:GLOB, jsonl:GLOB, instructions:GLOB, parquet:GLOB, "
-        "tfds:NAME",
+        "tfds:NAME, tasks:PART (instructions made on the spot)",
     )
     domain_weights: str = run_setting(
         "",

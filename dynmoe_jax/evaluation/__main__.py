@@ -3,6 +3,7 @@
     python -m dynmoe_jax.evaluation --workdir=runs/mine \\
         --tasks=piqa,hellaswag,arc_easy,commonsense_qa,bbh --data_dir=items
     python -m dynmoe_jax.evaluation --workdir=runs/mine --perplexity='text:notes/*.md'
+    python -m dynmoe_jax.evaluation --workdir=runs/mine --instructions='instructions:own/*.jsonl'
     python -m dynmoe_jax.evaluation --workdir=runs/mine --routing
 
 Tasks need the extra: pip install 'dynmoe_jax[eval]'.  Results are in WORKDIR/evaluation, unless
@@ -26,9 +27,10 @@ from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code, free_settings
 from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import DataError, Tokenizer, for_rows
+from dynmoe_jax.data.chat.template import template_of
 from dynmoe_jax.data.sources.registry import check_sources, read_documents
 from dynmoe_jax.data.tokenizers.endings import ends_of
-from dynmoe_jax.evaluation import perplexity
+from dynmoe_jax.evaluation import perplexity, responses
 from dynmoe_jax.evaluation.harness import answers
 from dynmoe_jax.evaluation.routing.analyze import analyze, packed, read_by_domain
 from dynmoe_jax.evaluation.routing.page import print_analysis, write_analysis
@@ -72,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="items of each task, or documents of each domain, at the most")
     add("--num_fewshot", type=int, help="examples before each question; a task's own by default")
     add("--perplexity", default="", metavar="SOURCES", help="as config.data.sources")
+    shown = "score responses of conversations, such as instructions:GLOB"
+    add("--instructions", default="", metavar="SOURCES", help=shown)
     add(
         "--routing",
         nargs="?",
@@ -130,11 +134,11 @@ def evaluate(asked: argparse.Namespace) -> int:
     tasks = _check(asked, names)
     with opened_run(asked.workdir, best=asked.best, settings=asked.settings) as run:
         cfg, imported = run.config, run.imported
-        if cfg.model.looks_ahead and (names or asked.perplexity):
+        if cfg.model.looks_ahead and (names or asked.perplexity or asked.instructions):
             raise config.ConfigError(cfg.model.looks_ahead)
         if asked.routing:
             _routing(asked, run)
-        if not names and not asked.perplexity:
+        if not names and not asked.perplexity and not asked.instructions:
             return 0
         tokenizer = for_rows(run.tokenizer(), cfg.model.vocab_size)
         decoder = without_budget(run.decoder())
@@ -151,6 +155,8 @@ def evaluate(asked: argparse.Namespace) -> int:
     with compiled_programs_kept(cfg.train, asked.workdir), disk_errors(folder):
         if asked.perplexity:
             _perplexity(asked, cfg, scorer, tokenizer, kept, folder, window, stride)
+        if asked.instructions:
+            _instructions(asked, cfg, scorer, tokenizer, kept, folder)
         if tasks:
             _tasks(asked, tasks, decoder, scorer, tokenizer, kept, folder)
     kept.close()
@@ -234,10 +240,12 @@ def _check(asked: argparse.Namespace, names: list[str]) -> dict:
         value, least = getattr(asked, name), 0 if name == "num_fewshot" else 1
         if value is not None and value < least:
             raise config.ConfigError(f"--{name}={value} must be at least {least}.")
-    if not names and not asked.perplexity and not asked.routing:
+    if not (names or asked.perplexity or asked.routing or asked.instructions):
         raise config.ConfigError(
-            "There is nothing to evaluate; name --tasks, --perplexity or --routing."
+            "There is nothing to evaluate; name --tasks, --perplexity, --instructions or --routing."
         )
+    if asked.instructions:
+        check_sources(config.Data(sources=asked.instructions))
     if asked.routing and asked.routing != HELD_OUT:
         check_sources(config.Data(sources=asked.routing))
     if asked.perplexity:
@@ -271,6 +279,18 @@ def _perplexity(asked, cfg, scorer, tokenizer, kept, folder, window, stride) -> 
     path = folder / perplexity.FILE_NAME
     record = {"sources": asked.perplexity, "settings": asked.settings}
     record |= perplexity.to_record(found, window, stride)
+    write_atomically(path, to_json(record, indent=2) + "\n")
+    console.print(f" results   {path}", soft_wrap=True, markup=False)
+
+
+def _instructions(asked, cfg, scorer, tokenizer, kept, folder) -> None:
+    data = _sources(asked.instructions, cfg)
+    documents = read_documents(data, template_of(tokenizer))
+    found = responses.measure(documents, scorer, tokenizer, kept, limit=asked.limit)
+    record = {"sources": asked.instructions, "settings": asked.settings}
+    record |= responses.to_record(found)
+    responses.print_scores(found)
+    path = folder / responses.FILE_NAME
     write_atomically(path, to_json(record, indent=2) + "\n")
     console.print(f" results   {path}", soft_wrap=True, markup=False)
 

@@ -3,19 +3,23 @@
     python -m dynmoe_jax.inference --workdir=runs/quickstart --prompt="def main("
     python -m dynmoe_jax.inference --workdir=runs/quickstart --prompts_file=FILE --json=FILE
     python -m dynmoe_jax.inference --workdir=runs/quickstart --show-experts
+    python -m dynmoe_jax.inference --workdir=runs/instructed --chat --prompt="What is your name?"
 
 Without a prompt, on a terminal, it asks for one after another: Ctrl-C ends a text, Ctrl-D the
 program.
 """
 
 import contextlib
+import dataclasses
 import sys
 
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.console import console, stage, warn
 from dynmoe_jax.data import DataError
+from dynmoe_jax.data.chat.conversation import ASSISTANT
 from dynmoe_jax.inference.arguments import Arguments, parse
+from dynmoe_jax.inference.chat import Chat
 from dynmoe_jax.inference.effort import Scale, legend, print_effort
 from dynmoe_jax.inference.records import as_record
 from dynmoe_jax.inference.writer import Writer, Written
@@ -35,18 +39,25 @@ def main() -> int:
             cfg, decoder, tokenizer = load_run(
                 asked.workdir, best=asked.best, settings=asked.settings
             )
+        chat = Chat(tokenizer, asked.system) if asked.chat else None
+        begin_with_bos = asked.begin_with_bos
+        if chat is not None and begin_with_bos is None:
+            begin_with_bos = chat.begins_with_bos
         writer = Writer(
             decoder,
             tokenizer,
             asked.sampling,
-            asked.stops,
-            begin_with_bos=asked.begin_with_bos,
+            (*asked.stops, *(chat.stops if chat else ())),
+            begin_with_bos=begin_with_bos,
         )
+        if chat is not None and asked.prompts is not None:
+            prompts = [chat.prompt([("user", prompt)]) for prompt in asked.prompts]
+            asked = dataclasses.replace(asked, prompts=prompts)
         if asked.show_experts and not cfg.model.num_moe_layers:
             warn("--show-experts has nothing to show: the model is dense.")
         with compiled_programs_kept(cfg.train, asked.workdir):
             if asked.prompts is None:
-                _converse(writer, asked)
+                _converse(writer, asked, chat)
             else:
                 _write_all(writer, asked)
         return 0
@@ -98,13 +109,16 @@ def _show(texts: list[list[Written]], asked: Arguments) -> None:
     console.print()
 
 
-def _streamed(writer: Writer, prompt: str, asked: Arguments) -> list[Written]:
-    """Continues one prompt, which is shown as it grows."""
+def _streamed(
+    writer: Writer, prompt: str, asked: Arguments, show_prompt: bool = True
+) -> list[Written]:
+    """Continues one prompt; the text is shown as it grows."""
 
     def show(text: str) -> None:
         console.print(printable(text), end="", markup=False, soft_wrap=True)
 
-    console.print(printable(prompt), style="bold", end="", markup=False, soft_wrap=True)
+    if show_prompt:
+        console.print(printable(prompt), style="bold", end="", markup=False, soft_wrap=True)
     texts = writer.write([prompt], on_text=show)[0]
     console.print("\n")
     scale = Scale.of(texts)
@@ -115,15 +129,23 @@ def _streamed(writer: Writer, prompt: str, asked: Arguments) -> list[Written]:
     return texts
 
 
-def _converse(writer: Writer, asked: Arguments) -> None:
-    """Continues what is typed, until there is no more."""
+def _converse(writer: Writer, asked: Arguments, chat: Chat | None) -> None:
+    """Continues or answers what is typed, until there is no more."""
+    said: list[tuple[str, str]] = []
     with contextlib.suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  (arrow keys and history, for input)
-    console.print("Type the beginning of a text. Ctrl-C ends a text, Ctrl-D the program.")
+    what = "the beginning of a text" if chat is None else "what you want to say"
+    console.print(f"Type {what}. Ctrl-C ends a text, Ctrl-D the program.")
     while True:
         try:
             # Not console.input: readline has to know of the prompt, or it deletes it.
-            _streamed(writer, input("> "), asked)
+            typed = input("> ")
+            if chat is None:
+                _streamed(writer, typed, asked)
+            else:
+                asks = [*said, ("user", typed)]
+                (answer,) = _streamed(writer, chat.prompt(asks), asked, show_prompt=False)
+                said = [*asks, (ASSISTANT, answer.text)]
             _print_speed(writer)
         except EOFError:
             console.print()

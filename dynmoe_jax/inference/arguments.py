@@ -34,6 +34,8 @@ class Arguments:
       best: take the checkpoint with the lowest held-out loss.
       prompts: texts to continue; None to ask for them.
       sampling: how tokens are drawn.
+      chat: prompts are what a user says, in the form of conversations that the model was taught.
+      system: what stands before every conversation.
       stops: strings that end a text.
       num_samples: texts for each prompt.
       batch_size: prompts computed together.
@@ -48,6 +50,8 @@ class Arguments:
     best: bool
     prompts: list[str] | None
     sampling: Sampling
+    chat: bool
+    system: str
     stops: tuple[str, ...]
     num_samples: int
     batch_size: int
@@ -100,6 +104,9 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
         )
     if not prompts and flags.json:
         raise ConfigError(f"--json={flags.json} needs --prompt or --prompts_file.")
+    if flags.system and not flags.chat:
+        raise ConfigError(f"--system='{shown(flags.system)}' has no effect without --chat; add it.")
+    check_text(flags.system, f"--system='{shown(flags.system)}'")
     if (flags.stream or not prompts) and flags.num_samples > 1:
         raise ConfigError(
             f"--num_samples={flags.num_samples} does not go with a text that is shown as it grows; "
@@ -111,6 +118,8 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
         best=flags.best,
         prompts=prompts or None,
         sampling=sampling,
+        chat=flags.chat,
+        system=flags.system,
         stops=tuple(flags.stop),
         num_samples=flags.num_samples,
         batch_size=flags.batch_size,
@@ -144,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     text = parser.add_argument_group("what to continue").add_argument
     text("--prompt", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
     text("--prompts_file", metavar="FILE", help="a prompt on each line; or .jsonl[.gz|.zst]")
+    text("--chat", action="store_true", help="prompts are said by a user; the model answers")
+    text("--system", default="", metavar="TEXT", help="stands before conversations of --chat")
     text("--num_samples", type=int, default=1, metavar="N", help="texts for each prompt (1)")
     text("--batch_size", type=int, default=8, metavar="N", help="prompts computed together (8)")
     shown = "put BOS before a prompt; by default as the tokenizer says"

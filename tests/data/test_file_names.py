@@ -37,10 +37,10 @@ def test_a_name_that_is_not_utf_8_is_told_by_its_bytes(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["three"]}), sink)
     (tmp_path / f"{NOT_UTF_8}.parquet").write_bytes(sink.getvalue())
     (item,) = read(f"jsonl:{tmp_path}/*.jsonl")
-    assert item == ("one", "caf\\xe9", f"{tmp_path}/caf\\xe9.jsonl:1")
+    assert item[:3] == ("one", "caf\\xe9", f"{tmp_path}/caf\\xe9.jsonl:1")
     assert read(f"text:{tmp_path}/{NOT_UTF_8}.txt")[0].origin == f"{tmp_path}/caf\\xe9.txt"
     (item,) = read(f"parquet:{tmp_path}/*.parquet")
-    assert item == ("three", "caf\\xe9", f"{tmp_path}/caf\\xe9.parquet:1")
+    assert item[:3] == ("three", "caf\\xe9", f"{tmp_path}/caf\\xe9.parquet:1")
     assert read(f"parquet:{tmp_path}/*.broken")[0].origin == f"{tmp_path}/caf\\xe9.broken:1"
 
 

@@ -10,8 +10,9 @@ responses are, so that the objective ``response_only`` finds them.
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dynmoe_jax.data.chat.conversation import ASSISTANT, MARKS, marked, write_spans
+from dynmoe_jax.data.chat.conversation import ASSISTANT, MARKS, Turns, marked, write_spans
 from dynmoe_jax.data.chat.template import ChatTemplate, TemplateFailure
+from dynmoe_jax.data.sources import tasks
 from dynmoe_jax.data.sources.document import Broken, Document, checked, field
 from dynmoe_jax.data.sources.files import json_lines, shown, stem
 
@@ -41,19 +42,43 @@ def read_instructions(
             yield Broken(origin, turns)
             continue
         try:
-            said = marked(turns) if template is None else template.conversation(turns)
-        except TemplateFailure as error:
-            yield Broken(origin, str(error))
-            continue
-        try:
             domain = field(value, domain_field)
         except KeyError:
             domain = None
-        item = checked(said.text, domain, origin, stem(path))
-        if isinstance(item, Document):
-            item = item._replace(responses=write_spans(said.responses))
+        item = _document(turns, template, domain, origin, stem(path))
         if item is not None:
             yield item
+
+
+def read_tasks(part: str, template: ChatTemplate | None = None) -> Iterator[Document | Broken]:
+    """Documents of tasks that are made on the spot, by domain of the task.
+
+    Args:
+      part: see :data:`.tasks.PARTS`.
+      template: of the tokenizer; None for marks.
+    """
+    if part == tasks.FACTS:
+        for number, text in enumerate(tasks.paragraphs()):
+            yield Document(text, part, f"tasks:{part}:{number}")
+        return
+    for number, (name, turns) in enumerate(tasks.conversations(part)):
+        item = _document(turns, template, name, f"tasks:{part}:{number}", name)
+        if item is not None:
+            yield item
+
+
+def _document(
+    turns: Turns, template: ChatTemplate | None, domain: object, origin: str, stand_in: str
+) -> Document | Broken | None:
+    """A conversation as a document; Broken where the template does not take it."""
+    try:
+        said = marked(turns) if template is None else template.conversation(turns)
+    except TemplateFailure as error:
+        return Broken(origin, str(error))
+    item = checked(said.text, domain, origin, stand_in)
+    if isinstance(item, Document):
+        return item._replace(responses=write_spans(said.responses))
+    return item
 
 
 def turns_of(record: object) -> list[tuple[str, str]] | str:

@@ -15,20 +15,22 @@ from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.mixture import is_proportional, parse_cap
 from dynmoe_jax.data.sources.document import Broken, Document
 from dynmoe_jax.data.sources.files import read_jsonl, read_text, shown
-from dynmoe_jax.data.sources.instructions import read_instructions
+from dynmoe_jax.data.sources.instructions import read_instructions, read_tasks
 from dynmoe_jax.data.sources.parquet import read_parquet
 from dynmoe_jax.data.sources.python import read_python
+from dynmoe_jax.data.sources.tasks import PARTS
 from dynmoe_jax.data.sources.tfds import read_tfds, tfds_identity
 
-KINDS = ("python", "text", "jsonl", "instructions", "parquet", "tfds")
+KINDS = ("python", "text", "jsonl", "instructions", "tasks", "parquet", "tfds")
 _ARGUMENTS = {
     "text": "GLOB",
     "jsonl": "GLOB",
     "instructions": "GLOB",
+    "tasks": "PART",
     "parquet": "GLOB",
     "tfds": "NAME",
 }
-CONVERSATIONS = ("instructions",)
+CONVERSATIONS = ("instructions", "tasks")
 """Kinds whose documents are conversations, which a chat template gives their form."""
 
 _END_BYTES = 1 << 16
@@ -69,6 +71,10 @@ def _parse_source(entry: str) -> Source:
         raise DataError(f"config.data.sources holds {entry!r}; write it as {wanted!r}.")
     if kind not in _ARGUMENTS and colon:
         raise DataError(f"config.data.sources holds {entry!r}; write it as {kind!r}.")
+    if kind == "tasks" and argument not in PARTS:
+        raise DataError(
+            f"config.data.sources holds {entry!r}; the parts of tasks are {', '.join(PARTS)}."
+        )
     return Source(kind, argument)
 
 
@@ -112,7 +118,7 @@ def source_files(source: Source) -> list[Path]:
     Raises:
       DataError: the glob matches nothing.
     """
-    if source.kind in ("python", "tfds"):
+    if source.kind in ("python", "tasks", "tfds"):
         return []
     named = os.path.expanduser(source.argument)
     matches = glob.glob(named, recursive=True)
@@ -157,6 +163,8 @@ def source_identity(source: Source) -> dict:
     more, so that a package installed in the middle of a run does not change the run's data.
     """
     identity: dict = {"kind": source.kind, "files": [*map(_file_identity, source_files(source))]}
+    if source.kind == "tasks":
+        identity["part"] = source.argument
     if source.kind == "tfds":
         identity["dataset"] = tfds_identity(source.argument)
     return identity
@@ -185,6 +193,8 @@ def read_documents(
     for source in parse_sources(data.sources):
         if source.kind == "python":
             yield from read_python(cap_bytes)
+        elif source.kind == "tasks":
+            yield from read_tasks(source.argument, template)
         elif source.kind == "tfds":
             yield from read_tfds(source.argument, *fields)
         for path in source_files(source):

@@ -30,6 +30,7 @@ def write_page(workdir: Path, record: Mapping[str, Any]) -> Path:
         f'<p class="lead">{escaped(_lead(record))}</p>',
         _comparisons(record),
         figures_of(pictures),
+        _responses(record),
         _steps(record),
         _samples(record["steps"]),
         _how(record),
@@ -111,6 +112,27 @@ def _by_domain(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     said = "By domain; less is better. First seed."
     said += f" {left_out} more domains are in recipe.json." if left_out > 0 else ""
     return canvas.picture(figure, "Which text?", said)
+
+
+def _responses(record: Mapping[str, Any]) -> str:
+    """Share of responses matched exactly by each evaluation, over seeds, by task."""
+    scores: dict[str, list[Mapping[str, float]]] = {}
+    for step in record["steps"]:
+        if step["exact"]:
+            scores.setdefault(step["name"], []).append(step["exact"])
+    if not scores:
+        return ""
+    tasks = list(dict.fromkeys(task for found in scores.values() for one in found for task in one))
+    rows = [
+        [_words(name), *(_percent([one[task] for one in found if task in one]) for task in tasks)]
+        for name, found in scores.items()
+    ]
+    table = table_of(["evaluation", *map(_words, tasks)], rows, range(1, len(tasks) + 1))
+    return f'<h2>Responses matched exactly</h2>{table}<p class="soft">Percent; mean over seeds.</p>'
+
+
+def _percent(shares: Sequence[float]) -> str:
+    return f"{100 * sum(shares) / len(shares):.1f}" if shares else MISSING
 
 
 def _steps(record: Mapping[str, Any]) -> str:

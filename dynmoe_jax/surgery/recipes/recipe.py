@@ -26,10 +26,13 @@ class Comparison:
     Attributes:
       model: the step of the one.
       than: the step of the other.
+      by: what is compared: held-out bits per byte (``bits``), or the share of responses that an
+        evaluation of instructions found matched exactly (``exact``).
     """
 
     model: Step
     than: Step
+    by: str = "bits"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _comparisons(plan: Plan, results: Mapping[str, Result]) -> list[dict[str, An
 
 def _comparison(plan: Plan, seeds: list[Comparison], results) -> dict[str, Any]:
     first = seeds[0]
-    pairs = [(results[c.model.key].bits_per_byte, results[c.than.key].bits_per_byte) for c in seeds]
+    pairs = [(_figure(results[c.model.key], c), _figure(results[c.than.key], c)) for c in seeds]
     differences = np.array([mine - other for mine, other in pairs])
     half = math.nan
     if len(differences) > 1:
@@ -126,24 +126,43 @@ def _comparison(plan: Plan, seeds: list[Comparison], results) -> dict[str, Any]:
     return {
         "model": first.model.name,
         "than": first.than.name,
+        "by": first.by,
         "difference": mean,
         "half": half,
-        "better": int((differences < 0).sum()),
+        "better": _better(first, differences),
         "seeds": len(pairs),
         "flops": flops,
         "sentence": _sentence(first, mean, half, differences, flops),
     }
 
 
+def _figure(result: Result, comparison: Comparison) -> float:
+    """The figure that is compared."""
+    if comparison.by == "exact":
+        return result.exact.get("all", math.nan)
+    return result.bits_per_byte
+
+
+def _better(comparison: Comparison, differences) -> int:
+    """Seeds from which the model is better: less bits, more exact responses."""
+    sign = -1 if comparison.by == "exact" else 1
+    return int((sign * differences < 0).sum())
+
+
 def _sentence(first: Comparison, mean: float, half: float, differences, flops) -> str:
     name, other = (step.name.replace("_", " ") for step in (first.model, first.than))
     if not math.isfinite(mean):
-        return f"{name} and {other} do not both have bits per byte."
+        missing = "scores of responses" if first.by == "exact" else "bits per byte"
+        return f"{name} and {other} do not both have {missing}."
     word = "less" if mean < 0 else "more"
     said = f"{name} has {decimals(abs(mean), 4)} bits per byte {word} than {other}"
+    if first.by == "exact":
+        said = (
+            f"{name} matches a share of {decimals(abs(mean), 4)} of responses {word} than {other}"
+        )
     if math.isfinite(half):
         low, high = mean - half, mean + half
-        better = int((differences < 0).sum())
+        better = _better(first, differences)
         said += (
             f" ({decimals(low, 4)} to {decimals(high, 4)}, {100 * CONFIDENCE:g} %; better from "
             f"{better} of {len(differences)} seeds)"

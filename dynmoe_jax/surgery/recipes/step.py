@@ -58,6 +58,7 @@ class Result:
       sample: what the model writes, after its prompt.
       page: file of its own page, relative to its folder.
       note: a line for people.
+      exact: share of responses to instructions that are matched exactly, by task; ``all`` of them.
     """
 
     bits_per_byte: float = float("nan")
@@ -70,6 +71,7 @@ class Result:
     sample: tuple[str, str] | None = None
     page: str = ""
     note: str = ""
+    exact: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,3 +34,16 @@ def test_bars_of_many_domains_are_as_many_as_can_be_read(domains, shown, said):
     figure, caption = page._by_domain(record, Kept())
     assert len(figure.axes[0].get_yticklabels()) == shown
     assert ("70 more domains" in caption) == said
+
+
+def test_responses_are_shown_by_task_over_seeds():
+    steps = [
+        {"name": "one", "seed": "0", "exact": {"all": 0.5, "sums": 1.0}},
+        {"name": "one", "seed": "1", "exact": {"all": 0.25, "sums": 0.5}},
+        {"name": "other", "seed": "", "exact": {}},
+    ]
+    shown = page._responses({"steps": steps})
+    assert "37.5" in shown
+    assert "75.0" in shown
+    assert "other" not in shown
+    assert page._responses({"steps": steps[2:]}) == ""

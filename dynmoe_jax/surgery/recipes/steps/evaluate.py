@@ -1,12 +1,16 @@
 """Step of a recipe: an evaluation of the model of another step."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dynmoe_jax.surgery.recipes.step import STEPS, Place, Price, Result, Step, model_of
 from dynmoe_jax.surgery.storage.target import written_whole
+
+INSTRUCTIONS = "instructions.json"
+"""File with the scores of responses."""
 
 SECONDS = 60.0
 """Seconds of an evaluation, whose text is as long as nobody knows before it is read."""
@@ -55,7 +59,13 @@ class Evaluate(Step):
             return evaluate(parsed([*job["arguments"], f"--output={unfinished}"]))
 
     def result(self, folder: Path) -> Result:
-        """Files that it wrote."""
+        """Files that it wrote, and scores of responses."""
         pages = sorted(folder.glob("*.html"))
         files = ", ".join(sorted(path.name for path in folder.iterdir()))
-        return Result(page=pages[0].name if pages else "", note=files)
+        page = pages[0].name if pages else ""
+        if not (folder / INSTRUCTIONS).exists():
+            return Result(page=page, note=files)
+        found = json.loads((folder / INSTRUCTIONS).read_text(encoding="utf-8"))
+        scores = {"all": found["all"], **found["tasks"]}
+        exact = {name: score["exact"] for name, score in scores.items()}
+        return Result(exact=exact, page=page, note=f"{100 * exact['all']:.1f} % exact")
