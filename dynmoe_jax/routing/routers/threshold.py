@@ -2,7 +2,7 @@
 
 Of a dense feed-forward that is split into experts, a router of two layers foretells how long each
 expert's output will be; those far shorter than the longest are left out.  It is fitted
-(``python -m dynmoe_jax.surgery fit_router --by=norms``), not trained.
+(``python -m dynmoe_jax.surgery fit_norms``), not trained.
 
 Axis legend: T tokens, E experts, K slots per token, D model width, U hidden units of the router.
 """

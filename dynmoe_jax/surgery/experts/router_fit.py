@@ -44,6 +44,11 @@ class Pairs:
         """Some of them."""
         return Pairs(self.input_SD[rows], self.score_SE[rows], self.product_SEE[rows])
 
+    @property
+    def norm_SE(self) -> Float[np.ndarray, "S E"]:
+        """How long the output of each expert is."""
+        return np.sqrt(np.maximum(np.einsum("see->se", self.product_SEE), 0.0))
+
     def distance_SE(self, k: int) -> Float[np.ndarray, "S E"]:
         """Squared distance of each expert's output to the share k / E of all (FactorLLM)."""
         share = k / self.score_SE.shape[1]

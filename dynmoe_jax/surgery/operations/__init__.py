@@ -1,5 +1,5 @@
 """Operations, one file each; importing the room registers them."""
 
-from dynmoe_jax.surgery.operations import average, fit_router, mix, split, stack, upcycle
+from dynmoe_jax.surgery.operations import average, fit_norms, fit_router, mix, split, stack, upcycle
 
-__all__ = ["average", "fit_router", "mix", "split", "stack", "upcycle"]
+__all__ = ["average", "fit_norms", "fit_router", "mix", "split", "stack", "upcycle"]

@@ -15,7 +15,6 @@ from dynmoe_jax.edits.places import Place
 from dynmoe_jax.edits.roles import drawn
 from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.fields import AUTO, ConfigError, free_setting
-from dynmoe_jax.routing.routers.top_k import TopK
 from dynmoe_jax.surgery.experts.router_fit import (
     METHODS,
     Pairs,
@@ -25,12 +24,17 @@ from dynmoe_jax.surgery.experts.router_fit import (
     pairs_of,
 )
 from dynmoe_jax.surgery.experts.routers import is_of_router
+from dynmoe_jax.surgery.experts.split_models import (
+    INPUTS,
+    all_on,
+    check_split,
+    expert_arrays,
+    kept_and_learned,
+    order_of_steps,
+    uses_all,
+)
 from dynmoe_jax.surgery.experts.unit_rows import input_matrix
 from dynmoe_jax.surgery.operation import OPERATIONS, Given, Operation, Wanted
-
-_INPUTS = "ffn_input_samples"
-_KEPT_BACK = 0.25
-"""Share of the samples that errors are measured on, and nothing is learned from."""
 
 
 @OPERATIONS.register("fit_router")
@@ -73,7 +77,7 @@ class FitRouter(Operation):
     batch_size: int = free_setting(512, "tokens of a step", unit="tokens", low=1)
     learning_rate: float = free_setting(1e-2, "of Adam", above=0.0)
     exact: ClassVar = "with all experts on"
-    statistics: ClassVar = frozenset({_INPUTS})
+    statistics: ClassVar = frozenset({INPUTS})
     paper: ClassVar = "MoEfication, 2110.01786; FactorLLM, 2408.11855"
     choices: ClassVar = ("fitted", "oracle", "means of rows", "chance")
     found: ClassVar = (
@@ -87,19 +91,19 @@ class FitRouter(Operation):
         """Inputs of the feed-forwards, with all experts on."""
         (cfg,) = parents
         names, layers = self.statistics, cfg.model.moe_layers
-        return Wanted(names, layers, samples=self.pairs, model=_all_on(cfg).model)
+        return Wanted(names, layers, samples=self.pairs, model=all_on(cfg).model)
 
     def promise(self, parents):
         """1e-5 where all experts stay on."""
         before = parents[0].model
         after = self.result(parents).model
-        on = all(moe.route.k == moe.num_experts for m in (before, after) for moe in m.moe_settings)
+        on = all(uses_all(moe) for model in (before, after) for moe in model.moe_settings)
         return 1e-5 if on and before.moe.routed_scale == after.moe.routed_scale else None
 
     def result(self, parents):
         """The parent's settings with another net and k."""
         (cfg,) = parents
-        _check(cfg.model)
+        check_split(cfg.model)
         moe = cfg.model.moe
         k = self.top_k or moe.route.k
         if k > moe.num_experts:
@@ -131,29 +135,17 @@ class FitRouter(Operation):
     def _fitted(self, layer: int, given: Given) -> dict[str, np.ndarray]:
         """Parameters of the router of a layer, with its errors among the findings."""
         moe = given.model.by_layer[layer].model.moe
-        weights = {
-            name: np.stack(
-                [
-                    given.read(Place(layer, f"feed_forward.{name}", expert))
-                    for expert in range(moe.num_experts)
-                ]
-            )
-            for name in moe.expert_kind.parameters(1, 1, 1)
-        }
-        pairs = pairs_of(moe.expert_kind, weights, given.statistic(_INPUTS, layer))
+        weights = expert_arrays(layer, given)
+        pairs = pairs_of(moe.expert_kind, weights, given.statistic(INPUTS, layer))
         random = given.random(Place(layer, "feed_forward"), "pairs")
-        order_S = random.permutation(len(pairs.input_SD))
-        kept, learned = np.split(order_S, [max(1, round(_KEPT_BACK * len(order_S)))])
+        kept, learned = kept_and_learned(len(pairs.input_SD), random)
         first = _centroids(moe, weights)
         params = self._descended(moe, first, pairs.at(learned), random)
         given.findings[layer] = self._errors(moe, first, params, pairs.at(kept), given, layer)
         return params
 
     def _descended(self, moe, first, pairs: Pairs, random) -> dict[str, np.ndarray]:
-        count = len(pairs.input_SD)
-        size = min(self.batch_size, count)
-        orders = [random.permutation(count)[: count // size * size] for _ in range(self.epochs)]
-        order_PB = np.concatenate(orders).reshape(-1, size)
+        order_PB = order_of_steps(len(pairs.input_SD), self.batch_size, self.epochs, random)
         k = moe.route.k
         return fitted(moe.route, first, pairs, self.by, k, order_PB, self.learning_rate)
 
@@ -168,35 +160,6 @@ class FitRouter(Operation):
             "chance": largest(random.random(shape), k),
         }
         return {name: pairs.error(each, moe.routed_scale) for name, each in chosen.items()}
-
-
-def _check(model: config.Model) -> None:
-    """Raises ConfigError for a model that was not split."""
-    if len({(moe.num_experts, moe.route) for moe in model.moe_settings}) > 1:
-        raise ConfigError(
-            f"config.model.layers={model.layers!r} gives layers of --from different numbers of "
-            "experts, or routers; name a model that split made."
-        )
-    for number in model.moe_layers or (0,):
-        layer = model.by_layer[number]
-        moe = layer.model.moe
-        if layer.is_moe and isinstance(moe.route, TopK) and moe.route.straight_through:
-            if moe.expert_kind.hidden is None:
-                raise ConfigError(
-                    f"config.model.moe.experts={moe.experts} of layer {number} does not say what "
-                    "its hidden units are, of which experts are scored."
-                )
-            continue
-        raise ConfigError(
-            f"Layer {number} of --from has no experts that top-k weighs by 1; name a model that "
-            "split made, with --gates=ones."
-        )
-
-
-def _all_on(cfg: config.Config) -> config.Config:
-    """Settings with which all experts are on, as in the model before it was split."""
-    experts = cfg.model.moe.num_experts
-    return edited(cfg, {"model.moe.top_k.k": experts, "model.moe.routed_scale": 1.0})
 
 
 def _centroids(moe: config.MoE, weights) -> dict[str, np.ndarray]:
