@@ -1,7 +1,8 @@
 """Pipeline from text to batches.
 
 1. *Sources* (``config.data.sources``) yield documents: a text, its domain, and where it came from.
-   What cannot be read is counted and reported by file and line.
+   What cannot be read is counted and reported by file and line.  Conversations come in the form of
+   the tokenizer's chat template (:mod:`.chat`).
 2. *Preparation* caps each domain, holds documents out by the hash of their text, and writes one
    TFDS dataset in ArrayRecord: a training and a held-out split per domain.
 3. The *tokenizer* is any SentencePiece model, any folder of Hugging Face's with a

@@ -298,13 +298,13 @@ def settings_of(data: config.Data, template: ChatTemplate | None = None) -> dict
     return found
 
 
-def is_prepared(data: config.Data, directory: Path) -> bool:
+def is_prepared(data: config.Data, directory: Path, template: ChatTemplate | None = None) -> bool:
     """Whether :func:`prepare` would write nothing.
 
     Raises:
       DataError: a source is not there.
     """
-    return (directory / source_fingerprint(data)[:16] / _SUMMARY).is_file()
+    return (directory / source_fingerprint(data, template)[:16] / _SUMMARY).is_file()
 
 
 def source_fingerprint(data: config.Data, template: ChatTemplate | None = None) -> str:

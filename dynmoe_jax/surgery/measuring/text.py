@@ -13,10 +13,13 @@ from dynmoe_jax.data import (
     Tokenizer,
     check_sources,
     document_batches,
+    find_tokenizer,
     for_rows,
     is_prepared,
+    kept_tokenizer,
     prepare,
 )
+from dynmoe_jax.data.chat.template import template_of
 from dynmoe_jax.surgery.storage.parent import Parent
 
 TOKENS_AT_ONCE = 2048
@@ -87,7 +90,7 @@ class Source:
         Raises:
           DataError: a source cannot be read.
         """
-        prepared = prepare(self.data, self.directory or result / "data")
+        prepared = prepare(self.data, self.directory or result / "data", template_of(tokenizer))
         return Text(self.data, prepared, for_rows(tokenizer, rows))
 
 
@@ -115,7 +118,9 @@ def source_of(parent: Parent, sources: str) -> Source:
     own = Path(data.directory).expanduser() if data.directory else parent.folder / "data"
     own = own.absolute()
     try:
-        there = is_prepared(data, own)
+        has_own = find_tokenizer(parent.folder)
+        template = template_of(kept_tokenizer(parent.folder)) if has_own else None
+        there = is_prepared(data, own, template)
     except DataError as error:
         said = str(error).removesuffix(".")
         raise DataError(f"{said}, or name other text to measure with: --data=SOURCES.") from error

@@ -40,12 +40,27 @@ def test_it_runs_to_its_end(name, workdir):
         assert (workdir / "steps" / step["folder"]).is_dir()
         if step["kind"] in ("train", "operate"):
             assert 0 < step["bits_per_byte"] < 8
+    if name == "flan_moe":
+        instructed_models_answer_better(workdir / "steps", steps)
     if name == "upcycling":
         upcycled_is_trained(workdir / "steps" / steps["upcycled_trained"]["folder"])
         # Equal to the model that it was made of, and neither FLOPs nor chance come in between.
         assert steps["upcycled"]["bits_per_byte"] == pytest.approx(
             steps["dense"]["bits_per_byte"], abs=1e-5
         )
+
+
+def instructed_models_answer_better(folder, steps):
+    """Twenty steps are few, but responses to new templates are likelier with each regime."""
+
+    def bits(regime):
+        step = steps[f"top_2_{regime}_scored"]
+        found = json.loads((folder / step["folder"] / "instructions.json").read_text())
+        return found["all"]["bits_per_byte"]
+
+    assert bits("untuned") - bits("instructed") > 0.3
+    assert bits("untuned") - bits("direct") > 0.1
+    assert bits("direct") - bits("instructed_direct") > 0.1
 
 
 def upcycled_is_trained(folder):
