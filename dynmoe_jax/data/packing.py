@@ -124,14 +124,15 @@ def _pairs(tokenizer: Tokenizer, with_responses: bool, example: Mapping) -> dict
     text = example["text"].decode()
     try:
         inner = tokenizer.encode(text)
+        kinds = (
+            {responses.NAME: responses.kinds_of_targets(example, text, inner, tokenizer.encode)}
+            if with_responses
+            else {}
+        )
     except DataError as error:
         raise DataError(f"{example['origin'].decode()}: {error}") from error
     ids = np.concatenate([[tokenizer.bos_id], inner, [tokenizer.eos_id]]).astype(np.int32)
-    pairs = {"tokens": ids[:-1], "targets": ids[1:]}
-    if with_responses:
-        kinds = responses.kinds_of_targets(example, text, inner, tokenizer.encode)
-        pairs[responses.NAME] = kinds
-    return pairs
+    return {"tokens": ids[:-1], "targets": ids[1:], **kinds}
 
 
 def _row(arrays: Collection[str], packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
