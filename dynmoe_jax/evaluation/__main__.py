@@ -27,7 +27,7 @@ from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code, free_settings
 from dynmoe_jax.console import console, warn
 from dynmoe_jax.data import DataError, Tokenizer, for_rows
-from dynmoe_jax.data.chat.template import template_of
+from dynmoe_jax.data.preparation.prepare import template_for
 from dynmoe_jax.data.sources.registry import check_sources, read_documents
 from dynmoe_jax.data.tokenizers.endings import ends_of
 from dynmoe_jax.evaluation import perplexity, responses
@@ -285,7 +285,7 @@ def _perplexity(asked, cfg, scorer, tokenizer, kept, folder, window, stride) -> 
 
 def _instructions(asked, cfg, scorer, tokenizer, kept, folder) -> None:
     data = _sources(asked.instructions, cfg)
-    documents = read_documents(data, template_of(tokenizer))
+    documents = read_documents(data, template_for(data, tokenizer))
     found = responses.measure(documents, scorer, tokenizer, kept, limit=asked.limit)
     record = {"sources": asked.instructions, "settings": asked.settings}
     record |= responses.to_record(found)

@@ -21,8 +21,7 @@ from dynmoe_jax.data import (
     remove_tokenizer,
     train_tokenizer,
 )
-from dynmoe_jax.data.chat.template import template_of
-from dynmoe_jax.data.preparation.prepare import source_fingerprint
+from dynmoe_jax.data.preparation.prepare import source_fingerprint, template_for
 from dynmoe_jax.data.tokenizers.vocabulary import token_text
 from dynmoe_jax.runs.disk import is_seen
 
@@ -92,11 +91,11 @@ def _make_text(
         ) from error
     named = open_tokenizer(cfg.data.tokenizer) if position is None and cfg.data.tokenizer else None
     if position is None:
-        template = named and template_of(named)
+        template = named and template_for(cfg.data, named)
     else:
         # A run that was begun with a template has it with its tokenizer.
         began_with = source_fingerprint(cfg.data) != position["data"] and find_tokenizer(workdir)
-        template = template_of(kept_tokenizer(workdir)) if began_with else None
+        template = template_for(cfg.data, kept_tokenizer(workdir)) if began_with else None
         check_unchanged(cfg.data, directory, position["data"], template)
     prepared = prepare(cfg.data, directory, template)
     if not any(len(prepared.open_heldout(domain)) for domain in prepared.domains):

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from dynmoe_jax import config
 from dynmoe_jax.data import DataError, TrainStream, open_tokenizer, prepare
 from dynmoe_jax.data.chat.template import ChatTemplate, TemplateFailure, template_of
+from dynmoe_jax.data.preparation.prepare import template_for
 from dynmoe_jax.data.sources.document import Broken
 from dynmoe_jax.data.sources.registry import read_documents
 
@@ -167,6 +168,10 @@ def test_what_a_template_does_not_take_is_broken_by_its_line(tmp_path):
     )
     found = list(read_documents(data, last))
     assert "otherwise when more is said" in found[0].reason
+    silent = ChatTemplate(
+        "{% for m in messages if m.role == 'user' %}{{ m.content }};{% endfor %}", {}
+    )
+    assert "leaves a response out" in next(iter(read_documents(data, silent))).reason
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +208,7 @@ def test_preparations_of_unlike_templates_are_unlike(tmp_path):
     found = [prepare(data, tmp_path, template) for template in templates]
     assert len({each.fingerprint for each in (plain, *found)}) == 3
     assert b"<|im_start|>" in found[0].open_train("x")[0]["text"]
-    # Of other sources a template changes nothing.
+    # Of other sources a template changes nothing, and none is looked for.
+    assert template_for(config.Data(sources="python"), None) is None
     text = config.Data(sources=f"text:{tmp_path}/x.jsonl")
     assert prepare(text, tmp_path).fingerprint == prepare(text, tmp_path, templates[0]).fingerprint

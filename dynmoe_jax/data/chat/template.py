@@ -37,7 +37,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         try:
             self._template = compiled(source)
-        except jinja2.exceptions.TemplateError as error:
+        except (jinja2.exceptions.TemplateError, RecursionError) as error:
             raise DataError(
                 f"the tokenizer's chat template cannot be read: {_shortly(error)}."
             ) from error
@@ -86,9 +86,9 @@ class ChatTemplate:
         if eos and text.rstrip().endswith(eos):
             end = len(text.rstrip()) - len(eos)
         places = [(max(b, begin) - begin, min(e, end) - begin) for b, e in spans]
-        return Conversation(
-            text[begin:end], tuple(place for place in places if place[0] < place[1])
-        )
+        if not places or any(first >= last for first, last in places):
+            raise TemplateFailure("the chat template leaves a response out")
+        return Conversation(text[begin:end], tuple(places))
 
     def prompt(self, turns: Turns) -> tuple[str, bool]:
         """Text up to where the assistant speaks, without BOS; and whether BOS stands before it.
@@ -106,7 +106,9 @@ class ChatTemplate:
     def _response(self, text: str, turns: Turns) -> Span:
         """Place of the last of some turns in the text of all."""
         before = self.render(turns[:-1], prompt=True)
-        spoken = text if self.render(turns) == text else self.render(turns).rstrip()
+        spoken = self.render(turns)
+        if spoken != text:
+            spoken = spoken.rstrip()
         if not (text.startswith(spoken) and spoken.startswith(before)):
             raise TemplateFailure(
                 f"the chat template writes what was said before response {turns[-1][1][:20]!r} "

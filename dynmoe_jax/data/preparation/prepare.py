@@ -12,7 +12,7 @@ from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.console import console, stage
-from dynmoe_jax.data.chat.template import ChatTemplate
+from dynmoe_jax.data.chat.template import ChatTemplate, template_of
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.preparation.abandoned import own_name, remove_abandoned
 from dynmoe_jax.data.preparation.builder import (
@@ -296,6 +296,16 @@ def settings_of(data: config.Data, template: ChatTemplate | None = None) -> dict
     if template is not None and any(each["kind"] in CONVERSATIONS for each in identities):
         found[TEMPLATE] = template.digest
     return found
+
+
+def template_for(data: config.Data, tokenizer: object) -> ChatTemplate | None:
+    """The chat template that the sources are read with: the tokenizer's, for conversations.
+
+    Raises:
+      DataError: what the tokenizer has is none, or the sources cannot be parsed.
+    """
+    kinds = {source.kind for source in parse_sources(data.sources)}
+    return template_of(tokenizer) if kinds & set(CONVERSATIONS) else None
 
 
 def is_prepared(data: config.Data, directory: Path, template: ChatTemplate | None = None) -> bool:

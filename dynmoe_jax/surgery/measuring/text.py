@@ -19,7 +19,7 @@ from dynmoe_jax.data import (
     kept_tokenizer,
     prepare,
 )
-from dynmoe_jax.data.chat.template import template_of
+from dynmoe_jax.data.preparation.prepare import template_for
 from dynmoe_jax.surgery.storage.parent import Parent
 
 TOKENS_AT_ONCE = 2048
@@ -90,7 +90,9 @@ class Source:
         Raises:
           DataError: a source cannot be read.
         """
-        prepared = prepare(self.data, self.directory or result / "data", template_of(tokenizer))
+        prepared = prepare(
+            self.data, self.directory or result / "data", template_for(self.data, tokenizer)
+        )
         return Text(self.data, prepared, for_rows(tokenizer, rows))
 
 
@@ -119,7 +121,7 @@ def source_of(parent: Parent, sources: str) -> Source:
     own = own.absolute()
     try:
         has_own = find_tokenizer(parent.folder)
-        template = template_of(kept_tokenizer(parent.folder)) if has_own else None
+        template = template_for(data, kept_tokenizer(parent.folder)) if has_own else None
         there = is_prepared(data, own, template)
     except DataError as error:
         said = str(error).removesuffix(".")
