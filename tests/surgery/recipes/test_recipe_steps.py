@@ -144,20 +144,24 @@ def test_flops_of_a_model_count_what_it_is_made_of_once():
 class Found:
     """Steps whose results are given, in folders that are empty."""
 
-    def __init__(self, bits):
-        self.bits = bits
+    def __init__(self, bits, by="bits"):
+        self.bits, self.by = bits, by
 
     def record(self, tmp_path, monkeypatch):
         recipes = []
         for seed, pair in enumerate(self.bits):
             one, other = (Train(name, sizes.dense("tiny", seed)) for name in ("one", "other"))
             other = dataclasses.replace(other, cfg=sizes.dense("tiny", seed + 10, steps=10))
-            recipes.append(Recipe((one, other), (Comparison(one, other),)))
+            recipes.append(Recipe((one, other), (Comparison(one, other, self.by),)))
             for step, value in zip((one, other), pair, strict=True):
                 folder = tmp_path / step.folder_name
                 folder.mkdir()
                 (folder / "bits").write_text(str(value))
-        read = lambda step, folder: Result(float((folder / "bits").read_text()))  # noqa: E731
+
+        def read(step, folder):
+            value = float((folder / "bits").read_text())
+            return Result(value) if self.by == "bits" else Result(exact={"all": value})
+
         monkeypatch.setattr(Train, "result", read)
         asked = Asked(tmp_path / "recipe.py", tmp_path, "tiny", len(self.bits))
         place = lambda step: tmp_path / step.folder_name  # noqa: E731
@@ -184,6 +188,26 @@ def test_comparison_from_one_seed_has_no_interval(tmp_path, monkeypatch):
     found = Found([(2.0, 2.5)]).record(tmp_path, monkeypatch)
     assert math.isnan(found["comparisons"][0]["half"])
     assert "from one seed" in found["comparisons"][0]["sentence"]
+
+
+def test_of_exact_responses_more_are_better(tmp_path, monkeypatch):
+    pairs = [(0.5, 0.25), (0.5, 0.5), (0.4, 0.2)]
+    found = Found(pairs, "exact").record(tmp_path, monkeypatch)
+    (said,) = found["comparisons"]
+    assert said["difference"] == pytest.approx(0.15)
+    assert said["better"] == 2
+    assert said["sentence"].startswith("one matches a share of 0.1500 of responses more than other")
+
+
+def test_changed_files_are_evaluated_again(tmp_path):
+    dense, *_ = steps_of()
+    file = tmp_path / "a.jsonl"
+
+    def key(text):
+        file.write_text(text)
+        return Evaluate("x", dense, (f"--instructions=instructions:{file}",)).key
+
+    assert key("1") == key("1") != key("2")
 
 
 def test_comparison_with_a_model_that_was_there_names_no_flops(tmp_path, monkeypatch):

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dynmoe_jax.surgery.recipes.step import STEPS, Place, Price, Result, Step, model_of
+from dynmoe_jax.surgery.recipes.step import (
+    STEPS,
+    Place,
+    Price,
+    Result,
+    Step,
+    files_of,
+    model_of,
+)
 from dynmoe_jax.surgery.storage.target import written_whole
 
 INSTRUCTIONS = "instructions.json"
@@ -35,8 +43,13 @@ class Evaluate(Step):
         return (self.of,)
 
     def facts(self) -> Mapping[str, Any]:
-        """The arguments."""
-        return {"arguments": list(self.arguments)}
+        """The arguments, and which files they name."""
+        from dynmoe_jax.evaluation.__main__ import parsed
+
+        asked = parsed([*self.arguments, "--workdir=."])
+        named = filter(None, (asked.perplexity, asked.instructions))
+        files = [each for sources in named for each in files_of(sources)]
+        return {"arguments": list(self.arguments), **({"files": files} if files else {})}
 
     def price(self) -> Price:
         """A minute; that there is a model, and that the arguments can be read."""
