@@ -11,7 +11,9 @@ the bytes of a text; three seeds, one program for all models.
 more experts, an entropy loss of a hundred times the paper's weight fewer, the paper's own no fewer
 than seeds differ by, and uncertain positions *fewer* than certain ones
 (docs/measurements.md: paper-claim-made).  It goes with the balance loss:
-without it no sign is certain, nor is there one on a mixture of sources.
+without it no sign is certain, nor is there one on a mixture of sources.  On the bytes of real text
+the first three hold too, and the correlation with surprise has no sign that seeds agree on
+(docs/measurements.md: paper-claim-text).
 
 Axis legend: A arms (settings times seeds), S steps, B batch, L positions, N MoE layers.
 """

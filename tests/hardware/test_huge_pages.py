@@ -34,6 +34,18 @@ def test_other_tunables_stay():
     assert found["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=7:glibc.malloc.hugetlb=1"
 
 
+def test_keeps_little_where_that_is_asked_for_and_the_user_has_not_decided():
+    found = huge_pages.environment_for_huge_pages(
+        {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=7"}, keep_little=True
+    )
+    assert set(found["GLIBC_TUNABLES"].split(":")) == {
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.arena_max=2",
+        "glibc.malloc.mmap_threshold=131072",
+        "glibc.malloc.trim_threshold=7",
+    }
+
+
 def test_does_not_ask_twice_nor_against_the_user():
     assert asked(**asked()) is None
     assert asked(GLIBC_TUNABLES="glibc.malloc.hugetlb=0") is None
