@@ -1,10 +1,12 @@
-"""Evaluates a run: tasks of lm-evaluation-harness, perplexity of any text, analysis of routing.
+"""Evaluates a run: tasks of lm-evaluation-harness, perplexity of any text, analysis of routing; or
+an ensemble of runs.
 
     python -m dynmoe_jax.evaluation --workdir=runs/mine \\
         --tasks=piqa,hellaswag,arc_easy,commonsense_qa,bbh --data_dir=items
     python -m dynmoe_jax.evaluation --workdir=runs/mine --perplexity='text:notes/*.md'
     python -m dynmoe_jax.evaluation --workdir=runs/mine --instructions='instructions:own/*.jsonl'
     python -m dynmoe_jax.evaluation --workdir=runs/mine --routing
+    python -m dynmoe_jax.evaluation --ensemble=runs/code,runs/prose
 
 Tasks need the extra: pip install 'dynmoe_jax[eval]'.  Results are in WORKDIR/evaluation, unless
 --output names another folder.  --config.model.NAME=VALUE changes what is no part of the model, such
@@ -31,6 +33,9 @@ from dynmoe_jax.data.preparation.prepare import template_for
 from dynmoe_jax.data.sources.registry import check_sources, read_documents
 from dynmoe_jax.data.tokenizers.endings import ends_of
 from dynmoe_jax.evaluation import perplexity, responses
+from dynmoe_jax.evaluation.ensemble.command import Asked as Ensemble
+from dynmoe_jax.evaluation.ensemble.command import check as check_ensemble
+from dynmoe_jax.evaluation.ensemble.command import evaluate_ensemble
 from dynmoe_jax.evaluation.harness import answers
 from dynmoe_jax.evaluation.routing.analyze import analyze, packed, read_by_domain
 from dynmoe_jax.evaluation.routing.page import print_analysis, write_analysis
@@ -38,6 +43,7 @@ from dynmoe_jax.evaluation.routing.record import FILE_NAME as ROUTING_RECORD
 from dynmoe_jax.evaluation.scoring.scoring import Scorer
 from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.evaluation.window import choose_window
+from dynmoe_jax.inference.ensemble.members import FLAG, UNIFORM, folders_of
 from dynmoe_jax.inference.transforms import keeping
 from dynmoe_jax.model import Decoder, variable_shapes
 from dynmoe_jax.runs.compilation import compiled_programs_kept
@@ -68,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = made.add_argument
-    add("--workdir", required=True, type=Path, help="folder of the run")
+    add("--workdir", type=Path, help="folder of the run")
     add("--tasks", default="", help="comma-separated, as the harness calls them")
     add("--data_dir", type=Path, help="folder with TASK.jsonl[.gz] files; without it, the network")
     add("--limit", type=int, help="items of each task, or documents of each domain, at the most")
@@ -83,6 +89,34 @@ def parser() -> argparse.ArgumentParser:
         metavar="SOURCES",
         help="analyze who uses how many experts and which ones: of the run's held-out text, or of "
         "SOURCES as in config.data.sources",
+    )
+    add(
+        FLAG,
+        default="",
+        metavar="RUN,RUN",
+        help="in place of --workdir: weigh the runs' models token by token, by what the text so "
+        "far says (Branch-Train-Merge)",
+    )
+    add(
+        "--ensemble_text",
+        default="",
+        metavar="SOURCES",
+        help="text for the ensemble, as config.data.sources; the held-out text of its first run by "
+        "default",
+    )
+    add(
+        "--prior",
+        default=UNIFORM,
+        metavar="PRIOR",
+        help="of the ensemble's members: uniform; estimate, by domain, from text that is then not "
+        "evaluated; or an ensemble.json (default: %(default)s)",
+    )
+    add(
+        "--ensemble_top_k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="members with weight at each token; 0: all",
     )
     add(
         "--window",
@@ -132,6 +166,9 @@ def evaluate(asked: argparse.Namespace) -> int:
     """
     names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
     tasks = _check(asked, names)
+    if asked.ensemble:
+        evaluate_ensemble(_ensemble(asked))
+        return 0
     with opened_run(asked.workdir, best=asked.best, settings=asked.settings) as run:
         cfg, imported = run.config, run.imported
         if cfg.model.looks_ahead and (names or asked.perplexity or asked.instructions):
@@ -161,6 +198,22 @@ def evaluate(asked: argparse.Namespace) -> int:
             _tasks(asked, tasks, decoder, scorer, tokenizer, kept, folder)
     kept.close()
     return 0
+
+
+def _ensemble(asked: argparse.Namespace) -> Ensemble:
+    """The evaluation of an ensemble; its results are in the folder of the first run."""
+    members = folders_of(asked.ensemble)
+    return Ensemble(
+        members,
+        asked.prior,
+        asked.ensemble_top_k,
+        asked.ensemble_text,
+        asked.limit,
+        asked.window,
+        asked.output or members[0] / FOLDER,
+        asked.best,
+        asked.settings,
+    )
 
 
 def _batch_tokens() -> int:
@@ -240,6 +293,17 @@ def _check(asked: argparse.Namespace, names: list[str]) -> dict:
         value, least = getattr(asked, name), 0 if name == "num_fewshot" else 1
         if value is not None and value < least:
             raise config.ConfigError(f"--{name}={value} must be at least {least}.")
+    if asked.ensemble:
+        for name in ("workdir", "tasks", "perplexity", "instructions", "routing"):
+            if getattr(asked, name):
+                raise config.ConfigError(f"{FLAG} does not go with --{name}; leave that out.")
+        check_ensemble(_ensemble(asked))
+        return {}
+    for name in ("prior", "ensemble_top_k", "ensemble_text"):
+        if getattr(asked, name) != parser().get_default(name):
+            raise config.ConfigError(f"--{name} has no effect without {FLAG}; leave it out.")
+    if asked.workdir is None:
+        raise config.ConfigError("--workdir is missing; name the folder of a run.")
     if not (names or asked.perplexity or asked.routing or asked.instructions):
         raise config.ConfigError(
             "There is nothing to evaluate; name --tasks, --perplexity, --instructions or --routing."
