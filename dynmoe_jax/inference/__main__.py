@@ -4,6 +4,7 @@
     python -m dynmoe_jax.inference --workdir=runs/quickstart --prompts_file=FILE --json=FILE
     python -m dynmoe_jax.inference --workdir=runs/quickstart --show-experts
     python -m dynmoe_jax.inference --workdir=runs/instructed --chat --prompt="What is your name?"
+    python -m dynmoe_jax.inference --ensemble=runs/code,runs/prose --prompt="def main("
 
 Without a prompt, on a terminal, it asks for one after another: Ctrl-C ends a text, Ctrl-D the
 program.
@@ -11,18 +12,22 @@ program.
 
 import contextlib
 import dataclasses
+import functools
 import sys
 
 from dynmoe_jax.command_line import exit_code
-from dynmoe_jax.config import ConfigError
+from dynmoe_jax.config import Config, ConfigError
 from dynmoe_jax.console import console, stage, warn
-from dynmoe_jax.data import DataError
+from dynmoe_jax.data import DataError, Tokenizer
 from dynmoe_jax.data.chat.conversation import ASSISTANT
 from dynmoe_jax.inference.arguments import Arguments, parse
 from dynmoe_jax.inference.chat import Chat
 from dynmoe_jax.inference.effort import Scale, legend, print_effort
+from dynmoe_jax.inference.ensemble.generate import Ensemble
+from dynmoe_jax.inference.ensemble.members import check_one_tokenizer, log_prior_of
 from dynmoe_jax.inference.records import as_record
 from dynmoe_jax.inference.writer import Writer, Written
+from dynmoe_jax.model import Decoder
 from dynmoe_jax.runs.compilation import compiled_programs_kept
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.formatting import printable
@@ -36,9 +41,7 @@ def main() -> int:
     def program() -> int:
         asked = parse(sys.argv[1:], interactive=sys.stdin.isatty())
         with stage("Loading the model"):
-            cfg, decoder, tokenizer = load_run(
-                asked.workdir, best=asked.best, settings=asked.settings
-            )
+            cfg, decoder, tokenizer = _loaded(asked)
         chat = Chat(tokenizer, asked.system) if asked.chat else None
         begin_with_bos = asked.begin_with_bos
         if chat is not None and begin_with_bos is None:
@@ -53,7 +56,8 @@ def main() -> int:
         if chat is not None and asked.prompts is not None:
             prompts = [chat.prompt([("user", prompt)]) for prompt in asked.prompts]
             asked = dataclasses.replace(asked, prompts=prompts)
-        if asked.show_experts and not cfg.model.num_moe_layers:
+        models = decoder.members if isinstance(decoder, Ensemble) else [decoder]
+        if asked.show_experts and not any(model.config.num_moe_layers for model in models):
             warn("--show-experts has nothing to show: the model is dense.")
         with compiled_programs_kept(cfg.train, asked.workdir):
             if asked.prompts is None:
@@ -63,6 +67,19 @@ def main() -> int:
         return 0
 
     return exit_code(program, (DataError, CheckpointError))
+
+
+def _loaded(asked: Arguments) -> tuple[Config, Decoder | Ensemble, Tokenizer]:
+    """(settings, model, tokenizer) of the run, or of an ensemble the settings of its first one."""
+    load = functools.partial(load_run, best=asked.best, settings=asked.settings)
+    if not asked.members:
+        return load(asked.workdir)
+    settings, decoders, tokenizers = zip(*map(load, asked.members), strict=True)
+    check_one_tokenizer(asked.members, [tokenizer.fingerprint for tokenizer in tokenizers])
+    log_prior_J = log_prior_of(asked.prior, len(decoders))
+    # The one that knows fewest ids: texts with others are refused.
+    tokenizer = min(tokenizers, key=lambda tokenizer: tokenizer.vocab_size)
+    return settings[0], Ensemble(decoders, log_prior_J, asked.ensemble_top_k), tokenizer
 
 
 def _write_all(writer: Writer, asked: Arguments) -> None:

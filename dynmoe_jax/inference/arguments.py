@@ -12,6 +12,15 @@ from dynmoe_jax.command_line import free_settings
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.data.sources.files import shown
 from dynmoe_jax.fields import walk
+from dynmoe_jax.inference.ensemble.members import (
+    ESTIMATE,
+    FLAG,
+    RECORD,
+    UNIFORM,
+    check_top_k,
+    folders_of,
+    log_prior_of,
+)
 from dynmoe_jax.inference.prompts import check_text, read_prompts
 from dynmoe_jax.inference.sampling import Sampling
 
@@ -29,7 +38,10 @@ class Arguments:
     """Arguments of the command.
 
     Attributes:
-      workdir: folder of the run.
+      workdir: folder of the run; of an ensemble, of its first one.
+      members: folders of an ensemble's runs; empty: one model writes.
+      prior: of the members, see :func:`.ensemble.members.log_prior_of`.
+      ensemble_top_k: members that keep their weight at each token; 0: all.
       settings: other values of free settings of the model, by dotted path.
       best: take the checkpoint with the lowest held-out loss.
       prompts: texts to continue; None to ask for them.
@@ -46,6 +58,9 @@ class Arguments:
     """
 
     workdir: Path
+    members: tuple[Path, ...]
+    prior: str
+    ensemble_top_k: int
     settings: dict[str, str]
     best: bool
     prompts: list[str] | None
@@ -84,6 +99,7 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         raise _unknown(parser, unknown[0])
+    members = _members(flags)
     names = [path for path, _, _ in walk(Sampling())]
     sampling = Sampling(**{name: getattr(flags, name) for name in names})
     for name in ("num_samples", "batch_size"):
@@ -113,7 +129,10 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
             "leave out --stream and give a --prompt."
         )
     return Arguments(
-        workdir=Path(flags.workdir).expanduser(),
+        workdir=members[0] if members else Path(flags.workdir).expanduser(),
+        members=members,
+        prior=flags.prior,
+        ensemble_top_k=flags.ensemble_top_k,
         settings=settings,
         best=flags.best,
         prompts=prompts or None,
@@ -128,6 +147,32 @@ def parse(argv: Sequence[str], *, interactive: bool) -> Arguments:
         show_experts=flags.show_experts,
         json=Path(flags.json).expanduser() if flags.json else None,
     )
+
+
+def _members(flags: argparse.Namespace) -> tuple[Path, ...]:
+    """Folders of an ensemble's runs; none where --workdir names one run.
+
+    Raises:
+      ConfigError: neither is named, or both, or what is asked of an ensemble cannot be.
+    """
+    if not flags.ensemble:
+        for name, default in (("prior", UNIFORM), ("ensemble_top_k", 0)):
+            if getattr(flags, name) != default:
+                raise ConfigError(f"--{name} has no effect without {FLAG}; leave it out.")
+        if flags.workdir is None:
+            raise ConfigError("--workdir is missing; name the folder of a run.")
+        return ()
+    if flags.workdir is not None:
+        raise ConfigError(f"{FLAG} does not go with --workdir; leave that out.")
+    members = folders_of(flags.ensemble)
+    check_top_k(flags.ensemble_top_k, len(members))
+    if flags.prior == ESTIMATE:
+        raise ConfigError(
+            f"--prior={ESTIMATE} needs text; estimate it with python -m dynmoe_jax.evaluation "
+            f"{FLAG}={flags.ensemble} --prior={ESTIMATE}, and name its {RECORD} here."
+        )
+    log_prior_of(flags.prior, len(members))
+    return members
 
 
 def _unknown(parser: argparse.ArgumentParser, argument: str) -> ConfigError:
@@ -148,7 +193,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="folder of the run")
+    add("--workdir", metavar="DIR", help="folder of the run")
+    shown = "in place of --workdir: models that write together, weighed by what the text says"
+    add(FLAG, default="", metavar="RUN,RUN", help=shown)
+    shown = f"of the ensemble's members: {UNIFORM}, or {RECORD} of an evaluation (%(default)s)"
+    add("--prior", default=UNIFORM, metavar="PRIOR", help=shown)
+    shown = "members with weight at each token; 0: all (%(default)s)"
+    add("--ensemble_top_k", type=int, default=0, metavar="K", help=shown)
     add("--best", action="store_true", help="the checkpoint with the lowest held-out loss")
     text = parser.add_argument_group("what to continue").add_argument
     text("--prompt", action="append", default=[], metavar="TEXT", help="may be given repeatedly")

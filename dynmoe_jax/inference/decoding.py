@@ -2,11 +2,13 @@
 
 Axis legend: B prompts (in a step: rows of the cache), P slots of the prompts, S sequences, C
 sequences of a row, so that S = B C in a step, M tokens to draw at most, D model width, N MoE
-layers.
+layers, J members of an ensemble.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,7 @@ class DecodeState:
       tokens_SM: the tokens drawn; what stands behind the end of a sequence means nothing.
       experts_SMN: experts that each layer used at the position from which a token was predicted.
       key_S: of the draws; None where none is needed, see :meth:`.sampling.Draw.greedy`.
+      posterior_SMJ: of the members of an ensemble before each token; of one model there are none.
     """
 
     cache: Cache
@@ -49,6 +52,10 @@ class DecodeState:
     tokens_SM: Int[Array, "S M"]
     experts_SMN: Int[Array, "S M N"]
     key_S: PRNGKeyArray | None
+    posterior_SMJ: Float[Array, "S M J"]
+
+
+State = TypeVar("State", bound=DecodeState)
 
 
 @partial(jax.jit, static_argnames="structure")
@@ -135,8 +142,9 @@ def first_draw(
         jnp.zeros((sequences, room), jnp.int32),
         jnp.zeros((sequences, room, layers), jnp.int32),
         key_S,
+        jnp.zeros((sequences, room, 0), jnp.float32),
     )
-    return _drawn(decoder, state, x_SD, experts_SN, draw)
+    return drawn(state, next_logits(decoder, x_SD), experts_SN, draw)
 
 
 @partial(jax.jit, static_argnames="structure", donate_argnames="state")
@@ -161,36 +169,69 @@ def decode(
     decoder = nnx.merge(structure, params)
     stacks = stacked(decoder) if layers is None else layers
 
-    def more(state: DecodeState):
-        return (state.drawn < until) & jnp.any(state.active_S)
-
     def one_token(state: DecodeState) -> DecodeState:
-        return _one_token(decoder, stacks, state, draw)
+        token_S = newest_token(state)
+        computed = compute_token(decoder, stacks, token_S, state.active_S, state.cache)
+        logits_SV, cache, experts_SN = computed
+        return drawn(dataclasses.replace(state, cache=cache), logits_SV, experts_SN, draw)
+
+    return drawn_until(until, one_token, state)
+
+
+def drawn_until(until: Int[Array, ""], one_token: Callable[[State], State], state: State) -> State:
+    """The state after ``until`` tokens, or when every sequence has ended; by one more at a time."""
+
+    def more(state: State):
+        return (state.drawn < until) & jnp.any(state.active_S)
 
     return jax.lax.while_loop(more, one_token, state)
 
 
-def _one_token(decoder: Decoder, stacks, state: DecodeState, draw: Draw) -> DecodeState:
-    newest = partial(jax.lax.dynamic_index_in_dim, index=state.drawn - 1, keepdims=False)
-    shape = state.cache.step_shape
-    tokens_BC = newest(state.tokens_SM, axis=1).reshape(shape)
-    active_BC = state.active_S.reshape(shape)
-    x_BCD, cache, experts_NBC = decode_step(decoder, stacks, tokens_BC, active_BC, state.cache)
+def newest_token(state: DecodeState) -> Int[Array, "S"]:
+    """The token of each sequence that was drawn last."""
+    index = state.drawn - 1
+    return jax.lax.dynamic_index_in_dim(state.tokens_SM, index, axis=1, keepdims=False)
+
+
+def compute_token(
+    decoder: Decoder, stacks, token_S: Int[Array, "S"], active_S: Bool[Array, "S"], cache: Cache
+) -> tuple[Float[Array, "S V"], Cache, Int[Array, "S N"]]:
+    """Computes the newest token of each sequence.
+
+    Args:
+      decoder: the model.
+      stacks: its layers' parameters.
+      token_S: the tokens.
+      active_S: which sequences have not ended.
+      cache: of all that stands before.
+
+    Returns:
+      logits of the next tokens; the cache with one more; experts that were used.
+    """
+    shape = cache.step_shape
+    tokens_BC, active_BC = token_S.reshape(shape), active_S.reshape(shape)
+    x_BCD, cache, experts_NBC = decode_step(decoder, stacks, tokens_BC, active_BC, cache)
     x_SD = x_BCD.reshape(-1, x_BCD.shape[-1])
     experts_SN = experts_NBC.reshape(len(experts_NBC), active_BC.size).T
-    return _drawn(decoder, dataclasses.replace(state, cache=cache), x_SD, experts_SN, draw)
+    return next_logits(decoder, x_SD), cache, experts_SN
 
 
-def _drawn(decoder: Decoder, state: DecodeState, x_SD, experts_SN, draw: Draw) -> DecodeState:
+def next_logits(decoder: Decoder, x_SD: Float[Array, "S D"]) -> Float[Array, "S V"]:
+    """Logits of the next tokens, by the normed residual stream."""
+    return decoder.logits(x_SD[:, None])[:, 0]
+
+
+def drawn(
+    state: State, logits_SV: Float[Array, "S V"], experts_SN: Int[Array, "S N"], draw: Draw
+) -> State:
     """The state one token further, by what was computed at the newest position."""
-    logits_SV = decoder.logits(x_SD[:, None])[:, 0]
     token_S = draw_tokens(logits_SV, draw, state.key_S, state.drawn)
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.drawn, axis=1)
-    drawn = state.drawn + 1
+    count = state.drawn + 1
     return dataclasses.replace(
         state,
-        drawn=drawn,
-        active_S=state.active_S & ~draw.stops(token_S) & (drawn < state.limit_S),
+        drawn=count,
+        active_S=state.active_S & ~draw.stops(token_S) & (count < state.limit_S),
         tokens_SM=put(state.tokens_SM, token_S[:, None]),
         experts_SMN=put(state.experts_SMN, experts_SN[:, None]),
     )

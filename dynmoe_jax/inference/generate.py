@@ -1,7 +1,7 @@
 """Token ids in, token ids out.
 
 Axis legend: B prompts, P slots of the prompts, S sequences, M tokens to write at most, n tokens
-written, N MoE layers.
+written, N MoE layers, J members of an ensemble.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from dynmoe_jax.config import ConfigError
 from dynmoe_jax.data import check_ids
@@ -34,11 +34,13 @@ class Continuation:
       experts_nN: experts that each MoE layer used at the position from which each token was
         predicted; N = 0 in a dense model.
       ended: a stop token came, or whoever watched said so; otherwise the limit was reached.
+      posterior_nJ: of the members of an ensemble, before each token; J = 0 of one model.
     """
 
     ids: Int[np.ndarray, "n"]
     experts_nN: Int[np.ndarray, "n N"]
     ended: bool
+    posterior_nJ: Float[np.ndarray, "n J"]
 
 
 @dataclasses.dataclass
@@ -67,8 +69,13 @@ class Generator:
     Programs are compiled once for each size of a batch, whose prompts and limits are rounded up.
 
     Attributes:
+      room: positions of a prompt and its text.
       speed: adds up over all calls.
     """
+
+    _prefill, _decode = staticmethod(prefill_prompts), staticmethod(decode)
+    _weighing: tuple = ()
+    """Arguments of both programs behind how tokens are drawn."""
 
     def __init__(self, decoder: Decoder, *, copy_layers: bool = True):
         """Prepares a decoder.
@@ -84,8 +91,8 @@ class Generator:
         if decoder.config.cannot_write:
             raise ConfigError(decoder.config.cannot_write)
         self._structure, self._params = nnx.split(decoder)
-        self._rows = decoder.config.vocab_size
-        self._whole = _on_every_device(self._params)
+        self._rows, self.room = decoder.config.vocab_size, decoder.config.max_seq_len
+        self._whole = on_every_device(self._params)
         self._layers = split_layers(self._structure, self._params) if copy_layers else None
         self._compiled: dict = {}
         self.speed = Speed()
@@ -129,8 +136,9 @@ class Generator:
         while until < end and watched.look(state):
             until = end if watch is None else min(end, until + CHUNK)
             state = watched.without_ended(state)
-            arguments = self._params, self._layers, state, draw, jnp.int32(until)
-            compiled, compile_s = self._program(decode, *arguments)
+            model = self._params, self._layers
+            arguments = *model, state, draw, *self._weighing, jnp.int32(until)
+            compiled, compile_s = self._program(self._decode, *arguments)
             begun += compile_s
             state = jax.block_until_ready(compiled(*arguments))
         watched.look(state)
@@ -153,9 +161,10 @@ class Generator:
         limit_S[: len(limits)] = limits
         nobody = [np.zeros(0, np.int32)] * (rows - len(prompts))
         key_S = sequence_keys(seed, [*prompts, *nobody], samples)
-        arguments = self._params, tokens_BP, start_B, limit_S, key_S, draw
+        sequences = tokens_BP, start_B, limit_S, key_S
+        arguments = self._params, *sequences, draw, *self._weighing
         compiled, _ = self._program(
-            prefill_prompts,
+            self._prefill,
             *arguments,
             room=rounded_up(int(max(limits)), "cpu"),
             samples=samples,
@@ -198,7 +207,8 @@ class _Watched:
     def look(self, state: DecodeState) -> bool:
         """Reads what there is; returns whether anything is left to write."""
         drawn = int(state.drawn)
-        tokens_SM, experts_SMN = jax.device_get((state.tokens_SM, state.experts_SMN))
+        kept = state.tokens_SM, state.experts_SMN, state.posterior_SMJ
+        tokens_SM, experts_SMN, posterior_SMJ = jax.device_get(kept)
         self.written = []
         for row, limit in enumerate(self.limits):
             end = self.ends.get(row, min(drawn, int(limit)))
@@ -206,7 +216,8 @@ class _Watched:
             if stops.size:
                 end = self.ends[row] = int(stops[0])
             ids, experts_nN = tokens_SM[row, :end], experts_SMN[row, :end]
-            self.written.append(Continuation(ids, experts_nN, row in self.ends))
+            posterior_nJ = posterior_SMJ[row, :end]
+            self.written.append(Continuation(ids, experts_nN, row in self.ends, posterior_nJ))
         if self.watch is not None:
             for row in self.watch(self.written):
                 self.ends.setdefault(row, len(self.written[row].ids))
@@ -221,7 +232,7 @@ class _Watched:
         return dataclasses.replace(state, active_S=state.active_S & ~ended_S)
 
 
-def _on_every_device(params: nnx.State) -> jax.sharding.NamedSharding | None:
+def on_every_device(params: nnx.State) -> jax.sharding.NamedSharding | None:
     """The sharding of what lies whole on every device of the parameters' mesh, if they have one."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size == 1:

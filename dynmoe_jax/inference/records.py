@@ -10,7 +10,8 @@ def as_record(samples: Sequence[Written]) -> dict[str, Any]:
     """The texts of one prompt.
 
     ``experts`` has a row for each token and in it a number for each MoE layer; it is empty in a
-    dense model.  ``finish_reason`` is ``"stop"`` or ``"length"``.
+    dense model.  ``posterior`` has a row of the members of an ensemble for each token, and is empty
+    of one model.  ``finish_reason`` is ``"stop"`` or ``"length"``.
     """
     return {
         "prompt": samples[0].prompt,
@@ -21,6 +22,7 @@ def as_record(samples: Sequence[Written]) -> dict[str, Any]:
                 "tokens": written.ids,
                 "pieces": written.pieces,
                 "experts": written.experts_nN if written.experts_nN.shape[1] else [],
+                "posterior": written.posterior_nJ if written.posterior_nJ.shape[1] else [],
                 "finish_reason": "stop" if written.ended else "length",
             }
             for written in samples

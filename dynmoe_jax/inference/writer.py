@@ -1,18 +1,19 @@
 """Prompts in, texts out.
 
-Axis legend: n tokens written, N MoE layers.
+Axis legend: n tokens written, N MoE layers, J members of an ensemble.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from dynmoe_jax import config
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.data.sources.document import well_formed
 from dynmoe_jax.data.tokenizers.endings import ends_of
+from dynmoe_jax.inference.ensemble.generate import Ensemble, EnsembleGenerator
 from dynmoe_jax.inference.generate import Continuation, Generator
 from dynmoe_jax.inference.pieces import Pieces, undecided
 from dynmoe_jax.inference.sampling import MOST_BY_DEFAULT, Sampling
@@ -34,6 +35,7 @@ class Written:
       experts_nN: experts that each MoE layer used at the position from which each token was
         predicted; N = 0 in a dense model.
       ended: a stop token or a stop string came; otherwise it was cut at its length.
+      posterior_nJ: of the members of an ensemble before each token; J = 0 of one model.
     """
 
     prompt: str
@@ -43,6 +45,7 @@ class Written:
     pieces: list[str]
     experts_nN: Int[np.ndarray, "n N"]
     ended: bool
+    posterior_nJ: Float[np.ndarray, "n J"]
 
     @property
     def experts_n(self) -> list[float]:
@@ -51,7 +54,7 @@ class Written:
 
 
 class Writer:
-    """Continues texts with one model.
+    """Continues texts with one model, or an ensemble of several.
 
     Attributes:
       generator: which counts tokens and seconds.
@@ -59,7 +62,7 @@ class Writer:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | Ensemble,
         tokenizer: Tokenizer,
         sampling: Sampling,
         stops: Sequence[str] = (),
@@ -71,7 +74,7 @@ class Writer:
         """Prepares a model.
 
         Args:
-          decoder: the model.
+          decoder: the model, or several.
           tokenizer: its tokenizer.
           sampling: how tokens are drawn.
           stops: strings that end a text; they are cut off it.  Special tokens may stand in them.
@@ -82,9 +85,11 @@ class Writer:
         Raises:
           ConfigError: the router looks at later tokens.
         """
-        decoder = without_later_tokens(decoder)
-        self.generator = Generator(decoder, copy_layers=copy_layers)
-        self._room = room or decoder.config.max_seq_len
+        if isinstance(decoder, Ensemble):
+            self.generator = EnsembleGenerator(decoder, copy_layers=copy_layers)
+        else:
+            self.generator = Generator(without_later_tokens(decoder), copy_layers=copy_layers)
+        self._room = room or self.generator.room
         self._tokenizer, self._sampling = tokenizer, sampling
         self._stops = Stops(stops, tokenizer)
         self._begin_with_bos = begin_with_bos
@@ -178,7 +183,8 @@ class Writer:
             text = "".join(parts)
         n = len(parts)
         written, experts_nN = continuation.ids[:n], continuation.experts_nN[:n]
-        return Written(prompt, len(ids), text, written, parts, experts_nN, ended)
+        weights_nJ = continuation.posterior_nJ[:n]
+        return Written(prompt, len(ids), text, written, parts, experts_nN, ended, weights_nJ)
 
 
 class _Reader:

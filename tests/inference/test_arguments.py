@@ -54,3 +54,21 @@ def test_prompts_of_files(tmp_path):
     text.write_text("\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="holds no prompt"):
         read_prompts(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir is missing; name the folder of a run"),
+        (["--workdir=a", "--prior=x"], "--prior has no effect without --ensemble"),
+        (["--workdir=a", "--ensemble=a,b"], "--ensemble does not go with --workdir"),
+        (["--ensemble=a,b", "--prior=estimate"], "--prior=estimate needs text; estimate it with"),
+        (["--ensemble=a,b", "--ensemble_top_k=3"], "must be from 1 to the 2 members"),
+    ],
+)
+def test_mistakes_about_ensembles_are_one_sentence(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(["--prompt=a", *flags], interactive=False)
+    asked = parse(["--prompt=a", "--ensemble=a,b"], interactive=False)
+    assert [str(member) for member in asked.members] == ["a", "b"]
+    assert asked.workdir == asked.members[0]

@@ -96,7 +96,9 @@ def test_a_text_that_does_not_fit_the_model_is_refused(writer):
 
 def made(pieces=("ab", "c\n", "d"), experts=((1, 1), (1, 2), (4, 3))):
     experts_nN = np.array(experts, np.int32).reshape(len(pieces), -1)
-    return Written("in", 3, "".join(pieces), np.arange(3), list(pieces), experts_nN, True)
+    return Written(
+        "in", 3, "".join(pieces), np.arange(3), list(pieces), experts_nN, True, np.zeros((3, 0))
+    )
 
 
 def test_colours_go_from_the_fewest_experts_to_the_most():

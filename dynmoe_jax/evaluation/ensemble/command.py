@@ -23,7 +23,6 @@ from dynmoe_jax.inference.ensemble.members import (
     RECORD,
     check_one_tokenizer,
     check_top_k,
-    folders_of,
     log_prior_of,
 )
 from dynmoe_jax.model import variable_shapes

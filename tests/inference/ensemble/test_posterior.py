@@ -33,7 +33,7 @@ def written_out(loglik_JBL, top_k=0):
             start = i - POSITION_BL[b, i]
             joint = [PRIOR_J[j] * math.exp(sum(loglik_JBL[j, b, start:i])) for j in range(J)]
             if top_k:
-                kept = sorted(range(J), key=lambda j: -joint[j])[:top_k]  # noqa: B023
+                kept = sorted(range(J), key=lambda j: -joint[j])[:top_k]
                 joint = [p * (j in kept) for j, p in enumerate(joint)]
             posterior[:, b, i] = [p / sum(joint) for p in joint]
             parts = [posterior[j, b, i] * math.exp(loglik_JBL[j, b, i]) for j in range(J)]
