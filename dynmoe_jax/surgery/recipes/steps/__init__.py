@@ -1,8 +1,9 @@
 """Kinds of steps; importing them registers them."""
 
+from dynmoe_jax.surgery.recipes.steps.ensemble import Ensemble
 from dynmoe_jax.surgery.recipes.steps.evaluate import Evaluate
 from dynmoe_jax.surgery.recipes.steps.export import Export
 from dynmoe_jax.surgery.recipes.steps.operate import Operate
 from dynmoe_jax.surgery.recipes.steps.train import Train
 
-__all__ = ["Evaluate", "Export", "Operate", "Train"]
+__all__ = ["Ensemble", "Evaluate", "Export", "Operate", "Train"]
