@@ -115,7 +115,7 @@ def test_typed_text_that_is_not_utf_8_ends_no_conversation(monkeypatch, capsys, 
 
     lines = [b"caf\xe9", "caf\udce9"]
     monkeypatch.setattr("builtins.input", typed)
-    _converse(Alone(), parse(["--workdir=a"], interactive=True))
+    _converse(Alone(), parse(["--workdir=a"], interactive=True), None)
     printed = capsys.readouterr().out
     assert "That line is not UTF-8; type it again." in printed
     assert "The prompt holds a lone surrogate, which has no UTF-8 encoding" in printed

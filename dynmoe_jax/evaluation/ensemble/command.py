@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
+
 from dynmoe_jax import config
 from dynmoe_jax.console import console
 from dynmoe_jax.data import DataError, Tokenizer, for_rows
@@ -150,8 +152,12 @@ def _batches(documents, tokenizer: Tokenizer, first: OpenedRun, length: int, ask
     data = dataclasses.replace(cfg.data, seq_len=length)
     rows = max(1, cfg.train.batch_size // cfg.train.microbatches)
     most = None if asked.text else cfg.evaluation.max_batches
+
+    def first_of(of_domain):
+        return grain.MapDataset.source(of_domain)[: asked.limit]
+
     return {
-        domain: document_batches(of_domain[: asked.limit], tokenizer, data, rows, most)
+        domain: document_batches(first_of(of_domain), tokenizer, data, rows, most)
         for domain, of_domain in documents.items()
         if len(of_domain)
     }

@@ -1,5 +1,6 @@
 """The command, beside full forward passes of each document alone."""
 
+import itertools
 import json
 import math
 import re
@@ -44,7 +45,7 @@ def pieces_of(documents, tokenizer):
     pieces, at = [], 0
     for text in documents:
         ids = [tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id]
-        pairs = list(zip(ids[:-1], ids[1:], strict=True))
+        pairs = list(itertools.pairwise(ids))
         while pairs:
             room = WINDOW - at % WINDOW
             pieces.append(pairs[:room])
@@ -90,7 +91,8 @@ def test_the_ensemble_of_two_shapes_is_the_mixture_of_both(
         assert sum(domain["posterior"]) == pytest.approx(1)
     assert record["prior"] == [0.25, 0.75]
     page = (tmp_path / "ensemble.html").read_text()
-    assert workdir.name in page and "How soon is the domain known?" in page
+    assert workdir.name in page
+    assert "How soon is the domain known?" in page
     assert "best member" in printed
 
 
@@ -110,7 +112,7 @@ MISTAKES = {
     ("--ensemble={0}",): "--ensemble={0} must name two runs or more",
     ("--ensemble={0},{0}",): "names {0} twice; name it once",
     ("--ensemble={0},{1}", "--workdir={0}"): "does not go with --workdir; leave that out",
-    ("--ensemble={0},{1}", "--tasks=piqa"): "does not go with --tasks",
+    ("--ensemble={0},{1}", "--routing"): "does not go with --routing",
     ("--ensemble={0},{1}", "--ensemble_top_k=3"): "--ensemble_top_k=3 must be from 1 to the 2",
     ("--ensemble={0},{1}", "--prior=/none"): "--prior=/none cannot be read (No such file",
     ("--ensemble={0},{1}", "--ensemble_text=text:/none"): "matches no file",

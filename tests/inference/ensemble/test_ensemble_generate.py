@@ -1,6 +1,7 @@
 """Texts of an ensemble, beside full forward passes and Bayes' rule by hand."""
 
 import dataclasses
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def test_an_ensemble_of_one_model_twice_writes_what_it_writes(decoder, letters):
     alone = Writer(decoder, letters, sampling).write(["hello", "so"], 2)
     pair = Ensemble((decoder, decoder), np.log(PRIOR_J))
     together = Writer(pair, letters, sampling).write(["hello", "so"], 2)
-    for one, both in zip(sum(alone, []), sum(together, []), strict=True):
+    for one, both in zip(*map(chain.from_iterable, (alone, together)), strict=True):
         assert both.text == one.text
         assert one.posterior_nJ.shape == (len(one.ids), 0)
         np.testing.assert_allclose(
