@@ -44,6 +44,11 @@ class Data:
         "mixes documents in proportion to a domain's number of them, but 3000 at most; empty = as "
         "it comes",
     )
+    part: str = run_setting(
+        "",
+        "part of the training documents to read, dealt out by chance: '2/3' is the second of "
+        "three; empty = all",
+    )
     seq_len: int = run_setting(2048, "tokens of one training sequence", unit="tokens", low=2)
     text_field: str = run_setting(
         "text", "field of a JSONL, Parquet or TFDS record with the text; dots reach into records"

@@ -14,6 +14,7 @@ from dynmoe_jax import config
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.mixture import is_proportional, parse_cap, proportional_counts
 from dynmoe_jax.data.packing import check_weights, pack, shard_rows
+from dynmoe_jax.data.part import part_of
 from dynmoe_jax.data.preparation.prepare import Prepared
 from dynmoe_jax.data.shards import RowsInTurn
 from dynmoe_jax.data.sources.registry import parse_weights
@@ -79,7 +80,12 @@ class TrainStream:
             self._identity["documents"] = prepared.content
         numbers = range(data.virtual_shards) if shard_ids is None else sorted(set(shard_ids))
         rows = _rows_here(batch_size, data.virtual_shards, numbers)
-        documents = {domain: prepared.open_train(domain) for domain in prepared.domains}
+        if data.part:
+            self._identity["part"] = data.part
+        documents = {
+            domain: part_of(prepared.open_train(domain), data.part, domain)
+            for domain in prepared.domains
+        }
         # Of a small corpus, about a quarter of an epoch at most: a window is filled before its
         # first row comes out.
         epoch = sum(amount.bytes for amount in prepared.train.values())

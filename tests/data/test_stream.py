@@ -293,3 +293,40 @@ def test_held_out_batches_are_the_same_every_time_and_stop_where_told(
     )
     assert len(one) == 3
     assert all(np.array_equal(a[n], b[n]) for a, b in zip(one, two, strict=True) for n in a)
+
+
+def test_parts_hold_every_training_document_once(make, prepared, tokenizer):
+    """Whatever a part is read of, by domain or not, it is its own."""
+
+    def documents(part):
+        stream, found = make(part=part, shuffle_tokens=0), set()
+        for _ in range(60):
+            batch = next(stream)
+            for row in zip(batch["tokens"], batch["positions"], strict=True):
+                starts = np.flatnonzero((row[1] == 0) & (row[0] == tokenizer.bos_id))
+                found |= {tuple(row[0][i : i + 8]) for i in starts if i + 8 <= len(row[0])}
+        return found
+
+    ones, twos = documents("1/2"), documents("2/2")
+    assert ones
+    assert twos
+    assert not ones & twos
+    assert ones | twos <= documents("")
+
+
+def test_a_part_goes_on_as_itself_alone(make):
+    stream = make(part="1/2")
+    rows_of(stream, 2)
+    state = json.loads(json.dumps(stream.get_state()))
+    later = rows_of(stream, 2)
+    again = make(part="1/2")
+    again.set_state(state)
+    assert same(rows_of(again, 2), later)
+    with pytest.raises(DataError, match="part='1/2', which is now '2/2'"):
+        make(part="2/2").set_state(state)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/100000"])
+def test_a_part_that_cannot_be_is_refused(make, part):
+    with pytest.raises(DataError, match=r"config\.data\.part"):
+        make(part=part)

@@ -13,6 +13,7 @@ from dynmoe_jax import config
 from dynmoe_jax.data.chat.template import ChatTemplate
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.mixture import is_proportional, parse_cap
+from dynmoe_jax.data.part import parse_part
 from dynmoe_jax.data.sources.document import Broken, Document
 from dynmoe_jax.data.sources.files import read_jsonl, read_text, shown
 from dynmoe_jax.data.sources.instructions import read_instructions, read_tasks
@@ -146,6 +147,7 @@ def check_sources(data: config.Data) -> None:
         parse_cap(data.domain_weights)
     else:
         parse_weights(data.domain_weights)
+    parse_part(data.part)
     # Unlike Path's, these say no to a name that is too long, and to a home that nobody has.
     if data.tokenizer and not os.path.exists(os.path.expanduser(data.tokenizer)):
         raise DataError(
