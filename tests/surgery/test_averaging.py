@@ -51,9 +51,11 @@ def test_feed_forwards_become_experts_and_the_rest_is_averaged(branches):
         np.testing.assert_allclose(arrays[Place(0, name)], mean, rtol=1e-5, atol=1e-7)
 
 
-def test_a_mixture_of_equal_models_computes_what_they_do(branches):
+@pytest.mark.parametrize("router", ["gates", "dense", "gumbel"])
+def test_a_mixture_of_equal_models_computes_what_they_do(branches, router):
     parent = branches[0]
-    mixed = result_of(Mix(router_std=1.0), parent, parent)
+    mixed = result_of(Mix(router=router, router_std=1.0), parent, parent)
+    assert mixed[0].model.moe.router == (router if router != "gates" else "top_k")
     assert np.abs(logits(*mixed) - logits(*parent)).max() < 1e-5
 
 
@@ -61,6 +63,11 @@ def test_a_mixture_of_equal_models_computes_what_they_do(branches):
 def test_weights_that_are_none_are_refused(branches, text):
     with pytest.raises(ConfigError, match="must be 2 numbers"):
         Average(weights=text).result([cfg for cfg, _ in branches])
+
+
+def test_a_mixture_with_two_routers_is_refused(branches):
+    with pytest.raises(ConfigError, match="--router=dense --top_k=1 name two routers"):
+        Mix(router="dense", top_k=1).result([cfg for cfg, _ in branches])
 
 
 def test_models_of_two_shapes_are_refused(branches):

@@ -4,6 +4,7 @@ from dynmoe_jax.routing.routers.block_ffn import BlockFFN
 from dynmoe_jax.routing.routers.dense import Dense
 from dynmoe_jax.routing.routers.expert_choice import ExpertChoice
 from dynmoe_jax.routing.routers.expert_threshold import ExpertThreshold
+from dynmoe_jax.routing.routers.gumbel import Gumbel
 from dynmoe_jax.routing.routers.hashing import Hash
 from dynmoe_jax.routing.routers.moe_plus_plus import MoEPlusPlus
 from dynmoe_jax.routing.routers.noisy_top_k import NoisyTopK
@@ -24,6 +25,7 @@ __all__ = [
     "Dense",
     "ExpertChoice",
     "ExpertThreshold",
+    "Gumbel",
     "Hash",
     "MoEPlusPlus",
     "NoisyTopK",

@@ -3,11 +3,14 @@
 import dataclasses
 from typing import ClassVar
 
-from dynmoe_jax.fields import free_setting
+from dynmoe_jax.fields import ConfigError, free_setting
 from dynmoe_jax.surgery.experts.new_experts import GatedExperts, dense_place
 from dynmoe_jax.surgery.experts.routers import is_of_router, new_array
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.operations.average import averaged, check_alike, weights_of
+
+GATED = "gates"
+"""Router of the result that the settings of gates choose."""
 
 
 @OPERATIONS.register("mix")
@@ -22,6 +25,12 @@ class Mix(GatedExperts):
     weights: str = free_setting(
         "", "weights of the models in what is averaged, such as 0.7,0.3; empty = equal"
     )
+    router: str = free_setting(
+        GATED,
+        "router of the result: by the gates that top_k or top_p say; dense, all experts by their "
+        "probabilities (soft routing); gumbel, sampled top-1",
+        choices=(GATED, "dense", "gumbel"),
+    )
     exact: ClassVar = "of equal models"
     paper: ClassVar = "Branch-Train-MiX, 2403.07816"
     parents: ClassVar = (2, None)
@@ -32,6 +41,13 @@ class Mix(GatedExperts):
         weights_of(self.weights, len(parents))
         self.check_dense(parents[0].model)
         router = self.chosen_router()
+        if self.router != GATED:
+            if self.top_k or self.p:
+                other = f"top_k={self.top_k}" if self.top_k else f"top_p={self.p:g}"
+                raise ConfigError(
+                    f"--router={self.router} --{other} name two routers; give one of them."
+                )
+            router = {"router": self.router}
         return self.with_experts(
             parents[0], len(parents), lambda units: {"hidden_width": units}, router
         )
