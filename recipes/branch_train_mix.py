@@ -4,41 +4,51 @@
         --processes=2
 
 arXiv 2403.07816.  A seed model is trained on all text, a branch of it on each domain; the mixture
-of their feed-forwards is trained on all text again.  Controls: the average of the branches, and the
-seed model trained on with the FLOPs of everything else.
+of their feed-forwards is trained on all text again: two experts a token, and as its arms Switch,
+sampled top-1, soft routing, experts that stay frozen, and the seed as one more expert.  Controls:
+the average of the branches, their ensemble, and the seed model trained on with the FLOPs of
+everything that the mixture is made of.
 """
 
 import dataclasses
 
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.operations.mix import Mix
-from dynmoe_jax.surgery.recipes import Comparison, Operate, Recipe, Train, sizes
-
-DOMAINS = ("code", "docs", "prose")
-"""Of the text that a Python installation carries; with other text, name its own."""
+from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Operate, Recipe, Train, sizes
 
 
 def get_recipe(size, seed, data):
-    """Seed, branches, average, mixture, and the dense model of the same FLOPs."""
+    """Seed, branches, average, ensemble, mixtures, and the dense model of the same FLOPs."""
     begin = Train("seed", sizes.dense(size, seed, data))
-    half = sizes.share_of_steps(size, 0.5)
-    branches = tuple(
-        Train(f"branch_{domain}", _of_domain(size, seed, data, domain, half), begin)
-        for domain in DOMAINS
+    domains, half = sizes.domains_of(data), sizes.share_of_steps(size, 0.5)
+
+    def branch(domain):
+        cfg = sizes.dense(size, seed + 1, data, steps=half)
+        text = dataclasses.replace(cfg.data, domain_weights=sizes.one_of(domains, domain))
+        return Train(f"branch_{domain}", dataclasses.replace(cfg, data=text), begin)
+
+    def trained(name, operation, members, **train):
+        cfg = sizes.dense(size, seed + 1000, data, steps=half, **train)
+        return Train(f"{name}_trained", cfg, Operate(name, operation, members))
+
+    branches = tuple(map(branch, domains))
+    averaged, ensemble = Operate("average", Average(), branches), Ensemble("ensemble", branches)
+    mixed = trained("mix", Mix(top_k=2), branches)
+    # The seed has a part in what is averaged only through the branches.
+    of_branches = ",".join(["0", *"1" * len(branches)])
+    arms = (
+        trained("switch", Mix(top_k=1, renormalize=False), branches),
+        trained("sampled", Mix(router="gumbel"), branches),
+        trained("soft", Mix(router="dense"), branches),
+        dataclasses.replace(
+            trained("mix", Mix(top_k=2), branches, trainable="not:experts"), name="frozen_experts"
+        ),
+        trained("with_seed", Mix(top_k=2, weights=of_branches), (begin, *branches)),
     )
-    averaged = Operate("average", Average(), branches)
-    mixed = Operate("mix", Mix(top_k=2), branches)
-    trained = Train("mix_trained", sizes.dense(size, seed + 1000, data, steps=half), mixed)
-    rest = sum(branch.flops for branch in branches) + trained.flops
+    rest = sum(branch.flops for branch in branches) + mixed.flops
     dense = Train("dense", sizes.dense(size, seed + 1000, data), begin).with_flops(rest)
+    controls = averaged, ensemble, dense
     return Recipe(
-        (begin, *branches, averaged, mixed, trained, dense),
-        (Comparison(trained, averaged), Comparison(trained, dense)),
+        (begin, *branches, averaged, ensemble, mixed, *arms, dense),
+        tuple(Comparison(mixed, other) for other in (*controls, *arms)),
     )
-
-
-def _of_domain(size, seed, data, domain, steps):
-    """Settings of a training on one domain alone."""
-    cfg = sizes.dense(size, seed + 1, data, steps=steps)
-    weights = ",".join(f"{name}={float(name == domain):g}" for name in DOMAINS)
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, domain_weights=weights))

@@ -1,10 +1,13 @@
 """Sizes of recipes: settings of the dense model that they begin with."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dynmoe_jax import config
+from dynmoe_jax.data.sources.document import Document
+from dynmoe_jax.data.sources.registry import read_documents
 
 
 def tiny() -> config.Config:
@@ -79,3 +82,36 @@ def dense(size: str, seed: int, data: str = "", **changes: Any) -> config.Config
 def share_of_steps(size: str, share: float) -> int:
     """A part of a size's steps of training, at least two."""
     return max(2, round(share * SIZES[size]().train.steps))
+
+
+PYTHON_DOMAINS = ("code", "docs", "prose")
+"""Domains of the text that a Python installation carries, which need not be read to know them."""
+
+_MOST_READ = 20_000
+"""Documents that are read to find the domains of other text."""
+
+
+def domains_of(data: str) -> tuple[str, ...]:
+    """Domains of the text of a recipe, sorted; of other text than Python's it is read for them.
+
+    Args:
+      data: sources of text; empty: the sizes' own.
+
+    Raises:
+      ConfigError: there are less than two.
+    """
+    if data in ("", "python"):
+        return PYTHON_DOMAINS
+    documents = itertools.islice(read_documents(config.Data(sources=data)), _MOST_READ)
+    found = sorted({document.domain for document in documents if isinstance(document, Document)})
+    if len(found) < 2:
+        raise config.ConfigError(
+            f"--data={data} has {len(found)} domains, and branches need two or more; name text in "
+            "several files, or with a field 'domain'."
+        )
+    return tuple(found)
+
+
+def one_of(domains: Sequence[str], domain: str) -> str:
+    """Settings of ``config.data.domain_weights`` that read one domain alone."""
+    return ",".join(f"{name}={int(name == domain)}" for name in domains)

@@ -12,7 +12,16 @@ from dynmoe_jax.config import ConfigError
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.operations.split import Split
 from dynmoe_jax.surgery.operations.upcycle import Upcycle
-from dynmoe_jax.surgery.recipes import Comparison, Evaluate, Export, Operate, Recipe, Train, sizes
+from dynmoe_jax.surgery.recipes import (
+    Comparison,
+    Ensemble,
+    Evaluate,
+    Export,
+    Operate,
+    Recipe,
+    Train,
+    sizes,
+)
 from dynmoe_jax.surgery.recipes.command import parse
 from dynmoe_jax.surgery.recipes.recipe import Asked, Plan, planned
 from dynmoe_jax.surgery.recipes.record import make_record
@@ -105,6 +114,11 @@ def test_what_holds_no_model_cannot_be_built_on():
         ),
         (lambda d: Operate("x", Upcycle(), (d,), Options(dtype="int3")), "--dtype='int3' must be"),
         (lambda d: Operate("x", Upcycle(), (d, d)), "takes 1 model, and 2 are named"),
+        (lambda d: Ensemble("x", (d, d)), "x needs two members or more, each named once"),
+        (
+            lambda d: Ensemble("x", (d, Train("y", sizes.dense("tiny", 1))), top_k=3),
+            "top_k=3 must be from 1 to the 2 members",
+        ),
         (lambda d: Export("x", d, "int3"), "dtype=int3 must be one of float32, bfloat16"),
         (lambda d: Evaluate("x", d, ("--rooting",)), "unrecognized arguments: --rooting"),
         (
@@ -340,3 +354,13 @@ def test_unknown_size_names_those_there_are(tmp_path):
 def test_the_page_of_recipes_names_every_one():
     named = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE)
     assert sorted(named) == sorted(p.stem for p in (ROOT / "recipes").glob("*.py"))
+
+
+def test_branches_are_those_of_the_domains_that_the_text_has(tmp_path):
+    for name in ("law", "chat"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    domains = sizes.domains_of(f"jsonl:{tmp_path}/*.jsonl")
+    assert domains == ("chat", "law")
+    assert sizes.one_of(domains, "law") == "chat=0,law=1"
+    with pytest.raises(ConfigError, match="has 1 domains, and branches need two or more"):
+        sizes.domains_of(f"jsonl:{tmp_path}/law.jsonl")

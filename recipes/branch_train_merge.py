@@ -1,0 +1,50 @@
+"""Branch-Train-Merge: models trained apart on parts of the text write together, or become one.
+
+    python -m dynmoe_jax.surgery --recipe=recipes/branch_train_merge.py --workdir=runs/btm \\
+        --processes=2
+
+arXiv 2208.03306.  A seed model is trained on all text, a branch of it on each domain.  Their
+ensemble weighs them token by token by the domain that the text so far speaks of; their average is
+one model.  Controls: an ensemble of as many branches that were trained on documents dealt out by
+chance, and the seed model trained on with the FLOPs of all branches.
+"""
+
+import dataclasses
+
+from dynmoe_jax.surgery.operations.average import Average
+from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Operate, Recipe, Train, sizes
+
+
+def get_recipe(size, seed, data):
+    """Seed, branches by domain and by chance, both ensembles, average, and the dense model."""
+    begin = Train("seed", sizes.dense(size, seed, data))
+    domains, half = sizes.domains_of(data), sizes.share_of_steps(size, 0.5)
+
+    def branch(name, **text):
+        cfg = sizes.dense(size, seed + 1, data, steps=half)
+        return Train(
+            name, dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **text)), begin
+        )
+
+    branches = tuple(
+        branch(f"branch_{domain}", domain_weights=sizes.one_of(domains, domain))
+        for domain in domains
+    )
+    by_chance = tuple(
+        branch(f"chance_{number}", part=f"{number}/{len(domains)}")
+        for number in range(1, len(domains) + 1)
+    )
+    ensemble, control = Ensemble("ensemble", branches), Ensemble("ensemble_by_chance", by_chance)
+    averaged = Operate("average", Average(), branches)
+    spent = sum(branch.flops for branch in branches)
+    dense = Train("dense_of_branches", sizes.dense(size, seed + 1000, data), begin).with_flops(
+        spent
+    )
+    return Recipe(
+        (begin, *branches, *by_chance, ensemble, control, averaged, dense),
+        (
+            Comparison(ensemble, control),
+            Comparison(ensemble, averaged),
+            Comparison(ensemble, dense),
+        ),
+    )
