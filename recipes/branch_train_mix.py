@@ -14,7 +14,7 @@ import dataclasses
 
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.operations.mix import Mix
-from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Operate, Recipe, Train, sizes
+from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Evaluate, Operate, Recipe, Train, sizes
 
 
 def get_recipe(size, seed, data):
@@ -48,7 +48,9 @@ def get_recipe(size, seed, data):
     rest = sum(branch.flops for branch in branches) + mixed.flops
     dense = Train("dense", sizes.dense(size, seed + 1000, data), begin).with_flops(rest)
     controls = averaged, ensemble, dense
+    # Whether tokens of a domain use its own expert more: share_by_domain of routing.json.
+    analysis = Evaluate("mix_routing", mixed, ("--routing",))
     return Recipe(
-        (begin, *branches, averaged, ensemble, mixed, *arms, dense),
+        (begin, *branches, averaged, ensemble, mixed, analysis, *arms, dense),
         tuple(Comparison(mixed, other) for other in (*controls, *arms)),
     )

@@ -109,7 +109,8 @@ class RoutingSums:
         self.first_NVE = np.zeros((layers, len(self.by_token.count_G), experts), np.int32)
         self.first_NPE = np.zeros((layers, positions, experts), np.int64)
         self.first_NDE = np.zeros((layers, len(self.domains), experts), np.int64)
-        self.load_NE = np.zeros((layers, experts), np.int64)
+        self.load_NDE = np.zeros((layers, len(self.domains), experts), np.int64)
+        self.tokens_D = np.zeros(len(self.domains), np.int64)
         # ── Dropped choices ──
         self.chosen_P = np.zeros(min(PLACES, length), np.int64)
         self.kept_P = np.zeros(min(PLACES, length), np.int64)
@@ -135,7 +136,9 @@ class RoutingSums:
         nll_T = np.asarray(use.nll_BL, np.float64)[valid_BL]
         part = number_T, token_T, position_T, place_BL[valid_BL], nll_T, *layers
         self.latest = number_T, part[-2]
-        self.load_NE += np.asarray(load_NE).astype(np.int64)
+        number = self.domains.index(domain)
+        self.load_NDE[:, number] += np.asarray(load_NE).astype(np.int64)
+        self.tokens_D[number] += len(token_T)
         self.tokens += len(token_T)
         if self._pending and self._domain != domain:
             self.flush()
@@ -143,6 +146,11 @@ class RoutingSums:
         self._pending.append(part)
         if sum(len(part[0]) for part in self._pending) >= TOKENS_AT_ONCE:
             self.flush()
+
+    @property
+    def load_NE(self) -> Int[np.ndarray, "N E"]:
+        """Tokens that chose each expert."""
+        return self.load_NDE.sum(axis=1)
 
     def flush(self) -> None:
         """Counts the batches that wait to be counted together, which is faster."""

@@ -68,6 +68,7 @@ def to_record(sums: RoutingSums, looks_ahead: str | None = None) -> dict[str, An
         },
         "correlation_with_surprise": {} if looks_ahead else _correlations(sums),
         "load_by_layer": _loads(sums),
+        "share_by_domain": _shares(sums),
         "specialization_by_layer": _specialization(sums) if chosen else [],
         "context_independence_by_layer": _context_independence(sums) if chosen else [],
         "dropped": _dropped(sums),
@@ -76,6 +77,15 @@ def to_record(sums: RoutingSums, looks_ahead: str | None = None) -> dict[str, An
 
 def _records(estimates: list[Interval]) -> list[dict]:
     return [estimate.record() for estimate in estimates]
+
+
+def _shares(sums: RoutingSums) -> dict[str, list[list[float]]]:
+    """Share of each domain's tokens that use each expert, by layer."""
+    share_NDE = sums.load_NDE / np.maximum(sums.tokens_D, 1)[:, None]
+    return {
+        name: [share_E[:own] for share_E, own in zip(share_NE, sums.experts_N, strict=True)]
+        for name, share_NE in zip(sums.domains, share_NDE.swapaxes(0, 1), strict=True)
+    }
 
 
 def _by_domain(sums: RoutingSums) -> dict[str, dict]:

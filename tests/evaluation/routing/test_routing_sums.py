@@ -246,6 +246,18 @@ def test_sums_do_not_depend_on_how_documents_are_cut_into_batches():
         assert (one.mean, one.low) == pytest.approx((other.mean, other.low))
 
 
+def test_shares_of_domains_are_of_their_own_tokens():
+    sums = RoutingSums(["code", "prose"], [E], [1], L, Tokenizer())
+    for domain, expert, rows in (("code", 0, 1), ("prose", 1, 3), ("code", 2, 1)):
+        batch = batch_of([[np.r_[BOS, np.full(L - 1, 12)]]] * rows)
+        first = np.full((1, rows, L), expert)
+        use = TokenUse(np.ones((rows, L)), np.ones_like(first), first, np.ones_like(first))
+        sums.add(domain, batch, use, np.bincount([expert] * rows * L, minlength=E)[None])
+    shares = to_record(sums)["share_by_domain"]
+    np.testing.assert_array_equal(shares["code"], [np.isin(np.arange(E), [0, 2]) / 2])
+    np.testing.assert_array_equal(shares["prose"], [np.arange(E) == 1])
+
+
 def test_one_document_has_no_interval():
     means = GroupedMeans(1)
     means.add(Documents.numbered(np.zeros(9, int)), np.zeros(9, int), np.arange(9.0))

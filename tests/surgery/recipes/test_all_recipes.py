@@ -42,6 +42,10 @@ def test_it_runs_to_its_end(name, workdir):
             assert 0 < step["bits_per_byte"] < 8
     if name == "flan_moe":
         instructed_models_answer_better(workdir / "steps", steps)
+    if name == "branch_train_merge":
+        ensembles_know_the_domain(workdir / "steps", steps)
+    if name == "branch_train_mix":
+        frozen_experts_are_those_of_branches(workdir / "steps", steps)
     if name == "upcycling":
         upcycled_is_trained(workdir / "steps" / steps["upcycled_trained"]["folder"])
         # Equal to the model that it was made of, and neither FLOPs nor chance come in between.
@@ -61,6 +65,39 @@ def instructed_models_answer_better(folder, steps):
     assert bits("untuned") - bits("instructed") > 0.3
     assert bits("untuned") - bits("direct") > 0.1
     assert bits("direct") - bits("instructed_direct") > 0.1
+
+
+def ensembles_know_the_domain(folder, steps):
+    """Ten steps are few, but a branch predicts its own domain best, and the posterior says so."""
+    bits = steps["ensemble"]["bits_per_byte"]
+    assert bits < steps["ensemble_by_chance"]["bits_per_byte"]
+    # Both on the text, and over the bytes, of a training's held-out evaluation.
+    alone = json.loads((folder / steps["ensemble"]["folder"] / "ensemble.json").read_text())
+    branches = [steps[f"branch_{domain}"] for domain in alone["domains"]]
+    members = [branch["bits_per_byte"] for branch in branches]
+    assert alone["all"]["bits_per_byte_by_member"] == pytest.approx(members, rel=1e-5)
+    for number, domain in enumerate(alone["domains"].values()):
+        assert np.argmin(domain["loss_by_member"]) == number
+        assert np.argmax(domain["posterior"]) == number
+        assert sum(domain["posterior"]) == pytest.approx(1)
+        assert domain["loss"] <= domain["loss_bound"]
+        assert domain["tokens_until_sure"] <= 50  # the median document's
+
+
+def frozen_experts_are_those_of_branches(folder, steps):
+    """Trained experts move, frozen ones stay bit for bit, and the router beside them moves."""
+
+    def arrays(name):
+        with opened_run(folder / steps[name]["folder"]) as run:
+            stored = [
+                each for each, _ in stored_in(run.config.model) if "feed_forward" in each.name
+            ]
+            return {each.name: run.read(each.path) for each in stored}
+
+    before, trained, frozen = map(arrays, ("mix", "mix_trained", "frozen_experts"))
+    for name, array in before.items():
+        assert np.any(trained[name] != array)
+        assert np.array_equal(frozen[name], array) == ("router" not in name)
 
 
 def upcycled_is_trained(folder):
