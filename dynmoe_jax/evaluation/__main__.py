@@ -33,9 +33,14 @@ from dynmoe_jax.data.preparation.prepare import template_for
 from dynmoe_jax.data.sources.registry import check_sources, read_documents
 from dynmoe_jax.data.tokenizers.endings import ends_of
 from dynmoe_jax.evaluation import perplexity, responses
-from dynmoe_jax.evaluation.ensemble.command import Asked as Ensemble
 from dynmoe_jax.evaluation.ensemble.command import check as check_ensemble
 from dynmoe_jax.evaluation.ensemble.command import evaluate_ensemble
+from dynmoe_jax.evaluation.ensemble.flags import (
+    FOLDER,
+    add_flags,
+    check_no_ensemble,
+    ensemble_of,
+)
 from dynmoe_jax.evaluation.harness import answers
 from dynmoe_jax.evaluation.routing.analyze import analyze, packed, read_by_domain
 from dynmoe_jax.evaluation.routing.page import print_analysis, write_analysis
@@ -43,7 +48,6 @@ from dynmoe_jax.evaluation.routing.record import FILE_NAME as ROUTING_RECORD
 from dynmoe_jax.evaluation.scoring.scoring import Scorer
 from dynmoe_jax.evaluation.scoring.tree_writing import TreeWriter
 from dynmoe_jax.evaluation.window import choose_window
-from dynmoe_jax.inference.ensemble.members import FLAG, UNIFORM, folders_of
 from dynmoe_jax.inference.transforms import keeping
 from dynmoe_jax.model import Decoder, variable_shapes
 from dynmoe_jax.runs.compilation import compiled_programs_kept
@@ -53,7 +57,6 @@ from dynmoe_jax.runs.load import OpenedRun, opened_run
 from dynmoe_jax.runs.records import to_json, write_atomically
 from dynmoe_jax.runs.text import load_text
 
-FOLDER = "evaluation"
 BATCH_TOKENS = {"cpu": 2048}
 BATCH_TOKENS_OTHER = 1 << 15
 HELD_OUT = "held out"
@@ -90,34 +93,7 @@ def parser() -> argparse.ArgumentParser:
         help="analyze who uses how many experts and which ones: of the run's held-out text, or of "
         "SOURCES as in config.data.sources",
     )
-    add(
-        FLAG,
-        default="",
-        metavar="RUN,RUN",
-        help="in place of --workdir: weigh the runs' models token by token, by what the text so "
-        "far says (Branch-Train-Merge)",
-    )
-    add(
-        "--ensemble_text",
-        default="",
-        metavar="SOURCES",
-        help="text for the ensemble, as config.data.sources; the held-out text of its first run by "
-        "default",
-    )
-    add(
-        "--prior",
-        default=UNIFORM,
-        metavar="PRIOR",
-        help="of the ensemble's members: uniform; estimate, by domain, from text that is then not "
-        "evaluated; or an ensemble.json (default: %(default)s)",
-    )
-    add(
-        "--ensemble_top_k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="members with weight at each token; 0: all",
-    )
+    add_flags(add)
     add(
         "--window",
         type=int,
@@ -167,7 +143,7 @@ def evaluate(asked: argparse.Namespace) -> int:
     names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
     tasks = _check(asked, names)
     if asked.ensemble:
-        evaluate_ensemble(_ensemble(asked))
+        evaluate_ensemble(ensemble_of(asked))
         return 0
     with opened_run(asked.workdir, best=asked.best, settings=asked.settings) as run:
         cfg, imported = run.config, run.imported
@@ -198,22 +174,6 @@ def evaluate(asked: argparse.Namespace) -> int:
             _tasks(asked, tasks, decoder, scorer, tokenizer, kept, folder)
     kept.close()
     return 0
-
-
-def _ensemble(asked: argparse.Namespace) -> Ensemble:
-    """The evaluation of an ensemble; its results are in the folder of the first run."""
-    members = folders_of(asked.ensemble)
-    return Ensemble(
-        members,
-        asked.prior,
-        asked.ensemble_top_k,
-        asked.ensemble_text,
-        asked.limit,
-        asked.window,
-        asked.output or members[0] / FOLDER,
-        asked.best,
-        asked.settings,
-    )
 
 
 def _batch_tokens() -> int:
@@ -294,14 +254,9 @@ def _check(asked: argparse.Namespace, names: list[str]) -> dict:
         if value is not None and value < least:
             raise config.ConfigError(f"--{name}={value} must be at least {least}.")
     if asked.ensemble:
-        for name in ("workdir", "tasks", "perplexity", "instructions", "routing"):
-            if getattr(asked, name):
-                raise config.ConfigError(f"{FLAG} does not go with --{name}; leave that out.")
-        check_ensemble(_ensemble(asked))
+        check_ensemble(ensemble_of(asked))
         return {}
-    for name in ("prior", "ensemble_top_k", "ensemble_text"):
-        if getattr(asked, name) != parser().get_default(name):
-            raise config.ConfigError(f"--{name} has no effect without {FLAG}; leave it out.")
+    check_no_ensemble(asked)
     if asked.workdir is None:
         raise config.ConfigError("--workdir is missing; name the folder of a run.")
     if not (names or asked.perplexity or asked.routing or asked.instructions):
