@@ -91,6 +91,8 @@ REGULARIZERS = Registry("regularizer")
 EXPERTS = Registry("kind of expert")
 LINEARS = Registry("kind of linear map")
 OBJECTIVES = Registry("objective")
+CORRUPTIONS = Registry("corruption of text")
+REWEIGHTINGS = Registry("rule of domain weights")
 """Registries that settings choose from.  The rooms that hold the kinds fill them when they are
 imported; until then they are empty, and what a setting names is not checked."""
 

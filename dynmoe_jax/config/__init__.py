@@ -1,12 +1,12 @@
 """Settings of a run: the tree with all defaults, and the checks between settings.
 
-``Config``, ``Model``, ``MoE``, ``Loss`` and ``Train`` are made when they are asked for, with a
-group of settings for every kind that is registered by then.
+``Config``, ``Model``, ``MoE``, ``Loss``, ``Data`` and ``Train`` are made when they are asked for,
+with a group of settings for every kind that is registered by then.
 """
 
 from typing import Any
 
-from dynmoe_jax.config.settings import Checkpoint, Data, Evaluation, Logging, Mesh, Optimizer
+from dynmoe_jax.config.settings import Checkpoint, Evaluation, Logging, Mesh, Optimizer
 from dynmoe_jax.config.tree import (
     current,
     differences,
@@ -21,7 +21,7 @@ from dynmoe_jax.config.tree import (
 )
 from dynmoe_jax.fields import AUTO, ConfigError, shown, walk
 
-_MADE = ("Config", "Loss", "MoE", "Model", "Train")
+_MADE = ("Config", "Data", "Loss", "MoE", "Model", "Train")
 
 __all__ = [
     "AUTO",

@@ -6,6 +6,7 @@ from typing import Any
 
 from dynmoe_jax.fields import AUTO, ConfigError, idle_settings, shown, walk
 from dynmoe_jax.registry import (
+    CORRUPTIONS,
     EXPERTS,
     LINEARS,
     OBJECTIVES,
@@ -46,6 +47,32 @@ def check_together(config: Any) -> None:
         )
     _check_mesh(config.mesh)
     _check_checkpoints(config)
+    _check_text(config)
+
+
+def _check_text(config: Any) -> None:
+    """Raises ConfigError for a corruption or moving weights that cannot be."""
+    data, objective = config.data, config.train.objective
+    # The kinds are registered by rooms above this one.
+    if data.corruption in CORRUPTIONS:
+        if obstacle := chosen(data, "corruption").obstacle():
+            raise ConfigError(f"config.data.{data.corruption}.{obstacle}.")
+        if objective in OBJECTIVES and OBJECTIVES[objective].arrays:
+            raise ConfigError(
+                f"config.data.corruption={data.corruption!r} moves the text that "
+                f"config.train.objective={objective!r} looks for; leave one of them out."
+            )
+    if data.reweighting and not config.evaluation.every_steps:
+        raise ConfigError(
+            f"config.data.reweighting={data.reweighting!r} needs held-out losses; set "
+            "config.evaluation.every_steps."
+        )
+    if data.reweighting and data.domain_weights.strip().startswith("proportional"):
+        raise ConfigError(
+            f"config.data.reweighting={data.reweighting!r} moves shares of rows, and "
+            f"config.data.domain_weights={data.domain_weights!r} gives none; name weights, or "
+            "leave it empty."
+        )
 
 
 def _check_heads(model: Any) -> None:

@@ -11,7 +11,14 @@ from dynmoe_jax.config import rules
 from dynmoe_jax.config.model import Model
 from dynmoe_jax.config.parameter_groups import GROUPS, NOT
 from dynmoe_jax.fields import free_setting, run_setting, walk
-from dynmoe_jax.registry import LOSSES, OBJECTIVES, Registry, choice
+from dynmoe_jax.registry import (
+    CORRUPTIONS,
+    LOSSES,
+    OBJECTIVES,
+    REWEIGHTINGS,
+    Registry,
+    choice,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,22 @@ class Data:
         "",
         "part of the training documents to read, dealt out by chance: '2/3' is the second of "
         "three; empty = all",
+    )
+    reweighting: str = choice(
+        REWEIGHTINGS,
+        "",
+        "rule that moves the weights of domains after each evaluation; empty = they stay",
+        optional=True,
+        defines_model=False,
+        fixed_in_run=True,
+    )
+    corruption: str = choice(
+        CORRUPTIONS,
+        "",
+        "what training text is turned into, such as masked spans and their text; empty = it stays",
+        optional=True,
+        defines_model=False,
+        fixed_in_run=True,
     )
     seq_len: int = run_setting(2048, "tokens of one training sequence", unit="tokens", low=2)
     text_field: str = run_setting(

@@ -10,12 +10,16 @@
    splits.
 4. The *training stream* cuts the data into virtual shards.  Each shard shuffles its documents anew
    in every epoch, tokenises them, packs them into full rows and mixes the domains by weight; row n
-   of the stream is the next row of shard n modulo their number.
+   of the stream is the next row of shard n modulo their number.  A *corruption* turns documents
+   into inputs and targets before they are packed, up to a step; a *reweighting* moves the weights
+   of the domains after evaluations.
 5. The stream's state is kept per shard, so a run goes on with exactly the batches that it would
    have seen, also when another number of processes reads them.  *Held-out batches* are one pass
    in fixed order.
 """
 
+from dynmoe_jax.data import reweighting
+from dynmoe_jax.data.corruption.corruption import LEARNED
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.pipeline import (
     BATCH_ARRAYS,
@@ -41,6 +45,7 @@ from dynmoe_jax.data.tokenizers.vocabulary import check_ids, for_rows
 
 __all__ = [
     "BATCH_ARRAYS",
+    "LEARNED",
     "Batch",
     "DataError",
     "Prepared",
@@ -60,6 +65,7 @@ __all__ = [
     "open_tokenizer",
     "prepare",
     "remove_tokenizer",
+    "reweighting",
     "shards_of_rows",
     "train_tokenizer",
 ]

@@ -9,13 +9,15 @@ within each segment).
 
 import functools
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import grain
 import numpy as np
 
 from dynmoe_jax.data.chat import responses
+from dynmoe_jax.data.corruption.rows import CorruptedRows
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.moving_mixture import DomainRows, Moving, MovingMixture
 from dynmoe_jax.data.tokenizers.api import Tokenizer
 
 # Reading and tokenising happen in the thread that asks; the whole stream has one of its own.
@@ -51,6 +53,7 @@ def shard_rows(
     window: int,
     by_examples: bool = False,
     arrays: Collection[str] = (),
+    moving: Moving | None = None,
 ) -> grain.IterDataset:
     """The endless rows of one virtual shard; every epoch has an order of its own.
 
@@ -69,6 +72,7 @@ def shard_rows(
       window: rows that are shuffled together; 1 leaves them in the order of the documents.
       by_examples: whether weights are shares of the documents; a row then has several domains.
       arrays: see :func:`pack`.
+      moving: what changes while the stream is read; None: nothing does.
     """
 
     def endless(domains: Sequence[str], name: str) -> grain.MapDataset:
@@ -79,27 +83,51 @@ def shard_rows(
         return dealt.shuffle(_seed(seed, shard, name)).repeat()
 
     def packed(examples: grain.MapDataset, name: str) -> grain.IterDataset:
-        rows = pack(examples, tokenizer, seq_len, arrays)
+        return shuffled(pack(examples, tokenizer, seq_len, arrays), name)
+
+    def shuffled(rows: grain.IterDataset, name: str) -> grain.IterDataset:
         if window == 1:
             return rows
         return grain.experimental.WindowShuffleIterDataset(
             rows, window_size=window, seed=_seed(seed, shard, name, "window")
         )
 
+    def moved(by_name: Mapping[str, grain.MapDataset], shares: Sequence[float]) -> MovingMixture:
+        """The rows of several streams, or of one, while something changes."""
+        rows = {}
+        for name, examples in by_name.items():
+            plain = functools.partial(_from, examples, functools.partial(packed, name=name))
+            corrupted = None
+            if moving.corrupt is not None:
+                encode, key = functools.partial(_text_ids, tokenizer), _seed(seed, shard, name)
+                corrupted = CorruptedRows(
+                    examples, encode, moving.corrupt, tokenizer.bos_id, seq_len, key
+                )
+                corrupted = shuffled(corrupted, name)
+            rows[name] = DomainRows(plain, corrupted)
+        weights = {name: share / sum(shares) for name, share in zip(rows, shares, strict=True)}
+        return MovingMixture(
+            rows, weights, moving.corrupted_rows(shard, num_shards), shard, moving.refusal
+        )
+
     if not weights:
-        return packed(endless(sorted(documents), ""), "")
+        examples = endless(sorted(documents), "")
+        return moved({"": examples}, [1]) if moving else packed(examples, "")
     domains = [domain for domain in sorted(documents) if weights[domain] > 0]
+    by_domain = {domain: endless([domain], domain) for domain in domains}
+    shares = [weights[domain] for domain in domains]
     if by_examples:
-        examples = [endless([domain], domain) for domain in domains]
-        mixed = grain.MapDataset.mix(examples, [weights[domain] for domain in domains])
+        mixed = grain.MapDataset.mix(list(by_domain.values()), shares)
         # Each shard begins the turns of the domains elsewhere.
         begin = int(sum(weights.values())) * shard // num_shards
-        return packed(mixed[begin:], "")
+        return moved({"": mixed[begin:]}, [1]) if moving else packed(mixed[begin:], "")
+    if moving:
+        return moved(by_domain, shares)
     # Each shard begins its round of the domains elsewhere, so that a batch of one row from each
     # shard is a mixture too.
     turn = shard % len(domains)
     domains = domains[turn:] + domains[:turn]
-    streams = [packed(endless([domain], domain), domain) for domain in domains]
+    streams = [packed(by_domain[domain], domain) for domain in domains]
     return grain.IterDataset.mix(streams, [weights[domain] for domain in domains])
 
 
@@ -118,6 +146,18 @@ def check_weights(weights: Mapping[str, float], domains: Sequence[str]) -> None:
             f"config.data.domain_weights {' and '.join(wrong)}; "
             f"give a weight to each of {', '.join(sorted(domains))} (0 leaves one out)."
         )
+
+
+def _from(
+    documents: grain.MapDataset, rows: Callable[[grain.MapDataset], grain.IterDataset], first: int
+) -> grain.IterDataset:
+    """The rows of documents, beginning with one of them."""
+    return rows(documents[first:])
+
+
+def _text_ids(tokenizer: Tokenizer, example: Mapping) -> np.ndarray:
+    """Ids of a document behind BOS, with EOS."""
+    return _pairs(tokenizer, False, example)["targets"]
 
 
 def _pairs(tokenizer: Tokenizer, with_responses: bool, example: Mapping) -> dict[str, np.ndarray]:

@@ -11,14 +11,17 @@ import grain
 import numpy as np
 
 from dynmoe_jax import config
+from dynmoe_jax.data.corruption.rows import LEAST
 from dynmoe_jax.data.errors import DataError
 from dynmoe_jax.data.mixture import is_proportional, parse_cap, proportional_counts
+from dynmoe_jax.data.moving_mixture import Moving
 from dynmoe_jax.data.packing import check_weights, pack, shard_rows
 from dynmoe_jax.data.part import part_of
 from dynmoe_jax.data.preparation.prepare import Prepared
 from dynmoe_jax.data.shards import RowsInTurn
 from dynmoe_jax.data.sources.registry import parse_weights
 from dynmoe_jax.data.tokenizers.api import Tokenizer
+from dynmoe_jax.registry import chosen
 
 # int32 arrays [B, L]: tokens, targets, segment_ids (0 = padding), positions.
 BATCH_ARRAYS = ("tokens", "targets", "segment_ids", "positions")
@@ -27,17 +30,23 @@ BATCH_ARRAYS = ("tokens", "targets", "segment_ids", "positions")
 Batch = dict[str, np.ndarray]
 
 _BATCHES_AHEAD = 4
-_LATER = ("documents",)  # parts of the identity that positions of earlier versions lack
+_LATER = (
+    "documents",
+    "corruption",
+    "reweighting",
+)  # parts of the identity that positions of earlier versions lack
 
 
 class TrainStream:
     """Endless training batches, made in one background thread, ready to stop and go on anywhere.
 
     The rows and their order depend on the data, the tokenizer, the seed, ``seq_len``,
-    ``domain_weights``, ``shuffle_tokens`` and ``virtual_shards``, and on nothing else: not on the
-    batch size, not on who reads which shards.  Within a batch that all shards have the same share
-    of, the rows are sorted by shard, so that a reader of neighbouring shards
-    (:func:`shards_of_rows`) holds a block of the batch, as the devices of a process do.
+    ``domain_weights``, ``shuffle_tokens``, ``virtual_shards`` and ``corruption``, and on nothing
+    else: not on the batch size, not on who reads which shards.  Two things may change on the way:
+    the step with which corruption ends, which the batch size makes a row of, and weights that
+    :meth:`move_weights` moves.  Within a batch that all shards have the same share of, the rows are
+    sorted by shard, so that a reader of neighbouring shards (:func:`shards_of_rows`) holds a block
+    of the batch, as the devices of a process do.
 
     Args:
       prepared: the data.
@@ -66,15 +75,18 @@ class TrainStream:
         arrays: Collection[str] = (),
     ):
         by_examples = is_proportional(data.domain_weights)
-        weights = _weights(prepared, data.domain_weights, by_examples)
+        weights = _weights(prepared, data, by_examples)
         self._identity = {
             "data": prepared.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
             "seq_len": data.seq_len,
-            "domain_weights": data.domain_weights if by_examples else weights,
+            # Weights that move may begin with the shares that domains have.
+            "domain_weights": data.domain_weights if by_examples or data.reweighting else weights,
             "virtual_shards": data.virtual_shards,
             "shuffle_tokens": data.shuffle_tokens,
+            "corruption": data.corruption,
+            "reweighting": data.reweighting,
         }
         if prepared.content:
             self._identity["documents"] = prepared.content
@@ -91,8 +103,12 @@ class TrainStream:
         epoch = sum(amount.bytes for amount in prepared.train.values())
         shuffled = min(data.shuffle_tokens, epoch // 16)
         window = max(1, shuffled // (data.seq_len * data.virtual_shards))
+        self.reference: dict[str, float] | None = None
+        """Losses by domain that :mod:`dynmoe_jax.training.domain_weights` compares with; a part of
+        the position, so that a run needs what it has them from only once."""
         rows_of = functools.partial(shard_rows, documents, weights, tokenizer, data.seq_len, seed)
         kind = {"by_examples": by_examples, "arrays": tuple(arrays)}
+        kind["moving"] = _moving(data, tokenizer, batch_size)
         shards = {n: rows_of(n, data.virtual_shards, window, **kind) for n in numbers}
         batches = RowsInTurn(shards, data.virtual_shards).batch(rows, drop_remainder=True)
         batches = batches.map(functools.partial(_by_shard, len(shards)))
@@ -128,6 +144,8 @@ class TrainStream:
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch that was taken, JSON-able."""
         state = {**self._identity, "position": self._iterator().get_state()}
+        if self.reference is not None:
+            state["reference"] = self.reference
         return json.loads(json.dumps(state))
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -144,6 +162,23 @@ class TrainStream:
             if state.get(name, now if name in _LATER else None) != now:
                 raise _other_stream(name, state.get(name), now)
         self._iterator().set_state(state["position"])
+        self.reference = state.get("reference")
+
+    @property
+    def domain_weights(self) -> dict[str, float]:
+        """Shares of the next rows by domain, which add up to 1, where they may move."""
+        shards = self._iterator().get_state()["shards"]
+        return dict(next(iter(shards.values()))["weights"])
+
+    def move_weights(self, weights: Mapping[str, float]) -> None:
+        """Has the rows from here on mixed by other weights; batches made ahead are made again.
+
+        Args:
+          weights: of the domains of :attr:`domain_weights`; they add up to 1.
+        """
+        position = self._iterator().get_state()
+        shards = {n: {**s, "weights": dict(weights)} for n, s in position["shards"].items()}
+        self._iterator().set_state({**position, "shards": shards})
 
 
 def shards_of_rows(rows: Collection[int], batch_size: int, virtual_shards: int) -> list[int]:
@@ -230,14 +265,40 @@ def document_batches(
     return itertools.islice(iter(rows.batch(batch_size, batch_fn=pad)), max_batches)
 
 
-def _weights(prepared: Prepared, domain_weights: str, by_examples: bool) -> dict[str, float]:
-    """Weights by domain: the user's, or the examples that each counts with."""
+def _weights(prepared: Prepared, data: config.Data, by_examples: bool) -> dict[str, float]:
+    """Weights by domain: the user's, or the examples that each counts with; where they move, they
+    begin with the shares that the domains have."""
+    domain_weights = data.domain_weights
     if by_examples:
         examples = {name: amount.documents for name, amount in prepared.train.items()}
         return dict(proportional_counts(examples, parse_cap(domain_weights)))
     weights = parse_weights(domain_weights)
     check_weights(weights, prepared.domains)
+    if data.reweighting and not weights:
+        return {name: float(amount.bytes) for name, amount in prepared.train.items()}
     return weights
+
+
+def _moving(data: config.Data, tokenizer: Tokenizer, batch_size: int) -> Moving | None:
+    """What changes in a stream; None: nothing.
+
+    Raises:
+      DataError: the tokenizer cannot serve, or rows are too short.
+    """
+    if not data.corruption:
+        return Moving() if data.reweighting else None
+    if data.seq_len < LEAST:
+        raise DataError(
+            f"config.data.seq_len={data.seq_len} is too short for config.data.corruption="
+            f"{data.corruption!r}, which needs {LEAST} tokens; raise it."
+        )
+    kind = chosen(data, "corruption")
+    setting = f"config.data.{data.corruption}.until_step={kind.until_step}"
+    refusal = (
+        f"{setting} would change batches that the run has been trained on; set it to what it was, "
+        "or, as long as the run is before it, to a step that is still to come."
+    )
+    return Moving(kind.prepared(tokenizer), kind.until_step * batch_size, refusal)
 
 
 def _by_shard(shards: int, batch: Batch) -> Batch:

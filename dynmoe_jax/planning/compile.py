@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from dynmoe_jax import config
-from dynmoe_jax.data import BATCH_ARRAYS
 from dynmoe_jax.hardware.target import Target, compile_for
 from dynmoe_jax.mesh.make_mesh import batch_sharding, replicated, state_shardings
 from dynmoe_jax.planning.hlo.module import Module
 from dynmoe_jax.runs.compilation import options_of
+from dynmoe_jax.training.objectives import batch_arrays
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
 
@@ -79,7 +79,7 @@ def compile_step(cfg: config.Config, mesh: Mesh) -> CompiledStep:
         rows = jax.ShapeDtypeStruct(
             (cfg.train.batch_size, cfg.data.seq_len), jnp.int32, sharding=batch_sharding(mesh)
         )
-        batch = dict.fromkeys(BATCH_ARRAYS, rows)
+        batch = dict.fromkeys(batch_arrays(cfg), rows)
         # As in the trainer.
         step = jax.jit(
             make_train_step(cfg, optimizer, schedule),

@@ -23,6 +23,7 @@ from dynmoe_jax.data import (
 )
 from dynmoe_jax.data.preparation.prepare import source_fingerprint, template_for
 from dynmoe_jax.data.tokenizers.vocabulary import token_text
+from dynmoe_jax.registry import chosen
 from dynmoe_jax.runs.disk import is_seen
 
 TRAINED = SentencePieceTokenizer.name_in_run
@@ -114,7 +115,10 @@ def _make_text(
         remove_tokenizer(workdir)
         with stage("Training a tokenizer", unit="tokens") as shown:
             texts = prepared.sample_texts(cfg.data.tokenizer_megabytes)
-            tokenizer = train_tokenizer(texts, cfg.model.vocab_size, workdir / TRAINED)
+            corruption = chosen(cfg.data, "corruption")
+            reserved = corruption.reserved if corruption else ()
+            rows = cfg.model.vocab_size
+            tokenizer = train_tokenizer(texts, rows, workdir / TRAINED, reserved)
             shown.advance(tokenizer.vocab_size)
     return prepared, tokenizer
 

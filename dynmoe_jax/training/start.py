@@ -9,14 +9,14 @@ import optax
 from jax.sharding import Mesh
 
 from dynmoe_jax import config
-from dynmoe_jax.data import BATCH_ARRAYS, Tokenizer
+from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.make_mesh import batch_sharding, replicated, state_shardings
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.runs.compilation import compiler_options
 from dynmoe_jax.training.health.rescue import without_old_streak
 from dynmoe_jax.training.initial_model import initial_state
-from dynmoe_jax.training.objectives import Batch, Objective
+from dynmoe_jax.training.objectives import Batch, Objective, batch_arrays
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.run import Run
 from dynmoe_jax.training.step import TrainState, init_state, make_train_step
@@ -106,5 +106,4 @@ def _shardings(shapes: TrainState) -> TrainState:
 def _batch_shapes(cfg: config.Config, sharding: jax.sharding.Sharding) -> Batch:
     shape = (cfg.train.batch_size, cfg.data.seq_len)
     array_BL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    more = chosen(cfg.train, "objective").arrays
-    return dict.fromkeys((*BATCH_ARRAYS, *more), array_BL)
+    return dict.fromkeys(batch_arrays(cfg), array_BL)

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from dynmoe_jax import config
+from dynmoe_jax.data import LEARNED
 from dynmoe_jax.model import Decoder, decoder_shapes
 from dynmoe_jax.model.inputs import NOISE, noise_key
 from dynmoe_jax.training.gradients import make_gradients
@@ -132,6 +133,8 @@ def make_train_step(
             "load_NE": counts.load_NE,
             "dropped_N": counts.dropped_N,
         }
+        if LEARNED in batch:
+            metrics["learned_share"] = jnp.sum(batch[LEARNED]) / jnp.maximum(metrics["tokens"], 1)
         coefficients = loss.routing.coefficients(state.controllers, state.step)
         for name in loss.routing.controllers:
             metrics[f"{name}_coefficient"] = jnp.mean(coefficients[name])

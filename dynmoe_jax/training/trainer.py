@@ -31,6 +31,7 @@ from dynmoe_jax.runs.metrics_file import check_packages
 from dynmoe_jax.runs.recovery import recover
 from dynmoe_jax.runs.summary import read_summary
 from dynmoe_jax.runs.text import load_text
+from dynmoe_jax.training.domain_weights import DomainWeights, check_reference
 from dynmoe_jax.training.feed import Feed
 from dynmoe_jax.training.finish import finish_run
 from dynmoe_jax.training.health.memory import Memory, OutOfMemory
@@ -80,6 +81,8 @@ def train(cfg: config.Config, workdir: Path) -> int:
     check_same_settings(cfg)
     if begun := saved_config(workdir):  # what the run has of kinds that are not imported stays
         cfg = dataclasses.replace(cfg, kept=begun.kept)
+    else:
+        check_reference(cfg)
     if agreement.on_first(lambda: _is_complete(cfg, workdir)):
         return 0
     mesh, memory = check_run(cfg)
@@ -164,6 +167,7 @@ def _train(run: Run) -> int:
         position = checkpoints.position(done) if done else None
         prepared, tokenizer = load_text(cfg, run.workdir, position)
         feed = Feed(cfg, prepared, tokenizer, batch_sharding(run.mesh), position)
+        weights = DomainWeights(cfg, feed.stream, prepared)
         batches = SkippingStream(feed.stream, skips_of(run.workdir, done), done)
 
     with jax.set_mesh(run.mesh), contextlib.ExitStack() as at_end:
@@ -192,12 +196,13 @@ def _train(run: Run) -> int:
             if _evaluates(done, cfg) and log.owes_heldout(done):
                 evaluates = partial(evaluate, state.params, done == cfg.train.steps)
                 heldout = log.complete(done, evaluates)
+                weights.move(done, heldout)
             for step in range(done + 1, cfg.train.steps + 1):
                 with seconds.of("data waiting"):
                     batch = feed.place(next(batches))
                 with seconds.of("step"):
                     state, metrics = train_step(state, batch)
-                    dispatched = PendingStep(step, metrics, batch)
+                    dispatched = PendingStep(step, metrics | weights.metrics, batch)
                     log.read(pending)
                     pending = dispatched
                 act()
@@ -208,6 +213,7 @@ def _train(run: Run) -> int:
                     if _evaluates(step, cfg):
                         evaluates = partial(evaluate, state.params, step == cfg.train.steps)
                         heldout = log.read_with_heldout(pending, evaluates)
+                        weights.move(step, heldout)
                 checkpoints.check()
                 stop.check()
             heldout = heldout or evaluate(state.params, analyze=True)

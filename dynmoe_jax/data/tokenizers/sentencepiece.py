@@ -143,7 +143,9 @@ class SentencePieceTokenizer:
         return ids if all(map(sp.is_byte, ids)) and not prefixed else None
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, path: Path, reserved: Sequence[str] = ()
+) -> SentencePieceTokenizer:
     """Trains a byte-pair tokenizer and writes it to ``path``.
 
     Every text can be written with it and read back exactly: characters without a token fall back
@@ -155,6 +157,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
       texts: what to train on; the same texts give the same tokenizer.
       vocab_size: exact number of tokens.
       path: the ``.model`` file to write.
+      reserved: special tokens besides, which no text is written with.
 
     Raises:
       DataError: the texts are too small for the vocabulary, or it is too small for the texts.
@@ -178,6 +181,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
             bos_id=1,
             eos_id=2,
             pad_id=-1,
+            control_symbols=list(reserved),
             num_threads=os.cpu_count() or 1,
             minloglevel=2,
         )

@@ -25,6 +25,7 @@ def training_pictures(history: History, summary: Summary, canvas: Canvas) -> dic
         "experts_by_layer": _experts_by_layer,
         "imbalance": _imbalance,
         "states": _states,
+        "domains": _domains,
         "optimizer": _optimizer,
         "speed": _speed,
     }
@@ -231,6 +232,27 @@ def _states(history: History, summary: Summary, canvas: Canvas) -> Picture | Non
         "Numbers that routers keep besides their parameters and change after each update: lines "
         "are means over layers, bands reach from the lowest layer to the highest. Healthy: they "
         "move at first and then settle.",
+    )
+
+
+def _domains(history: History, summary: Summary, canvas: Canvas) -> Picture | None:
+    """Weights of domains that a rule moves."""
+    del summary
+    names = history.named("domain_weight_")
+    if not names:
+        return None
+    figure, (axis,) = canvas.figure()
+    for number, name in enumerate(names):
+        color, label = CYCLE[number % len(CYCLE)], name.removeprefix("domain_weight_")
+        _curve(axis, history, history.scalar(name), color, label, noisy=False)
+    axis.set_ylim(bottom=0)
+    _finish(axis, "share of the rows")
+    legend(figure)
+    return canvas.picture(
+        figure,
+        "Which text is read? Weights of the domains",
+        "Moved after each evaluation toward domains whose held-out loss exceeds its reference. "
+        "Healthy: they settle. One that goes on rising has a reference out of reach.",
     )
 
 

@@ -49,6 +49,12 @@ class History:
             if name.startswith(prefix) and name.endswith(ending)
         ]
 
+    def named(self, prefix: str) -> list[str]:
+        """Metrics whose names begin so, in the order of the lines."""
+        return list(
+            dict.fromkeys(name for line in self.metrics for name in line if name.startswith(prefix))
+        )
+
     def has(self, name: str) -> bool:
         """Whether there is anything to draw: a finite number other than zero."""
         return bool(np.any(np.nan_to_num(self.scalar(name))))

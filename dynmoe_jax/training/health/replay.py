@@ -22,7 +22,7 @@ from rich.table import Table
 from dynmoe_jax import config
 from dynmoe_jax.command_line import exit_code
 from dynmoe_jax.console import console
-from dynmoe_jax.data import BATCH_ARRAYS, DataError, kept_tokenizer
+from dynmoe_jax.data import DataError, kept_tokenizer
 from dynmoe_jax.model import decoder_structure
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.runs.formatting import printable
@@ -34,7 +34,7 @@ from dynmoe_jax.training.health.nan_report import (
     check_state,
 )
 from dynmoe_jax.training.health.rescue import ARRAYS, FOLDER, SETTINGS
-from dynmoe_jax.training.objectives import Batch, Objective
+from dynmoe_jax.training.objectives import Batch, Objective, batch_arrays
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
 from dynmoe_jax.training.step import StepGradients, TrainState, init_state
 
@@ -98,8 +98,7 @@ def _load(folder: Path) -> tuple[config.Config, TrainState, Batch]:
         optimizer = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
         state = jax.eval_shape(lambda key: init_state(cfg, optimizer, key), jax.random.key(0))
         array_BL = jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len), jnp.int32)
-        arrays = (*BATCH_ARRAYS, *chosen(cfg.train, "objective").arrays)
-        like = {"state": state, "batch": dict.fromkeys(arrays, array_BL)}
+        like = {"state": state, "batch": dict.fromkeys(batch_arrays(cfg), array_BL)}
         shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
         with ocp.StandardCheckpointer() as reader:
             arrays = reader.restore((folder / ARRAYS).absolute(), jax.tree.map(shaped, like))

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Bool, Float
 
 from dynmoe_jax import config
-from dynmoe_jax.data import Tokenizer
+from dynmoe_jax.data import BATCH_ARRAYS, LEARNED, Tokenizer
 from dynmoe_jax.model import Decoder
+from dynmoe_jax.registry import chosen
 
 Batch = dict[str, Array]
 """Arrays [B, L] by name: ``tokens``, ``targets``, ``segment_ids`` (0 = padding), ``positions``, and
-``loss_weights``, float32, where an objective makes them."""
+``learned``, 1 where the next token is a target, of corrupted text."""
 
 
 class Objective(abc.ABC):
@@ -50,8 +51,9 @@ class Objective(abc.ABC):
         return self
 
     def loss_weights(self, batch: Batch) -> Bool[Array, "B L"] | Float[Array, "B L"]:
-        """Weight of the loss at each position; padding has none."""
-        return valid(batch)
+        """Weight of the loss at each position; padding has none, nor have inputs of corrupted
+        text."""
+        return valid(batch) & (batch[LEARNED] > 0) if LEARNED in batch else valid(batch)
 
     @abc.abstractmethod
     def sums(
@@ -69,6 +71,12 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def value(self, sums: Mapping[str, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
         """(the value, its parts by name, for metrics)."""
+
+
+def batch_arrays(cfg: config.Config) -> tuple[str, ...]:
+    """Names of the arrays of a batch of training text, each int32 [B, L]."""
+    corrupted = (LEARNED,) if cfg.data.corruption else ()
+    return (*BATCH_ARRAYS, *chosen(cfg.train, "objective").arrays, *corrupted)
 
 
 def valid(batch: Batch) -> Bool[Array, "B L"]:
