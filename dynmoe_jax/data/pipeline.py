@@ -81,8 +81,9 @@ class TrainStream:
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
             "seq_len": data.seq_len,
-            # Weights that move may begin with the shares that domains have.
-            "domain_weights": data.domain_weights if by_examples or data.reweighting else weights,
+            "domain_weights": (
+                data.domain_weights if by_examples else parse_weights(data.domain_weights)
+            ),
             "virtual_shards": data.virtual_shards,
             "shuffle_tokens": data.shuffle_tokens,
             "corruption": data.corruption,
