@@ -3,8 +3,12 @@
     python -m dynmoe_jax.surgery --recipe=recipes/llama_moe.py --workdir=runs/llama_moe
 
 arXiv 2406.16554.  Units are divided by chance (the paper's best), or by their importance for
-clusters of text with some that experts share.
+clusters of text with some that experts share.  What was divided by chance is trained on text as it
+comes, and with weights of domains that move toward those whose loss exceeds the dense model's
+(dynamic batch loading, which the paper found no better than weights that stay).
 """
+
+import dataclasses
 
 from dynmoe_jax.surgery.operations.split import Split
 from dynmoe_jax.surgery.recipes import Comparison, Operate, Recipe, Train, sizes
@@ -24,4 +28,15 @@ def get_recipe(size, seed, data):
     ):
         split = Operate(f"split_{name}", Split(**chosen, **how), (dense,))
         steps += [split, Train(f"{name}_trained", more, split)]
-    return Recipe(tuple(steps), (Comparison(steps[-1], steps[2]),))
+    _, divided, static, _, shared = steps
+    dynamic = Train("random_dynamic", _moving(more, size), divided, reference=dense)
+    return Recipe((*steps, dynamic), (Comparison(shared, static), Comparison(dynamic, static)))
+
+
+def _moving(cfg, size):
+    """The same training with weights of domains that move."""
+    return dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, reweighting="dynamic_batch_loading"),
+        evaluation=dataclasses.replace(cfg.evaluation, every_steps=sizes.share_of_steps(size, 0.1)),
+    )

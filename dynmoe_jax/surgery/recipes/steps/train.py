@@ -35,15 +35,18 @@ class Train(Step):
     Attributes:
       cfg: its settings.
       start: the step with whose model it begins; None: parameters are drawn.
+      reference: the step whose held-out losses are those that ``config.data.reweighting`` compares
+        with.
     """
 
     cfg: config.Config
     start: Step | None = None
+    reference: Step | None = None
 
     @property
     def needs(self) -> tuple[Step, ...]:
-        """The step that it begins with."""
-        return () if self.start is None else (self.start,)
+        """The steps that it begins with, and that it is compared with on the way."""
+        return tuple(step for step in (self.start, self.reference) if step is not None)
 
     @property
     def settings(self) -> config.Config:
@@ -80,6 +83,11 @@ class Train(Step):
                 f"config.train.init_from={self.cfg.train.init_from!r} has no effect in a recipe; "
                 "name the step that it begins with as start."
             )
+        if self.reference is not None and not self.cfg.data.reweighting:
+            raise config.ConfigError(
+                f"the reference {self.reference.name} has no effect while config.data.reweighting="
+                "''; name a rule, or leave it out."
+            )
         stored = 3 * size_of(self.settings).stored_bytes
         return Price(self.flops, START_SECONDS + self.flops / FLOPS, stored)
 
@@ -87,6 +95,10 @@ class Train(Step):
         """Settings, with the places of text and of the model to begin with."""
         cfg = self.cfg
         data = dataclasses.replace(cfg.data, directory=cfg.data.directory or str(text))
+        if self.reference is not None:
+            rule = getattr(data, data.reweighting)
+            rule = dataclasses.replace(rule, reference=str(place(self.reference)))
+            data = dataclasses.replace(data, **{data.reweighting: rule})
         begins = "" if self.start is None else str(place(self.start))
         train = dataclasses.replace(cfg.train, init_from=begins)
         return {"settings": config.to_dict(dataclasses.replace(cfg, data=data, train=train))}
