@@ -51,7 +51,7 @@ def check_together(config: Any) -> None:
 
 
 def _check_text(config: Any) -> None:
-    """Raises ConfigError for a corruption or moving weights that cannot be."""
+    """Raises ConfigError for a corruption of text that cannot be."""
     data, objective = config.data, config.train.objective
     # The kinds are registered by rooms above this one.
     if data.corruption in CORRUPTIONS:
@@ -62,17 +62,6 @@ def _check_text(config: Any) -> None:
                 f"config.data.corruption={data.corruption!r} moves the text that "
                 f"config.train.objective={objective!r} looks for; leave one of them out."
             )
-    if data.reweighting and not config.evaluation.every_steps:
-        raise ConfigError(
-            f"config.data.reweighting={data.reweighting!r} needs held-out losses; set "
-            "config.evaluation.every_steps."
-        )
-    if data.reweighting and data.domain_weights.strip().startswith("proportional"):
-        raise ConfigError(
-            f"config.data.reweighting={data.reweighting!r} moves shares of rows, and "
-            f"config.data.domain_weights={data.domain_weights!r} gives none; name weights, or "
-            "leave it empty."
-        )
 
 
 def _check_heads(model: Any) -> None:

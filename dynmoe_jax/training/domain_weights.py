@@ -9,6 +9,7 @@ from pathlib import Path
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
 from dynmoe_jax.data import DataError, Prepared, TrainStream
+from dynmoe_jax.data.mixture import is_proportional
 from dynmoe_jax.data.reweighting import Reweighting
 from dynmoe_jax.data.sources.registry import parse_weights
 from dynmoe_jax.registry import chosen
@@ -60,10 +61,31 @@ class DomainWeights:
         self._stream.move_weights(self._weights)
 
 
-def check_reference(cfg: config.Config) -> None:
-    """Raises ConfigError for a reference that cannot be read, whatever the domains are."""
-    rule = chosen(cfg.data, "reweighting")
-    if rule is not None and agreement.is_first():
+def check_reweighting(cfg: config.Config, begun: bool) -> None:
+    """Checks what can be checked before anything is written.
+
+    Args:
+      cfg: all settings.
+      begun: whether the run goes on, and so knows its reference.
+
+    Raises:
+      ConfigError: weights of domains cannot move so.
+    """
+    rule, data = chosen(cfg.data, "reweighting"), cfg.data
+    if rule is None:
+        return
+    if not cfg.evaluation.every_steps:
+        raise config.ConfigError(
+            f"config.data.reweighting={data.reweighting!r} needs held-out losses on the way; set "
+            "config.evaluation.every_steps."
+        )
+    if is_proportional(data.domain_weights):
+        raise config.ConfigError(
+            f"config.data.reweighting={data.reweighting!r} moves shares of rows, and "
+            f"config.data.domain_weights={data.domain_weights!r} gives none; name weights, or "
+            "leave it empty."
+        )
+    if not begun and agreement.is_first():
         reference_losses(rule.reference, _setting(cfg), {})
 
 

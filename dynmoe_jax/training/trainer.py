@@ -31,7 +31,7 @@ from dynmoe_jax.runs.metrics_file import check_packages
 from dynmoe_jax.runs.recovery import recover
 from dynmoe_jax.runs.summary import read_summary
 from dynmoe_jax.runs.text import load_text
-from dynmoe_jax.training.domain_weights import DomainWeights, check_reference
+from dynmoe_jax.training.domain_weights import DomainWeights, check_reweighting
 from dynmoe_jax.training.feed import Feed
 from dynmoe_jax.training.finish import finish_run
 from dynmoe_jax.training.health.memory import Memory, OutOfMemory
@@ -81,8 +81,7 @@ def train(cfg: config.Config, workdir: Path) -> int:
     check_same_settings(cfg)
     if begun := saved_config(workdir):  # what the run has of kinds that are not imported stays
         cfg = dataclasses.replace(cfg, kept=begun.kept)
-    else:
-        check_reference(cfg)
+    check_reweighting(cfg, begun is not None)
     if agreement.on_first(lambda: _is_complete(cfg, workdir)):
         return 0
     mesh, memory = check_run(cfg)

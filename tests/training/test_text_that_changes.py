@@ -130,3 +130,20 @@ def test_a_reference_may_be_a_run_and_is_needed_once(cfg, straight, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr("dynmoe_jax.training.domain_weights.read_summary", lambda _: None)
         assert train(of_run, tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"evaluation__every_steps": 0}, "needs held-out losses on the way; set config.evaluation"),
+        (
+            {"data__domain_weights": "proportional"},
+            "moves shares of rows, and config.data.domain_w",
+        ),
+    ],
+)
+def test_weights_that_cannot_move_are_refused_in_a_sentence(cfg, tmp_path, changes, said):
+    with pytest.raises(config.ConfigError) as error:
+        train(change(cfg, **changes), tmp_path / "run")
+    assert f"config.data.reweighting='dynamic_batch_loading' {said}" in str(error.value)
+    assert not (tmp_path / "run").exists()

@@ -15,7 +15,10 @@ from dynmoe_jax.registry import REWEIGHTINGS
 @REWEIGHTINGS.register("dynamic_batch_loading")
 @dataclasses.dataclass(frozen=True)
 class DynamicBatchLoading(Reweighting):
-    """w <- w exp(rate (loss - reference)), normalized, then (1 - c) w + c / domains."""
+    """Moves weights toward domains whose loss exceeds a reference.
+
+    w <- w exp(rate (loss - reference)), normalized; then (1 - c) w + c / domains.
+    """
 
     reference: str = run_setting(
         "",
