@@ -30,11 +30,8 @@ BATCH_ARRAYS = ("tokens", "targets", "segment_ids", "positions")
 Batch = dict[str, np.ndarray]
 
 _BATCHES_AHEAD = 4
-_LATER = (
-    "documents",
-    "corruption",
-    "reweighting",
-)  # parts of the identity that positions of earlier versions lack
+_LATER = ("documents", "corruption", "reweighting")
+"""Parts of the identity that positions of earlier versions lack."""
 
 
 class TrainStream:
