@@ -13,6 +13,7 @@ import dataclasses
 
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Operate, Recipe, Train, sizes
+from dynmoe_jax.surgery.request import Options
 
 
 def get_recipe(size, seed, data):
@@ -35,7 +36,8 @@ def get_recipe(size, seed, data):
         for number in range(1, len(domains) + 1)
     )
     ensemble, control = Ensemble("ensemble", branches), Ensemble("ensemble_by_chance", by_chance)
-    averaged = Operate("average", Average(), branches)
+    text = Options(tokens=sizes.heldout_tokens(size, domains))
+    averaged = Operate("average", Average(), branches, text)
     spent = sum(branch.flops for branch in branches)
     dense = Train("dense_of_branches", sizes.dense(size, seed + 1000, data), begin).with_flops(
         spent

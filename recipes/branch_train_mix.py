@@ -15,24 +15,27 @@ import dataclasses
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.operations.mix import Mix
 from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Evaluate, Operate, Recipe, Train, sizes
+from dynmoe_jax.surgery.request import Options
 
 
 def get_recipe(size, seed, data):
     """Seed, branches, average, ensemble, mixtures, and the dense model of the same FLOPs."""
     begin = Train("seed", sizes.dense(size, seed, data))
     domains, half = sizes.domains_of(data), sizes.share_of_steps(size, 0.5)
+    text = Options(tokens=sizes.heldout_tokens(size, domains))
 
     def branch(domain):
         cfg = sizes.dense(size, seed + 1, data, steps=half)
-        text = dataclasses.replace(cfg.data, domain_weights=sizes.one_of(domains, domain))
-        return Train(f"branch_{domain}", dataclasses.replace(cfg, data=text), begin)
+        own = dataclasses.replace(cfg.data, domain_weights=sizes.one_of(domains, domain))
+        return Train(f"branch_{domain}", dataclasses.replace(cfg, data=own), begin)
 
     def trained(name, operation, members, **train):
         cfg = sizes.dense(size, seed + 1000, data, steps=half, **train)
-        return Train(f"{name}_trained", cfg, Operate(name, operation, members))
+        return Train(f"{name}_trained", cfg, Operate(name, operation, members, text))
 
     branches = tuple(map(branch, domains))
-    averaged, ensemble = Operate("average", Average(), branches), Ensemble("ensemble", branches)
+    averaged = Operate("average", Average(), branches, text)
+    ensemble = Ensemble("ensemble", branches)
     mixed = trained("mix", Mix(top_k=2), branches)
     # The seed has a part in what is averaged only through the branches.
     of_branches = ",".join(["0", *"1" * len(branches)])

@@ -112,6 +112,17 @@ def domains_of(data: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def heldout_tokens(size: str, domains: Sequence[str]) -> int:
+    """Held-out tokens that a training of a size evaluates, at most.
+
+    For operations whose parents differ by domain: on less text, where domains have other shares,
+    what they add to the first parent says little about all of it.
+    """
+    cfg = SIZES[size]()
+    rows = cfg.evaluation.max_batches * cfg.train.batch_size
+    return rows * cfg.data.seq_len * len(domains)
+
+
 def one_of(domains: Sequence[str], domain: str) -> str:
     """Settings of ``config.data.domain_weights`` that read one domain alone."""
     return ",".join(f"{name}={int(name == domain)}" for name in domains)
