@@ -54,7 +54,8 @@ def made_by(operation, *parents, role=Role.PARAMETER, seed=0, statistic=None, fi
         return found.get(role, found)[place]
 
     def array(place, shape=()):
-        given = Given(cfg.model, shape, role, seed, len(parents), read, memo, statistic, findings)
+        models = tuple(each.model for each, _ in parents)
+        given = Given(cfg.model, shape, role, seed, models, read, memo, statistic, findings)
         return operation.array(place, given)
 
     return cfg, array

@@ -122,6 +122,8 @@ def _embedded(run: OpenedRun, batches: Sequence[Batch]) -> list[Stream]:
     """Inputs of the first layer."""
     model = run.config.model
     table_VD = run.read(("embedding_VD",))
+    if model.mask_steps:
+        table_VD = table_VD * run.read(("norm", "mask_D"))
     return [
         (table_VD[batch["tokens"]].astype(np.float32), _no_previous(model, batch))
         for batch in batches

@@ -6,6 +6,7 @@ with a group of settings for every kind that is registered by then.
 
 from typing import Any
 
+from dynmoe_jax.config.growth import growths, model_at, settings_at
 from dynmoe_jax.config.settings import Checkpoint, Evaluation, Logging, Mesh, Optimizer
 from dynmoe_jax.config.tree import (
     current,
@@ -40,8 +41,11 @@ __all__ = [
     "differences",
     "from_config_dict",
     "from_stored",
+    "growths",
     "kept_groups",
+    "model_at",
     "nearest_name",
+    "settings_at",
     "shown",
     "to_config_dict",
     "to_dict",

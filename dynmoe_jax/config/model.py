@@ -236,6 +236,13 @@ class Model:
         "time; 0 = by platform, see docs/design.md",
         low=0,
     )
+    mask_steps: int = model_setting(
+        0,
+        "updates in which the masks of parts that are new in a grown model rise from 0 to 1; 0 = "
+        "no masks",
+        unit="updates",
+        low=0,
+    )
     moe: MoE = dataclasses.field(default_factory=lambda: complete(MoE)())
 
     @property

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+from dynmoe_jax.config.growth import growths, settings_at
 from dynmoe_jax.fields import AUTO, ConfigError, idle_settings, shown, walk
 from dynmoe_jax.registry import (
     CORRUPTIONS,
@@ -30,6 +31,7 @@ def check_together(config: Any) -> None:
     _check_moe(model)
     _check_linear(model)
     _check_plain(model)
+    _check_masks(model)
     _check_layers(model)
     _check_idle(config, "config.")
     _check_effects(config, "config.")
@@ -48,6 +50,8 @@ def check_together(config: Any) -> None:
     _check_mesh(config.mesh)
     _check_checkpoints(config)
     _check_text(config)
+    if not train.init_from:  # else the model is that of the folder, and is checked when it is read
+        check_growth(config)
 
 
 def _check_text(config: Any) -> None:
@@ -195,6 +199,50 @@ def _check_plain(model: Any) -> None:
                 f"config.model.{path}={found[path]!r} names a kernel, and config.model.kernels="
                 f"'plain' allows none; set one of them to 'auto'."
             )
+
+
+def _check_masks(model: Any) -> None:
+    """Raises ConfigError for parts of a model that no mask reaches."""
+    if not model.mask_steps:
+        return
+    if model.linear != "dense":
+        raise ConfigError(
+            f"config.model.mask_steps={model.mask_steps} needs plain matrices, and config.model."
+            f"linear={model.linear!r} stands for them; set one of them back to its default."
+        )
+    kinds = {"moe.experts": model.moe, "activation": model} if model.moe.every_n_layers else {}
+    for name, group in (kinds or {"activation": model}).items():
+        kind = getattr(group, name.rpartition(".")[2])
+        if kind not in EXPERTS:  # registered by a room above this one
+            continue
+        declared = chosen(group, name.rpartition(".")[2]).parameters(2, 1, 2)
+        if not any(parameter.endswith("FD") for parameter in declared):
+            raise ConfigError(
+                f"config.model.mask_steps={model.mask_steps} needs a matrix behind the hidden "
+                f"units, and config.model.{name}={kind!r} has none whose name ends in FD; set "
+                "mask_steps to 0."
+            )
+
+
+def check_growth(config: Any) -> None:
+    """Raises ConfigError where ``config.train.grow`` does not fit the model.
+
+    Args:
+      config: a whole :class:`dynmoe_jax.config.Config`, as the run begins.
+    """
+    grow = config.train.grow
+    if grow and not config.model.mask_steps:
+        raise ConfigError(
+            f"config.train.grow={grow!r} needs masks, or what is new would change what the model "
+            "computes; set config.model.mask_steps, the updates in which they rise, such as 100."
+        )
+    for growth in growths(config.train):
+        try:
+            check_together(settings_at(config, growth.step + 1))
+        except ConfigError as error:
+            raise ConfigError(
+                f"config.train.grow={grow!r} does not fit at step {growth.step}: {error}"
+            ) from error
 
 
 def _check_checkpoints(config: Any) -> None:

@@ -159,6 +159,11 @@ class Train:
         "folder of a run, trained or imported, whose model and tokenizer a new run begins with; "
         "empty = drawn at random",
     )
+    grow: str = run_setting(
+        "",
+        "what becomes larger after which step, e.g. '500:width=256;800:num_layers=6'; the learning "
+        "rate begins again with each part, and what is new rises in config.model.mask_steps",
+    )
     compilation_cache: str = free_setting(
         "", "folder of compiled programs, for the next start; empty = WORKDIR/compiled, none = off"
     )

@@ -35,7 +35,7 @@ def take(array: np.ndarray, name: str, letter: str, indices: Sequence[int]) -> n
     axis, halves = _axis(name, letter)
     length = array.shape[axis] // halves
     index = np.concatenate([np.asarray(indices) + half * length for half in range(halves)])
-    return np.take(array, index, axis)
+    return array.__array_namespace__().take(array, index, axis=axis)
 
 
 def concatenate(arrays: Sequence[np.ndarray], name: str, letter: str) -> np.ndarray:

@@ -207,7 +207,7 @@ def _routing(asked: argparse.Namespace, run: OpenedRun) -> None:
     opened = [
         dataclasses.replace(run, step=step)
         for step in run.checkpoints.steps()
-        if step <= run.step and run.checkpoints.config(step).model == cfg.model
+        if step == run.step or (step < run.step and _model(run, step) == cfg.model)
     ]
     folder = asked.output or asked.workdir / FOLDER
     with compiled_programs_kept(cfg.train, asked.workdir), disk_errors(folder):
@@ -226,6 +226,11 @@ def _routing(asked: argparse.Namespace, run: OpenedRun) -> None:
     print_analysis(record)
     console.print(f" results   {folder / ROUTING_RECORD}", soft_wrap=True, markup=False)
     console.print(f" page      {page}", soft_wrap=True, markup=False)
+
+
+def _model(run: OpenedRun, step: int) -> config.Model:
+    """The model of a checkpoint of a run, which may have grown since."""
+    return config.settings_at(run.checkpoints.config(step), step).model
 
 
 def _sources(sources: str, cfg: config.Config) -> config.Data:

@@ -19,6 +19,7 @@ from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.qkv_projection import projected
 from dynmoe_jax.model.linear.matrices import Matrices
 from dynmoe_jax.model.linear.products import times_parameter
+from dynmoe_jax.model.masks import full, of_key_heads, whole_mask
 from dynmoe_jax.model.rotary import rotate
 
 
@@ -37,6 +38,7 @@ class Attention(nnx.Module):
         if model.qk_norm:
             self.query_scale_HW = nnx.Param(jnp.ones((H, W), jnp.float32))
             self.key_scale_GW = nnx.Param(jnp.ones((G, W), jnp.float32))
+        self.mask_H = full(H) if model.mask_steps else None
         self.bias, self.norm = model.attention_bias, model.qk_norm
         self.epsilon = model.norm_epsilon
         self.width = model.head_width
@@ -63,11 +65,19 @@ class Attention(nnx.Module):
             key_BLY += self.key_bias_GW[...].reshape(-1).astype(self.dtype)
             value_BLY += self.value_bias_GW[...].reshape(-1).astype(self.dtype)
         if self.norm:
-            query_BLX = normalize_heads(
-                query_BLX, self.query_scale_HW[...].reshape(-1), self.epsilon
-            )
-            key_BLY = normalize_heads(key_BLY, self.key_scale_GW[...].reshape(-1), self.epsilon)
+            scales = self.query_scale_HW[...].reshape(-1), self.key_scale_GW[...].reshape(-1)
+            mask_X, mask_Y = self._masks()
+            query_BLX = normalize_heads(query_BLX, scales[0], self.epsilon, mask_X)
+            key_BLY = normalize_heads(key_BLY, scales[1], self.epsilon, mask_Y)
         return x_BLD, (query_BLX, key_BLY, value_BLY)
+
+    def _masks(self):
+        """(masks of the queries' numbers, of the keys'); None without masks."""
+        if self.mask_H is None:
+            return None, None
+        mask_H = whole_mask("mask_H", self.mask_H)
+        mask_G = of_key_heads(mask_H, self.key_scale_GW.shape[0])
+        return jnp.repeat(mask_H, self.width), jnp.repeat(mask_G, self.width)
 
     def _projected(self, norm, x_BLD):
         names = ("query_DHW", "key_DGW", "value_DGW")
@@ -113,6 +123,9 @@ class Attention(nnx.Module):
         return self.attend(*heads_apart, segment_ids_BL).reshape(query_BLX.shape)
 
     def _back(self, mixed_BLX):
+        if self.mask_H is not None:
+            mask_X = jnp.repeat(whole_mask("mask_H", self.mask_H), self.width)
+            mixed_BLX = mixed_BLX * mask_X.astype(mixed_BLX.dtype)
         if self.matrices.apply_themselves:
             return self.matrices.applied(self, "output_HWD", mixed_BLX)
         output_HWD = self.matrices.whole(self, "output_HWD")

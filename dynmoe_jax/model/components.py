@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from dynmoe_jax import config
 from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.model.kernels.norm.token_tiles import on_tokens, over_tiles, runs_on_tiles
+from dynmoe_jax.model.masks import Kept, MaskedRMSNorm, masked_mean
 from dynmoe_jax.routing import Parameter
 
 
@@ -29,7 +30,7 @@ def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
-class RouterState(nnx.Variable):
+class RouterState(Kept):
     """A variable of a router that no gradient changes, such as a bias or a threshold."""
 
 
@@ -45,18 +46,25 @@ def drawn(rngs: nnx.Rngs, parameter: Parameter, std: float) -> nnx.Param:
 
 
 def rms_norm(model: config.Model, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """RMSNorm over D (arXiv 1910.07467); statistics in float32, output in the compute type."""
-    return nnx.RMSNorm(
-        model.width, epsilon=model.norm_epsilon, dtype=compute_dtype(model), rngs=rngs
-    )
+    """RMSNorm over D (arXiv 1910.07467), with a mask where the model has them; statistics in
+    float32, output in the compute type."""
+    kind = MaskedRMSNorm if model.mask_steps else nnx.RMSNorm
+    return kind(model.width, epsilon=model.norm_epsilon, dtype=compute_dtype(model), rngs=rngs)
 
 
 def normalize_heads(
-    x_BLX: Float[Array, "B L X"], scale_X: Float[Array, "X"], epsilon: float
+    x_BLX: Float[Array, "B L X"],
+    scale_X: Float[Array, "X"],
+    epsilon: float,
+    mask_X: Float[Array, "X"] | None = None,
 ) -> Float[Array, "B L X"]:
-    """RMSNorm over all heads of a position together (OLMoE, arXiv 2409.02060), in float32."""
+    """RMSNorm over all heads of a position together (OLMoE, arXiv 2409.02060), in float32; with a
+    mask, over those that are there."""
     wide_BLX = x_BLX.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide_BLX), axis=-1, keepdims=True)
+    if mask_X is None:
+        mean_square = jnp.mean(jnp.square(wide_BLX), axis=-1, keepdims=True)
+    else:
+        mean_square = masked_mean(jnp.square(wide_BLX), mask_X)
     return (wide_BLX * jax.lax.rsqrt(mean_square + epsilon) * scale_X).astype(x_BLX.dtype)
 
 

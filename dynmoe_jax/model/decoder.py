@@ -29,6 +29,7 @@ from dynmoe_jax.model.components import compute_dtype, matrix, rms_norm
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions, TrainingInput, room_for_previous
 from dynmoe_jax.model.layer import Layer, LayerOutput
+from dynmoe_jax.model.masks import on_stream
 from dynmoe_jax.model.output import DecoderOutput, LayerRouting, MoERecord, routing_of_layers
 from dynmoe_jax.model.periods import Run
 from dynmoe_jax.model.remat import remat_policy
@@ -130,7 +131,8 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer, in the compute type."""
         dtype = compute_dtype(self.config)
-        return split_by_batch(embedded("embedding_VD", self.embedding_VD[...], tokens_BL, dtype))
+        x_BLD = embedded("embedding_VD", self.embedding_VD[...], tokens_BL, dtype)
+        return split_by_batch(on_stream(self.norm, x_BLD))
 
     def rotary(self, positions_BL: Int[Array, "B L"]) -> Float[Array, "B L R"]:
         """The angles by which layers with heads of the usual width rotate queries and keys."""
@@ -287,7 +289,7 @@ class Decoder(nnx.Module):
         # Gradients reach the layers' own weights.
         return [
             jax.tree.map(jax.lax.stop_gradient, layer.dense_matrices())
-            if reads_in_stack(layer.moe, model.width, dtype, model.plain)
+            if layer.mask_F is None and reads_in_stack(layer.moe, model.width, dtype, model.plain)
             else None
             for layer in moe
         ]

@@ -23,6 +23,7 @@ from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.linear.matrices import Matrices
 from dynmoe_jax.model.linear.products import times
+from dynmoe_jax.model.masks import full, masked_rows, on_stream
 from dynmoe_jax.routing import Parameter
 
 
@@ -42,6 +43,7 @@ class DenseFeedForward(nnx.Module):
         for name in self.other_names:
             parameter = _of_one(declared[name])
             setattr(self, without_experts(name), drawn(rngs, parameter, model.init_std))
+        self.mask_F = full(model.hidden_width) if model.mask_steps else None
         self.dtype, self.plain = compute_dtype(model), model.plain
 
     def weights(self, stacked: StackedView | None = None) -> None:
@@ -63,11 +65,12 @@ class DenseFeedForward(nnx.Module):
         normed_TD = normed_BLD.reshape(-1, x_BLD.shape[-1])
         training = positions.training
         if training is None or training.activation_sums is None:
-            return x_BLD + self(normed_TD).reshape(x_BLD.shape), None
+            y_TD = on_stream(norm, self(normed_TD))
+            return x_BLD + y_TD.reshape(x_BLD.shape), None
         y_TD, activation_TF = self.with_activations(normed_TD)
         activation_BLF = activation_TF.reshape(*x_BLD.shape[:2], -1)
         sums = training.activation_sums(activation_BLF, positions.segment_ids_BL > 0)
-        return x_BLD + y_TD.reshape(x_BLD.shape), sums
+        return x_BLD + on_stream(norm, y_TD).reshape(x_BLD.shape), sums
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes the function, SwiGLU by the kernels that know it."""
@@ -90,7 +93,7 @@ class DenseFeedForward(nnx.Module):
 
     def _swiglu_matrices(self) -> tuple[Array, Array]:
         """Gate and up side by side, and down, float32."""
-        gate_up_D2F, down_FD = (self.matrices.whole(self, n) for n in ("gate_up_D2F", "down_FD"))
+        gate_up_D2F, down_FD = (self._whole(n) for n in ("gate_up_D2F", "down_FD"))
         return gate_up_D2F, down_FD
 
     def hidden(self, x_TD: Float[Array, "T D"]) -> tuple[Float[Array, "T F"], Float[Array, "T F"]]:
@@ -111,13 +114,16 @@ class DenseFeedForward(nnx.Module):
         """The product with a matrix on one device."""
         if self.matrices.apply_themselves:
             return self.matrices.applied(self, name, x_TX)
-        return times(x_TX, self.matrices.whole(self, name).astype(self.dtype), self.plain)
+        return times(x_TX, self._whole(name).astype(self.dtype), self.plain)
+
+    def _whole(self, name: str) -> Float[Array, "X Y"]:
+        """The whole matrix, with the mask of the hidden units that it reads."""
+        matrix = self.matrices.whole(self, name)
+        return matrix if self.mask_F is None else masked_rows(name, matrix, self.mask_F)
 
     def _arrays(self) -> dict[str, Array]:
         """Whole matrices and what else there is, in the compute type, as the kind names them."""
-        whole = {
-            name: self.matrices.whole(self, without_experts(name)) for name in self.matrix_names
-        }
+        whole = {name: self._whole(without_experts(name)) for name in self.matrix_names}
         whole |= {name: getattr(self, without_experts(name))[...] for name in self.other_names}
         return {name: array.astype(self.dtype) for name, array in whole.items()}
 

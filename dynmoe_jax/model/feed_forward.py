@@ -28,6 +28,7 @@ from dynmoe_jax.model.dense_feed_forward import swiglu_of_all
 from dynmoe_jax.model.inputs import TokenPositions, TrainingInput
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.router_logits import logits_of, norm_and_logits
+from dynmoe_jax.model.masks import full, masked_rows, on_stream
 from dynmoe_jax.model.output import LayerSums, MoERecord, layer_sums
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.routing import ExpertSlots, RouterInput, Routing, SoftSlots
@@ -78,6 +79,9 @@ class MoEFeedForward(nnx.Module):
         if model.moe.shared_gate:
             self.shared_router_D1 = matrix(rngs, (D, 1), model.init_std)
         self.adjugates = AdjugateExperts(model, rngs=rngs) if model.moe.adjugate_width else None
+        self.mask_F = full(F) if model.mask_steps else None
+        shared = model.moe.shared_hidden_width
+        self.shared_mask_F = full(shared) if model.mask_steps and shared else None
         self.plain = model.plain
         self.backend = make_backend(model.moe, plain=model.plain)
         self.transforms = chosen(model.moe, "transforms")
@@ -88,10 +92,17 @@ class MoEFeedForward(nnx.Module):
         Args:
           stacked: where these are among the experts of all layers, if that is known.
         """
-        arrays = {name: getattr(self, name)[...].astype(self.dtype) for name in self.expert_names}
+        arrays = {name: x.astype(self.dtype) for name, x in self._expert_arrays().items()}
         if not self.kind.stored_dense:
             return arrays
         return dataclasses.replace(self.kind.dense(arrays), stacked=stacked)
+
+    def _expert_arrays(self) -> dict[str, Array]:
+        """Arrays of all experts, those behind hidden units with their mask."""
+        arrays = {name: getattr(self, name)[...] for name in self.expert_names}
+        if self.mask_F is None:
+            return arrays
+        return {name: masked_rows(name, array, self.mask_F) for name, array in arrays.items()}
 
     def dense_matrices(self) -> tuple[Array, Array]:
         """The arrays of experts that are stored as kernels read them, as they are stored."""
@@ -143,6 +154,7 @@ class MoEFeedForward(nnx.Module):
         """
         x_BLD, normed_TD, logits_TE = self.project(norm, x_BLD)
         y_TD, record = self(normed_TD, logits_TE, positions, weights)
+        y_TD = on_stream(norm, y_TD)
         x_TD = added(x_BLD.reshape(y_TD.shape), y_TD, self.plain)
         return x_TD.reshape(x_BLD.shape), record
 
@@ -298,7 +310,7 @@ class MoEFeedForward(nnx.Module):
             return sums
         if training.key is not None:
             seen = dataclasses.replace(seen, layer_key=training.layer_key())
-        experts = {name: getattr(self, name)[...] for name in self.expert_names}
+        experts = self._expert_arrays()
         params = self.router_parameters() | experts
         seen = dataclasses.replace(seen, output=partial(self._output, experts, seen.x_TD))
         found = {
@@ -366,6 +378,9 @@ class MoEFeedForward(nnx.Module):
     def shared(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Computes what the shared expert adds to every token."""
         matrices = self.shared_gate_up_D2F[...], self.shared_down_FD[...]
+        if self.shared_mask_F is not None:
+            down_FD = masked_rows("shared_down_FD", matrices[1], self.shared_mask_F)
+            matrices = matrices[0], down_FD
         y_TD = swiglu_of_all(x_TD, *matrices, self.dtype, self.plain)
         if not self.moe.shared_gate:
             return y_TD

@@ -8,6 +8,7 @@ Axis legend: B batch, L positions, T = B L tokens, D model width.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from dynmoe_jax.model.components import rms_norm
 from dynmoe_jax.model.dense_feed_forward import DenseFeedForward
 from dynmoe_jax.model.feed_forward import MoEFeedForward
 from dynmoe_jax.model.inputs import TokenPositions
+from dynmoe_jax.model.masks import between, full, on_stream
 from dynmoe_jax.model.output import MoERecord
 from dynmoe_jax.routing import Routing
 
@@ -77,6 +79,7 @@ class Layer(nnx.Module):
         feed_forward = MoEFeedForward if is_moe else DenseFeedForward
         self.feed_forward = feed_forward(model, rngs=rngs)
         self.is_moe = is_moe
+        self.layer_mask = full() if model.mask_steps else None
 
     def __call__(
         self,
@@ -97,16 +100,22 @@ class Layer(nnx.Module):
         def attend(heads):
             mixed_BLD, kv = mix(self.attention, heads, positions.of_heads(self.attention.width))
             # Named, so that it is kept, and not the projection that it would be added up from.
+            mixed_BLD = on_stream(self.attention_norm, mixed_BLD)
             return checkpoint_name(projected_BLD + mixed_BLD, "stream"), kv
 
+        before_BLD, previous_BLS = x_BLD, positions.previous_BLS
         weights = self.feed_forward.weights(stacked)
         projected_BLD, heads = self.attention.project(self.attention_norm, x_BLD)
         attended_BLD, kv, weights = in_transfer_order(attend, heads, weights)
         x_BLD, found = self.feed_forward.added_to(
             attended_BLD, self.feed_forward_norm, positions, weights
         )
-        if not self.is_moe:
-            return LayerOutput(x_BLD, attended_BLD, kv, None, positions.previous_BLS, found)
-        routing = found.routing
-        positions = positions.behind(routing.logits_TE, routing.num_experts)
-        return LayerOutput(x_BLD, attended_BLD, kv, found, positions.previous_BLS)
+        record, sums = (found, None) if self.is_moe else (None, found)
+        if self.is_moe:
+            routing = found.routing
+            positions = positions.behind(routing.logits_TE, routing.num_experts)
+        behind = x_BLD, positions.previous_BLS
+        if self.layer_mask is not None:
+            faded = partial(between, self.layer_mask[...])
+            behind = jax.tree.map(faded, behind, (before_BLD, previous_BLS))
+        return LayerOutput(behind[0], attended_BLD, kv, record, behind[1], sums)

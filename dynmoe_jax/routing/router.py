@@ -160,6 +160,8 @@ class Router(abc.ABC):
         in logits and probabilities, see :meth:`free_output`.
       chooses: whether experts are chosen; False of a router that returns :class:`SoftSlots`, which
         leaves nothing for transforms and adjugate experts.
+      grows: whether more units of the width, 0 in tokens and in its parameters, leave what it
+        computes as it is.
       losses: default coefficients of the routing losses by name; 0: logged, and not weighed.
       gives: facts that losses ask for: ``"distribution"`` (probs_TE are non-negative and sum to
         1), ``"softmax"`` (they are that of logits_TE), ``"logits"``, ``"counts"`` (expert_TK), and
@@ -177,6 +179,7 @@ class Router(abc.ABC):
     logits: ClassVar[Callable[[Any, Params, Array, int], Array] | None] = None
     free_experts: ClassVar[int] = 0
     chooses: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
 
     def obstacle(self, num_experts: int) -> str | None:
         """Says why the settings do not fit the number of experts: "NAME=VALUE must …".

@@ -16,6 +16,7 @@ from dynmoe_jax.data import Tokenizer, for_rows
 from dynmoe_jax.data.sources.document import unusable
 from dynmoe_jax.data.sources.files import shown
 from dynmoe_jax.model import Decoder, decoder_structure, variable_shapes
+from dynmoe_jax.model.masks import Mask
 from dynmoe_jax.runs.checkpoint import FOLDER, IMPORTED, Checkpoints
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.recovery import damaged_sentence, newest_whole
@@ -57,7 +58,7 @@ class OpenedRun:
 
     Attributes:
       workdir: the run's folder.
-      config: the run's settings, but for those that were changed.
+      config: the run's settings, with the model of the step, but for those that were changed.
       step: of the checkpoint.
       checkpoints: all of the run.
     """
@@ -185,5 +186,19 @@ def opened_run(
             warn(damaged_sentence(bad, damage, step))
         if best:
             step = checkpoints.best_step() or step
-        cfg = config.with_free_settings(checkpoints.config(step), settings or {})
-        yield OpenedRun(workdir, cfg, step, checkpoints)
+        cfg = config.settings_at(checkpoints.config(step), step)
+        cfg = config.with_free_settings(cfg, settings or {})
+        yield without_full_masks(OpenedRun(workdir, cfg, step, checkpoints))
+
+
+def without_full_masks(run: OpenedRun) -> OpenedRun:
+    """The same run; a model whose masks are all 1 as one that has none, which computes the same."""
+    model = run.config.model
+    if not model.mask_steps:
+        return run
+    variables = variable_shapes(model).flat_state()
+    masks = [path for path, leaf in variables if isinstance(leaf, Mask)]
+    if not all((run.read(path) == 1).all() for path in masks):
+        return run
+    model = dataclasses.replace(model, mask_steps=0)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))

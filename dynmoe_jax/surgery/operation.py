@@ -50,7 +50,7 @@ class Given:
       shape: of the array.
       role: whether it is a parameter, or a moment of one.
       seed: of all that is drawn.
-      num_parents: how many models there are to read from.
+      parents: settings of the models that there are to read from.
       read_from: (number of a parent, place, role) -> its array, float32.
       memo: of what several arrays are made of, by key; see :meth:`once`.
       statistic: (name, number of a layer) -> the array, of those that the operation wanted; with an
@@ -62,11 +62,16 @@ class Given:
     shape: tuple[int, ...]
     role: Role
     seed: int
-    num_parents: int
+    parents: tuple[config.Model, ...]
     read_from: Callable[[int, Place, Role], np.ndarray]
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     statistic: Callable[[str, int], np.ndarray] | None = None
     findings: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_parents(self) -> int:
+        """Number of models that there are to read from."""
+        return len(self.parents)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Result of ``make``, made for the first array that asks, and kept for others."""
@@ -108,6 +113,7 @@ class Operation(abc.ABC):
         settings.
       streamed: whether an array needs no more than a few arrays of its parents.
       choices: names of findings that are one number by who chose, its own first, then controls.
+      takes_masks: whether its parents may have masks below 1.
       found: says what its findings are, in a sentence or two.
     """
 
@@ -117,6 +123,7 @@ class Operation(abc.ABC):
     statistics: ClassVar[frozenset[str]] = frozenset()
     streamed: ClassVar[bool] = True
     choices: ClassVar[tuple[str, ...]] = ()
+    takes_masks: ClassVar[bool] = False
     found: ClassVar[str] = ""
 
     def wanted(self, parents: Sequence[config.Config]) -> Wanted:

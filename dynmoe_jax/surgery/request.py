@@ -141,6 +141,7 @@ def checked(asked: Request) -> Iterator[Job]:
     to = free_place(asked.to)
     with contextlib.ExitStack() as opened:
         parents = [opened.enter_context(opened_parent(folder)) for folder in asked.parents]
+        _check_masks(asked, parents)
         settings = [parent.config for parent in parents]
         cfg = asked.operation.result(settings)
         source = source_of(parents[0], asked.options.data)
@@ -153,6 +154,16 @@ def checked(asked: Request) -> Iterator[Job]:
         tokenizer, history = _shared_tokenizer(parents), parents[0].history
         of_result = to, parents, cfg, source, tokenizer, history, carry, promise
         yield Job(asked, *of_result, wanted, cost)
+
+
+def _check_masks(asked: Request, parents: Sequence[Parent]) -> None:
+    """Raises ConfigError for a model that has grown and is not whole yet."""
+    for parent in () if asked.operation.takes_masks else parents:
+        if parent.config.model.mask_steps:
+            raise config.ConfigError(
+                f"--from={parent.folder} has grown, and its masks are below 1, which {asked.name} "
+                "would lose; train it on until they are 1."
+            )
 
 
 def _shared_tokenizer(parents: Sequence[Parent]) -> Tokenizer:

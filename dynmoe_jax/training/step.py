@@ -17,6 +17,7 @@ from dynmoe_jax import config
 from dynmoe_jax.data import LEARNED
 from dynmoe_jax.model import Decoder, decoder_shapes
 from dynmoe_jax.model.inputs import NOISE, noise_key
+from dynmoe_jax.model.masks import with_risen_masks
 from dynmoe_jax.training.gradients import make_gradients
 from dynmoe_jax.training.health.guard import Guard, new_guard, watch
 from dynmoe_jax.training.loss import TrainingLoss
@@ -114,6 +115,7 @@ def make_train_step(
         params = nnx.merge_state(optax.apply_updates(trained, updates), rest)
         params, revised = with_next_states(structure, params, [s.measured for s in sums.layers])
         params = without_frozen_changes(params, state.params, cfg)
+        params = with_risen_masks(params, cfg.model.mask_steps)
         if revised is not None:
             optimizer_state = _without_moments(optimizer, optimizer_state, revised, cfg)
         controllers = loss.routing.update(state.controllers, counts)

@@ -43,6 +43,12 @@ def architecture_for(model: config.Model) -> Architecture:
     Raises:
       CheckpointError: none does.
     """
+    if model.mask_steps:
+        raise CheckpointError(
+            "no format of Hugging Face's has such a model, which has grown and whose masks "
+            f"(config.model.mask_steps={model.mask_steps}) are below 1; train it on until they "
+            "are 1."
+        )
     if model.layers:
         raise CheckpointError(
             "no format of Hugging Face's has such a model, whose layers differ by "

@@ -122,6 +122,7 @@ class Sphero(_SlotRouter):
 
     slots: int = _slots_setting()
     group: str = _group_setting()
+    grows: ClassVar = False  # the layer norm of slots is over all units of the width
     temperature: float = model_setting(
         1.0, "first value of the learned temperatures of both softmaxes", above=0.0
     )

@@ -1,5 +1,14 @@
 """Operations, one file each; importing the room registers them."""
 
-from dynmoe_jax.surgery.operations import average, fit_norms, fit_router, mix, split, stack, upcycle
+from dynmoe_jax.surgery.operations import (
+    average,
+    fit_norms,
+    fit_router,
+    grow,
+    mix,
+    split,
+    stack,
+    upcycle,
+)
 
-__all__ = ["average", "fit_norms", "fit_router", "mix", "split", "stack", "upcycle"]
+__all__ = ["average", "fit_norms", "fit_router", "grow", "mix", "split", "stack", "upcycle"]

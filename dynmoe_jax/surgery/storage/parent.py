@@ -18,7 +18,7 @@ from dynmoe_jax.interop.files.tensor_files import tensor_files
 from dynmoe_jax.interop.foreign import ForeignModel, opened_foreign
 from dynmoe_jax.interop.load import load_hf
 from dynmoe_jax.model import Decoder
-from dynmoe_jax.model.components import RouterState
+from dynmoe_jax.model.masks import Kept
 from dynmoe_jax.runs.checkpoint import FOLDER
 from dynmoe_jax.runs.load import OpenedRun, opened_run
 from dynmoe_jax.surgery.report.provenance import FILE_NAME, read_record
@@ -48,7 +48,7 @@ class Parent:
         self._states: set[str] = set()
         for stored, leaf in stored_in(self.config.model):
             self._stored.setdefault(stored.name, []).append(stored)
-            if isinstance(leaf, RouterState):
+            if isinstance(leaf, Kept):
                 self._states.add(stored.name)
         self._kept: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._digest = Digest()

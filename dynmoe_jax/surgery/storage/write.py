@@ -13,7 +13,7 @@ from dynmoe_jax import config
 from dynmoe_jax.console import Stage, stage
 from dynmoe_jax.edits.places import Stored, stored_in
 from dynmoe_jax.edits.roles import Role
-from dynmoe_jax.model.components import RouterState
+from dynmoe_jax.model.masks import Kept
 from dynmoe_jax.runs.checkpoint import IMPORTED, Checkpoints
 from dynmoe_jax.runs.saving.streamed import Index, StreamedArray
 from dynmoe_jax.surgery.operation import Given, Operation
@@ -78,7 +78,7 @@ def write_result(
         Given,
         cfg.model,
         seed=seed,
-        num_parents=len(parents),
+        parents=tuple(parent.config.model for parent in parents),
         read_from=lambda parent, place, role: parents[parent].read(place, role),
         memo={},
         statistic=statistic,
@@ -92,7 +92,7 @@ def write_result(
         maker = _Maker(operation, made_of, digests, shown)
         state = {"params": _tree(variables, maker.of(Role.PARAMETER), dtype)}
         if moments:
-            trained = [each for each in variables if not isinstance(each[1], RouterState)]
+            trained = [each for each in variables if not isinstance(each[1], Kept)]
             state["moments"] = {
                 role.value: _tree(trained, maker.of(role), "float32") for role in roles[1:]
             }
@@ -111,7 +111,7 @@ def _tree(variables, make: Callable, dtype: str) -> nnx.State:
     leaves = []
     for stored, leaf in variables:
         # A state is compared with what it was, so it is kept as it is.
-        own = "float32" if isinstance(leaf, RouterState) else dtype
+        own = "float32" if isinstance(leaf, Kept) else dtype
         array = StreamedArray(stored.shape, make(stored, own), stored.leading, own)
         leaves.append((stored.path, leaf.replace(array)))
     return nnx.from_flat_state(leaves)

@@ -17,13 +17,15 @@ from jaxtyping import Array, Float
 
 from dynmoe_jax.mesh.collectives import COMPUTED_AGAIN
 from dynmoe_jax.model.kernels.norm.token_tiles import on_tokens, over_tiles, runs_on_tiles
+from dynmoe_jax.model.masks import is_masked
 
 
 def forked(
     norm: nnx.RMSNorm, x_BLD: Float[Array, "B L D"], plain: bool = False
 ) -> tuple[Array, Array]:
-    """(the stream, its norm), by the kernels where they can run unless it shall be ``plain``."""
-    if plain or not runs_on_tiles(x_BLD):
+    """(the stream, its norm), by the kernels where they can run unless it shall be ``plain``; a
+    masked norm by none."""
+    if plain or is_masked(norm) or not runs_on_tiles(x_BLD):
         return x_BLD, norm(x_BLD)
     return forked_by_kernels(x_BLD, norm.scale[...].astype(norm.dtype), norm.epsilon)
 

@@ -36,6 +36,7 @@ from dynmoe_jax.mesh.collectives import COMPUTED_AGAIN, each_device, gathered
 from dynmoe_jax.mesh.sharding import whole_parameter
 from dynmoe_jax.model.kernels.norm.norm import forked, gradients_of_rows, unit_rows
 from dynmoe_jax.model.linear.products import times
+from dynmoe_jax.model.masks import is_masked
 
 TILES = (512, 256, 128)
 """Tokens of a tile, best first: backward adds to the gradients of all matrices once for each."""
@@ -61,7 +62,7 @@ def projected(
     width, sizes = x_BLD.shape[-1], mesh_sizes()
     columns = [matrix.size // width for matrix in matrices.values()]
     tokens = x_BLD.size // width // batch_devices(sizes)
-    tile = 0 if plain else projection_tile(tokens, width, columns, x_BLD.dtype)
+    tile = 0 if plain or is_masked(norm) else projection_tile(tokens, width, columns, x_BLD.dtype)
     if sizes[MODEL] > 1 or not tile:
         x_BLD, normed_BLD = forked(norm, x_BLD, plain)
         return x_BLD, tuple(

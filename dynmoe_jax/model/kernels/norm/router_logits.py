@@ -25,6 +25,7 @@ from dynmoe_jax.model.kernels.norm.norm import (
     unit_rows,
 )
 from dynmoe_jax.model.kernels.norm.token_tiles import on_tokens, over_tiles, runs_on_tiles
+from dynmoe_jax.model.masks import is_masked
 
 Forked = tuple[Float[Array, "B L D"], Float[Array, "B L D"], Float[Array, "B L E"]]
 
@@ -46,7 +47,7 @@ def norm_and_logits(
       router_DE: float32.
       plain: no kernels.
     """
-    if plain or not runs_on_tiles(x_BLD):
+    if plain or is_masked(norm) or not runs_on_tiles(x_BLD):
         x_BLD, normed_BLD = forked(norm, x_BLD, plain)
         return x_BLD, normed_BLD, logits_of(normed_BLD, router_DE)
     scale_D = norm.scale[...].astype(norm.dtype)
