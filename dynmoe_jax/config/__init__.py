@@ -6,7 +6,8 @@ with a group of settings for every kind that is registered by then.
 
 from typing import Any
 
-from dynmoe_jax.config.growth import growths, model_at, settings_at
+from dynmoe_jax.config.growth import growth_steps, growths, model_at, settings_at
+from dynmoe_jax.config.rules import check_growth
 from dynmoe_jax.config.settings import Checkpoint, Evaluation, Logging, Mesh, Optimizer
 from dynmoe_jax.config.tree import (
     current,
@@ -38,9 +39,11 @@ __all__ = [
     "Model",
     "Optimizer",
     "Train",
+    "check_growth",
     "differences",
     "from_config_dict",
     "from_stored",
+    "growth_steps",
     "growths",
     "kept_groups",
     "model_at",

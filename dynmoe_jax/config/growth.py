@@ -51,6 +51,11 @@ def growths(train: Any) -> tuple[Growth, ...]:
     return _growths(train.grow, train.steps)
 
 
+def growth_steps(train: Any) -> tuple[int, ...]:
+    """The steps after which the model of a run grows."""
+    return tuple(growth.step for growth in growths(train))
+
+
 def model_at(config: Any, step: int) -> Any:
     """The model that computes a step, and that the checkpoint of the step holds.
 

@@ -20,9 +20,6 @@ from dynmoe_jax.model.masks import Mask
 GROWS = ("D", "F", "H", "G")
 """Letters of axes that may grow."""
 
-MASK_NAMES = ("mask_D", "mask_F", "mask_H", "shared_mask_F", "layer_mask")
-"""Names of all masks."""
-
 NEW = -1
 """Stands in place of the number of an old entry where there is none."""
 

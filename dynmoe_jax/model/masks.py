@@ -19,6 +19,9 @@ from jaxtyping import Array, Float
 from dynmoe_jax.mesh.axes import axes_of
 from dynmoe_jax.mesh.sharding import whole_parameter
 
+MASK_NAMES = ("mask_D", "mask_F", "mask_H", "shared_mask_F", "layer_mask")
+"""Names of all masks."""
+
 
 class Kept(nnx.Variable):
     """A variable that no gradient changes, and that has no moments."""

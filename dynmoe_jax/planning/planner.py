@@ -73,6 +73,16 @@ def _topology(request: Request) -> Topology:
             f"config.model.layers={layers!r} makes layers differ, of which the planner knows no "
             "figures; leave it empty to plan for equal ones."
         )
+    if grow := request.cfg.train.grow:
+        raise config.ConfigError(
+            f"config.train.grow={grow!r} makes the model larger during the run, and the planner "
+            "plans one model; leave it empty, and give the sizes of the step to plan for."
+        )
+    if steps := request.cfg.model.mask_steps:
+        raise config.ConfigError(
+            f"config.model.mask_steps={steps} gives the model masks, of which the planner knows no "
+            "figures; set it to 0."
+        )
     return parse_topology(request.topology, max(1, request.cfg.mesh.slice))
 
 

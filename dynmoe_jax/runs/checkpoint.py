@@ -9,7 +9,7 @@ Of several processes each writes its arrays; process 0 writes the rest, renames,
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.cluster import agreement
+from dynmoe_jax.model.masks import MASK_NAMES
 from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.saving.chunks import save_args
 from dynmoe_jax.runs.saving.integrity import replace_checksum, write_checksums
@@ -225,9 +226,12 @@ class Checkpoints:
         return restored["state"], restored["data"]
 
     def params(self, step: int, params_like: nnx.State) -> nnx.State:
-        """The parameters alone, placed like ``params_like``, without the optimizer's state."""
+        """The parameters alone, placed like ``params_like``, without the optimizer's state.
+
+        Masks may be left out: whoever opens a model leaves out those that are all 1.
+        """
         like = {"params": params_like}
-        self._check_all_asked_for(step, like, within="params")
+        self._check_all_asked_for(step, like, within="params", but=MASK_NAMES)
         return self.part(step, like)["params"]
 
     def part(self, step: int, like: Any) -> Any:
@@ -235,10 +239,13 @@ class Checkpoints:
         args = _restore(like, partial_restore=True)
         return self._read(step, ocp.args.Composite(state=args))["state"]
 
-    def _check_all_asked_for(self, step: int, like: Any, within: str = "") -> None:
+    def _check_all_asked_for(
+        self, step: int, like: Any, within: str = "", but: Sequence[str] = ()
+    ) -> None:
         """Raises CheckpointError for stored arrays that would be left out without a word."""
         stored = {name for name in self._stored(step) if name.startswith(within)}
-        left_out = sorted(stored - _array_names(like))
+        left_out = stored - _array_names(like)
+        left_out = sorted(name for name in left_out if name.rpartition(".")[2] not in but)
         if left_out:
             raise CheckpointError(
                 f"The checkpoint {self.folder(step)} holds {', '.join(left_out)}, which the model "

@@ -198,7 +198,7 @@ def without_full_masks(run: OpenedRun) -> OpenedRun:
         return run
     variables = variable_shapes(model).flat_state()
     masks = [path for path, leaf in variables if isinstance(leaf, Mask)]
-    if not all((run.read(path) == 1).all() for path in masks):
+    if not all(run.shape(path) is not None and (run.read(path) == 1).all() for path in masks):
         return run
     model = dataclasses.replace(model, mask_steps=0)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))

@@ -49,6 +49,7 @@ def with_initial_model(cfg: config.Config, workdir: Path) -> config.Config:
     folder = _folder(cfg)
     with opened_run(folder) as run:
         cfg = _with_model(cfg, run.config.model)
+    config.check_growth(cfg)
     data = dataclasses.replace(cfg.data, tokenizer=_tokenizer(cfg, folder))
     return dataclasses.replace(cfg, data=data)
 
@@ -163,6 +164,8 @@ def _with_model(cfg: config.Config, model: config.Model) -> config.Config:
     own: tuple[str, ...] = ()
     if model.linear == "dense" and chosen(cfg.model, "linear").begins_dense:
         own = ("model.linear", f"model.{cfg.model.linear}.")
+    if not model.mask_steps:  # masks begin at 1
+        own += ("model.mask_steps",)
     for path, field, value in config.walk(model, "model."):
         if field.metadata["defines_model"] and not path.startswith(own):
             _, *groups, name = path.split(".")

@@ -60,18 +60,19 @@ def rise(saved: config.Config, cfg: config.Config, step: int) -> tuple[float, fl
       step: of the checkpoint.
     """
     before = dataclasses.replace(saved.optimizer, learning_rate=cfg.optimizer.learning_rate)
-    start = decay_start(before, saved.train.steps)
+    rewound, now = (config.growth_steps(each.train) for each in (saved, cfg))
+    start = decay_start(before, saved.train.steps, rewound)
     # The step after the start still has the peak.
     if start is None or step <= start + 1:
         return None
-    fallen = float(make_schedule(before, saved.train.steps)(step - 1))
-    following = float(make_schedule(cfg.optimizer, cfg.train.steps)(step))
+    fallen = float(make_schedule(before, saved.train.steps, rewound)(step - 1))
+    following = float(make_schedule(cfg.optimizer, cfg.train.steps, now)(step))
     return (fallen, following) if following > fallen else None
 
 
 def _choose(cfg: config.Config, workdir: Path, newest: int) -> tuple[int, int, bool]:
     """(step to go on after, step up to which a checkpoint is kept, whether others were moved)."""
-    start = decay_start(cfg.optimizer, cfg.train.steps) or 0
+    start = decay_start(cfg.optimizer, cfg.train.steps, config.growth_steps(cfg.train)) or 0
     if not newest:
         return 0, start, False
     # A reader of its own, which waits for no other process.
@@ -171,7 +172,9 @@ def _to_keep(checkpoints: Checkpoints, step: int, start: int) -> int:
     """The step after which the rate falls, ``start`` unless a run was made shorter after it."""
     for done in reversed([done for done in checkpoints.steps() if start < done <= step]):
         saved = _settings(checkpoints, done)
-        fallen = saved and decay_start(saved.optimizer, saved.train.steps)
+        fallen = saved and decay_start(
+            saved.optimizer, saved.train.steps, config.growth_steps(saved.train)
+        )
         if saved and (fallen is None or done <= fallen):
             return done
     return start

@@ -1,5 +1,7 @@
 """AdamW with clipping, its moments, and the shapes of the learning rate."""
 
+from collections.abc import Sequence
+
 import jax
 import optax
 from flax import nnx
@@ -8,11 +10,22 @@ from dynmoe_jax import config
 from dynmoe_jax.runs.saving.moments import ADAM, OPTAX_NAMES, Moments
 
 
-def make_schedule(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
+def make_schedule(
+    optimizer: config.Optimizer, steps: int, rewound: Sequence[int] = ()
+) -> optax.Schedule:
     """Learning rate by step, counted from 0.
 
     The warm-up is cut short if it would take more than half of the run.
+
+    Args:
+      optimizer: its settings.
+      steps: of the run.
+      rewound: steps after which it begins again, warm-up included, as that of a run of the steps
+        that are left: where the model grows.
     """
+    if rewound:
+        parts = [make_schedule(optimizer, steps - begin) for begin in (0, *rewound)]
+        return optax.join_schedules(parts, list(rewound))
     peak, final = optimizer.learning_rate, optimizer.learning_rate * optimizer.final_fraction
     warmup, start = _warmup(optimizer, steps), decay_start(optimizer, steps)
     # The first step already learns: the ramp goes from peak/(warmup+1), not from 0.
@@ -27,11 +40,15 @@ def make_schedule(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, flat, decay], [warmup, start])
 
 
-def decay_start(optimizer: config.Optimizer, steps: int) -> int | None:
+def decay_start(optimizer: config.Optimizer, steps: int, rewound: Sequence[int] = ()) -> int | None:
     """Steps after which the learning rate of a run of so many steps falls; None if it never does.
 
-    The step after still has the peak, every later one less.
+    The step after still has the peak, every later one less.  Where it is rewound, the last time
+    counts; arguments as for :func:`make_schedule`.
     """
+    if rewound:
+        start = decay_start(optimizer, steps - rewound[-1])
+        return None if start is None else rewound[-1] + start
     warmup = _warmup(optimizer, steps)
     if optimizer.schedule == "constant":
         return None
@@ -79,8 +96,13 @@ def with_moments(state: optax.OptState, moments: Moments) -> optax.OptState:
         first=nnx.merge_state(before.first, moments.first),
         second=nnx.merge_state(before.second, moments.second),
     )
+    return with_all_moments(state, merged)
+
+
+def with_all_moments(state: optax.OptState, moments: Moments) -> optax.OptState:
+    """The state of an optimizer with moments in place of all that it has."""
     adam = optax.tree_utils.tree_get(state, ADAM)
-    named = {name: getattr(merged, field) for field, name in OPTAX_NAMES.items()}
+    named = {name: getattr(moments, field) for field, name in OPTAX_NAMES.items()}
     return optax.tree_utils.tree_set(state, **{ADAM: adam._replace(**named)})
 
 

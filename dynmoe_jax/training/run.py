@@ -17,13 +17,14 @@ class Run:
     """Parts of a run that stay the same while a process works on it, rollbacks included.
 
     Attributes:
-      cfg: all settings.
+      cfg: all settings, with the model of the steps that are worked on; that does not grow.
       workdir: the run's folder.
       mesh: the devices.
       memory: estimate of what the devices have to hold.
       checkpoints: those in ``workdir``, open for writing.
       stop: whether somebody asked the run to stop.
       seconds: where its time went.
+      asked: all settings as the run began, which its checkpoints keep: these say how it grows.
     """
 
     cfg: config.Config
@@ -33,3 +34,16 @@ class Run:
     checkpoints: Checkpoints
     stop: StopRequest
     seconds: Seconds
+    asked: config.Config
+
+    def at(self, done: int) -> "Run":
+        """The run with the model of the step after ``done``."""
+        cfg = config.settings_at(self.asked, done + 1)
+        if cfg.model == self.cfg.model:
+            return dataclasses.replace(self, cfg=cfg)
+        return dataclasses.replace(self, cfg=cfg, memory=Memory(cfg, self.mesh.shape))
+
+    def grows_after(self, done: int) -> int:
+        """The step after which the model grows next; the last one if it does not."""
+        later = (step for step in config.growth_steps(self.asked.train) if step > done)
+        return next(later, self.asked.train.steps)

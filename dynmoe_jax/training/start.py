@@ -14,6 +14,7 @@ from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.make_mesh import batch_sharding, replicated, state_shardings
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.runs.compilation import compiler_options
+from dynmoe_jax.training.growth import grown
 from dynmoe_jax.training.health.rescue import without_old_streak
 from dynmoe_jax.training.initial_model import initial_state
 from dynmoe_jax.training.objectives import Batch, Objective, batch_arrays
@@ -38,13 +39,17 @@ def start(run: Run, done: int, tokenizer: Tokenizer) -> tuple[Callable, TrainSta
       ConfigError, CheckpointError: the state cannot be read.
     """
     objective = chosen(run.cfg.train, "objective").prepared(tokenizer)
-    train_step, shapes = compile_step(run.cfg, run.mesh, objective)
+    rewound = config.growth_steps(run.asked.train)
+    train_step, shapes = compile_step(run.cfg, run.mesh, objective, rewound)
     run.memory.check_step(train_step)
     return train_step, _first_state(run, done, shapes)
 
 
 def compile_step(
-    cfg: config.Config, mesh: Mesh, objective: Objective | None = None
+    cfg: config.Config,
+    mesh: Mesh,
+    objective: Objective | None = None,
+    rewound: tuple[int, ...] = (),
 ) -> tuple[Callable, TrainState]:
     """Compiles the training step of a run, within its mesh.
 
@@ -52,11 +57,12 @@ def compile_step(
       cfg: all settings.
       mesh: the devices.
       objective: theirs, prepared for a tokenizer; None: the language model's.
+      rewound: steps after which the learning rate begins again.
 
     Returns:
       the compiled step; shapes of its state, with their shardings.
     """
-    schedule = make_schedule(cfg.optimizer, cfg.train.steps)
+    schedule = make_schedule(cfg.optimizer, cfg.train.steps, rewound)
     optimizer = make_optimizer(cfg.optimizer, schedule)
     shapes = _placed_shapes(mesh, partial(init_state, cfg, optimizer))
     jitted = jax.jit(
@@ -88,11 +94,20 @@ def _placed_shapes(mesh: Mesh, init: Callable) -> TrainState:
 
 def _first_state(run: Run, done: int, shapes: TrainState) -> TrainState:
     if done:
-        state, _ = run.checkpoints.restore(done, shapes)
-        return without_old_streak(state, run.cfg.train)
+        return without_old_streak(_restored(run, done, shapes), run.cfg.train)
     if run.cfg.train.init_from:
         return initial_state(run.cfg, _optimizer(run.cfg), shapes)
     return new_state(run.cfg, shapes)
+
+
+def _restored(run: Run, done: int, shapes: TrainState) -> TrainState:
+    """The state of a checkpoint, grown where the next step has a larger model."""
+    before = config.settings_at(run.asked, done)
+    if before.model == run.cfg.model:
+        return run.checkpoints.restore(done, shapes)[0]
+    small = _placed_shapes(run.mesh, partial(init_state, before, _optimizer(before)))
+    state, _ = run.checkpoints.restore(done, small)
+    return grown(before, run.cfg, done, state, shapes)
 
 
 def _optimizer(cfg: config.Config) -> optax.GradientTransformation:

@@ -21,6 +21,7 @@ from dynmoe_jax.hardware.target import current_target
 from dynmoe_jax.mesh.make_mesh import batch_sharding, check_divides, make_mesh
 from dynmoe_jax.model.components import compute_dtype
 from dynmoe_jax.model.kernels.attention.choice import attention_of, choose_attention
+from dynmoe_jax.model.parameters import count_parameters
 from dynmoe_jax.runs.begun import check_compatible, check_not_imported, make_folder, saved_config
 from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.compilation import compiled_programs_kept
@@ -93,11 +94,13 @@ def train(cfg: config.Config, workdir: Path) -> int:
         compiled_programs_kept(cfg.train, workdir),
         memory.explained(),
     ):
-        run = Run(cfg, workdir, mesh, memory, checkpoints, StopRequest(), seconds)
+        run = Run(cfg, workdir, mesh, memory, checkpoints, StopRequest(), seconds, asked=cfg)
         while True:
             try:
                 with losses_told():
-                    return _train(run)
+                    code = _train(run)
+                if code is not None:
+                    return code
             except RolledBack as back:
                 warn(str(back))
                 if run.stop.requested:
@@ -133,6 +136,14 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
     if agreement.is_first():  # the others need neither
         check_sources(cfg.data)
         check_packages(cfg.logging)
+    mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
+    for step in config.growth_steps(cfg.train):
+        _check_model(config.settings_at(cfg, step + 1), mesh)
+    return mesh, _check_model(config.settings_at(cfg, 1), mesh)
+
+
+def _check_model(cfg: config.Config, mesh: Mesh) -> Memory:
+    """The memory of a model that fits devices; raises as :func:`check_run`."""
     target, model = current_target(), cfg.model
     for layer in dict.fromkeys(model.by_layer):
         choose_attention(
@@ -144,22 +155,30 @@ def check_run(cfg: config.Config) -> tuple[Mesh, Memory]:
             layer.model.num_heads,
             layer.model.num_kv_heads,
         )
-    mesh = make_mesh(cfg.mesh, cfg.train.batch_size // cfg.train.microbatches)
     check_divides(model, mesh.shape)
     for moe in dict.fromkeys((model.moe, *model.moe_settings)):
         make_backend(moe, target, model.plain)
         make_transport(moe, mesh.shape["expert"])
     memory = Memory(cfg, mesh.shape)
     memory.check_state()
-    return mesh, memory
+    return memory
 
 
-def _train(run: Run) -> int:
-    """The run from its newest checkpoint to its last step, or until it is stopped."""
-    cfg, checkpoints, seconds, stop = run.cfg, run.checkpoints, run.seconds, run.stop
-    done = recover(checkpoints, cfg.checkpoint.verify) or 0
-    done = before_decay(cfg, run.workdir, checkpoints, done)
-    _print_settings(cfg, run.workdir, done)
+def _train(run: Run) -> int | None:
+    """The run from its newest checkpoint to its last step, or until it is stopped or the model
+    grows.
+
+    Returns:
+      the exit code; None where the model grows next: the run goes on from the checkpoint before.
+    """
+    checkpoints, seconds, stop = run.checkpoints, run.seconds, run.stop
+    done = recover(checkpoints, run.asked.checkpoint.verify) or 0
+    done = before_decay(run.asked, run.workdir, checkpoints, done)
+    run, last = run.at(done), run.grows_after(done)
+    cfg = run.cfg
+    _print_settings(run.asked, run.workdir, done)
+    if done in config.growth_steps(run.asked.train):
+        console.print(f"The model grows to {count_parameters(cfg.model):,} parameters.")
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────
     with seconds.of("data preparation"):
@@ -189,14 +208,14 @@ def _train(run: Run) -> int:
             with seconds.of("saving"):
                 log.flush(pending)
                 loss = heldout.loss if heldout else None
-                checkpoints.save(step, state, feed.position(), cfg, loss)
+                checkpoints.save(step, state, feed.position(), run.asked, loss)
 
         with contextlib.suppress(Stopped):
             if _evaluates(done, cfg) and log.owes_heldout(done):
                 evaluates = partial(evaluate, state.params, done == cfg.train.steps)
                 heldout = log.complete(done, evaluates)
                 weights.move(done, heldout)
-            for step in range(done + 1, cfg.train.steps + 1):
+            for step in range(done + 1, last + 1):
                 with seconds.of("data waiting"):
                     batch = feed.place(next(batches))
                 with seconds.of("step"):
@@ -208,14 +227,15 @@ def _train(run: Run) -> int:
                 if checkpoints.reached_preemption(step):
                     stop.preempt()
                 heldout = None
-                with checkpoints.saving(step, step == cfg.train.steps, save):
+                with checkpoints.saving(step, step == last, save):
                     if _evaluates(step, cfg):
                         evaluates = partial(evaluate, state.params, step == cfg.train.steps)
                         heldout = log.read_with_heldout(pending, evaluates)
                         weights.move(step, heldout)
                 checkpoints.check()
                 stop.check()
-            heldout = heldout or evaluate(state.params, analyze=True)
+            if last == cfg.train.steps:
+                heldout = heldout or evaluate(state.params, analyze=True)
         log.read(pending)
         act()
         if stop.requested:
@@ -225,6 +245,8 @@ def _train(run: Run) -> int:
     if stop.requested:
         console.print(f"Stopped after step {step:,} and saved; the same command continues.")
         return stop.exit_code
+    if last < cfg.train.steps:
+        return None
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────
     # Outside the mesh: the sample is one sequence, which a data axis cannot split.

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dynmoe_jax.edits.growth import MASK_NAMES
 from dynmoe_jax.edits.places import Place
 from dynmoe_jax.edits.roles import Role
 from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.fields import ConfigError
+from dynmoe_jax.model.masks import MASK_NAMES
 from dynmoe_jax.surgery.operations.grow import Grow
 from tests.in_memory_surgery import drawn, logits, result_of, settings
 

@@ -50,10 +50,10 @@ def traced_once():
     """
     compile_step, generator_of = start.compile_step, Generator.__init__
 
-    def compiled(cfg, mesh, objective=None):
-        key = _key(cfg, mesh)
+    def compiled(cfg, mesh, objective=None, rewound=()):
+        key = _key(cfg, mesh), rewound
         if key not in _STEPS:
-            _STEPS[key] = compile_step(cfg, mesh, objective)
+            _STEPS[key] = compile_step(cfg, mesh, objective, rewound)
         return _STEPS[key]
 
     def first(cfg, shapes):

@@ -10,11 +10,12 @@ import numpy as np
 
 from dynmoe_jax import config
 from dynmoe_jax.config.growth import SIZES, larger
-from dynmoe_jax.edits.growth import MASK_NAMES, Growing, blank, is_of_router, mask_shapes
+from dynmoe_jax.edits.growth import Growing, blank, is_of_router, mask_shapes
 from dynmoe_jax.edits.places import Place
 from dynmoe_jax.edits.roles import Role
 from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.fields import AUTO, ConfigError, free_setting
+from dynmoe_jax.model.masks import MASK_NAMES
 from dynmoe_jax.surgery.operation import OPERATIONS, Given, Operation
 
 _SIZES = ("width", "hidden_width", "expert_width", "shared_width")

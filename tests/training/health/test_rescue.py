@@ -243,7 +243,7 @@ def test_signal_and_rollback_are_both_obeyed(rolled_back, tmp_path, monkeypatch,
 
 def run_with(cfg, workdir, checkpoints):
     """A run of which rescue needs no more than this."""
-    return Run(cfg, workdir, None, None, checkpoints, StopRequest(), None)
+    return Run(cfg, workdir, None, None, checkpoints, StopRequest(), None, cfg)
 
 
 def test_spike_without_an_older_checkpoint_is_a_warning(cfg, tmp_path, monkeypatch):

@@ -50,6 +50,11 @@ class Train(Step):
 
     @property
     def settings(self) -> config.Config:
+        """The run's settings, with the model that it ends with."""
+        return config.settings_at(self._begun, self.cfg.train.steps)
+
+    @property
+    def _begun(self) -> config.Config:
         """The run's settings, with the model of what it begins with."""
         if self.start is None:
             return self.cfg
@@ -62,17 +67,33 @@ class Train(Step):
         changed = {name: value for name, value, _ in config.differences(self.cfg)}
         return changed | ({"files": files} if files else {})
 
+    def _stages(self) -> list[tuple[int, float]]:
+        """(step after which they begin, FLOPs of a step) of the models of a run that grows."""
+        begun = self._begun
+        found = []
+        for begin in (0, *config.growth_steps(begun.train)):
+            cfg = config.settings_at(begun, begin + 1)
+            tokens = cfg.train.batch_size * cfg.data.seq_len
+            rows = [tokens * m.route.bounds(m.num_experts).expected for m in cfg.model.moe_settings]
+            found.append((begin, training_flops(cfg.model, tokens, cfg.data.seq_len, rows)))
+        return found
+
     @property
     def flops(self) -> float:
         """FLOPs of all steps, with as many experts as routers expect."""
-        cfg = self.settings
-        tokens = cfg.train.batch_size * cfg.data.seq_len
-        rows = [tokens * m.route.bounds(m.num_experts).expected for m in cfg.model.moe_settings]
-        return cfg.train.steps * training_flops(cfg.model, tokens, cfg.data.seq_len, rows)
+        begins, flops = zip(*self._stages(), strict=True)
+        ends = (*begins[1:], self.cfg.train.steps)
+        lengths = (end - begin for begin, end in zip(begins, ends, strict=True))
+        return sum(steps * each for steps, each in zip(lengths, flops, strict=True))
 
     def with_flops(self, flops: float) -> "Train":
-        """The same for as many steps as so many FLOPs pay for, at least one."""
-        steps = max(1, round(flops / self.flops * self.cfg.train.steps))
+        """The same for as many steps as so many FLOPs pay for, at least one.
+
+        A model that grows does so at the same steps, and has the rest as the largest.
+        """
+        begin, of_step = self._stages()[-1]
+        before = self.flops - (self.cfg.train.steps - begin) * of_step
+        steps = begin + max(1, round((flops - before) / of_step))
         train = dataclasses.replace(self.cfg.train, steps=steps)
         return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, train=train))
 

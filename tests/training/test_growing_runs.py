@@ -1,0 +1,140 @@
+"""Runs whose model grows: killed anywhere they end alike, and every checkpoint is its own model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dynmoe_jax import config
+from dynmoe_jax.fields import ConfigError
+from dynmoe_jax.model.flops import training_flops
+from dynmoe_jax.model.parameters import count_parameters
+from dynmoe_jax.planning.planner import Request, plan_run
+from dynmoe_jax.runs.errors import CheckpointError
+from dynmoe_jax.runs.load import load_run, opened_run
+from dynmoe_jax.runs.summary import read_summary
+from dynmoe_jax.training import trainer
+from dynmoe_jax.training.optimizer import make_schedule
+from tests.small_run import interrupt_at
+
+pytestmark = pytest.mark.slow
+
+GROW = "2:width=24,moe.hidden_width=24;4:num_layers=4,num_heads=4"
+
+
+@pytest.fixture(scope="module")
+def asked(settings, change):
+    cfg = change(settings, checkpoint__every_steps=1, checkpoint__keep=9, model__mask_steps=2)
+    return change(cfg, train__grow=GROW, evaluation__report=False)
+
+
+@pytest.fixture(scope="module")
+def whole(asked, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert trainer.train(asked, folder) == 0
+    return folder
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stops", [(2,), (3, 4, 5)])
+def test_a_run_stopped_where_it_grows_ends_bit_for_bit_alike(
+    asked, whole, stops, saved_state, tmp_path, monkeypatch
+):
+    for step in stops:
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at(patch, step)
+            assert trainer.train(asked, tmp_path) != 0
+    assert trainer.train(asked, tmp_path) == 0
+    wanted, found = saved_state(whole, 6), saved_state(tmp_path, 6)
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert [line["loss"] for line in lines(tmp_path)] == [line["loss"] for line in lines(whole)]
+
+
+def test_every_checkpoint_has_the_model_of_its_step(asked, whole, saved_state):
+    sizes = {2: (16, 2, 2, 16), 3: (24, 2, 2, 24), 4: (24, 2, 2, 24), 5: (24, 4, 4, 24)}
+    for step, wanted in sizes.items():
+        model = config.model_at(asked, step)
+        found = model.width, model.num_layers, model.num_heads, model.moe.hidden_width
+        assert found == wanted
+        state = saved_state(whole, step)
+        (embedding,) = (x for name, x in state.items() if name.startswith("['params']['embed"))
+        assert embedding.shape[1] == model.width
+    loaded, decoder, _ = load_run(whole)
+    assert loaded.model.num_layers == 4
+    assert loaded.model.mask_steps == 0  # two updates after growth all masks are 1
+    assert decoder.embedding_VD.shape[1] == 24
+    export = pytest.raises(CheckpointError, match="whose masks")
+    with opened_run(whole) as run, export:
+        half = config.settings_at(run.checkpoints.config(5), 5)
+        assert half.model.mask_steps == 2
+        architecture_for(half.model)
+
+
+def test_masks_rise_with_the_updates(whole, saved_state):
+    found = []
+    for step in (2, 3, 4, 5, 6):
+        state = saved_state(whole, step)
+        (mask_D,) = (x for name, x in state.items() if name.startswith("['params']['norm']['mask"))
+        (layers,) = (x for name, x in state.items() if name.endswith("['layer_mask']['value']"))
+        found.append((mask_D[16:].tolist()[:1], layers.tolist()))
+    assert found == [
+        ([], [1, 1]), ([0.5], [1, 1]), ([1], [1, 1]), ([1], [1, 0.5, 1, 0.5]), ([1], [1, 1, 1, 1])
+    ]  # fmt: skip
+
+
+def test_figures_are_those_of_the_steps_model(asked, whole):
+    last = config.settings_at(asked, 6)
+    assert read_summary(whole).parameters == count_parameters(last.model)
+    tokens, length = last.train.batch_size * last.data.seq_len, last.data.seq_len
+    for line in lines(whole):
+        model = config.model_at(asked, line["step"])
+        assert len(line["experts_per_token_by_layer"]) == model.num_layers
+        low, high = (training_flops(model, tokens, length, rows * tokens) for rows in (0.0, 1e3))
+        assert low < line["model_flops_per_second"] * line["seconds_step"] < high
+    rates = [line["learning_rate"] for line in lines(whole)]
+    assert rates[2] == pytest.approx(rates[0], rel=0.5)
+    assert rates[2] < rates[1]
+
+
+def test_the_learning_rate_begins_again(asked):
+    schedule = make_schedule(asked.optimizer, 100, (40, 70))
+    parts = [make_schedule(asked.optimizer, steps) for steps in (100, 60, 30)]
+    for step, part, own in [(39, 0, 39), (40, 1, 0), (69, 1, 29), (70, 2, 0), (99, 2, 29)]:
+        assert float(schedule(step)) == pytest.approx(float(parts[part](own)))
+
+
+@pytest.mark.parametrize(
+    ("grow", "said"),
+    [
+        ("2:width=8", "does not fit at step 2: width=8 is less than 16"),
+        ("6:width=24", "names step 6, and steps .* are 1 to 5"),
+        ("0:width=24", "names step 0"),
+        ("3:width=24;2:width=32", "names step 2 after step 3"),
+        ("2:num_heads=3,num_kv_heads=2", "does not keep at least 2 query heads"),
+        ("2:depth=3", "names 'depth', which cannot grow"),
+        ("2:width", "NAME=SIZE"),
+        ("width=24", "not written STEP:NAME=SIZE"),
+        ("2:hidden_width=48", "of nothing that a layer of it has"),
+    ],
+)
+def test_what_cannot_grow_is_refused_in_a_sentence(asked, change, grow, said):
+    with pytest.raises(ConfigError, match=said):
+        change(asked, train__grow=grow)
+
+
+def test_growth_needs_masks_and_stays_what_it_was(asked, change, whole):
+    with pytest.raises(ConfigError, match="which they rise, such as 100"):
+        change(asked, model__mask_steps=0)
+    other = change(asked, train__grow="2:width=24")
+    with pytest.raises(ConfigError, match="differs from"):
+        trainer.train(other, whole)
+
+
+def test_the_planner_refuses(asked, change):
+    with pytest.raises(ConfigError, match="the planner plans one model"):
+        plan_run(Request(asked, "v5p-8"))
