@@ -1,19 +1,25 @@
 """Runs whose model grows: killed anywhere they end alike, and every checkpoint is its own model."""
 
+import contextlib
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dynmoe_jax import config
 from dynmoe_jax.fields import ConfigError
+from dynmoe_jax.model import decoder_structure, variable_shapes
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.model.parameters import count_parameters
 from dynmoe_jax.planning.planner import Request, plan_run
+from dynmoe_jax.runs.checkpoint import Checkpoints
 from dynmoe_jax.runs.errors import CheckpointError
-from dynmoe_jax.runs.load import load_run, opened_run
+from dynmoe_jax.runs.load import OpenedRun, load_run, opened_run
 from dynmoe_jax.runs.summary import read_summary
-from dynmoe_jax.training import trainer
+from dynmoe_jax.training import growth, trainer
 from dynmoe_jax.training.optimizer import make_schedule
 from tests.small_run import interrupt_at
 
@@ -73,6 +79,32 @@ def test_every_checkpoint_has_the_model_of_its_step(asked, whole, saved_state):
         half = config.settings_at(run.checkpoints.config(5), 5)
         assert half.model.mask_steps == 2
         architecture_for(half.model)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_new_weights_change_nothing_at_first(asked, whole, step):
+    before, after = (config.settings_at(asked, at).model for at in (step, step + 1))
+    with contextlib.closing(Checkpoints(whole, None)) as checkpoints:
+        run = OpenedRun(whole, config.settings_at(asked, step), step, checkpoints)
+        params = run.params(variable_shapes(before))
+    random = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32)  # noqa: E731
+    fresh = jax.tree.map(draw, variable_shapes(after))
+    larger = growth._variables(growth.Growing(before, after), params, fresh)
+    tokens_BL = random.integers(0, before.vocab_size, (2, 16))
+    small, large = (
+        np.asarray(nnx.merge(decoder_structure(model), variables)(tokens_BL).logits)
+        for model, variables in ((before, params), (after, larger))
+    )
+    assert np.abs(large - small).max() <= 1e-5 * max(1.0, np.abs(small).max())
+
+
+def test_controllers_of_copies_begin_as_those_of_their_layers(asked):
+    growing = growth.Growing(*(config.settings_at(asked, at).model for at in (4, 5)))
+    states = {"balance": {"coefficient_N": jnp.array([1.0, 2.0]), "all": jnp.array(3.0)}}
+    found = growth._of_moe_layers(growing, states)["balance"]
+    np.testing.assert_array_equal(found["coefficient_N"], [1, 1, 2, 2])
+    assert found["all"] == 3
 
 
 def test_masks_rise_with_the_updates(whole, saved_state):
