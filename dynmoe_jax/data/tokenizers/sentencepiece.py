@@ -186,7 +186,7 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _untrainable(vocab_size, error) from error
+        raise _untrainable(vocab_size, error, len(reserved)) from error
     tokenizer = SentencePieceTokenizer(model.getvalue())
     tokenizer.save(path)
     return tokenizer
@@ -225,7 +225,7 @@ def _parts(text: str) -> Iterator[str]:
                 yield clear[start : start + _LINE_CHARACTERS]
 
 
-def _untrainable(vocab_size: int, error: RuntimeError) -> DataError:
+def _untrainable(vocab_size: int, error: RuntimeError, reserved: int) -> DataError:
     setting = f"config.model.vocab_size={vocab_size}"
     if "sentences_.empty()" in str(error):
         return DataError(
@@ -238,4 +238,7 @@ def _untrainable(vocab_size: int, error: RuntimeError) -> DataError:
             f"{setting} is more than the {limit[1]} tokens that the text for the tokenizer "
             "gives; lower it, raise config.data.tokenizer_megabytes, or add text."
         )
-    return DataError(f"{setting} does not fit the text for the tokenizer ({error}); raise it.")
+    fewer = f", or have fewer than {reserved} special tokens reserved" if reserved else ""
+    return DataError(
+        f"{setting} does not fit the text for the tokenizer ({error}); raise it{fewer}."
+    )

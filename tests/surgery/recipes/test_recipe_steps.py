@@ -96,6 +96,18 @@ def test_so_many_flops_pay_for_as_many_steps():
     assert paid.cfg.train.steps < 10 * dense.cfg.train.steps  # a step of the mixture costs more
 
 
+def test_reference_losses_are_those_of_a_step_which_is_done_before():
+    cfg = sizes.dense("tiny", 0)
+    moving = dataclasses.replace(cfg.data, reweighting="dynamic_batch_loading")
+    dense = Train("dense", cfg)
+    later = Train("later", dataclasses.replace(cfg, data=moving), reference=dense)
+    assert later.needs == (dense,)
+    text = later.message(lambda step: Path("steps") / step.name, Path("text"))["settings"]["data"]
+    assert text["dynamic_batch_loading"]["reference"] == "steps/dense"
+    with pytest.raises(ConfigError, match=r"reference dense has no effect while config\.data"):
+        Train("later", cfg, reference=dense).price()
+
+
 def test_what_holds_no_model_cannot_be_built_on():
     dense = steps_of()[0]
     export = Export("export", dense)
