@@ -163,7 +163,7 @@ def ul2(settings):
     changes = {"num_sentinels": 20, "until_step": 9}
     known = {name: getattr(settings, name) for name in ("sources", "heldout_fraction")}
     return config.Data(
-        seq_len=32, virtual_shards=4, shuffle_tokens=1024, corruption="ul2", ul2=changes, **known
+        seq_len=32, virtual_shards=4, shuffle_tokens=384, corruption="ul2", ul2=changes, **known
     )
 
 
