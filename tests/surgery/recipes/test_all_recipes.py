@@ -89,10 +89,9 @@ def frozen_experts_are_those_of_branches(folder, steps):
 
     def arrays(name):
         with opened_run(folder / steps[name]["folder"]) as run:
-            stored = [
-                each for each, _ in stored_in(run.config.model) if "feed_forward" in each.name
-            ]
-            return {each.name: run.read(each.path) for each in stored}
+            stored = [each for each, _ in stored_in(run.config.model)]
+            own = [each for each in stored if each.name.startswith("feed_forward.")]
+            return {each.name: run.read(each.path) for each in own}
 
     before, trained, frozen = map(arrays, ("mix", "mix_trained", "frozen_experts"))
     for name, array in before.items():
