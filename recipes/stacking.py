@@ -4,6 +4,11 @@
 
 "Stacking Your Transformers", arXiv 2405.15319.  A model of half the layers is trained for a quarter
 of the steps and stacked twice; the deep model from scratch is given the FLOPs of both trainings.
+
+Result (laptop, three seeds on two cores that other work shared, 55 minutes, of which the last two
+seeds took 8 each): stacked and trained on 2.360 held-out bits per byte, from scratch 2.437 at the
+same FLOPs; 0.078 less (0.033 to 0.122, 95 %), better from 3 of 3 seeds.  The order of the layers
+makes no difference (-0.002, -0.006 to 0.002).
 """
 
 import dataclasses
