@@ -16,6 +16,7 @@ from dynmoe_jax.surgery import operations
 from dynmoe_jax.surgery.arguments import parse
 from dynmoe_jax.surgery.operation import OPERATIONS
 from dynmoe_jax.surgery.partitions import PARTITIONS
+from dynmoe_jax.surgery.recipes import command as recipe_command
 from dynmoe_jax.surgery.report.command import command_of
 from dynmoe_jax.surgery.report.tables import OPERATION_COLUMNS, operation_rows
 from tests.in_memory_surgery import drawn, result_of, settings
@@ -83,10 +84,14 @@ def test_the_command_of_a_plugin_names_its_file(sharpen, tmp_path):
     assert f"--plugin={tmp_path / 'sharpen.py'}" in line
 
 
-@pytest.mark.parametrize("page", [PAGE, ROOT / "README.md"], ids=lambda page: page.name)
+PAGES = [PAGE, ROOT / "README.md", ROOT / "docs" / "recipes.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_understood(page, sharpen):
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^python -m dynmoe_jax\.surgery (.+)$", text, re.MULTILINE)
     assert commands
     for command in commands:
-        parse([part for part in shlex.split(command) if not part.startswith("--plugin=")])
+        words = [word for word in shlex.split(command) if not word.startswith("--plugin=")]
+        (recipe_command.parse if recipe_command.is_of_recipe(words) else parse)(words)

@@ -36,7 +36,7 @@ class Sparsify(LanguageModel):
     )
     weight: float = run_setting(1e-3, "coefficient of the penalty; 0 = none, as a control", low=0.0)
     off_below: float = run_setting(
-        0.0, "units are off below this; the authors take -10 for some models with GELU"
+        0.0, "units are off below this; the authors take -10 for some models with GELU", low=-100.0
     )
 
     def obstacle(self, model):
