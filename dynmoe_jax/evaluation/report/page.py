@@ -23,7 +23,7 @@ FILE_NAME = "report.html"
 _COUNTS = "Experts per token"
 # Heading, names of the section's pictures.
 _SECTIONS = (
-    ("Learning", ("loss", "auxiliary")),
+    ("Learning", ("loss", "auxiliary", "domains")),
     (_COUNTS, ("experts", "experts_by_layer", "layers", "histogram")),
     ("Load of the experts", ("load", "imbalance")),
     ("Routers", ("states",)),

@@ -203,6 +203,18 @@ def test_the_same_run_gives_the_same_page(tmp_path):
     assert pages[0] == pages[1]
 
 
+def test_weights_of_domains_that_moved_have_a_picture_with_their_names(tmp_path):
+    metrics = fake_metrics(logged=4)
+    assert "Weights of the domains" not in render(tmp_path, metrics, fake_summary())
+    moved = [
+        line | {"domain_weight_code": 0.5 + 0.1 * i, "domain_weight_prose": 0.5 - 0.1 * i}
+        for i, line in enumerate(metrics)
+    ]
+    page = render(tmp_path, moved, fake_summary())
+    assert "Weights of the domains" in page
+    assert "toward domains whose held-out loss exceeds" in page
+
+
 def test_dense_model_has_losses_but_no_word_of_experts(tmp_path):
     summary = fake_summary(layers=0)
     text = render(tmp_path, fake_metrics(layers=0), summary, run_config(every_n_layers=0))
