@@ -65,13 +65,16 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 def choosing(path: str) -> dict[str, Any]:
     """The settings that a setting needs to have an effect, as it declares, that choose the kind it
-    belongs to, or the router that declares its loss, or weigh a loss that none declares."""
+    belongs to, or the router that declares its loss, or weigh a loss that none declares; a dense
+    model for an objective that refuses one of experts."""
     found, group, prefix = {}, config.Config(), ""
     for name in path.split(".")[:-1]:
         for field in dataclasses.fields(group):
             kind = (field.metadata.get("registry") or {}).get(name)
             if kind and dataclasses.fields(kind):
                 found[f"{prefix}{field.name}"] = name
+            if kind and field.name == "objective" and kind().obstacle(config.Model()):
+                found["model.moe.every_n_layers"] = 0
         group, prefix = getattr(group, name), f"{prefix}{name}."
     loss = path.split(".")[1] if path.startswith("loss.") else ""
     routers = [router for router, kind in ROUTERS.items() if loss in kind.losses]

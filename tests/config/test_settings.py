@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.config_fuzz import choosing, nested
 from dynmoe_jax import config
+from dynmoe_jax.registry import OBJECTIVES
 
 LEAVES = list(config.walk(config.Config()))
 NUMBERS = [(path, field) for path, field, _ in LEAVES if field.type in (int, float)]
@@ -23,6 +24,7 @@ BASE = {
     "train.batch_size": 1,
     "data.seq_len": 2,
 }
+MODEL = config.Config().model
 # Settings whose range is wider than what other settings leave of it.
 CONTRADICTS = {
     ("model.max_seq_len", 1),
@@ -37,6 +39,8 @@ CONTRADICTS = {
 def build(path=None, value=None):
     """The base with another value of one setting, whose kind is chosen if it belongs to one."""
     one = {} if path is None else choosing(path) | {path: value}
+    if path == "train.objective" and value in OBJECTIVES and OBJECTIVES[value]().obstacle(MODEL):
+        one["model.moe.every_n_layers"] = 0
     return config.from_config_dict(nested(BASE | one))
 
 
