@@ -4,6 +4,12 @@
 
 A dense model is trained; then it is trained on as it is, and once more as a mixture of eight copies
 of its feed-forwards.  Both are given the same FLOPs after that.
+
+Result (laptop, three seeds on two cores that other work shared, 29 minutes): the dense model
+trained on for 500 steps has 2.089 held-out bits per byte, the mixture, for which the same FLOPs
+are 346 steps of two experts, 2.158: 0.069 more (0.065 to 0.073, 95 %), better from 0 of 3 seeds.
+After half a million tokens one more step still teaches more than one more expert; the paper's
+gains come with budgets of a large part of the dense model's.
 """
 
 from dynmoe_jax.surgery.operations.upcycle import Upcycle
