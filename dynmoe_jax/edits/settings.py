@@ -6,6 +6,7 @@ from typing import Any
 
 from dynmoe_jax import config
 from dynmoe_jax.config.layers import FEED_FORWARD, own_values, written_layers
+from dynmoe_jax.registry import OBJECTIVES, chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ def plans_of(model: config.Model) -> list[LayerPlan]:
 def edited(cfg: config.Config, changes: Mapping[str, Any]) -> config.Config:
     """Checked settings with other values, by dotted path, such as ``model.moe.router``.
 
-    Groups of kinds that are not chosen any more go back to their defaults.
+    Groups of kinds that are not chosen any more go back to their defaults, and so does an objective
+    that the new model cannot be trained by.
 
     Raises:
       ConfigError: a value is out of range, or contradicts another.
@@ -44,6 +46,13 @@ def edited(cfg: config.Config, changes: Mapping[str, Any]) -> config.Config:
         for group in groups:
             inner = inner[group]
         inner[name] = value
+    asked, default = cfg.train.objective, config.Train().objective
+    if asked in OBJECTIVES and asked != default:
+        train = settings["train"]
+        defaults = {"objective": default, asked: config.to_dict(config.Config())["train"][asked]}
+        made = config.from_stored({**settings, "train": {**train, **defaults}})
+        if chosen(cfg.train, "objective").obstacle(made.model):
+            return made
     return config.from_stored(settings)
 
 

@@ -24,7 +24,11 @@ def write_page(workdir: Path, record: Mapping[str, Any]) -> Path:
     """Writes ``recipe.html``; returns its path."""
     canvas = Canvas()
     with figure_style():
-        pictures = [_against_flops(record, canvas), _by_domain(record, canvas)]
+        pictures = [
+            _against_flops(record, canvas),
+            _by_effort(record, canvas),
+            _by_domain(record, canvas),
+        ]
     body = [
         f"<h1>{escaped(record['title'])}</h1>",
         f'<p class="lead">{escaped(_lead(record))}</p>',
@@ -85,6 +89,37 @@ def _against_flops(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
         "What does a FLOP buy?",
         "Each line begins at the model that it was made of; single points are operations, which "
         "cost no FLOPs. Less is better. First seed.",
+    )
+
+
+def _by_effort(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
+    """Held-out bits per byte of each model that was swept against FLOPs per token, by rule."""
+    shown = [
+        s for s in record["steps"] if s["efforts"] and s["seed"].partition(",")[0] in ("", "0")
+    ]
+    if not shown:
+        return None
+    lines = [(step, name) for step in shown for name in step["efforts"]]
+    figure, (axis,) = canvas.figure(height=3.2 + 0.08 * len(lines))
+    for number, step in enumerate(shown):
+        for rule, (name, points) in enumerate(step["efforts"].items()):
+            x, y = zip(*sorted(points), strict=True)
+            axis.plot(
+                x,
+                y,
+                color=light(CYCLE[number % len(CYCLE)]),
+                linestyle=_LINES[rule % len(_LINES)],
+                marker=_MARKERS[rule % len(_MARKERS)],
+                markersize=4,
+                label=f"{_words(step['name'])}, {name}",
+            )
+    axis.set(xlabel="FLOPs of a forward pass per token", ylabel="held-out bits per byte")
+    legend(figure)
+    return canvas.picture(
+        figure,
+        "What does a token's FLOP buy?",
+        "Each line is one model, whose tokens choose experts by one rule, at several values of a "
+        "setting. Lower and further left is better. First seed.",
     )
 
 

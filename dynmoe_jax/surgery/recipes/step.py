@@ -58,6 +58,8 @@ class Result:
       sample: what the model writes, after its prompt.
       page: file of its own page, relative to its folder.
       note: a line for people.
+      efforts: (FLOPs of a forward pass per token, bits per byte) of the model at several efforts,
+        by the name of a rule.
       exact: share of responses to instructions that are matched exactly, by task; ``all`` of them.
     """
 
@@ -72,6 +74,7 @@ class Result:
     page: str = ""
     note: str = ""
     exact: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    efforts: Mapping[str, tuple[tuple[float, float], ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

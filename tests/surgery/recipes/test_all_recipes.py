@@ -46,6 +46,8 @@ def test_it_runs_to_its_end(name, workdir):
         ensembles_know_the_domain(workdir / "steps", steps)
     if name == "branch_train_mix":
         frozen_experts_are_those_of_branches(workdir / "steps", steps)
+    if name == "d2dmoe":
+        lower_shares_use_more_experts(workdir / "steps", steps)
     if name == "upcycling":
         upcycled_is_trained(workdir / "steps" / steps["upcycled_trained"]["folder"])
         # Equal to the model that it was made of, and neither FLOPs nor chance come in between.
@@ -97,6 +99,19 @@ def frozen_experts_are_those_of_branches(folder, steps):
     for name, array in before.items():
         assert np.any(trained[name] != array)
         assert np.array_equal(frozen[name], array) == ("router" not in name)
+
+
+def lower_shares_use_more_experts(folder, steps):
+    """Of the largest score, and not as many for every token; what that costs is counted."""
+    for name in ("sparsified_swept", "control_swept"):
+        found = json.loads((folder / steps[name]["folder"] / "sweep.json").read_text())
+        largest, _, fixed = (line["points"] for line in found["lines"])
+        for least, most in (largest, fixed[::-1]):
+            assert least["experts_per_token"] > most["experts_per_token"]
+            assert least["flops_per_token"] > most["flops_per_token"]
+        assert all(point["deviation"] > 0 for point in largest)
+        assert [point["deviation"] for point in fixed] == [0, 0]
+        assert [point["experts_per_token"] for point in fixed] == [2, 8]
 
 
 def upcycled_is_trained(folder):

@@ -1,0 +1,51 @@
+"""D2DMoE: a dense model made sparse, split, and run with as many experts as a token needs.
+
+    python -m dynmoe_jax.surgery --recipe=recipes/d2dmoe.py --workdir=runs/d2dmoe
+
+arXiv 2310.04361.  A dense ReLU model is trained on with a penalty on hidden units that are on, then
+split by clusters of its weights; routers are fitted to the norms of the experts' outputs.  The page
+draws loss against FLOPs: a share of the largest score, a share of all scores, and, as a control, a
+fixed number of experts.  The other control is the same without the penalty.
+"""
+
+import dataclasses
+
+from dynmoe_jax.surgery.operations.fit_norms import FitNorms
+from dynmoe_jax.surgery.operations.split import Split
+from dynmoe_jax.surgery.recipes import Comparison, Efforts, Operate, Recipe, Sweep, Train, sizes
+from dynmoe_jax.training.objectives.sparsify import Sparsify
+
+EXPERTS, PENALTY = 16, 1e-3
+TAU, RULE = "model.moe.threshold.tau", "model.moe.threshold.rule"
+
+
+def efforts(size):
+    """Lines of the picture."""
+    shares = (0.1, 0.5) if size == "tiny" else (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+    masses = (0.9,) if size == "tiny" else (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+    numbers = (2, 8) if size == "tiny" else (1, 2, 4, 6, 8, 10, 12, 16)
+    return (
+        Efforts("share of the largest", TAU, shares, ((RULE, "largest"),)),
+        Efforts("share of all", TAU, masses, ((RULE, "cumulative"),)),
+        Efforts("as many for each", "model.moe.threshold.k", numbers, ((RULE, "fixed"),)),
+    )
+
+
+def get_recipe(size, seed, data):
+    """A dense model, trained on with and without the penalty; both split, fitted and swept."""
+    cfg = sizes.dense(size, seed, data)
+    model = dataclasses.replace(cfg.model, activation="relu")
+    dense = Train("dense", dataclasses.replace(cfg, model=model))
+    half = sizes.share_of_steps(size, 0.5)
+    steps, trained = [dense], {}
+    for name, weight in (("sparsified", PENALTY), ("control", 0.0)):
+        more = sizes.dense(size, seed + 1000, data, steps=half, objective="sparsify")
+        penalty = Sparsify(weight=weight)
+        more = dataclasses.replace(more, train=dataclasses.replace(more.train, sparsify=penalty))
+        trained[name] = Train(name, more, dense)
+        split = Operate(
+            f"{name}_split", Split(num_experts=EXPERTS, by="clusters"), (trained[name],)
+        )
+        routed = Operate(f"{name}_routed", FitNorms(), (split,))
+        steps += [trained[name], split, routed, Sweep(f"{name}_swept", routed, efforts(size))]
+    return Recipe(tuple(steps), (Comparison(trained["sparsified"], trained["control"]),))
