@@ -9,6 +9,10 @@ from collections.abc import Mapping
 MEAN = 2
 """Experts per token."""
 
+FITTED = ("threshold",)
+"""Routers that are fitted to a trained model (:mod:`dynmoe_jax.surgery`), so that there is nothing
+to train."""
+
 CASES: dict[str, Mapping[str, str | float | bool]] = {
     "dense": {"moe.every_n_layers": 0, "hidden_width": 256 * MEAN},
     "top_1": {"moe.router": "top_k", "moe.top_k.k": 1},
@@ -31,6 +35,8 @@ CASES: dict[str, Mapping[str, str | float | bool]] = {
         "moe.hidden_width": 64,
         "moe.block_ffn.experts_per_token": 6 * MEAN,
     },
+    # One expert at inference; in training all are computed.
+    "gumbel": {"moe.router": "gumbel", "moe.gumbel.falls_for": 300},
     "sigmoid_bias": {"moe.router": "sigmoid_bias", "moe.sigmoid_bias.k": MEAN},
     "noisy_top_k": {"moe.router": "noisy_top_k", "moe.noisy_top_k.k": MEAN},
     "hash": {"moe.router": "hash", "moe.hash.k": MEAN},

@@ -21,7 +21,7 @@ def test_lines_are_compared_over_the_flops_that_both_have():
 def test_efforts_that_cannot_be_are_refused_before_anything_is_done():
     trained = Train("trained", sizes.dense("tiny", 0))
     wrong = Efforts("wrong", "model.width", (1, 2))
-    with pytest.raises(config.ConfigError, match="config.model.width=1 cannot be said of a run"):
+    with pytest.raises(config.ConfigError, match=r"config\.model\.width=1 cannot be said of a run"):
         Sweep("swept", trained, (wrong,)).price()
     with pytest.raises(config.ConfigError, match="swept has no efforts"):
         Sweep("swept", trained, ()).price()
