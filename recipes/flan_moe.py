@@ -6,6 +6,13 @@ arXiv 2305.14705, fine-tuned as in ST-MoE (arXiv 2202.08906): loss on responses,
 with a cap, expert dropout.  Models that have read facts are (i) fine-tuned on two tasks, (ii) tuned
 on a mixture of six others, (iii) first the one, then the other.  All answer by templates that no
 training has; ablations freeze the router, the experts, or all but the experts.
+
+Result (laptop, one seed, two cores that other work shared, under two hours; responses to
+templates of no training that are matched exactly): nothing untuned; two experts a token directly
+fine-tuned 16.5 %, instructed 37.7 %, instructed and then fine-tuned 26.1 %; the dense model 21.1,
+41.5 and 27.1 %, Switch instructed 39.5 %, top-p 36.8 %. With the router frozen 31.5 %, with the
+experts frozen 24.5 %, with all but the experts frozen 5.2 %. That tuning helps mixtures more than
+dense models, as the paper finds, does not show at this size.
 """
 
 import dataclasses
