@@ -6,6 +6,12 @@ arXiv 2310.04361.  A dense ReLU model is trained on with a penalty on hidden uni
 split by clusters of its weights; routers are fitted to the norms of the experts' outputs.  The page
 draws loss against FLOPs: a share of the largest score, a share of all scores, and, as a control, a
 fixed number of experts.  The other control is the same without the penalty.
+
+Result (laptop, one seed, two cores that other work shared, 15 minutes): after the penalty 85.1 %
+of units are off, without it 73.3 %, at 2.257 and 2.260 held-out bits per byte. At equal FLOPs, a
+share of the largest score has 0.016 bits less than a fixed number of experts (0.013 without the
+penalty), a share of all scores 0.012 (0.006): at 3.91 MFLOPs a token, of 4.74 with all experts
+on, 2.267 against 2.283.
 """
 
 import dataclasses
