@@ -78,6 +78,18 @@ free_setting = functools.partial(setting, defines_model=False, fixed_in_run=Fals
 """Declares a setting that may change whenever a run is continued."""
 
 
+def same_setting(group: type, name: str) -> Any:
+    """Declares a setting as another group of settings does, such as an operation that of a router
+    that it makes.
+
+    Args:
+      group: the dataclass of the other group.
+      name: of the setting.
+    """
+    declared = next(field for field in dataclasses.fields(group) if field.name == name)
+    return dataclasses.field(default=declared.default, metadata=declared.metadata)
+
+
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """Yields (dotted path, field, value) of every leaf setting, in declaration order."""
     for field in dataclasses.fields(config):

@@ -278,7 +278,7 @@ def _weights(prepared: Prepared, data: config.Data, by_examples: bool) -> dict[s
 
 
 def _moving(data: config.Data, tokenizer: Tokenizer, batch_size: int) -> Moving | None:
-    """What changes in a stream; None: nothing.
+    """Changes that a stream goes through; None where it goes through none.
 
     Raises:
       DataError: the tokenizer cannot serve, or rows are too short.

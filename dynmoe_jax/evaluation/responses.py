@@ -49,7 +49,7 @@ class TaskScore:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of responses alone."""
+        """Bits per byte of responses, prompts left out."""
         return self.nll / math.log(2) / max(1, self.bytes)
 
     def __add__(self, other: "TaskScore") -> "TaskScore":

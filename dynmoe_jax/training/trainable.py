@@ -16,7 +16,7 @@ from dynmoe_jax.mesh.axes import axes_of
 from dynmoe_jax.model.components import RouterState
 
 Path = tuple[str | int, ...]
-"""Of a variable in the state of a decoder."""
+"""Path of a variable in the state of a decoder."""
 
 
 def split_trainable(params: nnx.State, cfg: config.Config) -> tuple[nnx.State, nnx.State]:
@@ -103,7 +103,7 @@ def _declared(model: config.Model) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _finder(asked: str, model: config.Model) -> Callable[[Path], bool]:
-    """Whether what stands behind ``not:`` finds a path; groups, or a regular expression."""
+    """Test of paths: whether groups, or a regular expression, find one; ``not:`` left away."""
     names = asked.removeprefix(NOT)
     groups = {name.strip() for name in names.split(",")}
     if groups <= set(GROUPS):

@@ -117,7 +117,7 @@ class Threshold(Router):
         }
 
     def logits(self, params, x_TD: Float[Array, "T D"], num_experts: int) -> Float[Array, "T E"]:
-        """What the net makes of tokens, float32; scores are the absolute values."""
+        """Outputs of the net, float32; scores are the absolute values."""
         exact = jax.lax.Precision.HIGHEST
         inner_TU = jnp.matmul(x_TD.astype(jnp.float32), params["router_in_DU"], precision=exact)
         hidden_TU = jax.nn.relu(inner_TU + params["router_in_bias_U"])

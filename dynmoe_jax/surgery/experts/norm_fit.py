@@ -4,18 +4,16 @@ Axis legend: S sampled tokens, E experts, D model width, U hidden units of the r
 tokens of a step.
 """
 
-from collections.abc import Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from dynmoe_jax.routing.routers.threshold import Threshold
-
-Params = Mapping[str, Array]
+from dynmoe_jax.surgery.experts.router_fit import Params, descended
 
 
 def first_router(
@@ -65,7 +63,7 @@ def fitted_to_norms(
 def scores_of(
     route: Threshold, params: Params, input_SD: Float[np.ndarray, "S D"]
 ) -> Float[np.ndarray, "S E"]:
-    """What a router foretells."""
+    """Norms that a router foretells."""
     experts = len(params["router_out_bias_E"])
     return np.abs(np.asarray(route.logits(params, jnp.asarray(input_SD), experts)))
 
@@ -84,10 +82,4 @@ def _descended(route, rate, params, input_SD, norm_SE, order_PB):
         logits_BE = route.logits(params, input_SD[rows_B], norm_SE.shape[1])
         return jnp.mean(jnp.square(jnp.abs(logits_BE) - norm_SE[rows_B]))
 
-    def step(carry, rows_B):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, rows_B), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), order_PB)
-    return params
+    return descended(loss, optimizer, params, order_PB)

@@ -8,7 +8,7 @@ tokens of a step.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -19,6 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.experts.kinds.kind import ExpertKind
 from dynmoe_jax.routing import Router
+
+Params = Mapping[str, Array]
+"""Parameters of a router by name."""
 
 _AT_ONCE = 256
 """Tokens whose outputs of all experts are there at one time."""
@@ -148,6 +151,24 @@ def _descended(route, method, rate, params, input_SD, target_SE, order_PB):
             return jnp.mean(optax.sigmoid_binary_cross_entropy(logits_BE, target_BE))
         log_p_BE, log_q_BE = jax.nn.log_softmax(logits_BE), jax.nn.log_softmax(target_BE)
         return jnp.mean(jnp.sum(jnp.exp(log_p_BE) * (log_p_BE - log_q_BE), axis=1))
+
+    return descended(loss, optimizer, params, order_PB)
+
+
+def descended(
+    loss: Callable[[Params, Int[Array, "B"]], Float[Array, ""]],
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    order_PB: Int[Array, "P B"],
+) -> Params:
+    """Parameters after the steps of an optimizer.
+
+    Args:
+      loss: of parameters, on the samples of these numbers.
+      optimizer: of the steps.
+      params: to begin with.
+      order_PB: numbers of the samples of each step.
+    """
 
     def step(carry, rows_B):
         params, state = carry

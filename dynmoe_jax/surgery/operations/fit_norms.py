@@ -12,29 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynmoe_jax.edits.places import Place
-from dynmoe_jax.edits.roles import drawn
 from dynmoe_jax.edits.settings import edited
-from dynmoe_jax.fields import ConfigError, free_setting
+from dynmoe_jax.fields import ConfigError, free_setting, same_setting
 from dynmoe_jax.registry import with_choice
-from dynmoe_jax.routing.routers.threshold import RULES, SENSES, Threshold
+from dynmoe_jax.routing.routers.threshold import Threshold
+from dynmoe_jax.surgery.experts.fitted_routers import FittedRouters
 from dynmoe_jax.surgery.experts.norm_fit import first_router, fitted_to_norms, r_squared, scores_of
 from dynmoe_jax.surgery.experts.router_fit import Pairs, largest, pairs_of
-from dynmoe_jax.surgery.experts.routers import is_of_router
 from dynmoe_jax.surgery.experts.split_models import (
     INPUTS,
-    all_on,
     check_split,
     expert_arrays,
     kept_and_learned,
     order_of_steps,
-    uses_all,
 )
-from dynmoe_jax.surgery.operation import OPERATIONS, Given, Operation, Wanted
+from dynmoe_jax.surgery.operation import OPERATIONS, Given
 
 
 @OPERATIONS.register("fit_norms")
 @dataclasses.dataclass(frozen=True)
-class FitNorms(Operation):
+class FitNorms(FittedRouters):
     """Fits routers that foretell the norms of experts' outputs, by which tokens choose how many.
 
     A net of two layers learns, by squared errors, how long the output of each expert of a split
@@ -43,35 +40,12 @@ class FitNorms(Operation):
     --tau, which evaluation and generation may change: --config.model.moe.threshold.tau=0.2.
     """
 
-    tau: float = free_setting(
-        0.1, "share of the largest score, or with cumulative of all scores", low=0.0, high=1.0,
-        only_with={"rule": ("largest", "cumulative")},
-    )  # fmt: skip
-    rule: str = free_setting(
-        "largest",
-        "experts of a token: those of scores from tau times the largest on; the fewest whose "
-        "scores are tau of all; or k of the largest scores",
-        choices=RULES,
-    )
-    sense: str = free_setting(
-        "paper",
-        "experts are taken from tau times the largest score on, or, as in the released code, from "
-        "1 - tau times it on",
-        choices=SENSES,
-        only_with={"rule": ("largest",)},
-    )
-    k: int = free_setting(
-        2, "experts of a token", unit="experts", low=1, only_with={"rule": ("fixed",)}
-    )
-    hidden_width: int = free_setting(128, "hidden units of a router", unit="units", low=1)
-    pairs: int = free_setting(
-        8192, "tokens that are learned from, a quarter of them to measure on", unit="tokens", low=8
-    )
-    epochs: int = free_setting(30, "times that each is learned from", low=1)
-    batch_size: int = free_setting(512, "tokens of a step", unit="tokens", low=1)
+    tau: float = same_setting(Threshold, "tau")
+    rule: str = same_setting(Threshold, "rule")
+    sense: str = same_setting(Threshold, "sense")
+    k: int = same_setting(Threshold, "k")
+    hidden_width: int = same_setting(Threshold, "hidden_width")
     learning_rate: float = free_setting(3e-3, "of Adam, at first", above=0.0)
-    exact: ClassVar = "with all experts on"
-    statistics: ClassVar = frozenset({INPUTS})
     paper: ClassVar = "D2DMoE, 2310.04361"
     choices: ClassVar = ("fitted", "oracle", "as many for each token", "chance")
     found: ClassVar = (
@@ -82,19 +56,6 @@ class FitNorms(Operation):
         "fitted router as many for each token (their mean, rounded up), and by chance, as many as "
         "the fitted router takes."
     )
-
-    def wanted(self, parents):
-        """Inputs of the feed-forwards, with all experts on."""
-        (cfg,) = parents
-        names, layers = self.statistics, cfg.model.moe_layers
-        return Wanted(names, layers, samples=self.pairs, model=all_on(cfg).model)
-
-    def promise(self, parents):
-        """1e-5 where all experts were on, and stay on."""
-        before = parents[0].model
-        after = self.result(parents).model
-        on = all(uses_all(moe) for model in (before, after) for moe in model.moe_settings)
-        return 1e-5 if on and before.moe.routed_scale == 1 else None
 
     def result(self, parents):
         """The parent's settings with the threshold router."""
@@ -112,16 +73,7 @@ class FitNorms(Operation):
             changes[f"threshold.{name}"] = getattr(self, name)
         return edited(cfg, {f"model.moe.{name}": value for name, value in changes.items()})
 
-    def array(self, place, given):
-        """A fitted router, and everything else as it was."""
-        if not is_of_router(given.model, place):
-            return given.read(place)
-        params = given.once(
-            ("router", place.layer), lambda: self._fitted(place.layer, given.parameters())
-        )
-        return drawn(params[place.array_name], given.role)
-
-    def _fitted(self, layer: int, given: Given) -> dict[str, np.ndarray]:
+    def fitted_router(self, layer: int, given: Given) -> dict[str, np.ndarray]:
         """Parameters of the router of a layer, with what it is worth among the findings."""
         moe = given.model.by_layer[layer].model.moe
         pairs = pairs_of(

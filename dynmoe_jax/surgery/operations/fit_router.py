@@ -12,9 +12,9 @@ import numpy as np
 
 from dynmoe_jax import config
 from dynmoe_jax.edits.places import Place
-from dynmoe_jax.edits.roles import drawn
 from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.fields import AUTO, ConfigError, free_setting
+from dynmoe_jax.surgery.experts.fitted_routers import FittedRouters
 from dynmoe_jax.surgery.experts.router_fit import (
     METHODS,
     Pairs,
@@ -23,23 +23,20 @@ from dynmoe_jax.surgery.experts.router_fit import (
     logits_of,
     pairs_of,
 )
-from dynmoe_jax.surgery.experts.routers import is_of_router
 from dynmoe_jax.surgery.experts.split_models import (
     INPUTS,
-    all_on,
     check_split,
     expert_arrays,
     kept_and_learned,
     order_of_steps,
-    uses_all,
 )
 from dynmoe_jax.surgery.experts.unit_rows import input_matrix
-from dynmoe_jax.surgery.operation import OPERATIONS, Given, Operation, Wanted
+from dynmoe_jax.surgery.operation import OPERATIONS, Given
 
 
 @OPERATIONS.register("fit_router")
 @dataclasses.dataclass(frozen=True)
-class FitRouter(Operation):
+class FitRouter(FittedRouters):
     """Fits the routers of a split model, and says how many experts a token uses from now on.
 
     They learn from inputs of the feed-forwards while all experts are on, that is of the dense
@@ -70,14 +67,7 @@ class FitRouter(Operation):
         "by labels",
         choices=("auto", "linear", "tanh"),
     )
-    pairs: int = free_setting(
-        8192, "tokens that are learned from, a quarter of them to measure on", unit="tokens", low=8
-    )
-    epochs: int = free_setting(30, "times that each is learned from", low=1)
-    batch_size: int = free_setting(512, "tokens of a step", unit="tokens", low=1)
     learning_rate: float = free_setting(1e-2, "of Adam", above=0.0)
-    exact: ClassVar = "with all experts on"
-    statistics: ClassVar = frozenset({INPUTS})
     paper: ClassVar = "MoEfication, 2110.01786; FactorLLM, 2408.11855"
     choices: ClassVar = ("fitted", "oracle", "means of rows", "chance")
     found: ClassVar = (
@@ -86,19 +76,6 @@ class FitRouter(Operation):
         "router, by an oracle that knows what was to be learned, by the means of rows that the "
         "router began with, and by chance."
     )
-
-    def wanted(self, parents):
-        """Inputs of the feed-forwards, with all experts on."""
-        (cfg,) = parents
-        names, layers = self.statistics, cfg.model.moe_layers
-        return Wanted(names, layers, samples=self.pairs, model=all_on(cfg).model)
-
-    def promise(self, parents):
-        """1e-5 where all experts stay on."""
-        before = parents[0].model
-        after = self.result(parents).model
-        on = all(uses_all(moe) for model in (before, after) for moe in model.moe_settings)
-        return 1e-5 if on and before.moe.routed_scale == after.moe.routed_scale else None
 
     def result(self, parents):
         """The parent's settings with another net and k."""
@@ -123,16 +100,7 @@ class FitRouter(Operation):
             return self.net
         return "tanh" if self.by == "scores" else "linear"
 
-    def array(self, place, given):
-        """A fitted router, and everything else as it was."""
-        if not is_of_router(given.model, place):
-            return given.read(place)
-        params = given.once(
-            ("router", place.layer), lambda: self._fitted(place.layer, given.parameters())
-        )
-        return drawn(params[place.array_name], given.role)
-
-    def _fitted(self, layer: int, given: Given) -> dict[str, np.ndarray]:
+    def fitted_router(self, layer: int, given: Given) -> dict[str, np.ndarray]:
         """Parameters of the router of a layer, with its errors among the findings."""
         moe = given.model.by_layer[layer].model.moe
         weights = expert_arrays(layer, given)

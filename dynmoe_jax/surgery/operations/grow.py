@@ -57,7 +57,7 @@ class Grow(Operation):
     takes_masks: ClassVar = True
 
     def promise(self, parents):
-        """What is masked by 0 adds 0."""
+        """1e-5, because units and layers that are masked by 0 add nothing."""
         return 1e-5
 
     def result(self, parents):

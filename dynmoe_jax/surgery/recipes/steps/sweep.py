@@ -82,10 +82,14 @@ class Sweep(Step):
     @staticmethod
     def do(job: Mapping[str, Any], folder: Path) -> int:
         """Evaluates every point, into a folder that is there when all of it is."""
-        lines = []
-        for line in job["efforts"]:
-            efforts = Efforts(**{**line, "fixed": tuple(map(tuple, line["fixed"]))})
-            lines.append({"name": efforts.name, "points": _points(Path(job["from"]), efforts)})
+        efforts = [
+            Efforts(**{**line, "fixed": tuple(map(tuple, line["fixed"]))})
+            for line in job["efforts"]
+        ]
+        lines = [
+            {"name": line.name, "points": points}
+            for line, points in zip(efforts, _measured(Path(job["from"]), efforts), strict=True)
+        ]
         with written_whole(folder) as unfinished:
             (unfinished / FILE_NAME).write_text(to_json({"lines": lines}, indent=1) + "\n")
         return 0
@@ -132,36 +136,45 @@ def _tokens_of(cfg: config.Config) -> int:
     return cfg.evaluation.max_batches * cfg.train.batch_size * cfg.data.seq_len
 
 
-def _points(folder: Path, efforts: Efforts) -> list[dict[str, Any]]:
-    """Figures of a model at each effort, on all held-out text that a training evaluates."""
-    from dynmoe_jax.evaluation.heldout import evaluate, make_eval_step
-    from dynmoe_jax.model import decoder_structure, variable_shapes
-    from dynmoe_jax.model.flops import forward_flops
+def _measured(folder: Path, efforts: Sequence[Efforts]) -> list[list[dict[str, Any]]]:
+    """Figures of a model at each point of each line, on all held-out text that a training
+    evaluates."""
+    from dynmoe_jax.model import variable_shapes
     from dynmoe_jax.runs.load import opened_run
     from dynmoe_jax.surgery.measuring.text import Source
 
-    found = []
-    for value, settings in zip(efforts.values, efforts.settings(), strict=True):
-        with opened_run(folder, settings=settings) as run:
-            cfg, tokenizer = run.config, run.tokenizer()
-            own = Path(cfg.data.directory) if cfg.data.directory else None
-            text = Source(cfg.data, own).open(folder, tokenizer, cfg.model.vocab_size)
-            batches = text.heldout(_tokens_of(cfg) * len(text.prepared.domains))
-            step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
-            params = run.params(variable_shapes(cfg.model))
-            held = evaluate(step, params, batches, text.tokenizer.token_bytes_V)
-        rows = held.experts_per_token_by_layer
-        histogram_NK = np.array(held.histogram_by_layer, np.float64)
-        found.append(
-            {
-                "value": value,
-                "bits_per_byte": held.bits_per_byte,
-                "experts_per_token": float(np.mean(rows)),
-                "deviation": _deviation(histogram_NK),
-                "flops_per_token": forward_flops(cfg.model, 1.0, cfg.data.seq_len, rows),
-            }
-        )
-    return found
+    with opened_run(folder) as run:
+        cfg = run.config
+        own = Path(cfg.data.directory) if cfg.data.directory else None
+        text = Source(cfg.data, own).open(folder, run.tokenizer(), cfg.model.vocab_size)
+        batches = text.heldout(_tokens_of(cfg) * len(text.prepared.domains))
+        params = run.params(variable_shapes(cfg.model))
+    bytes_V = text.tokenizer.token_bytes_V
+    return [
+        [
+            {"value": value}
+            | _figures(config.with_free_settings(cfg, point), params, batches, bytes_V)
+            for value, point in zip(line.values, line.settings(), strict=True)
+        ]
+        for line in efforts
+    ]
+
+
+def _figures(cfg: config.Config, params, batches, bytes_V: np.ndarray) -> dict[str, float]:
+    """Loss, experts and FLOPs of a model with these settings."""
+    from dynmoe_jax.evaluation.heldout import evaluate, make_eval_step
+    from dynmoe_jax.model import decoder_structure
+    from dynmoe_jax.model.flops import forward_flops
+
+    step = make_eval_step(decoder_structure(cfg.model), cfg.loss)
+    held = evaluate(step, params, batches, bytes_V)
+    rows = held.experts_per_token_by_layer
+    return {
+        "bits_per_byte": held.bits_per_byte,
+        "experts_per_token": float(np.mean(rows)),
+        "deviation": _deviation(np.array(held.histogram_by_layer, np.float64)),
+        "flops_per_token": forward_flops(cfg.model, 1.0, cfg.data.seq_len, rows),
+    }
 
 
 def _deviation(histogram_NK: np.ndarray) -> float:
