@@ -15,9 +15,10 @@ from jaxtyping import Int
 from rich.markup import escape
 
 from dynmoe_jax import config
-from dynmoe_jax.console import console, stage, titled_table, warn
+from dynmoe_jax.console import console, stage, titled_table
 from dynmoe_jax.data import Tokenizer
 from dynmoe_jax.data.sources.document import Broken, Document
+from dynmoe_jax.evaluation.documents import name_left_out, wanted
 from dynmoe_jax.evaluation.harness.answers import AnswerFile
 from dynmoe_jax.evaluation.harness.ask import ask
 from dynmoe_jax.evaluation.scoring.requests import Answer, Request
@@ -26,7 +27,6 @@ from dynmoe_jax.runs.formatting import decimals, printable
 
 FILE_NAME = "perplexity.json"
 _TOKENS_AT_ONCE = 1 << 18
-_NAMED = 5
 
 
 @dataclasses.dataclass
@@ -117,7 +117,7 @@ def measure(
     found: dict[str, DomainText] = {}
     broken: list[Broken] = []
     with stage("Scoring documents", unit="tokens") as shown:
-        for part in _parts(_wanted(documents, broken, limit), tokenizer):
+        for part in _parts(wanted(documents, broken, limit), tokenizer):
             asked, owners = [], []
             for document, tokens in part:
                 parts = list(windows(tokens, scorer.max_length, stride))
@@ -131,26 +131,13 @@ def measure(
             )
             for domain, answer in zip(owners, given, strict=True):
                 found[domain] += _text_of(answer)
-    for bad in broken[:_NAMED]:
-        warn(f"{bad.origin} is left out: {bad.reason}.")
-    if len(broken) > _NAMED:
-        warn(f"{len(broken) - _NAMED} more records are left out.")
+    name_left_out(broken)
     return found
 
 
 def _text_of(answer: Answer) -> DomainText:
     experts = answer.experts_N if len(answer.experts_N) else None
     return DomainText(nll=-answer.log_prob, experts_N=experts)
-
-
-def _wanted(documents, broken: list[Broken], limit: int | None) -> Iterator[Document]:
-    taken: dict[str, int] = {}
-    for document in documents:
-        if isinstance(document, Broken):
-            broken.append(document)
-        elif limit is None or taken.get(document.domain, 0) < limit:
-            taken[document.domain] = taken.get(document.domain, 0) + 1
-            yield document
 
 
 def _parts(

@@ -8,7 +8,7 @@ greedy text would be.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from rich.markup import escape
@@ -17,6 +17,7 @@ from dynmoe_jax.console import console, stage, titled_table, warn
 from dynmoe_jax.data import DataError, Tokenizer
 from dynmoe_jax.data.chat.responses import LEARNED, UNKNOWN, kinds_of_targets
 from dynmoe_jax.data.sources.document import Broken, Document
+from dynmoe_jax.evaluation.documents import name_left_out, wanted
 from dynmoe_jax.evaluation.harness.answers import AnswerFile
 from dynmoe_jax.evaluation.harness.ask import ask
 from dynmoe_jax.evaluation.scoring.requests import Request
@@ -74,18 +75,14 @@ def measure(
       answers: where answers are kept.
       limit: conversations of each task at the most.
     """
-    requests, owners, left_out = [], [], 0
-    taken: dict[str, int] = {}
-    for document in documents:
-        if isinstance(document, Broken) or not document.responses:
-            left_out += 1
-        elif limit is None or taken.get(document.domain, 0) < limit:
-            taken[document.domain] = taken.get(document.domain, 0) + 1
-            request, size = _request(document, tokenizer)
-            requests.append(request)
-            owners.append((document.domain, size))
-    if left_out:
-        warn(f"{left_out:,} records are no conversation, and are left out.")
+    requests, owners, broken = [], [], []
+    for document in wanted(_conversations(documents), broken, limit):
+        request, size = _request(document, tokenizer)
+        requests.append(request)
+        owners.append((document.domain, size))
+    if broken:
+        name_left_out(broken)
+        warn(f"{len(broken):,} records are no conversation, and are left out.")
     found: dict[str, TaskScore] = {}
     with stage("Scoring responses", total=len(requests), unit="responses") as shown:
         given = ask(scorer, answers, requests, lambda _: shown.advance())
@@ -93,6 +90,15 @@ def measure(
         score = TaskScore(1, int(answer.greedy), size, -answer.log_prob)
         found[task] = found.get(task, TaskScore()) + score
     return found
+
+
+def _conversations(documents: Iterable[Document | Broken]) -> Iterator[Document | Broken]:
+    """Yields documents, those without a response as broken ones."""
+    for document in documents:
+        if isinstance(document, Document) and not document.responses:
+            yield Broken(document.origin, "it has no response")
+        else:
+            yield document
 
 
 def _request(document: Document, tokenizer: Tokenizer) -> tuple[Request, int]:

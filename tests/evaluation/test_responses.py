@@ -57,17 +57,30 @@ def test_the_last_response_is_scored_with_what_ends_it(logits, tokenizer, make_s
 
 def test_an_exact_response_is_the_greedy_one(logits, tokenizer, make_scorer, tmp_path):
     """A model that draws at random never says what is asked for; what it does say is matched."""
-    (text, _) = marked([("user", "Hi"), ("assistant", "")])
-    tokens = [tokenizer.bos_id, *tokenizer.encode(text)]
-    for _ in range(3):
-        tokens.append(int(logits(tokens)[len(tokens) - 1].argmax()))
     answers = AnswerFile(tmp_path / "answers.jsonl", "model")
-    said = tokenizer.decode(tokens)
-    document = Document(said + "x", "t", "x", f"{len(text)}:{len(said)}")
-    if tokenizer.encode(said + "x")[: len(tokens) - 1].tolist() == tokens[1:]:
-        assert measure([document], make_scorer(512), tokenizer, answers)["t"].exact == 1
+    document = greedy_conversation(logits, tokenizer)
+    assert measure([document], make_scorer(512), tokenizer, answers)["t"].exact == 1
     other = conversation(TURNS[0])
     assert measure([other], make_scorer(512), tokenizer, answers)["t"].exact == 0
+
+
+def greedy_conversation(logits, tokenizer):
+    """A conversation whose response is the token that the model finds most probable.
+
+    Not every token is what the tokenizer makes of its text, behind every prompt.
+    """
+    for number in range(100):
+        text, _ = marked([("user", f"Say {number}"), ("assistant", "")])
+        prompt = tokenizer.encode(text).tolist()
+        token = int(logits([tokenizer.bos_id, *prompt])[len(prompt)].argmax())
+        said = text + tokenizer.decode([*prompt, token])[len(tokenizer.decode(prompt)) :]
+        if said != text and tokenizer.encode(said + "\n").tolist()[: len(prompt) + 1] == [
+            *prompt,
+            token,
+        ]:
+            # The line behind it is no response, so EOS is not asked for.
+            return Document(said + "\n", "t", "x", f"{len(text)}:{len(said)}")
+    raise AssertionError("no prompt has such a response")
 
 
 def test_what_is_no_conversation_is_left_out(tokenizer, make_scorer, tmp_path, capsys):
@@ -75,7 +88,10 @@ def test_what_is_no_conversation_is_left_out(tokenizer, make_scorer, tmp_path, c
     documents = [Broken("x:1", "?"), Document("plain", "t", "x"), *map(conversation, TURNS)]
     found = measure(documents, make_scorer(512), tokenizer, answers, limit=1)
     assert found["t"].responses == 1
-    assert "2 records are no conversation" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 records are no conversation" in said
+    assert "x:1 is left out: ?." in said
+    assert "x is left out: it has no response." in said
     with pytest.raises(DataError, match="--instructions names no conversation"):
         to_record({})
 
