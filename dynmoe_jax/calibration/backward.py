@@ -106,7 +106,8 @@ def _back_through(structure, model, measures, params, batch, stream, gradient):
     for layer, stream, measure in zip(*map(reversed, (layers, streams, measures)), strict=True):
         _, transpose, (output, work) = jax.vjp(partial(compute, layer), stream, has_aux=True)
         doutput_TD = gradient[0].reshape(-1, gradient[0].shape[-1])
-        taken_of = measure.names, nnx.merge(*layer), output, work, batch, doutput_TD
+        x_BLD = stream[0].astype(dtype)
+        taken_of = measure.names, nnx.merge(*layer), x_BLD, output, work, batch, doutput_TD
         found.append(taken(*taken_of))
         (gradient,) = transpose(gradient)
     return gradient, found[::-1]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynmoe_jax.calibration.seen import SeenLayer, SeenRows
+from dynmoe_jax.calibration.seen import SeenLayer, SeenRows, mix_and_keep
 from dynmoe_jax.calibration.statistics.statistic import STATISTICS, Statistic, UnitStatistic
 from dynmoe_jax.experts.backend import GROUPED, Backend
 from dynmoe_jax.experts.kernels.cpu.block_matmul import scatter_add
@@ -50,17 +50,18 @@ class Measure:
         of_units = {name: each for name, each in _made(self.names) if _is_of_units(each)}
         if not of_units or not layer.is_moe or layer.feed_forward.moe.backend not in DROPLESS:
             output, work = with_work(layer, x_BLD, positions)
-            return output, taken(self.names, layer, output, work, batch)
+            return output, taken(self.names, layer, x_BLD, output, work, batch)
         counting = _Counting(layer.feed_forward.kind, of_units)
-        output = _with_backend(layer, counting)(x_BLD, positions)
+        output = _with_backend(layer, counting)(x_BLD, positions, mix_and_keep)
         others = tuple(name for name in self.names if name not in of_units)
-        rest = taken(others, layer, output, counting.work, batch)
+        rest = taken(others, layer, x_BLD, output, counting.work, batch)
         return output, counting.found | rest
 
 
 def taken(
     names: tuple[str, ...],
     layer: Layer,
+    x_BLD: Float[Array, "B L D"],
     output: LayerOutput,
     work: ExpertWork | None,
     batch: Mapping[str, Array],
@@ -71,12 +72,13 @@ def taken(
     Args:
       names: of the statistics.
       layer: the module.
+      x_BLD: the residual stream in front of it.
       output: its results.
       work: of its experts, from :func:`with_work`.
       batch: arrays of the batch.
       doutput_TD: the gradient of the loss by what the feed-forward adds to the stream.
     """
-    seen = SeenLayer(layer, output, work and work[1], batch)
+    seen = SeenLayer(layer, x_BLD, output, work and work[1], batch)
     of_units = {name: each for name, each in _made(names) if _is_of_units(each)}
     found = {name: each.of_layer(seen) for name, each in _made(names) if name not in of_units}
     if of_units and work is None:
@@ -129,9 +131,9 @@ def with_work(
 ) -> tuple[LayerOutput, ExpertWork | None]:
     """(output of a layer, what its experts had to do; None in a dense layer)."""
     if not layer.is_moe:
-        return layer(x_BLD, positions), None
+        return layer(x_BLD, positions, mix_and_keep), None
     watched = _Watched(layer.feed_forward.backend)
-    return _with_backend(layer, watched)(x_BLD, positions), watched.work
+    return _with_backend(layer, watched)(x_BLD, positions, mix_and_keep), watched.work
 
 
 def _with_backend(layer: Layer, backend: Backend) -> Layer:

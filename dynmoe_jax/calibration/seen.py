@@ -1,7 +1,7 @@
 """Views of a layer's computation that statistics are taken of; nothing is computed unless read.
 
-Axis legend: T tokens of a batch, S sampled tokens, R rows of one feed-forward, D model width, F
-hidden width.
+Axis legend: B batch, L positions, T = B L tokens of a batch, S sampled tokens, R rows of one
+feed-forward, D model width, F hidden width, X heads side by side.
 """
 
 import dataclasses
@@ -10,11 +10,14 @@ from functools import cached_property
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dynmoe_jax.experts.rows import Rows
+from dynmoe_jax.model.attention import Attention
+from dynmoe_jax.model.inputs import TokenPositions
 from dynmoe_jax.model.kernels.norm.norm import forked
-from dynmoe_jax.model.layer import Layer, LayerOutput
+from dynmoe_jax.model.layer import Heads, Layer, LayerOutput
 
 SAMPLE = "sample"
 """Name, among the arrays of a batch, of the places of its sampled tokens in T; filled up with 0."""
@@ -26,12 +29,14 @@ class SeenLayer:
 
     Attributes:
       layer: the module.
-      output: its results.
+      x_BLD: the residual stream in front of it.
+      output: its results, computed with :func:`mix_and_keep`.
       rows: that its experts computed; None in a dense layer.
       batch: arrays of the batch.
     """
 
     layer: Layer
+    x_BLD: Float[Array, "B L D"]
     output: LayerOutput
     rows: Rows | None
     batch: Mapping[str, Array]
@@ -44,14 +49,32 @@ class SeenLayer:
     @cached_property
     def input_TD(self) -> Float[Array, "T D"]:
         """The normed stream that feed-forward and router read."""
+        return self._normed(self.layer.feed_forward_norm, self.output.attended_BLD)
+
+    @property
+    def attention_input_TD(self) -> Float[Array, "T D"]:
+        """The normed stream that queries, keys and values are made of."""
+        return self._normed(self.layer.attention_norm, self.x_BLD)
+
+    @property
+    def mixed_TX(self) -> Float[Array, "T X"]:
+        """The mixed values of all heads, which go back into the stream by one matrix."""
+        return self.output.kv.reshape(-1, self.output.kv.shape[-1])
+
+    def _normed(self, norm: nnx.RMSNorm, x_BLD: Array) -> Float[Array, "T D"]:
         # The compiler computes it once, for this and for the layer.
-        plain = self.layer.feed_forward.plain
-        _, normed_BLD = forked(self.layer.feed_forward_norm, self.output.attended_BLD, plain)
+        _, normed_BLD = forked(norm, x_BLD, self.layer.attention.plain)
         return normed_BLD.reshape(-1, normed_BLD.shape[-1])
 
     def sampled(self, x_TX: Float[Array, "T X"]) -> Float[Array, "S X"]:
         """The sampled tokens, float32."""
         return x_TX[self.batch[SAMPLE]].astype(jnp.float32)
+
+
+def mix_and_keep(attention: Attention, heads: Heads, positions: TokenPositions):
+    """Attends as in training, and keeps the mixed values."""
+    mixed_BLX = attention.mixed_values(heads, positions)
+    return attention.project_back(mixed_BLX), mixed_BLX
 
 
 class SeenRows:

@@ -17,6 +17,7 @@ from dynmoe_jax.model.kernels.attention.choice import Attend, attention_of, make
 from dynmoe_jax.model.kernels.attention.flat import flat_attention
 from dynmoe_jax.model.kernels.norm.norm import forked
 from dynmoe_jax.model.kernels.norm.qkv_projection import projected
+from dynmoe_jax.model.linear.kind import attention_shapes
 from dynmoe_jax.model.linear.matrices import Matrices
 from dynmoe_jax.model.linear.products import times_parameter
 from dynmoe_jax.model.masks import full, of_key_heads, whole_mask
@@ -27,10 +28,8 @@ class Attention(nnx.Module):
     """Causal self-attention within segments; every group of H/G query heads shares one k and v."""
 
     def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
-        D, H, G, W = model.width, model.num_heads, model.num_kv_heads, model.head_width
-        shapes = {"query_DHW": (D, H, W), "key_DGW": (D, G, W), "value_DGW": (D, G, W)}
-        shapes["output_HWD"] = (H, W, D)
-        self.matrices = Matrices.drawn(self, model, shapes, rngs)
+        H, G, W = model.num_heads, model.num_kv_heads, model.head_width
+        self.matrices = Matrices.drawn(self, model, attention_shapes(model), rngs)
         if model.attention_bias:
             self.query_bias_HW = nnx.Param(jnp.zeros((H, W), jnp.float32))
             self.key_bias_GW = nnx.Param(jnp.zeros((G, W), jnp.float32))
@@ -98,8 +97,15 @@ class Attention(nnx.Module):
           heads: from :meth:`project`.
           positions: of the tokens.
         """
+        return self._back(self.mixed_values(heads, positions))
+
+    def mixed_values(
+        self, heads: tuple[Array, Array, Array], positions: TokenPositions
+    ) -> Float[Array, "B L X"]:
+        """The values that each query head mixes, heads side by side; for arguments see
+        :meth:`mix`."""
         layout = positions.segment_ids_BL, positions.rotary_BLR
-        return self._back(by_batch_and_head(self._mix, *heads, layout))
+        return by_batch_and_head(self._mix, *heads, layout)
 
     def heads_apart(
         self, heads: tuple[Array, Array, Array], rotary_BLR: Float[Array, "B L R"]

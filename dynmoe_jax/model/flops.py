@@ -9,6 +9,8 @@ from dynmoe_jax import config
 from dynmoe_jax.config.layers import LayerSettings
 from dynmoe_jax.experts.layer_cost import expert_flops
 from dynmoe_jax.model.adjugate import expected_adjugates
+from dynmoe_jax.model.linear.kind import attention_shapes
+from dynmoe_jax.registry import chosen
 
 
 def forward_flops(
@@ -36,9 +38,9 @@ def forward_flops(
 def _of_token(layer: LayerSettings, length: int) -> float:
     """FLOPs of one token in a layer, without those of routed experts."""
     model, moe = layer.model, layer.model.moe
-    projections = (
-        2 * model.width * model.head_width * (2 * model.num_heads + 2 * model.num_kv_heads)
-    )
+    linear = chosen(model, "linear")
+    shapes = attention_shapes(model)
+    projections = sum(linear.flops(name, shape) for name, shape in shapes.items())
     scores = 2 * 2 * (length / 2) * model.num_heads * model.head_width
     if not layer.is_moe:
         kind = model.feed_forward_kind

@@ -14,6 +14,7 @@ from dynmoe_jax.model.stacks import stacks_of
 from tests.close import assert_close
 
 BOUND = 1 << 30
+D = 16
 NEW = Statistics("model", "text", samples=6)
 FORWARD = frozenset(STATISTICS) - {"gradient_importance"}
 
@@ -119,6 +120,46 @@ def test_tokens_by_expert_and_samples_are_those_of_the_layers(found, seen):
         assert_close(found["router_output", layer], logits[rows])
 
 
+def test_samples_of_attention_give_what_it_adds_to_the_stream(run, batches, found):
+    valid = np.concatenate([(batch["segment_ids"] > 0).reshape(-1) for batch in batches])
+    table_VD = run.read(("embedding_VD",))
+    parts = {-1: [(None, table_VD[batch["tokens"]]) for batch in batches]}
+
+    def fold(layer, number, values):
+        parts.setdefault(layer, []).append(values)
+
+    def streams(layer, which):
+        """The stream behind attention (0) or the whole layer (1), of all valid tokens."""
+        return np.concatenate([part[which].reshape(-1, D) for part in parts[layer]])[valid]
+
+    forward(run, batches, lambda output: (output.attended_BLD, output.x_BLD), fold)
+    normed = _normed(run, 0, "feed_forward_norm", streams(0, 0))
+    inputs = found["ffn_input_samples", 0]
+    rows = np.abs(inputs[:, None] - normed).sum(-1).argmin(1)
+    for layer in range(4):
+        before, attended = streams(layer - 1, 1)[rows], streams(layer, 0)[rows]
+        normed = _normed(run, layer, "attention_norm", before)
+        assert_close(found["attention_input_samples", layer], normed)
+        output_HWD = _array(run, layer, "attention", "output_HWD")
+        mixed = found["attention_mixed_samples", layer]
+        assert_close(np.einsum("shw,hwd->sd", mixed, output_HWD), attended - before)
+
+
+def _array(run, layer, *names):
+    """A parameter of a layer."""
+    for stack, group in zip(stacks_of(run.config.model), run.decoder.stacks, strict=True):
+        for place in range(len(stack.run.period)):
+            if layer in (layers := list(stack.layers_at(place))):
+                state = dict(nnx.state(group.layers[place]).flat_state())
+                return np.asarray(state[names][...][layers.index(layer)], np.float64)
+    raise AssertionError(layer)
+
+
+def _normed(run, layer, norm, x):
+    x = np.asarray(x, np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * _array(run, layer, norm, "scale")
+
+
 def test_shapes_and_types_are_those_that_were_priced(run, found):
     for (name, layer), array in found.arrays.items():
         settings = run.config.model.by_layer[layer]
@@ -196,7 +237,9 @@ def test_refusals_come_before_anything_is_read(on_disk, batches):
         gather(run, batches, {"unit_frequency"}, 5_000, NEW)
     with pytest.raises(ConfigError, match="router_input, which holds in layers with experts"):
         gather(run, batches, {"router_input"}, BOUND, NEW)
-    with pytest.raises(ConfigError, match="norms is no statistic; there are coactivation"):
+    with pytest.raises(
+        ConfigError, match="norms is no statistic; there are attention_input_samples"
+    ):
         gather(run, batches, {"norms"}, BOUND, NEW)
     assert run.reads == 0
 

@@ -1,6 +1,8 @@
 """Statistics that a calibration can gather; each registers itself."""
 
 from dynmoe_jax.calibration.statistics import (
+    attention_input_samples,
+    attention_mixed_samples,
     coactivation,
     expert_output_norm,
     ffn_input_samples,
@@ -15,6 +17,8 @@ from dynmoe_jax.calibration.statistics.statistic import STATISTICS
 
 __all__ = [
     "STATISTICS",
+    "attention_input_samples",
+    "attention_mixed_samples",
     "coactivation",
     "expert_output_norm",
     "ffn_input_samples",

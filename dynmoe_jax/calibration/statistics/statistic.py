@@ -3,7 +3,8 @@
 A statistic is one file and the line that registers it: names, shapes, the price of gathering it and
 the file that it is kept in follow.
 
-Axis legend: S sampled tokens, D model width, E experts, X scores of a router, F hidden width.
+Axis legend: S sampled tokens, D model width, E experts, X scores of a router, F hidden width, H
+query heads, W head width.
 """
 
 import abc
@@ -50,7 +51,7 @@ class Statistic(abc.ABC):
 
 
 class LayerStatistic(Statistic):
-    """A statistic of what goes into and out of a layer's feed-forward."""
+    """A statistic of what goes into and out of a layer's attention or feed-forward."""
 
     @abc.abstractmethod
     def of_layer(self, seen: SeenLayer) -> Array:
@@ -86,6 +87,7 @@ def sizes_of(layer: LayerSettings, samples: int) -> dict[str, int]:
     """Sizes of axes by their letters."""
     model, moe = layer.model, layer.model.moe
     sizes = {"D": model.width, "F": model.hidden_width, "S": samples}
+    sizes |= {"H": model.num_heads, "W": model.head_width}
     if layer.is_moe:
         sizes |= {"E": moe.num_experts, "F": moe.hidden_width}
         sizes["X"] = moe.num_experts + moe.route.free_experts

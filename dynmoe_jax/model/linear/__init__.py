@@ -3,7 +3,7 @@
 Importing the room registers the kinds.
 """
 
-from dynmoe_jax.model.linear import dense, lora
+from dynmoe_jax.model.linear import dense, lora, two_layer
 from dynmoe_jax.model.linear.kind import LinearKind
 
-__all__ = ["LinearKind", "dense", "lora"]
+__all__ = ["LinearKind", "dense", "lora", "two_layer"]

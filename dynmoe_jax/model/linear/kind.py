@@ -5,11 +5,14 @@ leading axes of an input.
 """
 
 import abc
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
+from dynmoe_jax import config
 from dynmoe_jax.experts.kinds.kind import matrices_in, without_experts
 from dynmoe_jax.mesh.axes import axes_of
 from dynmoe_jax.registry import EXPERTS
@@ -18,13 +21,23 @@ from dynmoe_jax.routing import Parameter
 Arrays = Mapping[str, Array]
 """Arrays by the names of their parameters."""
 
-_OF_ATTENTION = ("query_DHW", "key_DGW", "value_DGW", "output_HWD")
+
+def attention_shapes(model: config.Model) -> dict[str, tuple[int, ...]]:
+    """The matrices of attention, in the order in which they are drawn."""
+    D, H, G, W = model.width, model.num_heads, model.num_kv_heads, model.head_width
+    shapes = {"query_DHW": (D, H, W), "key_DGW": (D, G, W), "value_DGW": (D, G, W)}
+    return shapes | {"output_HWD": (H, W, D)}
+
+
+def attention_names() -> tuple[str, ...]:
+    """Names of the matrices of attention."""
+    return tuple(attention_shapes(config.Model()))
 
 
 def matrix_names() -> tuple[str, ...]:
     """Names of all matrices that have a kind: of attention, and of dense feed-forwards, whatever
     ``config.model.activation`` names."""
-    found = list(_OF_ATTENTION)
+    found = list(attention_names())
     for kind in EXPERTS.values():
         found += map(without_experts, matrices_in(kind().parameters(1, 1, 1)))
     return tuple(dict.fromkeys(found))
@@ -60,6 +73,14 @@ class LinearKind(abc.ABC):
           shape: its axes, as the name has them.
         """
 
+    def applies(self, name: str) -> bool:
+        """Whether the product with a matrix is :attr:`apply`."""
+        return self.apply is not None
+
+    def flops(self, name: str, shape: tuple[int, ...]) -> float:
+        """FLOPs of the product with a matrix, of one row."""
+        return 2.0 * math.prod(shape)
+
     @abc.abstractmethod
     def dense(self, name: str, arrays: Arrays) -> Float[Array, "..."]:
         """The whole matrix, float32, differentiable.
@@ -68,6 +89,15 @@ class LinearKind(abc.ABC):
           name: of the matrix.
           arrays: of its parameters.
         """
+
+
+def obstacle_of_targets(targets: str, names: Sequence[str]) -> str | None:
+    """Says why a regular expression names no matrix: "targets=VALUE must …"; None where it does."""
+    try:
+        found = any(re.search(targets, name) for name in names)
+    except re.error as error:
+        return f"targets={targets!r} must be a regular expression, and has {error}"
+    return None if found else f"targets={targets!r} must find one of {', '.join(names)}"
 
 
 def input_axes(name: str) -> int:

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 
 from dynmoe_jax.fields import model_setting
 from dynmoe_jax.mesh.axes import axes_of
-from dynmoe_jax.model.linear.kind import LinearKind, input_axes, matrix_names
+from dynmoe_jax.model.linear.kind import (
+    LinearKind,
+    input_axes,
+    matrix_names,
+    obstacle_of_targets,
+)
 from dynmoe_jax.registry import LINEARS
 from dynmoe_jax.routing import Parameter
 
@@ -36,13 +41,7 @@ class LoRA(LinearKind):
 
     def obstacle(self):
         """Refuses targets that find nothing."""
-        try:
-            found = any(re.search(self.targets, name) for name in matrix_names())
-        except re.error as error:
-            return f"targets={self.targets!r} must be a regular expression, and has {error}"
-        if not found:
-            return f"targets={self.targets!r} must find one of {', '.join(matrix_names())}"
-        return None
+        return obstacle_of_targets(self.targets, matrix_names())
 
     def parameters(self, name, shape):
         """The matrix, and for a target A (its inputs, rank) and B (rank, its outputs)."""

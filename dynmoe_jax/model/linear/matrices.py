@@ -73,8 +73,8 @@ class Matrices:
 
     @property
     def apply_themselves(self) -> bool:
-        """Whether the kind has a product of its own."""
-        return self.kind.apply is not None
+        """Whether the kind has a product of its own with some of them."""
+        return any(self.kind.applies(name) for name, _ in self.names)
 
     def _arrays(self, module: nnx.Module, name: str) -> dict[str, Array]:
         return {each: getattr(module, each)[...] for each in dict(self.names)[name]}

@@ -13,7 +13,8 @@ import optax
 from jaxtyping import Float, Int
 
 from dynmoe_jax.routing.routers.threshold import Threshold
-from dynmoe_jax.surgery.experts.router_fit import Params, descended
+from dynmoe_jax.surgery.experts.descent import descended
+from dynmoe_jax.surgery.experts.router_fit import Params
 
 
 def first_router(

@@ -8,7 +8,7 @@ tokens of a step.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynmoe_jax.experts.kinds.kind import ExpertKind
 from dynmoe_jax.routing import Router
+from dynmoe_jax.surgery.experts.descent import descended
 
 Params = Mapping[str, Array]
 """Parameters of a router by name."""
@@ -153,27 +154,3 @@ def _descended(route, method, rate, params, input_SD, target_SE, order_PB):
         return jnp.mean(jnp.sum(jnp.exp(log_p_BE) * (log_p_BE - log_q_BE), axis=1))
 
     return descended(loss, optimizer, params, order_PB)
-
-
-def descended(
-    loss: Callable[[Params, Int[Array, "B"]], Float[Array, ""]],
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    order_PB: Int[Array, "P B"],
-) -> Params:
-    """Parameters after the steps of an optimizer.
-
-    Args:
-      loss: of parameters, on the samples of these numbers.
-      optimizer: of the steps.
-      params: to begin with.
-      order_PB: numbers of the samples of each step.
-    """
-
-    def step(carry, rows_B):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, rows_B), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), order_PB)
-    return params

@@ -3,6 +3,7 @@
 from dynmoe_jax.surgery.operations import (
     average,
     fit_norms,
+    fit_projections,
     fit_router,
     grow,
     mix,
@@ -11,4 +12,14 @@ from dynmoe_jax.surgery.operations import (
     upcycle,
 )
 
-__all__ = ["average", "fit_norms", "fit_router", "grow", "mix", "split", "stack", "upcycle"]
+__all__ = [
+    "average",
+    "fit_norms",
+    "fit_projections",
+    "fit_router",
+    "grow",
+    "mix",
+    "split",
+    "stack",
+    "upcycle",
+]

@@ -1,5 +1,5 @@
-"""Every kind of matrix, registered or a toy: as the dense matrices that it stands for, and sharded
-as it is on one device; LoRA trains alone."""
+"""Every kind of matrix, registered or a toy: as the dense matrices that it stands for or as plain
+numpy, and sharded as it is on one device; LoRA trains alone."""
 
 import dataclasses
 import math
@@ -16,8 +16,10 @@ from dynmoe_jax.mesh.axes import axes_of
 from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, state_shardings
 from dynmoe_jax.model import Decoder, decoder_structure, parameter_shapes
 from dynmoe_jax.model.components import drawn as make
+from dynmoe_jax.model.flops import forward_flops
 from dynmoe_jax.model.linear import LinearKind
 from dynmoe_jax.model.linear.kind import input_axes, matrix_names
+from dynmoe_jax.model.linear.two_layer import net_names
 from dynmoe_jax.registry import LINEARS, chosen
 from dynmoe_jax.routing import Parameter
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
@@ -62,6 +64,7 @@ def toy():
 
 
 KINDS = ["lora", "factored"]
+ALL_KINDS = [*KINDS, "two_layer"]
 
 
 def model_of(linear="dense", num_layers=1, every_n_layers=0):
@@ -125,7 +128,7 @@ def dense_of(model, params):
 @pytest.fixture(scope="module")
 def on_one_device():
     """kind -> (value, gradients)."""
-    return {kind: loss_of(model_of(kind))(draw(model_of(kind)), tokens_BL()) for kind in KINDS}
+    return {kind: loss_of(model_of(kind))(draw(model_of(kind)), tokens_BL()) for kind in ALL_KINDS}
 
 
 def assert_same(actual, wanted, rtol=1e-5):
@@ -145,7 +148,7 @@ def test_a_kind_computes_what_its_dense_matrices_do(kind, on_one_device):
     assert_same(on_one_device[kind], (value, *to_params(gradients)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_eight_devices_compute_what_one_does(kind, on_one_device):
     model, mesh = model_of(kind), make_mesh(config.Mesh(data=2, expert=2, model=2), B)
     params = draw(model)
@@ -184,6 +187,31 @@ def test_lora_begins_as_the_dense_matrices():
         np.testing.assert_array_equal(kind.dense(name, arrays), arrays[name])
         changed = {each: array + 0.1 for each, array in arrays.items()}
         assert not np.allclose(kind.dense(name, changed), changed[name])
+
+
+def test_a_net_of_two_layers_computes_what_numpy_does():
+    kind, random = chosen(model_of("two_layer"), "linear"), np.random.default_rng(0)
+    for name, shape in {"query_DHW": (16, 4, 4), "output_HWD": (4, 4, 16)}.items():
+        declared = kind.parameters(name, shape).items()
+        # As many parameters as a matrix and a bias of 16 numbers each, 33 for every unit.
+        assert sum(math.prod(each.shape) for _, each in declared) == 8 * 33 + 16
+        assert kind.flops(name, shape) == 2 * 8 * 32
+        arrays = {each: random.normal(size=parameter.shape) for each, parameter in declared}
+        first, first_bias, last, last_bias = (arrays[each] for each in net_names(name))
+        x_XI = random.normal(size=(3, 16))
+        hidden_XU = np.maximum(x_XI @ first.reshape(16, 8) + first_bias, 0)
+        wanted_XO = hidden_XU @ last.reshape(8, 16) + last_bias.reshape(16)
+        np.testing.assert_allclose(kind.apply(name, arrays, x_XI), wanted_XO, rtol=1e-5, atol=1e-5)
+    assert set(kind.parameters("down_FD", (24, 16))) == {"down_FD"}
+
+
+def test_flops_of_a_model_follow_those_of_its_projections():
+    dense, nets = model_of(), model_of("two_layer")
+    halved = dataclasses.replace(nets, two_layer=dataclasses.replace(nets.two_layer, factor=0.5))
+    plain, whole, half = (forward_flops(model, 1, L, 0) for model in (dense, nets, halved))
+    # Queries and outputs are 16 x 16, keys and values 16 x 8: 8 and 5.44 units; halved, 4 and 2.72.
+    assert plain - whole == 2 * (2 * 256 + 2 * 128) - 2 * (2 * 8 * 32 + 2 * 5 * 24)
+    assert plain - half == 2 * (2 * 256 + 2 * 128) - 2 * (2 * 4 * 32 + 2 * 3 * 24)
 
 
 def test_lora_adds_matrices_where_its_targets_say():
