@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dynmoe_jax import config
-from dynmoe_jax.data import BATCH_ARRAYS, Batch
+from dynmoe_jax.data import Batch
 from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh
 from dynmoe_jax.model.flops import training_flops
 from dynmoe_jax.runs.compilation import compiled_programs_kept
 from dynmoe_jax.study.measures import MEASURES
+from dynmoe_jax.training.objectives import batch_arrays
 from dynmoe_jax.training.start import compile_step, new_state
 
 STEPS = 4
@@ -87,7 +88,7 @@ def _drawn_batch(cfg: config.Config, mesh: Mesh) -> Batch:
     shape = cfg.train.batch_size, cfg.data.seq_len
     draw = np.random.default_rng(0)
     tokens_BL = draw.integers(0, cfg.model.vocab_size, shape)
-    batch = dict.fromkeys(BATCH_ARRAYS, np.ones(shape))
+    batch = dict.fromkeys(batch_arrays(cfg), np.ones(shape))
     batch |= {"tokens": tokens_BL, "targets": tokens_BL}
     batch["positions"] = np.broadcast_to(np.arange(shape[1]), shape)
     sharding = batch_sharding(mesh)
