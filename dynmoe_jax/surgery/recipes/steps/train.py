@@ -1,6 +1,7 @@
 """Step of a recipe: a training run."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,12 @@ class Train(Step):
         """The steps that it begins with, and that it is compared with on the way."""
         return tuple(step for step in (self.start, self.reference) if step is not None)
 
-    @property
+    @functools.cached_property
     def settings(self) -> config.Config:
         """The run's settings, with the model that it ends with."""
         return config.settings_at(self._begun, self.cfg.train.steps)
 
-    @property
+    @functools.cached_property
     def _begun(self) -> config.Config:
         """The run's settings, with the model of what it begins with."""
         if self.start is None:
@@ -67,6 +68,7 @@ class Train(Step):
         changed = {name: value for name, value, _ in config.differences(self.cfg)}
         return changed | ({"files": files} if files else {})
 
+    @functools.cached_property
     def _stages(self) -> list[tuple[int, float]]:
         """(step after which they begin, FLOPs of a step) of the models of a run that grows."""
         begun = self._begun
@@ -78,10 +80,10 @@ class Train(Step):
             found.append((begin, training_flops(cfg.model, tokens, cfg.data.seq_len, rows)))
         return found
 
-    @property
+    @functools.cached_property
     def flops(self) -> float:
         """FLOPs of all steps, with as many experts as routers expect."""
-        begins, flops = zip(*self._stages(), strict=True)
+        begins, flops = zip(*self._stages, strict=True)
         ends = (*begins[1:], self.cfg.train.steps)
         lengths = (end - begin for begin, end in zip(begins, ends, strict=True))
         return sum(steps * each for steps, each in zip(lengths, flops, strict=True))
@@ -91,7 +93,7 @@ class Train(Step):
 
         A model that grows does so at the same steps, and has the rest as the largest.
         """
-        begin, of_step = self._stages()[-1]
+        begin, of_step = self._stages[-1]
         before = self.flops - (self.cfg.train.steps - begin) * of_step
         steps = begin + max(1, round((flops - before) / of_step))
         train = dataclasses.replace(self.cfg.train, steps=steps)
