@@ -18,8 +18,9 @@ from dynmoe_jax.data import LEARNED
 from dynmoe_jax.model import Decoder, decoder_shapes
 from dynmoe_jax.model.inputs import NOISE, noise_key
 from dynmoe_jax.model.masks import with_risen_masks
+from dynmoe_jax.registry import chosen
 from dynmoe_jax.training.gradients import make_gradients
-from dynmoe_jax.training.health.guard import Guard, new_guard, watch
+from dynmoe_jax.training.health.guard import Guard, new_guard, watch, with_other_text
 from dynmoe_jax.training.loss import TrainingLoss
 from dynmoe_jax.training.objectives import Batch, Objective
 from dynmoe_jax.training.router_states import shown_states, with_next_states
@@ -103,12 +104,16 @@ def make_train_step(
     """
     step_gradients = StepGradients(cfg, objective)
     loss, structure = step_gradients.loss, step_gradients.structure
+    plain_from = chosen(cfg.data, "corruption").until_step if cfg.data.corruption else 0
 
     def train_step(state: TrainState, batch: Batch):
         gradients, (parts, sums) = step_gradients(state, batch)
         counts = loss.counts(sums)
         grad_norm = optax.global_norm(gradients)
-        update, guard = watch(state.guard, parts["loss"], grad_norm, cfg.train)
+        guard = (
+            with_other_text(state.guard, state.step == plain_from) if plain_from else state.guard
+        )
+        update, guard = watch(guard, parts["loss"], grad_norm, cfg.train)
 
         trained, rest = split_trainable(state.params, cfg)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)

@@ -54,6 +54,15 @@ def new_guard() -> Guard:
     return Guard(jnp.int32(0), jnp.int32(0), jnp.full(WINDOW, jnp.nan, jnp.float32), jnp.int32(0))
 
 
+def with_other_text(guard: Guard, begins: Bool[Array, ""]) -> Guard:
+    """The guard where other text begins: losses of what was learned before are no measure."""
+    return dataclasses.replace(
+        guard,
+        recent_W=jnp.where(begins, jnp.nan, guard.recent_W),
+        spike_steps=jnp.where(begins, 0, guard.spike_steps),
+    )
+
+
 def spike_bound(recent_W: Float[Array, "W"], deviations: float) -> Float[Array, ""]:
     """The loss above which a step is suspect: median + deviations * 1.4826 * MAD.
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dynmoe_jax import config
+from dynmoe_jax.data import LEARNED
 from dynmoe_jax.mesh.make_mesh import batch_sharding, make_mesh, replicated
 from dynmoe_jax.training.health.guard import FEWEST_LOSSES, WINDOW, new_guard, spike_bound, watch
 from dynmoe_jax.training.optimizer import make_optimizer, make_schedule
@@ -154,6 +155,22 @@ def test_losses_above_the_bound_are_counted_in_a_row():
     _, rows = watched([*quiet, 3.0, 3.0, 2.0, 3.0, np.nan, 3.0])
     # A loss that is not finite neither adds to a row nor ends it.
     assert [row[2] for row in rows[-6:]] == [1, 2, 0, 1, 1, 2]
+
+
+def test_losses_before_other_text_begins_are_no_measure():
+    data = config.Data(seq_len=8, corruption="ul2", ul2={"until_step": 50})
+    cfg = dataclasses.replace(CONFIG, data=data)
+    schedule = make_schedule(cfg.optimizer, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+    state = init_state(cfg, optimizer, jax.random.key(0))
+    low = dataclasses.replace(state.guard, recent_W=jnp.full(WINDOW, 0.1), spike_steps=jnp.int32(2))
+    step = jax.jit(make_train_step(cfg, optimizer, schedule))
+    batch = draw_batch(False) | {LEARNED: np.ones((8, 8), np.int32)}
+    counts = {}
+    for number in (49, 50, 51):
+        _, metrics = step(dataclasses.replace(state, guard=low, step=jnp.int32(number)), batch)
+        counts[number] = int(metrics["spike_steps"])
+    assert counts == {49: 3, 50: 0, 51: 3}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
