@@ -43,6 +43,10 @@ def figures_of(pictures: Iterable[Picture | None]) -> str:
     return f'<div class="grid">{figures}</div>' if figures else ""
 
 
+_SHORT = 8
+"""Letters of a word that stays whole, however narrow a screen is."""
+
+
 def table_of(
     header: Sequence[str],
     rows: Iterable[Sequence[object]],
@@ -52,8 +56,12 @@ def table_of(
     """A table; the columns in ``numbers`` are aligned right, a ``total`` closes it."""
 
     def row(cells: Sequence[object], tag: str) -> str:
-        kinds = (' class="number"' if i in numbers else "" for i in range(len(cells)))
-        return "".join(f"<{tag}{k}>{escaped(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
+        def kind(i: int, cell: object) -> str:
+            if i in numbers:
+                return ' class="number"'
+            return ' class="word"' if len(str(cell)) <= _SHORT else ""
+
+        return "".join(f"<{tag}{kind(i, c)}>{escaped(c)}</{tag}>" for i, c in enumerate(cells))
 
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
     body += f'<tr class="total">{row(total, "td")}</tr>' if total else ""

@@ -205,7 +205,7 @@ th:first-child, td:first-child { min-width: 7em; }
 tr:last-child td { border-bottom: 0; }
 .number, td.number { min-width: 0; text-align: right; font-variant-numeric: tabular-nums;
   overflow-wrap: normal; }
-td.number { white-space: nowrap; }
+td.number, td.word { white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; overflow-wrap: normal; }
 tr.total td { font-weight: 650; }
 .sample { white-space: pre-wrap; overflow-wrap: anywhere; padding: 1rem 1.2rem; margin: .9rem 0 0;

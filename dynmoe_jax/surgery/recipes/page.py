@@ -12,8 +12,8 @@ from dynmoe_jax.runs.records import write_atomically
 from dynmoe_jax.surgery.recipes.step import STEPS_FOLDER
 
 FILE_NAME = "recipe.html"
-_LINES, _MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
-"""Looks of lines and of points: the next ones each time that all colours are used."""
+_LINES, _MARKERS, _HATCHES = ("-", "--", ":", "-."), ("o", "s", "^", "D"), ("", "///", "...", "xxx")
+"""Looks of lines, points and bars: the next ones each time that all colours are used."""
 
 _MOST_BARS = 60
 _COLUMNS = ("bits per byte", "experts per token", "parameters", "active", "FLOPs",
@@ -44,6 +44,21 @@ def write_page(workdir: Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
+def _is_drawn(step: Mapping[str, Any]) -> bool:
+    """Whether a step is of the first seed."""
+    return step["seed"].partition(",")[0] in ("", "0")
+
+
+def _looks(record: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """(colour, number of the look) of each step that is drawn, the same in every picture."""
+    drawn = (s for s in record["steps"] if (s["curve"] or s["by_domain"]) and _is_drawn(s))
+    names = [step["name"] for step in drawn]
+    return {
+        name: (light(CYCLE[i % len(CYCLE)]), i // len(CYCLE) % len(_LINES))
+        for i, name in enumerate(names)
+    }
+
+
 def _words(name: str) -> str:
     """The name of a step as words, which break where a screen is narrow."""
     return name.replace("_", " ")
@@ -65,13 +80,14 @@ def _comparisons(record: Mapping[str, Any]) -> str:
 
 def _against_flops(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     """Held-out bits per byte against FLOPs spent: a line for each training, of the first seed."""
-    shown = [s for s in record["steps"] if s["curve"] and s["seed"].partition(",")[0] in ("", "0")]
+    shown = [s for s in record["steps"] if s["curve"] and _is_drawn(s)]
     if not shown:
         return None
     figure, (axis,) = canvas.figure(height=3.2 + 0.08 * len(shown))
-    for number, step in enumerate(shown):
+    looks = _looks(record)
+    for step in shown:
         x, y = zip(*step["curve"], strict=True)
-        color, look = light(CYCLE[number % len(CYCLE)]), number // len(CYCLE) % len(_LINES)
+        color, look = looks[step["name"]]
         marker = _MARKERS[look] if len(x) == 1 else "."
         axis.plot(
             x,
@@ -94,9 +110,7 @@ def _against_flops(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
 
 def _by_effort(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     """Held-out bits per byte of each model that was swept against FLOPs per token, by rule."""
-    shown = [
-        s for s in record["steps"] if s["efforts"] and s["seed"].partition(",")[0] in ("", "0")
-    ]
+    shown = [s for s in record["steps"] if s["efforts"] and _is_drawn(s)]
     if not shown:
         return None
     lines = [(step, name) for step in shown for name in step["efforts"]]
@@ -126,20 +140,20 @@ def _by_effort(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
 def _by_domain(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     """Bits per byte by domain of the steps that are compared."""
     names = {name for each in record["comparisons"] for name in (each["model"], each["than"])}
-    shown = [s for s in record["steps"] if s["name"] in names and s["by_domain"]]
-    shown = [s for s in shown if s["seed"].partition(",")[0] in ("", "0")]
+    shown = [s for s in record["steps"] if s["name"] in names and s["by_domain"] and _is_drawn(s)]
     domains = sorted({domain for step in shown for domain in step["by_domain"]})
     if not shown or len(domains) < 2:
         return None
     left_out = len(domains) - max(2, _MOST_BARS // len(shown))
     domains = domains[: len(domains) - max(0, left_out)]
     figure, (axis,) = canvas.figure(height=1.2 + 0.22 * len(domains) * len(shown))
-    height = 0.8 / len(shown)
+    height, looks = 0.8 / len(shown), _looks(record)
     for number, step in enumerate(shown):
         at = [i + height * (number - (len(shown) - 1) / 2) for i in range(len(domains))]
         bits = [step["by_domain"].get(domain, math.nan) for domain in domains]
-        color = light(CYCLE[number % len(CYCLE)])
-        axis.barh(at, bits, 0.9 * height, color=color, label=_words(step["name"]))
+        color, look = looks[step["name"]]
+        style = {"color": color, "hatch": _HATCHES[look], "edgecolor": "white", "linewidth": 0}
+        axis.barh(at, bits, 0.9 * height, label=_words(step["name"]), **style)
     axis.set_yticks(range(len(domains)), domains)
     axis.invert_yaxis()
     axis.set(xlabel="held-out bits per byte")
@@ -171,28 +185,46 @@ def _percent(shares: Sequence[float]) -> str:
 
 
 def _steps(record: Mapping[str, Any]) -> str:
+    """Table of the steps, each the mean over its seeds, and links to their pages."""
     names = {step["key"]: _words(step["name"]) for step in record["steps"]}
-    several = record["seeds"] > 1
-    header = ["step", "", "of", *(["seed"] if several else []), *_COLUMNS]
-    rows = [
-        [
-            _words(step["name"]),
-            step["kind"],
-            ", ".join(names[key] for key in step["needs"]) or MISSING,
-            *([step["seed"]] if several else []),
-            decimals(step["bits_per_byte"], 4),
-            decimals(step["experts_per_token"], 2),
-            compact(step["parameters"]) if step["parameters"] else MISSING,
-            compact(step["active_parameters"]) if step["active_parameters"] else MISSING,
-            compact(step["flops"]) if step["flops"] else MISSING,
-            compact(step["all_flops"]) if step["all_flops"] else MISSING,
-            f"{step['bytes'] / 1e6:,.1f}",
-            duration(step["seconds"]) if step["seconds"] is not None else MISSING,
-        ]
-        for step in record["steps"]
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for step in record["steps"]:
+        by_name.setdefault(step["name"], []).append(step)
+    rows = [_row(own, names) for own in by_name.values()]
+    header = ["step", "", "of", *_COLUMNS]
+    table = table_of(header, rows, range(3, len(header)))
+    several = any(len(own) > 1 for own in by_name.values())
+    said = f'<p class="soft">Means over {record["seeds"]} seeds.</p>' if several else ""
+    return f"<h2>Steps</h2>{table}{said}{_links(record['steps'])}"
+
+
+def _row(seeds: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    """Row of the table of steps.
+
+    Args:
+      seeds: the step of every seed.
+      names: of steps by key.
+    """
+
+    def mean(name: str) -> float:
+        found = [step[name] for step in seeds if step[name] is not None]
+        return sum(found) / len(found) if found else math.nan
+
+    def count(name: str) -> str:
+        value = mean(name)
+        return compact(value) if value > 0 else MISSING
+
+    first, seconds = seeds[0], mean("seconds")
+    return [
+        _words(first["name"]),
+        first["kind"],
+        ", ".join(names[key] for key in first["needs"]) or MISSING,
+        decimals(mean("bits_per_byte"), 4),
+        decimals(mean("experts_per_token"), 2),
+        *map(count, ("parameters", "active_parameters", "flops", "all_flops")),
+        f"{mean('bytes') / 1e6:,.1f}",
+        duration(seconds) if math.isfinite(seconds) else MISSING,
     ]
-    table = table_of(header, rows, range(3 + several, len(header)))
-    return f"<h2>Steps</h2>{table}{_links(record['steps'])}"
 
 
 def _links(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -212,7 +244,7 @@ def _samples(steps: Sequence[Mapping[str, Any]]) -> str:
         f'<div><h3>{escaped(_words(step["name"]))}</h3><div class="panel sample">'
         f"<b>{escaped(step['sample'][0])}</b>{escaped(step['sample'][1])}</div></div>"
         for step in steps
-        if step["sample"] and step["seed"].partition(",")[0] in ("", "0")
+        if step["sample"] and _is_drawn(step)
     )
     return f'<h2>Samples</h2><div class="grid">{shown}</div>' if shown else ""
 

@@ -1,6 +1,7 @@
 """Pictures of a recipe's page."""
 
 import pytest
+from matplotlib.colors import to_rgba
 
 from dynmoe_jax.surgery.recipes import page
 
@@ -47,3 +48,39 @@ def test_responses_are_shown_by_task_over_seeds():
     assert "75.0" in shown
     assert "other" not in shown
     assert page._responses({"steps": steps[2:]}) == ""
+
+
+def test_a_step_looks_alike_in_every_picture():
+    bits = {"code": 2.0, "docs": 3.0}
+    steps = [step_of("before", [(0, 3.0), (1, 2.0)])]
+    steps += [step_of(name, [(1, 2.0)], bits) for name in ("one", "other")]
+    record = {"steps": steps, "comparisons": [{"model": "one", "than": "other"}]}
+    (lines,), (bars,) = (
+        draw(record, Kept())[0].axes for draw in (page._against_flops, page._by_domain)
+    )
+    of_bars = {bar.get_label(): bar.patches[0].get_facecolor() for bar in bars.containers}
+    for line in lines.lines:
+        if line.get_label() != "before":
+            assert of_bars[line.get_label()] == to_rgba(line.get_color())
+    assert len(set(of_bars.values())) == 2
+
+
+def test_the_table_of_steps_has_means_over_seeds():
+    whole = dict.fromkeys(("experts_per_token", "parameters", "active_parameters", "seconds"))
+    whole |= {
+        "kind": "train",
+        "needs": [],
+        "flops": 2e9,
+        "all_flops": 4e9,
+        "bytes": 3e6,
+        "page": "",
+    }
+    steps = [
+        whole | {"name": "one", "key": key, "seed": seed, "bits_per_byte": bits}
+        for key, seed, bits in (("a", "0", 2.0), ("b", "1", 3.0))
+    ]
+    shown = page._steps({"steps": steps, "seeds": 2})
+    assert shown.count("<td") == 11
+    assert "2.5000" in shown
+    assert "Means over 2 seeds." in shown
+    assert "Means" not in page._steps({"steps": steps[:1], "seeds": 2})
