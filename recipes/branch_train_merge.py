@@ -15,8 +15,7 @@ average, and with so little training the dense model is better still.  In the me
 branch has nine tenths of the posterior after 3 tokens of code or docs, 4 of prose.
 """
 
-import dataclasses
-
+from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Operate, Recipe, Train, sizes
 from dynmoe_jax.surgery.request import Options
@@ -29,9 +28,7 @@ def get_recipe(size, seed, data):
 
     def branch(name, **text):
         cfg = sizes.dense(size, seed + 1, data, steps=half)
-        return Train(
-            name, dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **text)), begin
-        )
+        return Train(name, edited(cfg, {f"data.{k}": value for k, value in text.items()}), begin)
 
     branches = tuple(
         branch(f"branch_{domain}", domain_weights=sizes.one_of(domains, domain))
@@ -50,9 +47,5 @@ def get_recipe(size, seed, data):
     )
     return Recipe(
         (begin, *branches, *by_chance, ensemble, control, averaged, dense),
-        (
-            Comparison(ensemble, control),
-            Comparison(ensemble, averaged),
-            Comparison(ensemble, dense),
-        ),
+        tuple(Comparison(ensemble, other) for other in (control, averaged, dense)),
     )

@@ -21,6 +21,7 @@ experts by chance would be 67 %.
 
 import dataclasses
 
+from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.operations.mix import Mix
 from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Evaluate, Operate, Recipe, Train, sizes
@@ -35,8 +36,8 @@ def get_recipe(size, seed, data):
 
     def branch(domain):
         cfg = sizes.dense(size, seed + 1, data, steps=half)
-        own = dataclasses.replace(cfg.data, domain_weights=sizes.one_of(domains, domain))
-        return Train(f"branch_{domain}", dataclasses.replace(cfg, data=own), begin)
+        own = edited(cfg, {"data.domain_weights": sizes.one_of(domains, domain)})
+        return Train(f"branch_{domain}", own, begin)
 
     def trained(name, operation, members, **train):
         cfg = sizes.dense(size, seed + 1000, data, steps=half, **train)

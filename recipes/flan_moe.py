@@ -15,17 +15,15 @@ experts frozen 24.5 %, with all but the experts frozen 5.2 %. That tuning helps 
 dense models, as the paper finds, does not show at this size.
 """
 
-import dataclasses
-
-from dynmoe_jax import config
+from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.surgery.recipes import Comparison, Evaluate, Recipe, Train, sizes
 
 CAP = 400
 UNSEEN = "--instructions=tasks:mixture_unseen,tasks:target_unseen"
 # Of about the dense model's FLOPs: two experts of half its hidden width, or one of all of it.
 MIXTURES = {
-    "top_2": {"router": "top_k", "top_k": {"k": 2}},
-    "switch": {"router": "top_k", "top_k": {"k": 1}},
+    "top_2": {"router": "top_k", "top_k.k": 2},
+    "switch": {"router": "top_k", "top_k.k": 1},
     "top_p": {"router": "top_p"},
 }
 FROZEN = {"router": "not:router", "experts": "not:experts", "all_but_experts": "experts"}
@@ -34,37 +32,34 @@ FROZEN = {"router": "not:router", "experts": "not:experts", "all_but_experts": "
 def mixture(cfg, name):
     """Settings with a mixture of eight experts for each feed-forward."""
     width = cfg.model.hidden_width // (1 if name == "switch" else 2)
-    moe = config.MoE(num_experts=8, hidden_width=width, **MIXTURES[name])
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
+    moe = {"every_n_layers": 1, "num_experts": 8, "hidden_width": width, **MIXTURES[name]}
+    return edited(cfg, {f"model.moe.{setting}": value for setting, value in moe.items()})
 
 
-def tuning(cfg, sources, seed, share, size, **train):
-    """Settings of a training on instructions, with those of a model that has experts."""
-    steps = sizes.share_of_steps(size, share)
-    moe = cfg.model.moe
-    if moe.every_n_layers:
-        moe = dataclasses.replace(
-            moe, regularizers="expert_dropout", expert_dropout={"rate": 0.25, "interval": 1}
-        )
-    return dataclasses.replace(
-        cfg,
-        seed=seed,
-        model=dataclasses.replace(cfg.model, moe=moe),
-        data=dataclasses.replace(
-            cfg.data, sources=sources, domain_weights=f"proportional:cap={CAP}", max_megabytes=0.0
-        ),
-        train=dataclasses.replace(cfg.train, steps=steps, objective="response_only", **train),
-        optimizer=dataclasses.replace(
-            cfg.optimizer, learning_rate=cfg.optimizer.learning_rate / 2, warmup_steps=5
-        ),
-    )
+def tuning(cfg, sources, seed, share, size, trainable=""):
+    """Settings of a training on instructions, with dropout of experts where there are some."""
+    changes = {
+        "seed": seed,
+        "data.sources": sources,
+        "data.domain_weights": f"proportional:cap={CAP}",
+        "data.max_megabytes": 0.0,
+        "train.steps": sizes.share_of_steps(size, share),
+        "train.objective": "response_only",
+        "train.trainable": trainable,
+        "optimizer.learning_rate": cfg.optimizer.learning_rate / 2,
+        "optimizer.warmup_steps": 5,
+    }
+    if cfg.model.moe.every_n_layers:
+        changes |= {"model.moe.regularizers": "expert_dropout"}
+        changes |= {"model.moe.expert_dropout.rate": 0.25, "model.moe.expert_dropout.interval": 1}
+    return edited(cfg, changes)
 
 
 def get_recipe(size, seed, data):
     """Dense model and mixtures: untuned, and tuned by each regime."""
     dense = sizes.dense(size, seed, f"tasks:facts,{data or 'python'}")
     # As much of each other text as there is of facts.
-    dense = dataclasses.replace(dense, data=dataclasses.replace(dense.data, max_megabytes=0.6))
+    dense = edited(dense, {"data.max_megabytes": 0.6})
     names = ["top_2"] if size == "tiny" else ["dense", *MIXTURES]
     steps, scores = [], {}
 

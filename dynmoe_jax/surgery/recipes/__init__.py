@@ -11,6 +11,9 @@ from dynmoe_jax.surgery.recipes.steps import (
     Train,
 )
 
+# A recipe may choose any objective, and set it: importing the room registers them.
+from dynmoe_jax.training import objectives  # noqa: F401
+
 __all__ = [
     "Comparison",
     "Efforts",
