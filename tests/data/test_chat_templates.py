@@ -136,6 +136,7 @@ def test_a_template_that_lies_beside_the_settings_comes_first(tmp_path):
         "{{ range(10 ** 9) | list }}",
         "{{ strftime_now('%Y') }}",
         "{{ messages[0]['nothing']['more'] }}",
+        "{% set n = 10 ** 17 %}{{ messages[0].content * n }}",
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(source):
@@ -143,9 +144,13 @@ def test_a_template_cannot_leave_its_sandbox(source):
         ChatTemplate(source, {}).render(TURNS)
 
 
-def test_what_is_no_template_is_refused():
+@pytest.mark.parametrize(
+    "source",
+    ["{% for %}", "{% break %}", "{% for a in [1] %}" * 40, "{{ 10**9999 }}", "{{ [1]|random }}"],
+)
+def test_what_is_no_template_is_refused(source):
     with pytest.raises(DataError, match="chat template cannot be read"):
-        ChatTemplate("{% for %}", {})
+        ChatTemplate(source, {})
 
 
 def lines(path, *records):

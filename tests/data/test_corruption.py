@@ -302,3 +302,7 @@ def test_what_looks_for_marks_in_the_text_is_refused():
         config.Config(
             data=config.Data(corruption="ul2"), train=config.Train(objective="response_only")
         )
+
+
+def test_a_sentinel_may_have_other_braces():
+    assert UL2(sentinel="{ {} {x}", num_sentinels=2).reserved == ("{ 0 {x}", "{ 1 {x}")

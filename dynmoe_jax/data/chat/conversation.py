@@ -30,14 +30,15 @@ class Conversation(NamedTuple):
 def marked(turns: Turns) -> Conversation:
     """The conversation with a mark before each turn.
 
-    A response ends with its text: what follows is the end of the document, or the next turn.
+    A response ends with its text: what follows is the end of the document, or the next turn.  An
+    empty one is none: nobody learns to say nothing.
     """
     text, responses = "", []
     for speaker, said in turns:
         text += f"{'' if not text else chr(10)}{MARKS[speaker]}\n"
         begin = len(text)
         text += said.strip()
-        if speaker == ASSISTANT:
+        if speaker == ASSISTANT and said.strip():
             responses.append((begin, len(text)))
     return Conversation(text, tuple(responses))
 

@@ -3,8 +3,8 @@
 A template is a program in Jinja's language that comes with a model.  It is rendered in Jinja's
 immutable sandbox: no attribute that leads into Python, nothing changed that it is given, no file,
 no import.  It is given strings, lists and dictionaries alone, and the few functions that templates
-written for transformers call.  ``strftime_now`` is not among them: the same data would become other
-text tomorrow.
+written for transformers call.  ``strftime_now`` is not among them, nor is the filter ``random``:
+the same data would become other text tomorrow.
 """
 
 import json
@@ -71,6 +71,7 @@ def compiled(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
+    del environment.filters["random"]
     # lipsum, cycler and joiner, which Jinja has of its own, are not for this.
     range_ = environment.globals["range"]
     environment.globals.clear()

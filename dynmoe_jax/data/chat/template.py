@@ -14,6 +14,10 @@ from dynmoe_jax.data.chat.conversation import ASSISTANT, Conversation, Span, Tur
 from dynmoe_jax.data.chat.sandbox import compiled
 from dynmoe_jax.data.errors import DataError
 
+_COMPILING = (RecursionError, SyntaxError, ValueError, MemoryError)
+"""What else compiling raises: Jinja makes Python of a template, which may nest too deep, break
+outside of a loop or hold a number of too many digits."""
+
 
 class TemplateFailure(ValueError):
     """A conversation that a template does not take; says why in a few words."""
@@ -37,7 +41,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         try:
             self._template = compiled(source)
-        except (jinja2.exceptions.TemplateError, RecursionError) as error:
+        except (jinja2.exceptions.TemplateError, *_COMPILING) as error:
             raise DataError(
                 f"the tokenizer's chat template cannot be read: {_shortly(error)}."
             ) from error
@@ -65,7 +69,7 @@ class ChatTemplate:
             )
         except (jinja2.exceptions.TemplateError, ArithmeticError, LookupError) as error:
             raise TemplateFailure(f"the chat template refuses it: {_shortly(error)}") from error
-        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, TypeError, ValueError, RecursionError, MemoryError) as error:
             raise TemplateFailure(f"the chat template fails: {_shortly(error)}") from error
 
     def conversation(self, turns: Turns) -> Conversation:

@@ -73,7 +73,8 @@ class UL2(Corruption):
     @property
     def reserved(self) -> tuple[str, ...]:
         """The sentinels."""
-        return tuple(self.sentinel.format(number) for number in range(self.num_sentinels))
+        # Not format(), for which other braces of a token's name have a meaning.
+        return tuple(self.sentinel.replace("{}", str(n)) for n in range(self.num_sentinels))
 
     def prepared(self, tokenizer: Tokenizer) -> Corrupt:
         """Makes examples with the sentinels that a tokenizer has.

@@ -87,6 +87,19 @@ def turns_of(record: object) -> list[tuple[str, str]] | str:
         return f"a JSON {type(record).__name__}, not an object"
     # Tables that became JSON have a null for every column that a record does not fill.
     record = {name: value for name, value in record.items() if value is not None}
+    system, turns = record.get("system", ""), _said(record)
+    if isinstance(turns, str):
+        return turns
+    if not isinstance(system, str):
+        return "the system is no string"
+    # Messages that begin with what the system says have it already.
+    if not system.strip() or turns[0][0] == "system":
+        return turns
+    return [("system", system), *turns]
+
+
+def _said(record: Mapping) -> list[tuple[str, str]] | str:
+    """The turns that a record has besides what stands in its field ``system``."""
     for name, (speaker, said) in _TURNS.items():
         if name in record:
             return _of_messages(record[name], name, speaker, said)
@@ -100,11 +113,12 @@ def turns_of(record: object) -> list[tuple[str, str]] | str:
         )
     if not response.strip():
         return "the response is empty"
-    if isinstance(more := record.get("input"), str) and more.strip():
+    more = record.get("input", "")
+    if not isinstance(more, str):
+        return "the input is no string"
+    if more.strip():
         prompt = f"{prompt.strip()}\n\n{more.strip()}"
-    system = record.get("system")
-    before = [("system", system)] if isinstance(system, str) and system.strip() else []
-    return [*before, ("user", prompt), (ASSISTANT, response)]
+    return [("user", prompt), (ASSISTANT, response)]
 
 
 def _of_messages(messages: object, name: str, speaker: str, said: str) -> list | str:

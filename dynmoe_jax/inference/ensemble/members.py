@@ -25,8 +25,9 @@ def folders_of(named: str) -> tuple[Path, ...]:
     folders = tuple(Path(part.strip()).expanduser() for part in named.split(",") if part.strip())
     if len(folders) < 2:
         raise ConfigError(f"{FLAG}={named} must name two runs or more, with commas between them.")
-    for folder in folders:
-        if folders.count(folder) > 1:
+    places = [folder.resolve() for folder in folders]
+    for folder, place in zip(folders, places, strict=True):
+        if places.count(place) > 1:
             raise ConfigError(f"{FLAG}={named} names {folder} twice; name it once.")
     return folders
 
@@ -74,7 +75,8 @@ def log_prior_of(named: str, members: int) -> Float[np.ndarray, "J"]:
         prior_J = np.asarray(found, np.float64)
     except OSError as error:
         raise ConfigError(f"{flag} cannot be read ({error.strerror}); {remedy}.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        # Whole numbers beyond float64, and brackets without end, too.
         raise ConfigError(f"{flag} holds no list of numbers called 'prior'; {remedy}.") from error
     valid = prior_J.shape == (members,) and np.all(prior_J >= 0) and 0 < prior_J.sum() < np.inf
     if not valid:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dynmoe_jax import config
+from dynmoe_jax.data.chat.conversation import read_spans
 from dynmoe_jax.data.sources.document import Broken
 from dynmoe_jax.data.sources.registry import read_documents
 
@@ -56,6 +57,26 @@ def test_every_form_becomes_turns_behind_marks(tmp_path, record, text):
     assert (document.text, document.domain) == (text, "sums")
 
 
+@pytest.mark.parametrize("form", ["prompt", "messages", "system_message"])
+def test_the_field_system_is_said_first(tmp_path, form):
+    said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    record = {
+        "prompt": {"prompt": "Hi", "response": "Hello"},
+        "messages": {"messages": said},
+        "system_message": {"messages": [{"role": "system", "content": "Be brief."}, *said]},
+    }[form]
+    (document,) = read(tmp_path / "x.jsonl", {"system": "Be brief.", **record})
+    assert document.text == "<|system|>\nBe brief.\n<|user|>\nHi\n<|assistant|>\nHello"
+
+
+def test_an_empty_response_is_not_learned(tmp_path):
+    turns = ("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c"), ("assistant", " ")
+    messages = [{"role": who, "content": said} for who, said in turns]
+    (document,) = read(tmp_path / "x.jsonl", {"messages": messages})
+    ((begin, end),) = read_spans(document.responses)
+    assert document.text[begin:end] == "c"
+
+
 def test_the_domain_of_a_record_is_its_own(tmp_path):
     name = config.Data().domain_field
     (document,) = read(tmp_path / "x.jsonl", {"prompt": "a", "response": "b", name: "sums"})
@@ -70,6 +91,8 @@ def test_the_domain_of_a_record_is_its_own(tmp_path):
         ({"prompt": "a"}, "has no prompt and response"),
         ({"prompt": "a", "response": 5}, "is no string"),
         ({"prompt": "a", "response": "  "}, "the response is empty"),
+        ({"prompt": "a", "response": "b", "input": ["c"]}, "the input is no string"),
+        ({"prompt": "a", "response": "b", "system": 5}, "the system is no string"),
         ({"messages": []}, "no list of messages"),
         ({"messages": [{"role": "user"}]}, "no 'content' that is a string"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "by 'tool'"),

@@ -111,6 +111,7 @@ def test_members_that_are_one_model_are_that_model(run, workdir, texts, tmp_path
 MISTAKES = {
     ("--ensemble={0}",): "--ensemble={0} must name two runs or more",
     ("--ensemble={0},{0}",): "names {0} twice; name it once",
+    ("--ensemble={0},{0}/../{0.name}",): "{0.name} twice; name it once",
     ("--ensemble={0},{1}", "--workdir={0}"): "does not go with --workdir; leave that out",
     ("--ensemble={0},{1}", "--routing"): "does not go with --routing",
     ("--ensemble={0},{1}", "--ensemble_top_k=3"): "--ensemble_top_k=3 must be from 1 to the 2",
@@ -137,6 +138,8 @@ def test_mistakes_are_one_sentence(run, workdir, other, stranger, flags):
     [
         ("{}", "holds no list of numbers called 'prior'"),
         ("no JSON", "holds no list of numbers"),
+        pytest.param("[" * 10**5, "holds no list of numbers", id="nested"),
+        pytest.param(f'{{"prior": [1{400 * "0"}, 1]}}', "holds no list of numbers", id="large"),
         ('{"prior": [1, 2, 3]}', "which must be 2 numbers of at least 0"),
         ('{"prior": [1, -1]}', "which must be 2 numbers"),
         ('{"prior": [0, 0]}', "which must be 2 numbers"),
