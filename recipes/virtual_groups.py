@@ -5,6 +5,10 @@
 "Upcycling Large Language Models into Mixture of Experts", arXiv 2410.07524.  Each feed-forward is
 copied eight times; the fine-grained mixture cuts every copy into two, and tokens choose two copies,
 that is four slices.  Both cost the same.
+
+Result (laptop, one seed, 17 minutes of steps on two cores that other work shared): both mixtures
+begin with the dense model's 2.412 held-out bits per byte (logits differ by less than 1e-6) and come
+to 2.082 with whole copies, 2.085 with slices: 0.004 more, of no weight from one seed.
 """
 
 from dynmoe_jax.surgery.operations.upcycle import Upcycle
