@@ -7,7 +7,7 @@ with a group of settings for every kind that is registered by then.
 from typing import Any
 
 from dynmoe_jax.config.growth import growth_steps, growths, model_at, settings_at
-from dynmoe_jax.config.rules import check_growth
+from dynmoe_jax.config.rules import check_begun
 from dynmoe_jax.config.settings import Checkpoint, Evaluation, Logging, Mesh, Optimizer
 from dynmoe_jax.config.tree import (
     current,
@@ -39,7 +39,7 @@ __all__ = [
     "Model",
     "Optimizer",
     "Train",
-    "check_growth",
+    "check_begun",
     "differences",
     "from_config_dict",
     "from_stored",

@@ -37,11 +37,6 @@ def check_together(config: Any) -> None:
     _check_effects(config, "config.")
     _check_losses(config)
     _check_objective(config)
-    if config.data.seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"config.data.seq_len={config.data.seq_len} must be at most "
-            f"config.model.max_seq_len={model.max_seq_len}; raise the latter."
-        )
     if train.batch_size % train.microbatches:
         raise ConfigError(
             f"config.train.microbatches={train.microbatches} must divide "
@@ -51,7 +46,22 @@ def check_together(config: Any) -> None:
     _check_checkpoints(config)
     _check_text(config)
     if not train.init_from:  # else the model is that of the folder, and is checked when it is read
-        check_growth(config)
+        check_begun(config)
+
+
+def check_begun(config: Any) -> None:
+    """Raises ConfigError where settings do not fit the model that a run begins with.
+
+    Args:
+      config: a whole :class:`dynmoe_jax.config.Config`, as the run begins.
+    """
+    model = config.model
+    if config.data.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"config.data.seq_len={config.data.seq_len} must be at most "
+            f"config.model.max_seq_len={model.max_seq_len}; raise the latter."
+        )
+    _check_growth(config)
 
 
 def _check_text(config: Any) -> None:
@@ -224,12 +234,8 @@ def _check_masks(model: Any) -> None:
             )
 
 
-def check_growth(config: Any) -> None:
-    """Raises ConfigError where ``config.train.grow`` does not fit the model.
-
-    Args:
-      config: a whole :class:`dynmoe_jax.config.Config`, as the run begins.
-    """
+def _check_growth(config: Any) -> None:
+    """Raises ConfigError where ``config.train.grow`` does not fit the model."""
     grow = config.train.grow
     if grow and not config.model.mask_steps:
         raise ConfigError(

@@ -49,7 +49,7 @@ def with_initial_model(cfg: config.Config, workdir: Path) -> config.Config:
     folder = _folder(cfg)
     with opened_run(folder) as run:
         cfg = _with_model(cfg, run.config.model)
-    config.check_growth(cfg)
+    config.check_begun(cfg)
     data = dataclasses.replace(cfg.data, tokenizer=_tokenizer(cfg, folder))
     return dataclasses.replace(cfg, data=data)
 

@@ -107,6 +107,11 @@ def test_a_longer_sequence_is_allowed(tuned, change, tmp_path):
     assert with_initial_model(longer, tmp_path / "new").model.max_seq_len == 64
     shorter = change(tuned, data__seq_len=16, model__max_seq_len=16)
     assert with_initial_model(shorter, tmp_path / "new").model.max_seq_len == 32
+    # What counts is the room that the folder's model has, not what a model of one's own would have.
+    own = change(tuned, data__seq_len=32, model__max_seq_len=16)
+    assert with_initial_model(own, tmp_path / "new").data.seq_len == 32
+    with pytest.raises(config.ConfigError, match=r"seq_len=64 must be at most .*max_seq_len=32"):
+        with_initial_model(change(tuned, data__seq_len=64), tmp_path / "new")
 
 
 def test_adapters_begin_beside_a_dense_model(tuned, change, state, tmp_path):
