@@ -12,14 +12,18 @@ from dynmoe_jax.surgery.recipes.sizes import SIZES
 
 FLAG = "--recipe"
 
+_TEXT = "text, as config.data.sources (default: the recipe's, mostly the Python installation)"
 _ABOUT = """Does the steps of a recipe: operations, trainings, evaluations, exports.
 
     python -m dynmoe_jax.surgery --recipe=recipes/upcycling.py --workdir=runs/upcycling --plan
     python -m dynmoe_jax.surgery --recipe=recipes/upcycling.py --workdir=runs/upcycling --seeds=3
 
-Writes DIR/recipe.html and recipe.json; every step has a folder in DIR/steps.  Stopped at any
-moment, the same command continues.  A step is done again if something that it depends on has
-changed."""
+Writes DIR/recipe.html and recipe.json; every step has a folder in DIR/steps, which other commands
+take as --workdir or --from.  Stopped at any moment, the same command continues.  A step is done
+again if something that it depends on has changed.  --plugin=FILE makes operations, routers and
+kinds of steps of your own known.
+
+docs/recipes.md lists the recipes that are there, and says how to write one."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +59,7 @@ def parse(argv: Sequence[str]) -> tuple[Asked, bool]:
     add("--size", default=Asked.size, help=f"one of {', '.join(SIZES)} (default: %(default)s)")
     often = "how often all of it is done (default: %(default)s)"
     add("--seeds", type=int, default=Asked.seeds, help=often)
-    add("--data", default=Asked.sources, metavar="SOURCES", help="text, as config.data.sources")
+    add("--data", default=Asked.sources, metavar="SOURCES", help=_TEXT)
     beside = "steps side by side (default: %(default)s)"
     add("--processes", type=int, default=Asked.processes, metavar="N", help=beside)
     add("--plan", action="store_true", help="say which steps there are and what they cost")

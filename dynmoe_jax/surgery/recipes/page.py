@@ -74,7 +74,13 @@ def _lead(record: Mapping[str, Any]) -> str:
 
 
 def _comparisons(record: Mapping[str, Any]) -> str:
-    said = "".join(f"<p>{escaped(each['sentence'])}</p>" for each in record["comparisons"])
+    """What is compared, over seeds; what sweeps found, of each."""
+    told = [each["sentence"] for each in record["comparisons"]]
+    for step in record["steps"]:
+        if step["efforts"] and step["note"]:
+            seed = f", seed {step['seed']}" if step["seed"] else ""
+            told.append(f"{_words(step['name'])}{seed}: {step['note']}.")
+    said = "".join(f"<p>{escaped(each)}</p>" for each in told)
     return f"<h2>What came out</h2>{said}" if said else ""
 
 
@@ -103,8 +109,8 @@ def _against_flops(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     return canvas.picture(
         figure,
         "What does a FLOP buy?",
-        "Each line begins at the model that it was made of; single points are operations, which "
-        "cost no FLOPs. Less is better. First seed.",
+        "Each line begins at the model that it was made of; single points are operations and "
+        "ensembles, which train nothing. Less is better. First seed.",
     )
 
 

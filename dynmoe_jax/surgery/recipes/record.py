@@ -161,7 +161,8 @@ def _sentence(first: Comparison, mean: float, half: float, differences, flops) -
             f"{name} matches a share of {decimals(abs(mean), 4)} of responses {word} than {other}"
         )
     if math.isfinite(half):
-        low, high = mean - half, mean + half
+        # Of what the sentence calls less or more, so that both have one sign.
+        low, high = abs(mean) - half, abs(mean) + half
         better = _better(first, differences)
         said += (
             f" ({decimals(low, 4)} to {decimals(high, 4)}, {100 * CONFIDENCE:g} %; better from "

@@ -12,13 +12,13 @@ from rich.markup import escape
 from dynmoe_jax.console import console, titled_table
 from dynmoe_jax.jobs.workers import Job, Workers
 from dynmoe_jax.runs.disk import disk_errors, not_writable
-from dynmoe_jax.runs.formatting import compact, decimals, duration
+from dynmoe_jax.runs.formatting import clock, compact, decimals, duration
 from dynmoe_jax.runs.lock import locked
 from dynmoe_jax.surgery.measuring.statistics import FOLDER as STATISTICS
 from dynmoe_jax.surgery.recipes.page import write_page
 from dynmoe_jax.surgery.recipes.recipe import Asked, Plan, planned
 from dynmoe_jax.surgery.recipes.record import FILE_NAME, make_record, write_record
-from dynmoe_jax.surgery.recipes.step import STEPS_FOLDER, Step
+from dynmoe_jax.surgery.recipes.step import STEPS_FOLDER, Price, Step
 from dynmoe_jax.surgery.storage.target import UNFINISHED, remove_unfinished
 
 TEXT, LOGS, SECONDS = "data", "logs", "seconds.jsonl"
@@ -135,24 +135,38 @@ def _seconds(workdir: Path) -> dict[str, float]:
 def show_steps(plan: Plan, workdir: Path | None = None) -> None:
     """Prints all steps with their price, and with their state where there is a folder."""
     table = titled_table(escape(plan.title))
-    for name in ("", "step", "of", "seed", "FLOPs", "disk, MB", "seconds, about", "state"):
-        table.add_column(name, justify="right" if name in _NUMBERS else "left")
-    for step in plan.steps.values():
-        price = step.price()
+    several = len(plan.recipes) > 1
+    names = ["", *["seed"] * several, "step", "of", *_NUMBERS, *["state"] * (workdir is not None)]
+    for name in names:
+        # Names of steps are those of folders, and stay whole on narrow terminals: what a step is
+        # made of is told by numbers, and lines break between words.
+        justify = "right" if name in ("", *_NUMBERS) else "left"
+        table.add_column(name, justify=justify, no_wrap=name not in ("step", "of"), overflow="fold")
+    numbers = {key: number for number, key in enumerate(plan.steps, 1)}
+    prices = [step.price() for step in plan.steps.values()]
+    for (key, step), price in zip(plan.steps.items(), prices, strict=True):
         table.add_row(
-            step.kind,
-            step.name,
-            ", ".join(need.name for need in step.needs) or "–",
-            plan.seed_of(step) or "0",
-            compact(price.flops) if price.flops else "–",
-            f"{price.stored_bytes / 1e6:,.1f}" if price.stored_bytes else "–",
-            f"{price.seconds:,.0f}",
-            "" if workdir is None else _state(step, _folder(workdir, step)),
+            str(numbers[key]),
+            *([plan.seed_of(step)] if several else []),
+            f"{step.kind} {step.name}",
+            ", ".join(str(numbers[need.key]) for need in step.needs) or "–",
+            *_row(price),
+            *([] if workdir is None else [_state(step, _folder(workdir, step))]),
         )
+    table.add_section()
+    table.add_row("", *[""] * several, "all", "", *_row(sum(prices, Price())))
     console.print(table)
 
 
-_NUMBERS = {"FLOPs", "disk, MB", "seconds, about"}
+_NUMBERS = ("FLOPs", "MB", "time")
+
+
+def _row(price: Price) -> list[str]:
+    return [
+        compact(price.flops) if price.flops else "–",
+        f"{price.stored_bytes / 1e6:,.1f}" if price.stored_bytes else "–",
+        clock(price.seconds),
+    ]
 
 
 def _state(step: Step, folder: Path) -> str:

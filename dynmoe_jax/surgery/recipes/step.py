@@ -41,6 +41,11 @@ class Price:
     seconds: float = 0.0
     stored_bytes: float = 0.0
 
+    def __add__(self, other: "Price") -> "Price":
+        """The price of both, one after the other."""
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Price(*map(sum, zip(mine, theirs, strict=True)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:

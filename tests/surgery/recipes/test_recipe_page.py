@@ -37,6 +37,13 @@ def test_bars_of_many_domains_are_as_many_as_can_be_read(domains, shown, said):
     assert ("70 more domains" in caption) == said
 
 
+def test_what_a_sweep_found_stands_beside_what_was_compared():
+    sweep = {"name": "model_swept", "seed": "1", "efforts": {"share": []}, "note": "share: less"}
+    record = {"steps": [sweep], "comparisons": [{"sentence": "one has more than other."}]}
+    shown = page._comparisons(record)
+    assert "<p>one has more than other.</p><p>model swept, seed 1: share: less.</p>" in shown
+
+
 def test_responses_are_shown_by_task_over_seeds():
     steps = [
         {"name": "one", "seed": "0", "exact": {"all": 0.5, "sums": 1.0}},

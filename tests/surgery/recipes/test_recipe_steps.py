@@ -1,14 +1,17 @@
 """Keys, prices, plans and answers of recipes: nothing is trained."""
 
 import dataclasses
+import io
 import math
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from dynmoe_jax.config import ConfigError
+from dynmoe_jax.runs.formatting import compact
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.operations.split import Split
 from dynmoe_jax.surgery.operations.upcycle import Upcycle
@@ -20,6 +23,7 @@ from dynmoe_jax.surgery.recipes import (
     Operate,
     Recipe,
     Train,
+    run,
     sizes,
 )
 from dynmoe_jax.surgery.recipes.command import parse
@@ -151,6 +155,18 @@ def test_every_recipe_can_be_planned():
             assert {step.key for step in recipe.steps} == {s.key for s in recipe.every_step}
 
 
+def test_a_plan_names_steps_whole_on_a_narrow_terminal_and_adds_prices_up(monkeypatch):
+    narrow = Console(width=80, record=True, force_terminal=False, file=io.StringIO())
+    monkeypatch.setattr(run, "console", narrow)
+    plan = planned(Asked(ROOT / "recipes/branch_train_mix.py", ROOT, seeds=2))
+    run.show_steps(plan)
+    told = narrow.export_text()
+    assert all(f" {step.name} " in told for step in plan.steps.values())
+    last = told.rstrip().splitlines()[-1].split()
+    flops = sum(step.price().flops for step in plan.steps.values())
+    assert last[:2] == ["all", compact(flops)]
+
+
 def plan_of(*recipes):
     steps = {}
     for recipe in recipes:
@@ -201,7 +217,7 @@ def test_comparison_has_the_interval_of_students_t(tmp_path, monkeypatch):
     # Differences -0.5, -0.3, -0.4: their standard deviation is 0.1.
     assert said["half"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))
     assert said["better"] == 3
-    assert said["sentence"].startswith("one has 0.4000 bits per byte less than other (-0.648")
+    assert said["sentence"].startswith("one has 0.4000 bits per byte less than other (0.1516 to")
     assert "2.00 of its FLOPs" in said["sentence"]
 
 

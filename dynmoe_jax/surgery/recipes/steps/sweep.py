@@ -106,7 +106,10 @@ class Sweep(Step):
         for name in others:
             gain = mean_difference(found[name], found[control])
             if np.isfinite(gain):
-                told.append(f"{name}: {gain:+.4f} bits per byte beside {control} at equal FLOPs")
+                word = "less" if gain < 0 else "more"
+                told.append(
+                    f"{name}: {abs(gain):.4f} bits per byte {word} than {control} at equal FLOPs"
+                )
         return Result(efforts=found, note="; ".join(told))
 
 
