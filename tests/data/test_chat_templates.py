@@ -144,6 +144,11 @@ def test_a_template_cannot_leave_its_sandbox(source):
         ChatTemplate(source, {}).render(TURNS)
 
 
+def test_a_prompt_that_no_tokenizer_takes_is_refused():
+    with pytest.raises(TemplateFailure, match="holds a lone surrogate"):
+        ChatTemplate("\ud800", {}).prompt(TURNS)
+
+
 @pytest.mark.parametrize(
     "source",
     ["{% for %}", "{% break %}", "{% for a in [1] %}" * 40, "{{ 10**9999 }}", "{{ [1]|random }}"],

@@ -13,6 +13,7 @@ import jinja2
 from dynmoe_jax.data.chat.conversation import ASSISTANT, Conversation, Span, Turns
 from dynmoe_jax.data.chat.sandbox import compiled
 from dynmoe_jax.data.errors import DataError
+from dynmoe_jax.data.sources.document import unusable
 
 _COMPILING = (RecursionError, SyntaxError, ValueError, MemoryError)
 """What else compiling raises: Jinja makes Python of a template, which may nest too deep, break
@@ -101,6 +102,8 @@ class ChatTemplate:
           TemplateFailure: the template does not take it.
         """
         text = self.render(turns, prompt=True)
+        if reason := unusable(text):
+            raise TemplateFailure(f"the text of the chat template {reason}")
         without = self._without_bos(text)
         return without, without != text
 
