@@ -14,9 +14,11 @@ from dynmoe_jax.command_line import failed_file
 from dynmoe_jax.data import DataError
 from dynmoe_jax.data.sources.registry import check_sources
 from dynmoe_jax.surgery.recipes.sizes import SIZES
-from dynmoe_jax.surgery.recipes.step import Step
+from dynmoe_jax.surgery.recipes.step import Step, check_tuples
 
 MAKER = "get_recipe"
+COMPARED = ("bits", "exact")
+"""What models are compared by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Comparison:
     than: Step
     by: str = "bits"
 
+    def __post_init__(self) -> None:
+        """Refuses what nobody can compare by."""
+        if self.by not in COMPARED:
+            raise config.ConfigError(
+                f"Comparison of {self.model.name} by {self.by!r} must be by one of "
+                f"{', '.join(COMPARED)}."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -46,6 +56,10 @@ class Recipe:
 
     steps: tuple[Step, ...]
     compared: tuple[Comparison, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks that both are tuples."""
+        check_tuples(self, "a Recipe")
 
     @property
     def every_step(self) -> tuple[Step, ...]:

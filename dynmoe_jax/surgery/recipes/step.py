@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from dynmoe_jax import config
 from dynmoe_jax.data.sources.registry import parse_sources, source_identity
@@ -22,6 +22,23 @@ STEPS = Registry("step")
 
 STEPS_FOLDER = "steps"
 """Folder of the folders of all steps, in that of a recipe."""
+
+
+def check_tuples(made: Any, called: str) -> None:
+    """Raises ConfigError where a dataclass has something else in the place of a tuple.
+
+    Args:
+      made: the dataclass.
+      called: how the sentence calls it.
+    """
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        if get_origin(field.type) is tuple and not isinstance(value, tuple):
+            raise config.ConfigError(
+                f"{field.name} of {called} must be a tuple, not {type(value).__name__}; that of "
+                "a single x is (x,)."
+            )
+
 
 Place = Callable[["Step"], Path]
 """Folder of a step."""
@@ -91,6 +108,10 @@ class Step(abc.ABC):
     """
 
     name: str
+
+    def __post_init__(self) -> None:
+        """Checks what is forgotten most: the comma of a tuple of one."""
+        check_tuples(self, f"the step {self.name}")
 
     @property
     def kind(self) -> str:

@@ -280,7 +280,7 @@ def test_operations_add_to_what_their_model_has_on_all_text(tmp_path, monkeypatc
 
 
 ABOUT = '''"""About."""
-from dynmoe_jax.surgery.recipes import Comparison, Recipe, Train, sizes
+from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Recipe, Train, sizes
 def get_recipe(size, seed, data):
     train = lambda name, seed: Train(name, sizes.dense(size, seed, data))
     return '''
@@ -292,6 +292,18 @@ def get_recipe(size, seed, data):
         ('Recipe((train("a", 0), train("a", 1)))', "two steps that are called 'a'; rename one"),
         ('Recipe((train("a", 0), train("b", 0)))', "steps 'a' and 'b' that do the same"),
         ("None", "returns a NoneType from get_recipe"),
+        (
+            'Recipe(train("a", 0))',
+            "steps of a Recipe must be a tuple, not Train; that of a single",
+        ),
+        (
+            'Recipe((Ensemble("e", train("a", 0)),))',
+            "members of the step e must be a tuple",
+        ),
+        (
+            'Recipe((), (Comparison(train("a", 0), train("b", 1), "exct"),))',
+            "Comparison of a by 'exct' must be by one of bits, exact",
+        ),
         ("{}['x']", "recipe.py:5 fails: KeyError: 'x'."),
     ],
 )
