@@ -101,7 +101,6 @@ def larger(model: Any, sizes: Mapping[str, int]) -> Any:
                 "multiple, or name num_kv_heads too."
             )
         found["num_kv_heads"] = heads // before["num_heads"]
-    _check_groups(before, found)
     fixed = next((router for router in model.routers if not router.grows), None)
     if fixed and found["width"] > before["width"]:
         raise ConfigError(
@@ -114,19 +113,24 @@ def larger(model: Any, sizes: Mapping[str, int]) -> Any:
             f"{model.layers!r} makes layers differ; grow a model whose layers are equal."
         )
     moe = {name.removeprefix("moe."): found.pop(name) for name in SIZES if name.startswith("moe.")}
-    return dataclasses.replace(model, **found, moe=dataclasses.replace(model.moe, **moe))
+    result = dataclasses.replace(model, **found, moe=dataclasses.replace(model.moe, **moe))
+    _check_groups(model, result)
+    if model.layers:  # they may have heads of their own, and are as many as before
+        for layer, own in enumerate(zip(model.by_layer, result.by_layer, strict=True)):
+            _check_groups(*(each.model for each in own), where=f" of layer {layer}")
+    return result
 
 
-def _check_groups(before: Mapping[str, int], after: Mapping[str, int]) -> None:
+def _check_groups(before: Any, after: Any, where: str = "") -> None:
     """Raises ConfigError where query heads would lose those that share their keys."""
     (old, rest), (new, more) = (
-        divmod(sizes["num_heads"], sizes["num_kv_heads"]) for sizes in (before, after)
+        divmod(model.num_heads, model.num_kv_heads) for model in (before, after)
     )
     if rest or more or new < old:
         raise ConfigError(
-            f"num_heads={after['num_heads']} with num_kv_heads={after['num_kv_heads']} does not "
+            f"num_heads={after.num_heads} with num_kv_heads={after.num_kv_heads}{where} does not "
             f"keep at least {old} query heads for each of key/value heads; choose a multiple of "
-            f"{old * after['num_kv_heads']}."
+            f"{old * after.num_kv_heads}."
         )
 
 

@@ -1,5 +1,7 @@
 """The copy that is saved: it keeps its memory, and shares none with the state."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,3 +37,12 @@ def test_copies_go_to_the_same_memory_and_none_of_the_states():
     assert addresses(copy) == first
     jax.tree.map(np.testing.assert_array_equal, copy, state)
     assert jax.tree.map(lambda x: x.sharding, copy) == jax.tree.map(lambda x: x.sharding, state)
+
+
+def test_a_state_that_has_grown_is_copied_without_a_word():
+    snapshot = Snapshot()
+    snapshot.of({"matrix": jnp.zeros((2, 3))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns of memory that it was given for nothing
+        copy = snapshot.of({"matrix": jnp.ones((4, 5))})
+    np.testing.assert_array_equal(copy["matrix"], np.ones((4, 5)))

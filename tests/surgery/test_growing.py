@@ -1,7 +1,5 @@
 """Grown models: exact at mask 0 whatever is new, different at 1, and why plain padding is not."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -127,4 +125,10 @@ def test_layers_that_differ_cannot_become_more():
     with pytest.raises(ConfigError, match="makes layers differ"):
         Grow(num_layers=4).result([cfg])
     assert Grow(width=24).result([cfg]).model.layers == cfg.model.layers
-    assert dataclasses.astuple(Grow())
+
+
+def test_layers_with_heads_of_their_own_lose_none_of_them():
+    parent, result = grown({"num_heads": 4}, settings(layers="0:num_kv_heads=2"))
+    assert relative(logits(*result), logits(*parent)) <= 1e-5
+    with pytest.raises(ConfigError, match="num_kv_heads=2 of layer 0 does not keep at least 4"):
+        Grow(num_heads=4).result([settings(layers="0:num_heads=4")])

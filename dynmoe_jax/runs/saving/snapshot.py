@@ -22,15 +22,20 @@ class Snapshot:
         """A copy, placed alike; the one before it is gone then.
 
         Args:
-          state: a tree of arrays, of the same shapes each time.
+          state: a tree of arrays; of other shapes than the last time where a model has grown.
         """
         placed = jax.tree.map(lambda x: x.sharding, state)
         last, self._last = self._last, None
-        if last is None:
+        if last is None or _shapes(last) != _shapes(state):
+            del last  # before there is other memory
             last = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=placed)(state)
         copy = jax.jit(_first, donate_argnums=1, keep_unused=True, out_shardings=placed)
         self._last = copy(state, last)
         return self._last
+
+
+def _shapes(state: Any) -> list[tuple[int, ...]]:
+    return [leaf.shape for leaf in jax.tree.leaves(state)]
 
 
 def _first(state: Any, last: Any) -> Any:
