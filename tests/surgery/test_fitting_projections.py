@@ -54,6 +54,15 @@ def test_a_fit_comes_nearer_and_errors_are_those_of_fresh_samples(dense):
         assert own["nets"] == pytest.approx(np.mean(each))
 
 
+def test_a_fit_that_gets_lost_or_has_nothing_to_fit_leaves_nets_as_they_begin(dense):
+    wanted = fitted(dense, factor=0.5, **STILL)[2]
+    lost = fitted(dense, factor=0.5, **STILL | {"learning_rate": 1e9})[2]
+    assert [own["nets"] for own in lost.values()] == [own["nets"] for own in wanted.values()]
+    silent = lambda name, layer: np.zeros_like(inputs(name, layer))  # noqa: E731
+    _, arrays = result_of(FitProjections(**FIT), dense, statistic=silent)
+    assert all(np.isfinite(array).all() for array in arrays.values())
+
+
 def test_only_targets_are_replaced_and_nothing_else_changes(dense):
     _, arrays, found = fitted(dense, targets="query|output", **STILL)
     assert set(found[0]) == {"nets", "linear maps", "query", "output"}

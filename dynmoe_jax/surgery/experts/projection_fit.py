@@ -43,7 +43,8 @@ def fit_net(
     schedule: tuple[int, int, float],
     random: np.random.Generator,
 ) -> Fit:
-    """Fits a net to a matrix, on three quarters of the samples.
+    """Fits a net to a matrix, on three quarters of the samples; the one that it begins with stays
+    where that is nearer, as with room enough to be exact.
 
     Args:
       matrix_IO: what it is to compute.
@@ -57,7 +58,12 @@ def fit_net(
     order_PB = order_of_steps(len(learned_SI), batch_size, epochs, random)
     mean_O, basis_OR = best_directions(learned_SI @ matrix_IO, units)
     first = first_net(matrix_IO, mean_O, basis_OR, units)
-    net = jax.device_get(_descended(rate, first, matrix_IO, learned_SI, order_PB))
+    fit = jax.device_get(_descended(rate, first, matrix_IO, learned_SI, order_PB))
+
+    def learned_error(net: Net) -> float:
+        return _error(net_output(net, learned_SI), learned_SI @ matrix_IO)
+
+    net = min(first, fit, key=learned_error)
     output_SO = kept_SI @ matrix_IO
     linear_SO = mean_O + (output_SO - mean_O) @ basis_OR @ basis_OR.T
     errors = (_error(each_SO, output_SO) for each_SO in (net_output(net, kept_SI), linear_SO))
@@ -117,6 +123,7 @@ def _descended(rate, net, matrix_IO, input_SI, order_PB):
     target_SO = input_SI @ matrix_IO
     # In units of the outputs, so that the rate means the same of every matrix.
     scale = jnp.mean(jnp.square(target_SO - target_SO.mean(axis=0)))
+    scale = jnp.maximum(scale, 1e-30)  # outputs may all be alike
 
     def loss(net, rows_B):
         return jnp.mean(jnp.square(net_output(net, input_SI[rows_B]) - target_SO[rows_B])) / scale
