@@ -206,7 +206,7 @@ def _check_file(path: Path) -> None:
         )
 
 
-def failed_file(flag: str, path: Path, error: Exception) -> config.ConfigError:
+def failed_file(flag: str, path: Path, error: BaseException) -> config.ConfigError:
     """The error for a file whose program fails, with the line in it.
 
     Args:

@@ -20,6 +20,12 @@ MAKER = "get_recipe"
 COMPARED = ("bits", "exact")
 """What models are compared by."""
 
+BITS, EXACT = "bits", "exact"
+"""What models may be compared by."""
+
+_LONGEST_NAME = 100
+"""Characters of a step's name, of which file systems take 255 bytes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -28,13 +34,13 @@ class Comparison:
     Attributes:
       model: the step of the one.
       than: the step of the other.
-      by: what is compared: held-out bits per byte (``bits``), or the share of responses that an
-        evaluation of instructions found matched exactly (``exact``).
+      by: what is compared: held-out bits per byte (:data:`BITS`), or the share of responses that an
+        evaluation of instructions found matched exactly (:data:`EXACT`).
     """
 
     model: Step
     than: Step
-    by: str = "bits"
+    by: str = BITS
 
     def __post_init__(self) -> None:
         """Refuses what nobody can compare by."""
@@ -161,7 +167,8 @@ def _read(file: Path) -> tuple[Maker, str]:
         near = [str(path) for path in sorted(file.parent.glob("*.py"))]
         meant = difflib.get_close_matches(str(file), near, n=1)
         remedy = f"did you mean --recipe={meant[0]}?" if meant else "name a file, as in recipes/."
-        raise config.ConfigError(f"--recipe={file} is not there; {remedy}")
+        what = "is a folder" if file.is_dir() else "is not there"
+        raise config.ConfigError(f"--recipe={file} {what}; {remedy}")
     with _failures_of(file):
         found = runpy.run_path(str(file))
     maker, about = found.get(MAKER), inspect.cleandoc(found.get("__doc__") or "")
@@ -180,7 +187,7 @@ def _failures_of(file: Path) -> Iterator[None]:
         yield
     except (config.ConfigError, DataError):
         raise
-    except Exception as error:  # a recipe is a program, which may do anything
+    except (Exception, SystemExit) as error:  # a recipe is a program, which may do anything
         raise failed_file("recipe", file, error) from error
 
 
@@ -214,6 +221,19 @@ def _check_recipe(file: Path, recipe: Recipe) -> None:
             f"--recipe={file} returns a {type(recipe).__name__} from {MAKER}; return a Recipe, as "
             "the files in recipes/ do."
         )
+    if others := [step for step in recipe.every_step if not isinstance(step, Step)]:
+        raise config.ConfigError(
+            f"--recipe={file} has {others[0]!r} in the place of a step; give a Train, an Operate or "
+            "another kind of step."
+        )
+    if not recipe.every_step:
+        raise config.ConfigError(f"--recipe={file} has no steps; name those that are to be done.")
+    for each in recipe.compared:
+        if each.by not in (BITS, EXACT):
+            raise config.ConfigError(
+                f"--recipe={file} compares {each.model.name} by {each.by!r}; choose {BITS!r} or "
+                f"{EXACT!r}."
+            )
 
 
 def _check_names(file: Path, recipes: Sequence[Recipe]) -> None:
@@ -236,9 +256,11 @@ def _check_names(file: Path, recipes: Sequence[Recipe]) -> None:
 def _check(file: Path, steps: Sequence[Step]) -> None:
     """Raises ConfigError for steps that cannot be done, before anything is read."""
     for step in steps:
-        if not step.name.replace("_", "").replace("-", "").isalnum():
+        name = str(step.name)
+        if len(name) > _LONGEST_NAME or not name.replace("_", "").replace("-", "").isalnum():
             raise config.ConfigError(
-                f"--recipe={file} has a step {step.name!r}; a name has letters, digits, _ and -."
+                f"--recipe={file} has a step {step.name!r}; a name has letters, digits, _ and -, "
+                f"{_LONGEST_NAME} of them at the most."
             )
         try:
             price = step.price()

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dynmoe_jax.runs.formatting import decimals
 from dynmoe_jax.runs.records import to_json, write_atomically
-from dynmoe_jax.surgery.recipes.recipe import Asked, Comparison, Plan
+from dynmoe_jax.surgery.recipes.recipe import EXACT, Asked, Comparison, Plan
 from dynmoe_jax.surgery.recipes.step import Place, Result
 from dynmoe_jax.surgery.recipes.steps.train import Train
 from dynmoe_jax.surgery.report.provenance import versions
@@ -138,25 +138,25 @@ def _comparison(plan: Plan, seeds: list[Comparison], results) -> dict[str, Any]:
 
 def _figure(result: Result, comparison: Comparison) -> float:
     """The figure that is compared."""
-    if comparison.by == "exact":
+    if comparison.by == EXACT:
         return result.exact.get("all", math.nan)
     return result.bits_per_byte
 
 
 def _better(comparison: Comparison, differences) -> int:
     """Seeds from which the model is better: less bits, more exact responses."""
-    sign = -1 if comparison.by == "exact" else 1
+    sign = -1 if comparison.by == EXACT else 1
     return int((sign * differences < 0).sum())
 
 
 def _sentence(first: Comparison, mean: float, half: float, differences, flops) -> str:
     name, other = (step.name.replace("_", " ") for step in (first.model, first.than))
     if not math.isfinite(mean):
-        missing = "scores of responses" if first.by == "exact" else "bits per byte"
+        missing = "scores of responses" if first.by == EXACT else "bits per byte"
         return f"{name} and {other} do not both have {missing}."
     word = "less" if mean < 0 else "more"
     said = f"{name} has {decimals(abs(mean), 4)} bits per byte {word} than {other}"
-    if first.by == "exact":
+    if first.by == EXACT:
         said = (
             f"{name} matches a share of {decimals(abs(mean), 4)} of responses {word} than {other}"
         )

@@ -305,6 +305,14 @@ def get_recipe(size, seed, data):
             "Comparison of a by 'exct' must be by one of bits, exact",
         ),
         ("{}['x']", "recipe.py:5 fails: KeyError: 'x'."),
+        ("exit(0)", "recipe.py:5 fails: SystemExit: 0."),
+        ("Recipe(())", "has no steps"),
+        ("Recipe((7,))", "has 7 in the place of a step"),
+        ('Recipe((train("a" * 101, 0),))', "100 of them at the most"),
+        (
+            'Recipe((), (Comparison(train("a", 0), train("b", 1), "loss"),))',
+            "compares a by 'loss'; choose 'bits' or 'exact'",
+        ),
     ],
 )
 def test_recipe_that_says_two_things_or_nothing_is_refused(tmp_path, recipe, sentence):
