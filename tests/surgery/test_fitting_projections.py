@@ -95,3 +95,5 @@ def test_models_without_plain_matrices_and_targets_that_find_none_are_refused(de
         FitProjections().result([settings(linear="lora")])
     with pytest.raises(ConfigError, match="targets='gate' must find one of query_DHW"):
         FitProjections(targets="gate").result([dense[0]])
+    with pytest.raises(ConfigError, match=r"factor=1e\+30 must be at most 1000"):
+        FitProjections(factor=1e30).result([dense[0]])

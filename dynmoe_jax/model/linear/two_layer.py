@@ -31,7 +31,10 @@ class TwoLayer(LinearKind):
     """
 
     factor: float = model_setting(
-        1.0, "parameters of a net, beside those of the matrix that it replaces", above=0.0
+        1.0,
+        "parameters of a net, beside those of the matrix that it replaces",
+        above=0.0,
+        high=1000.0,
     )
     targets: str = model_setting(
         "query|key|value|output",

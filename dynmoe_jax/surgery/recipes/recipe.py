@@ -223,11 +223,11 @@ def _check_recipe(file: Path, recipe: Recipe) -> None:
         )
     if others := [step for step in recipe.every_step if not isinstance(step, Step)]:
         raise config.ConfigError(
-            f"--recipe={file} has {others[0]!r} in the place of a step; give a Train, an Operate or "
-            "another kind of step."
+            f"--recipe={file} has {others[0]!r} in the place of a step; give a Train, an Operate "
+            "or another kind of step."
         )
     if not recipe.every_step:
-        raise config.ConfigError(f"--recipe={file} has no steps; name those that are to be done.")
+        raise config.ConfigError(f"--recipe={file} has no steps; name those to be done.")
     for each in recipe.compared:
         if each.by not in (BITS, EXACT):
             raise config.ConfigError(

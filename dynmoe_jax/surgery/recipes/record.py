@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.formatting import decimals
 from dynmoe_jax.runs.records import to_json, write_atomically
 from dynmoe_jax.surgery.recipes.recipe import EXACT, Asked, Comparison, Plan
-from dynmoe_jax.surgery.recipes.step import Place, Result
+from dynmoe_jax.surgery.recipes.step import Place, Result, Step
 from dynmoe_jax.surgery.recipes.steps.train import Train
 from dynmoe_jax.surgery.report.provenance import versions
 
@@ -28,6 +29,9 @@ def make_record(plan: Plan, asked: Asked, seconds: Mapping[str, float], place: P
       asked: how it was asked for.
       seconds: of steps, by the name of the folder.
       place: folder of a step.
+
+    Raises:
+      CheckpointError: a step's folder has been damaged since.
     """
     results = _results(plan, place)
     steps = [_step(plan, key, results, seconds, place) for key in plan.steps]
@@ -53,11 +57,22 @@ def _results(plan: Plan, place: Place) -> dict[str, Result]:
     """
     found: dict[str, Result] = {}
     for key, step in plan.steps.items():
-        result = step.result(place(step))
+        result = _result(step, place(step))
         if result.bits_added is not None and step.needs:
             result = _added_to(found[step.needs[0].key], result)
         found[key] = result
     return found
+
+
+def _result(step: Step, folder: Path) -> Result:
+    try:
+        return step.result(folder)
+    except Exception as error:  # files that are gone, empty or half there fail in all ways
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CheckpointError(
+            f"What {step.kind} {step.name} has left in {folder} cannot be read ({why}); remove "
+            "that folder, and the same command does the step again."
+        ) from error
 
 
 def _added_to(base: Result, result: Result) -> Result:

@@ -42,7 +42,8 @@ def run_recipe(asked: Asked, arguments: Sequence[str] = ()) -> int:
     begin = time.perf_counter()
     plan, workdir = planned(asked), asked.workdir.absolute()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        for folder in (workdir, workdir / STEPS_FOLDER, workdir / LOGS):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise not_writable(workdir, error) from error
     with disk_errors(workdir), locked(workdir):
@@ -122,10 +123,11 @@ def _seconds(workdir: Path) -> dict[str, float]:
     """Seconds by folder of a step: of the last time, of one that somebody has removed between."""
     found: dict[str, float] = {}
     if (workdir / SECONDS).exists():
-        for line in (workdir / SECONDS).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # its writer was stopped in the middle of it
+        for line in (workdir / SECONDS).read_bytes().splitlines():
+            # Its writer was stopped in the middle of it, or the disk has damaged it.
+            with contextlib.suppress(ValueError, TypeError, LookupError):
                 kept = json.loads(line)
-                found[kept["step"]] = kept["seconds"]
+                found[kept["step"]] = float(kept["seconds"])
     return found
 
 

@@ -15,9 +15,9 @@ from dynmoe_jax.surgery.recipes.step import STEPS_FOLDER
 from dynmoe_jax.surgery.storage.target import UNFINISHED, remove_unfinished
 
 TEXT = '''"""Nothing."""
-from dynmoe_jax.surgery.recipes import Recipe
+from dynmoe_jax.surgery.recipes import Recipe, Train, sizes
 def get_recipe(size, seed, data):
-    return Recipe(())
+    return Recipe((Train("dense", sizes.dense(size, seed, data)),))
 '''
 
 
@@ -54,15 +54,18 @@ def test_an_export_leaves_its_files_or_nothing(tmp_path, monkeypatch, fails):
 
 def test_seconds_of_a_step_are_those_of_the_last_time_and_a_torn_line_is_none(tmp_path):
     lines = '{"step": "a", "seconds": 5.0}\n{"step": "a", "seconds": 3.0}\n{"step": "b", "sec'
-    (tmp_path / SECONDS).write_text(lines)
+    (tmp_path / SECONDS).write_bytes(lines.encode() + b'\n[1]\n{"step": "c"}\n\xff\n')
     assert _seconds(tmp_path) == {"a": 3.0}
 
 
 def test_workdir_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "recipe.py").write_text(TEXT)
     (tmp_path / "taken").write_text("")
-    with pytest.raises(ConfigError, match="taken cannot be written"):
-        run_recipe(Asked(tmp_path / "recipe.py", tmp_path / "taken", "tiny"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "logs").write_text("")
+    for name in ("taken", "folder"):
+        with pytest.raises(ConfigError, match=f"{name} cannot be written"):
+            run_recipe(Asked(tmp_path / "recipe.py", tmp_path / name, "tiny"))
 
 
 @pytest.mark.parametrize(("there", "said"), [(FOLDER, False), ("other-0123", True)])

@@ -11,6 +11,7 @@ from rich.console import Console
 from scipy import stats
 
 from dynmoe_jax.config import ConfigError
+from dynmoe_jax.runs.errors import CheckpointError
 from dynmoe_jax.runs.formatting import compact
 from dynmoe_jax.surgery.operations.average import Average
 from dynmoe_jax.surgery.operations.split import Split
@@ -256,6 +257,15 @@ def test_comparison_with_a_model_that_was_there_names_no_flops(tmp_path, monkeyp
     monkeypatch.setattr(Plan, "flops", lambda *_: 0.0)
     found = Found([(2.0, 2.5)]).record(tmp_path, monkeypatch)
     assert found["comparisons"][0]["sentence"].endswith("less than other, from one seed.")
+
+
+def test_a_damaged_folder_is_named_with_what_to_do(tmp_path):
+    dense, *_ = steps_of()
+    asked = Asked(tmp_path / "recipe.py", tmp_path, "tiny")
+    with pytest.raises(
+        CheckpointError, match=r"What train dense has left in .* remove that folder"
+    ):
+        make_record(plan_of(Recipe((dense,))), asked, {}, lambda step: tmp_path)
 
 
 def test_operations_add_to_what_their_model_has_on_all_text(tmp_path, monkeypatch):
