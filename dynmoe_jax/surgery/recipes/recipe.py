@@ -17,11 +17,8 @@ from dynmoe_jax.surgery.recipes.sizes import SIZES
 from dynmoe_jax.surgery.recipes.step import Step, check_tuples
 
 MAKER = "get_recipe"
-COMPARED = ("bits", "exact")
+COMPARED = BITS, EXACT = "bits", "exact"
 """What models are compared by."""
-
-BITS, EXACT = "bits", "exact"
-"""What models may be compared by."""
 
 _LONGEST_NAME = 100
 """Characters of a step's name, of which file systems take 255 bytes."""
@@ -228,12 +225,6 @@ def _check_recipe(file: Path, recipe: Recipe) -> None:
         )
     if not recipe.every_step:
         raise config.ConfigError(f"--recipe={file} has no steps; name those to be done.")
-    for each in recipe.compared:
-        if each.by not in (BITS, EXACT):
-            raise config.ConfigError(
-                f"--recipe={file} compares {each.model.name} by {each.by!r}; choose {BITS!r} or "
-                f"{EXACT!r}."
-            )
 
 
 def _check_names(file: Path, recipes: Sequence[Recipe]) -> None:

@@ -319,10 +319,6 @@ def get_recipe(size, seed, data):
         ("Recipe(())", "has no steps"),
         ("Recipe((7,))", "has 7 in the place of a step"),
         ('Recipe((train("a" * 101, 0),))', "100 of them at the most"),
-        (
-            'Recipe((), (Comparison(train("a", 0), train("b", 1), "loss"),))',
-            "compares a by 'loss'; choose 'bits' or 'exact'",
-        ),
     ],
 )
 def test_recipe_that_says_two_things_or_nothing_is_refused(tmp_path, recipe, sentence):
