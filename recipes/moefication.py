@@ -4,6 +4,11 @@
 
 arXiv 2110.01786.  Hidden units are divided by clusters of their weights, by what is active
 together, and, as a control, by chance; tokens use a quarter of the experts.
+
+Result (laptop, one seed, two cores that other work shared, 5 minutes): of the dense model's 2.410
+held-out bits per byte, two of eight experts leave 2.535 by co-activation, 2.545 by clusters and
+2.576 by chance.  Squared errors of the layers' outputs with fitted routers are 0.11 to 0.24 of
+their squares, 0.25 to 0.32 and 0.47 to 0.52, and an oracle's at most 0.014 less.
 """
 
 import dataclasses

@@ -3,6 +3,10 @@
     python -m dynmoe_jax.surgery --recipe=recipes/qwen_moe.py --workdir=runs/qwen_moe
 
 Qwen1.5-MoE-A2.7B (Qwen's blog, 2024).  The control keeps every weight of the dense model.
+
+Result (laptop, one seed, 17 minutes of steps on two cores that other work shared): from the dense
+model's 2.412 held-out bits per byte, shuffled experts begin with 2.461 and come to 2.078; with half
+of each drawn again 3.142 and 2.089, 0.011 more.
 """
 
 from dynmoe_jax.surgery.operations.upcycle import Upcycle
