@@ -4,6 +4,10 @@
 
 arXiv 2408.11855.  Routers alone are trained; those of the control learn from the language model's
 loss and balance alone.
+
+Result (laptop, one seed, 8 minutes of steps on two cores that other work shared): of the dense
+model's 2.412 held-out bits per byte, three of four experts leave 2.436; routers that imitate the
+oracle come to 2.430, those of the control to 2.432, which one seed does not tell apart.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from dynmoe_jax.command_line import failed_file
 from dynmoe_jax.data import DataError
 from dynmoe_jax.data.sources.registry import check_sources
 from dynmoe_jax.surgery.recipes.sizes import SIZES
-from dynmoe_jax.surgery.recipes.step import Step, check_tuples
+from dynmoe_jax.surgery.recipes.step import Step, check_types
 
 MAKER = "get_recipe"
 COMPARED = BITS, EXACT = "bits", "exact"
@@ -62,7 +62,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Checks that both are tuples."""
-        check_tuples(self, "a Recipe")
+        check_types(self, "a Recipe")
 
     @property
     def every_step(self) -> tuple[Step, ...]:

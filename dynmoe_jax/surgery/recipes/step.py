@@ -12,7 +12,8 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_origin
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from dynmoe_jax import config
 from dynmoe_jax.data.sources.registry import parse_sources, source_identity
@@ -24,20 +25,34 @@ STEPS_FOLDER = "steps"
 """Folder of the folders of all steps, in that of a recipe."""
 
 
-def check_tuples(made: Any, called: str) -> None:
-    """Raises ConfigError where a dataclass has something else in the place of a tuple.
+_CHECKED = {"tuple", "Step", "Operation", "Config", "Options", "NoneType"}
+"""Names of types that fields of recipes and steps are checked for."""
+
+
+def check_types(made: Any, called: str) -> None:
+    """Raises ConfigError where a dataclass holds something else than it declares.
 
     Args:
       made: the dataclass.
       called: how the sentence calls it.
     """
     for field in dataclasses.fields(made):
+        kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+        allowed = [(get_origin(kind) or kind).__name__ for kind in kinds]
         value = getattr(made, field.name)
-        if get_origin(field.type) is tuple and not isinstance(value, tuple):
-            raise config.ConfigError(
-                f"{field.name} of {called} must be a tuple, not {type(value).__name__}; that of "
-                "a single x is (x,)."
-            )
+        # By name: classes of settings are made anew with every kind that is registered.
+        if not _CHECKED.issuperset(allowed) or {c.__name__ for c in type(value).__mro__} & {
+            *allowed
+        }:
+            continue
+        wanted = " or ".join(name for name in allowed if name != "NoneType")
+        given = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        article = "an" if wanted[0] in "AEIOU" else "a"
+        remedy = "; that of a single x is (x,)" if wanted == "tuple" else ""
+        remedy = f"; call it: {value.__name__}()" if isinstance(value, type) else remedy
+        raise config.ConfigError(
+            f"{field.name} of {called} must be {article} {wanted}, not {given}{remedy}."
+        )
 
 
 Place = Callable[["Step"], Path]
@@ -110,8 +125,8 @@ class Step(abc.ABC):
     name: str
 
     def __post_init__(self) -> None:
-        """Checks what is forgotten most: the comma of a tuple of one."""
-        check_tuples(self, f"the step {self.name}")
+        """Checks what is forgotten most: the comma of a tuple of one, the call of an operation."""
+        check_types(self, f"the step {self.name}")
 
     @property
     def kind(self) -> str:

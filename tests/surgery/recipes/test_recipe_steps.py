@@ -290,7 +290,8 @@ def test_operations_add_to_what_their_model_has_on_all_text(tmp_path, monkeypatc
 
 
 ABOUT = '''"""About."""
-from dynmoe_jax.surgery.recipes import Comparison, Ensemble, Recipe, Train, sizes
+from dynmoe_jax.surgery.operations.upcycle import Upcycle
+from dynmoe_jax.surgery.recipes import *; from dynmoe_jax.surgery.recipes import sizes
 def get_recipe(size, seed, data):
     train = lambda name, seed: Train(name, sizes.dense(size, seed, data))
     return '''
@@ -314,8 +315,24 @@ def get_recipe(size, seed, data):
             'Recipe((), (Comparison(train("a", 0), train("b", 1), "exct"),))',
             "Comparison of a by 'exct' must be by one of bits, exact",
         ),
-        ("{}['x']", "recipe.py:5 fails: KeyError: 'x'."),
-        ("exit(0)", "recipe.py:5 fails: SystemExit: 0."),
+        (
+            'Recipe((Train("t", train("a", 0)),))',
+            "cfg of the step t must be a Config, not Train.",
+        ),
+        (
+            'Recipe((Train("t", sizes.dense(size, seed), "a"),))',
+            "start of the step t must be a Step, not str.",
+        ),
+        (
+            'Recipe((Operate("m", Upcycle, (train("a", 0),)),))',
+            "must be an Operation, not the class Upcycle; call it: Upcycle().",
+        ),
+        (
+            'Recipe((Evaluate("v", train("a", 0), ("--routing", "--workdir=x")),))',
+            "evaluate v: --workdir=x has no effect in a recipe",
+        ),
+        ("{}['x']", "recipe.py:6 fails: KeyError: 'x'."),
+        ("exit(0)", "recipe.py:6 fails: SystemExit: 0."),
         ("Recipe(())", "has no steps"),
         ("Recipe((7,))", "has 7 in the place of a step"),
         ('Recipe((train("a" * 101, 0),))', "100 of them at the most"),

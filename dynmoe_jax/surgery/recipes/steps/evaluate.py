@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dynmoe_jax import config
 from dynmoe_jax.surgery.recipes.step import (
     STEPS,
     Place,
@@ -22,6 +23,10 @@ INSTRUCTIONS = "instructions.json"
 
 SECONDS = 60.0
 """Seconds of an evaluation, whose text is as long as nobody knows before it is read."""
+
+
+_GIVEN = ("--workdir", "--output")
+"""Flags that the recipe gives."""
 
 
 @STEPS.register("evaluate")
@@ -55,6 +60,9 @@ class Evaluate(Step):
         """A minute; that there is a model, and that the arguments can be read."""
         from dynmoe_jax.evaluation.__main__ import parsed
 
+        for argument in self.arguments:
+            if argument.partition("=")[0] in _GIVEN:
+                raise config.ConfigError(f"{argument} has no effect in a recipe; leave it out.")
         model_of(self.of, self.name)
         parsed([*self.arguments, "--workdir=."])
         return Price(seconds=SECONDS)
