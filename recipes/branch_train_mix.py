@@ -49,15 +49,18 @@ def get_recipe(size, seed, data):
     mixed = trained("mix", Mix(top_k=2), branches)
     # The seed has a part in what is averaged only through the branches.
     of_branches = ",".join(["0", *"1" * len(branches)])
-    arms = (
-        trained("switch", Mix(top_k=1, renormalize=False), branches),
+    arms = [
         trained("sampled", Mix(router="gumbel"), branches),
-        trained("soft", Mix(router="dense"), branches),
         dataclasses.replace(
             trained("mix", Mix(top_k=2), branches, trainable="not:experts"), name="frozen_experts"
         ),
         trained("with_seed", Mix(top_k=2, weights=of_branches), (begin, *branches)),
-    )
+    ]
+    if size != "tiny":
+        arms += [
+            trained("switch", Mix(top_k=1, renormalize=False), branches),
+            trained("soft", Mix(router="dense"), branches),
+        ]
     rest = sum(branch.flops for branch in branches) + mixed.flops
     dense = Train("dense", sizes.dense(size, seed + 1000, data), begin).with_flops(rest)
     controls = averaged, ensemble, dense

@@ -20,6 +20,7 @@ from dynmoe_jax.surgery.operations.split import Split
 from dynmoe_jax.surgery.recipes import Comparison, Operate, Recipe, Train, sizes
 
 EXPERTS, CHOSEN = 8, 4
+EVALUATED = {"laptop": 0.1, "tiny": 0.5}
 
 
 def get_recipe(size, seed, data):
@@ -44,5 +45,7 @@ def _moving(cfg, size):
     return dataclasses.replace(
         cfg,
         data=dataclasses.replace(cfg.data, reweighting="dynamic_batch_loading"),
-        evaluation=dataclasses.replace(cfg.evaluation, every_steps=sizes.share_of_steps(size, 0.1)),
+        evaluation=dataclasses.replace(
+            cfg.evaluation, every_steps=sizes.share_of_steps(size, EVALUATED[size])
+        ),
     )

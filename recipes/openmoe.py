@@ -1,12 +1,20 @@
 """OpenMoE: UL2 that goes over to plain language modelling in the middle of the run.
 
-    python -m dynmoe_jax.surgery --recipe=recipes/openmoe.py --workdir=runs/openmoe --seeds=3
+    python -m dynmoe_jax.surgery --recipe=recipes/openmoe.py --workdir=runs/openmoe \\
+        --processes=2
 
 arXiv 2402.01739.  Every second block is x + MoE(norm(x)) + FFN(norm(x)); tokens take two experts
 under a capacity.  Controls with the same FLOPs: UL2 to the end, and plain language modelling from
 the beginning.  Held-out text is plain for all of them.  The page of `switched_routing` has the
 paper's analyses: context independence, agreement of checkpoints, drops by position.  AdamW stands
 for Adafactor.
+
+Result (laptop, one seed, two steps at a time on two cores that other work shared, 19 minutes of
+steps): held-out bits per byte of plain language modelling 2.405, of UL2 that goes over 2.555, of
+UL2 to the end 2.706.  The first choices of a token fall on its most frequent expert in 67 and 63 %
+of the cases in the two layers (25 % when shuffled); the last two checkpoints agree on 75 and 67 %
+of them, the first two on 34 and 26 %.  Of choices 3 % are dropped in the first eight places of a
+row, 9 % in the last eight, as the paper finds.
 """
 
 import dataclasses

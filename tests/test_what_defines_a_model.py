@@ -50,6 +50,7 @@ OTHERS = [path for path in LEAVES if path not in DEFINING]
 TEXTS = {
     "layers": ("1:moe.hidden_width=12", "1:hidden_width=12"),
     "lora.targets": ("query",),
+    "two_layer.targets": ("query",),
 }
 """Other values of settings that are free text."""
 

@@ -57,7 +57,8 @@ class Options:
     samples: int = free_setting(
         AUTO,
         "texts that both models write from the same prompts, for the page; 0 = none, -1 = "
-        f"{DEFAULT} where neither has more than {MOST_PARAMETERS / 1e6:.0f}M parameters",
+        f"{DEFAULT} where neither has more than {MOST_PARAMETERS / 1e6:.0f}M parameters and the "
+        "run of the first wrote one itself (config.evaluation.sample_tokens)",
         unit="texts",
         low=AUTO,
     )

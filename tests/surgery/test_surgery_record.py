@@ -1,5 +1,6 @@
 """One result from end to end: its record beside what lies on disk, its samples and its page."""
 
+import dataclasses
 import math
 import os
 
@@ -117,5 +118,8 @@ def test_pages_are_tried_on_records_of_the_same_fields(made):
 def test_large_models_write_only_if_they_are_asked_to():
     large = config.Config()  # 1.2B parameters
     assert "more than 300M" in left_out(AUTO, [large])
+    silent = dataclasses.replace(large, evaluation=config.Evaluation(sample_tokens=0))
+    assert "sample_tokens=0" in left_out(AUTO, [silent])
+    assert left_out(2, [silent]) == ""
     assert left_out(2, [large]) == ""
     assert "--samples=0" in left_out(0, [large])

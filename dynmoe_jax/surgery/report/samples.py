@@ -55,6 +55,8 @@ def left_out(count: int, models: Sequence[config.Config]) -> str:
     for cfg in models:
         if cfg.model.looks_ahead:
             return cfg.model.looks_ahead
+    if count == AUTO and not models[0].evaluation.sample_tokens:
+        return "config.evaluation.sample_tokens=0 of --from: none; --samples=N asks for some."
     largest = max(size_of(cfg).parameters for cfg in models)
     if count == AUTO and largest > MOST_PARAMETERS:
         return (

@@ -103,15 +103,14 @@ def frozen_experts_are_those_of_branches(folder, steps):
 
 def lower_shares_use_more_experts(folder, steps):
     """Of the largest score, and not as many for every token; what that costs is counted."""
-    for name in ("sparsified_swept", "control_swept"):
-        found = json.loads((folder / steps[name]["folder"] / "sweep.json").read_text())
-        largest, _, fixed = (line["points"] for line in found["lines"])
-        for least, most in (largest, fixed[::-1]):
-            assert least["experts_per_token"] > most["experts_per_token"]
-            assert least["flops_per_token"] > most["flops_per_token"]
-        assert all(point["deviation"] > 0 for point in largest)
-        assert [point["deviation"] for point in fixed] == [0, 0]
-        assert [point["experts_per_token"] for point in fixed] == [2, 8]
+    found = json.loads((folder / steps["sparsified_swept"]["folder"] / "sweep.json").read_text())
+    largest, _, fixed = (line["points"] for line in found["lines"])
+    for least, most in (largest, fixed[::-1]):
+        assert least["experts_per_token"] > most["experts_per_token"]
+        assert least["flops_per_token"] > most["flops_per_token"]
+    assert all(point["deviation"] > 0 for point in largest)
+    assert [point["deviation"] for point in fixed] == [0, 0]
+    assert [point["experts_per_token"] for point in fixed] == [2, 8]
 
 
 def upcycled_is_trained(folder):

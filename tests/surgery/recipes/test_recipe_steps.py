@@ -1,5 +1,6 @@
 """Keys, prices, plans and answers of recipes: nothing is trained."""
 
+import ast
 import dataclasses
 import io
 import math
@@ -422,10 +423,14 @@ def test_unknown_size_names_those_there_are(tmp_path):
         planned(Asked(tmp_path / "recipe.py", tmp_path, "huge"))
 
 
-def test_the_page_of_recipes_names_every_one():
-    rows = r"^\| `(\w+)` \|[^|\n]*\|[^|\n]*\|$"  # of three columns; tables of flags have two
-    named = re.findall(rows, (ROOT / "docs/recipes.md").read_text(), re.MULTILINE)
-    assert sorted(named) == sorted(p.stem for p in (ROOT / "recipes").glob("*.py"))
+def test_the_page_of_recipes_names_every_one_and_what_it_came_to():
+    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    files = sorted((ROOT / "recipes").glob("*.py"))
+    about = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    results = re.findall(r"^\| [^|`]+ \| `(\w+)` \|[^|]+\|[^|]+\|[^|]+\|$", text, re.MULTILINE)
+    assert sorted(about) == sorted(results) == [file.stem for file in files]
+    for file in files:
+        assert "Result (laptop, " in ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
 
 
 def test_branches_are_those_of_the_domains_that_the_text_has(tmp_path):
