@@ -21,23 +21,21 @@ from dynmoe_jax.routing import Parameter
 Arrays = Mapping[str, Array]
 """Arrays by the names of their parameters."""
 
+ATTENTION = ("query_DHW", "key_DGW", "value_DGW", "output_HWD")
+"""Names of the matrices of attention, in the order in which they are drawn."""
+
 
 def attention_shapes(model: config.Model) -> dict[str, tuple[int, ...]]:
-    """The matrices of attention, in the order in which they are drawn."""
-    D, H, G, W = model.width, model.num_heads, model.num_kv_heads, model.head_width
-    shapes = {"query_DHW": (D, H, W), "key_DGW": (D, G, W), "value_DGW": (D, G, W)}
-    return shapes | {"output_HWD": (H, W, D)}
-
-
-def attention_names() -> tuple[str, ...]:
-    """Names of the matrices of attention."""
-    return tuple(attention_shapes(config.Model()))
+    """Shapes of the matrices of attention by name, whose letters say them."""
+    sizes = {"D": model.width, "H": model.num_heads, "G": model.num_kv_heads}
+    sizes["W"] = model.head_width
+    return {name: tuple(sizes[axis] for axis in axes_of(name)) for name in ATTENTION}
 
 
 def matrix_names() -> tuple[str, ...]:
     """Names of all matrices that have a kind: of attention, and of dense feed-forwards, whatever
     ``config.model.activation`` names."""
-    found = list(attention_names())
+    found = list(ATTENTION)
     for kind in EXPERTS.values():
         found += map(without_experts, matrices_in(kind().parameters(1, 1, 1)))
     return tuple(dict.fromkeys(found))

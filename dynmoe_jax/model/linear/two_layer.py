@@ -12,8 +12,8 @@ import jax
 from dynmoe_jax.fields import model_setting
 from dynmoe_jax.mesh.axes import axes_of
 from dynmoe_jax.model.linear.kind import (
+    ATTENTION,
     LinearKind,
-    attention_names,
     input_axes,
     obstacle_of_targets,
 )
@@ -39,16 +39,16 @@ class TwoLayer(LinearKind):
     targets: str = model_setting(
         "query|key|value|output",
         "regular expression that finds the names of matrices that are replaced, of: "
-        + ", ".join(attention_names()),
+        + ", ".join(ATTENTION),
     )
 
     def obstacle(self):
         """Refuses targets that find nothing."""
-        return obstacle_of_targets(self.targets, attention_names())
+        return obstacle_of_targets(self.targets, ATTENTION)
 
     def applies(self, name):
         """Whether a net stands for the matrix."""
-        return name in attention_names() and bool(re.search(self.targets, name))
+        return name in ATTENTION and bool(re.search(self.targets, name))
 
     def units(self, name: str, shape: tuple[int, ...]) -> int:
         """Number of hidden units of the net that stands for a matrix."""

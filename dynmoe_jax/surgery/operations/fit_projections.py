@@ -14,7 +14,7 @@ from dynmoe_jax.edits.places import Place
 from dynmoe_jax.edits.roles import drawn
 from dynmoe_jax.edits.settings import edited
 from dynmoe_jax.fields import ConfigError, free_setting, same_setting
-from dynmoe_jax.model.linear.kind import attention_names, input_axes
+from dynmoe_jax.model.linear.kind import ATTENTION, input_axes
 from dynmoe_jax.model.linear.two_layer import TwoLayer, net_names
 from dynmoe_jax.registry import chosen
 from dynmoe_jax.surgery.experts.fitted_routers import FittedRouters
@@ -55,7 +55,7 @@ class FitProjections(Operation):
         """Inputs of the projections that are replaced."""
         (cfg,) = parents
         kind = self._kind(cfg)
-        names = {statistic_of(name) for name in attention_names() if kind.applies(name)}
+        names = {statistic_of(name) for name in ATTENTION if kind.applies(name)}
         return Wanted(frozenset(names), samples=self.inputs)
 
     def result(self, parents):
@@ -83,9 +83,7 @@ class FitProjections(Operation):
         if place.layer is None or not place.name.startswith("attention."):
             return given.read(place)
         kind = chosen(given.model, "linear")
-        parts = {
-            each for name in attention_names() if kind.applies(name) for each in net_names(name)
-        }
+        parts = {each for name in ATTENTION if kind.applies(name) for each in net_names(name)}
         if place.array_name not in parts:
             return given.read(place)
         arrays = given.once(
@@ -97,7 +95,7 @@ class FitProjections(Operation):
     def _fitted(self, kind: TwoLayer, layer: int, given: Given) -> dict[str, np.ndarray]:
         """Parts of the nets of a layer by name, with their errors among the findings."""
         arrays, nets, linear = {}, {}, []
-        for name in filter(kind.applies, attention_names()):
+        for name in filter(kind.applies, ATTENTION):
             matrix = given.read(Place(layer, f"attention.{name}"))
             inputs = int(np.prod(matrix.shape[: input_axes(name)]))
             fit = fit_net(

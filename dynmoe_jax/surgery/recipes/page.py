@@ -44,14 +44,14 @@ def write_page(workdir: Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
-def _is_drawn(step: Mapping[str, Any]) -> bool:
+def _of_first_seed(step: Mapping[str, Any]) -> bool:
     """Whether a step is of the first seed."""
     return step["seed"].partition(",")[0] in ("", "0")
 
 
 def _looks(record: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     """(colour, number of the look) of each step that is drawn, the same in every picture."""
-    drawn = (s for s in record["steps"] if (s["curve"] or s["by_domain"]) and _is_drawn(s))
+    drawn = (s for s in record["steps"] if (s["curve"] or s["by_domain"]) and _of_first_seed(s))
     names = [step["name"] for step in drawn]
     return {
         name: (light(CYCLE[i % len(CYCLE)]), i // len(CYCLE) % len(_LINES))
@@ -74,7 +74,7 @@ def _lead(record: Mapping[str, Any]) -> str:
 
 
 def _comparisons(record: Mapping[str, Any]) -> str:
-    """What is compared, over seeds; what sweeps found, of each."""
+    """Sentences of the comparisons, over seeds, and of each sweep."""
     told = [each["sentence"] for each in record["comparisons"]]
     for step in record["steps"]:
         if step["efforts"] and step["note"]:
@@ -86,7 +86,7 @@ def _comparisons(record: Mapping[str, Any]) -> str:
 
 def _against_flops(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     """Held-out bits per byte against FLOPs spent: a line for each training, of the first seed."""
-    shown = [s for s in record["steps"] if s["curve"] and _is_drawn(s)]
+    shown = [s for s in record["steps"] if s["curve"] and _of_first_seed(s)]
     if not shown:
         return None
     figure, (axis,) = canvas.figure(height=3.2 + 0.08 * len(shown))
@@ -116,7 +116,7 @@ def _against_flops(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
 
 def _by_effort(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     """Held-out bits per byte of each model that was swept against FLOPs per token, by rule."""
-    shown = [s for s in record["steps"] if s["efforts"] and _is_drawn(s)]
+    shown = [s for s in record["steps"] if s["efforts"] and _of_first_seed(s)]
     if not shown:
         return None
     lines = [(step, name) for step in shown for name in step["efforts"]]
@@ -146,7 +146,9 @@ def _by_effort(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
 def _by_domain(record: Mapping[str, Any], canvas: Canvas) -> Picture | None:
     """Bits per byte by domain of the steps that are compared."""
     names = {name for each in record["comparisons"] for name in (each["model"], each["than"])}
-    shown = [s for s in record["steps"] if s["name"] in names and s["by_domain"] and _is_drawn(s)]
+    shown = [
+        s for s in record["steps"] if s["name"] in names and s["by_domain"] and _of_first_seed(s)
+    ]
     domains = sorted({domain for step in shown for domain in step["by_domain"]})
     if not shown or len(domains) < 2:
         return None
@@ -250,7 +252,7 @@ def _samples(steps: Sequence[Mapping[str, Any]]) -> str:
         f'<div><h3>{escaped(_words(step["name"]))}</h3><div class="panel sample">'
         f"<b>{escaped(step['sample'][0])}</b>{escaped(step['sample'][1])}</div></div>"
         for step in steps
-        if step["sample"] and _is_drawn(step)
+        if step["sample"] and _of_first_seed(step)
     )
     return f'<h2>Samples</h2><div class="grid">{shown}</div>' if shown else ""
 
